@@ -1,0 +1,1 @@
+"""``python -m fastsp`` and the console script ``fastsp``."""
