@@ -1,0 +1,161 @@
+"""Counter-based random numbers: every draw is a pure function of (seed, stream, sample position).
+
+Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns a 128-bit counter and a 64-bit
+key into four 32-bit words. Here
+
+    key     = (seed low, seed high)
+    counter = (element // 4, stream, position low, position high)
+
+and word `e` of a sample is word `e % 4` of the block whose counter starts with `e // 4`. So a draw depends on neither
+the batch, the rank nor the device, and there is no generator state to save. The integers are the same bit for bit in
+this reference and in the Triton kernels; normals agree to float32 rounding of log, sqrt, cos and sin.
+
+A 32-bit word (u32) is held in an int64 tensor, since PyTorch has no full arithmetic on uint32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, as fractions of 2^32
+ROUNDS = 10
+MASK = 0xFFFFFFFF
+
+Words = int | Tensor  # u32 values: a Python int or an int64 tensor
+
+
+class Stream(IntEnum):
+    """What a random number is for; each use has its own word of the counter, so no two uses share a number."""
+
+    TIMESTEP = 0
+    PERCEPTUAL_TIMESTEP = 1
+    NOISE = 2
+    CAPTION_DROPOUT = 3
+    SHUFFLE = 4
+    CROP_AND_FLIP = 5
+    VAE_POSTERIOR = 6
+    EVALUATION = 7
+
+
+def philox_4x32_10(
+    key_low: Words, key_high: Words, c0: Words, c1: Words, c2: Words, c3: Words
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The Philox 4x32-10 block function of Salmon et al. 2011, section 3.3.
+
+    Args:
+        key_low, key_high: the two u32 words of the key.
+        c0, c1, c2, c3: the four u32 words of the counter. All six broadcast against each other; at least one of the
+            counter's words is an int64 tensor.
+
+    Returns:
+        Four int64 tensors holding u32.
+    """
+    for _ in range(ROUNDS):
+        high0, low0 = _multiply_high_low(MULTIPLIERS[0], c0)
+        high1, low1 = _multiply_high_low(MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ key_low, low1, high0 ^ c3 ^ key_high, low0
+        key_low = (key_low + KEY_INCREMENTS[0]) & MASK
+        key_high = (key_high + KEY_INCREMENTS[1]) & MASK
+    w0, w1, w2, w3 = torch.broadcast_tensors(*(torch.as_tensor(word) for word in (c0, c1, c2, c3)))
+    return w0, w1, w2, w3
+
+
+def random_words(seed: Words, stream: int, positions: Tensor, count: int) -> Tensor:
+    """The first `count` random words of every sample.
+
+    Args:
+        seed: 64 bits, a Python int or a 0-d int64 tensor.
+        stream: what the words are for, a `Stream`.
+        positions: (B,) int64, the samples' positions in the run, 64 bits.
+        count: words per sample, at least 1 and at most 2^34 (the counter's first word counts blocks of four).
+
+    Returns:
+        (B, count) int64 holding u32, on the device of `positions`.
+
+    Raises:
+        ValueError: `positions` is not a 1-D int64 tensor, or `count` is out of range.
+    """
+    if positions.ndim != 1 or positions.dtype != torch.int64:
+        raise ValueError(f"positions must be a 1-D int64 tensor, got {positions.dtype} of {tuple(positions.shape)}")
+    if not 1 <= count <= 4 << 32:
+        raise ValueError(f"count must be from 1 to 2^34 words, got {count}")
+    blocks = torch.arange(-(-count // 4), dtype=torch.int64, device=positions.device)
+    position = positions[:, None]
+    key, counter = _split(seed), (blocks, int(stream), *_split(position))
+    words = philox_4x32_10(*key, *counter)
+    return torch.stack(words, dim=-1).flatten(1)[:, :count]
+
+
+def random_integers(seed: Words, stream: int, positions: Tensor, bound: int) -> Tensor:
+    """One integer per sample, uniform over 0 .. bound - 1: the high word of `word 0 * bound`.
+
+    Args:
+        seed, stream, positions: see `random_words`.
+        bound: from 1 to 2^31 - 1. A value's probability is off by less than 2^-32.
+
+    Returns:
+        (B,) int64.
+
+    Raises:
+        ValueError: `bound` is out of range.
+    """
+    if not 1 <= bound < 1 << 31:
+        raise ValueError(f"bound must be from 1 to 2^31 - 1, got {bound}")
+    return random_words(seed, stream, positions, 1)[:, 0] * bound >> 32
+
+
+def random_uniforms(seed: Words, stream: int, positions: Tensor, count: int) -> Tensor:
+    """(B, count) float32 in [0, 1): the upper 24 bits of every word, times 2^-24, which is exact in float32.
+
+    Arguments and errors are those of `random_words`.
+    """
+    return (random_words(seed, stream, positions, count) >> 8).float() * 2.0**-24
+
+
+def random_normals(seed: Words, stream: int, positions: Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normals by Box-Muller over word pairs. This docstring is the definition.
+
+    Elements count in logical C, H, W order, whatever the memory layout. From words `2k` and `2k + 1` of the sample
+
+        u1 = ((word[2k] >> 8) + 1) * 2^-24        in (0, 1], so the logarithm is finite
+        u2 =  (word[2k + 1] >> 8)  * 2^-24        in [0, 1)
+        z[2k]     = sqrt(-2 ln u1) * cos(2 pi u2)
+        z[2k + 1] = sqrt(-2 ln u1) * sin(2 pi u2)
+
+    in float32 throughout. Both uniforms are exact in float32, and |z| <= sqrt(48 ln 2) = 5.77.
+
+    Args:
+        seed, stream, positions: see `random_words`.
+        shape: of one sample, such as (C, H, W).
+
+    Returns:
+        (B, *shape) float32, contiguous.
+    """
+    count = math.prod(shape)
+    words = random_words(seed, stream, positions, count + count % 2)
+    fractions = (words >> 8).float().view(len(positions), -1, 2)
+    radius = ((fractions[..., 0] + 1) * 2.0**-24).log().mul(-2).sqrt()
+    angle = fractions[..., 1] * 2.0**-24 * (2 * math.pi)
+    normals = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+    return normals.flatten(1)[:, :count].reshape(len(positions), *shape)
+
+
+def _split(value: Words) -> tuple[Words, Words]:
+    """The low and the high word of 64 bits."""
+    return value & MASK, value >> 32 & MASK
+
+
+def _multiply_high_low(multiplier: int, word: Words) -> tuple[Words, Words]:
+    """The high and the low word of a 32 x 32 bit product, by 16-bit halves.
+
+    The whole product would overflow int64, which eager PyTorch wraps but compiled C++ may treat as impossible.
+    """
+    lower = (word & 0xFFFF) * multiplier
+    upper = (word >> 16) * multiplier + (lower >> 16)
+    return upper >> 16, (upper & 0xFFFF) << 16 | lower & 0xFFFF
