@@ -22,6 +22,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from fastsp_kernels._triton import jit, tl
+
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, as fractions of 2^32
 ROUNDS = 10
@@ -159,3 +161,45 @@ def _multiply_high_low(multiplier: int, word: Words) -> tuple[Words, Words]:
     lower = (word & 0xFFFF) * multiplier
     upper = (word >> 16) * multiplier + (lower >> 16)
     return upper >> 16, (upper & 0xFFFF) << 16 | lower & 0xFFFF
+
+
+# The same, as functions that Triton kernels call. Streams are compile-time integers, seed and position int64 scalars.
+
+
+@jit
+def philox_words_device(seed, stream: tl.constexpr, position, blocks):
+    """The four u32 words of every block of (seed, stream, position): `philox_4x32_10` with this module's counter."""
+    key_low, key_high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1, c2, c3 = blocks.to(tl.uint32), stream, position.to(tl.uint32), (position >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = high1 ^ c1 ^ key_low, low1, high0 ^ c3 ^ key_high, low0
+        key_low += 0x9E3779B9
+        key_high += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@jit
+def random_integer_device(seed, stream: tl.constexpr, position, bound):
+    """One int64 scalar over 0 .. bound - 1: `random_integers`."""
+    word, _, _, _ = philox_words_device(seed, stream, position, position * 0)
+    return (word.to(tl.int64) * bound) >> 32
+
+
+@jit
+def box_muller_device(first, second):
+    """Two normals from two words: `random_normals`."""
+    radius = tl.sqrt_rn(-2.0 * tl.log(((first >> 8).to(tl.float32) + 1.0) * 5.9604644775390625e-08))
+    angle = (second >> 8).to(tl.float32) * 5.9604644775390625e-08 * 6.283185307179586
+    return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@jit
+def random_normals_device(seed, stream: tl.constexpr, position, first_block, COUNT: tl.constexpr):
+    """(COUNT,) float32: the normals of elements 4 first_block .. 4 first_block + COUNT - 1, in order."""
+    blocks = first_block + tl.arange(0, COUNT // 4)
+    w0, w1, w2, w3 = philox_words_device(seed, stream, position, blocks)
+    z0, z1 = box_muller_device(w0, w1)
+    z2, z3 = box_muller_device(w2, w3)
+    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (COUNT,))

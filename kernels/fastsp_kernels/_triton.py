@@ -1,0 +1,109 @@
+"""How kernels are compiled, tuned and chosen: everything that depends on whether Triton and a GPU are there.
+
+- Triton missing (macOS): kernels stay plain functions that nobody calls; every op takes its PyTorch reference.
+- No GPU: kernels are built for Triton's interpreter, so that tests can run them on CPU tensors (`use_triton_on_cpu`).
+- A GPU: kernels are compiled for it, and CUDA tensors take them.
+
+The environment variable TRITON_INTERPRET, where it is set, decides between the last two.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+    tl = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1") == "1"
+
+# Multiply and add round separately, as in eager PyTorch, so that a kernel and its reference agree to the last bit.
+# These kernels wait for memory, not for arithmetic.
+LAUNCH_OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
+
+_triton_on_cpu = False
+
+
+@contextmanager
+def use_triton_on_cpu() -> Iterator[None]:
+    """Within it, ops on CPU tensors run the Triton kernel under Triton's interpreter. For tests: it is very slow.
+
+    Raises:
+        RuntimeError: Triton is missing, or the kernels were compiled for a GPU (set TRITON_INTERPRET=1 before import).
+    """
+    global _triton_on_cpu
+    if triton is None or not INTERPRETED:
+        raise RuntimeError(
+            "the kernels are not interpreted: install triton and set TRITON_INTERPRET=1 before importing"
+        )
+    before, _triton_on_cpu = _triton_on_cpu, True
+    try:
+        yield
+    finally:
+        _triton_on_cpu = before
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether an op on this tensor takes the Triton kernel; the PyTorch reference otherwise."""
+    return _triton_on_cpu or (tensor.is_cuda and triton is not None and not INTERPRETED)
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`, for the interpreter where there is no GPU."""
+    if triton is None:
+        return function
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = INTERPRETED
+        return triton.jit(function)
+
+
+def autotune(blocks: tuple[int, ...], warps: tuple[int, ...], key: list[str]) -> Callable[[Any], Any]:
+    """`triton.autotune` over BLOCK x num_warps, measured once per `key` and argument dtypes.
+
+    Under the interpreter the first block size is taken.
+
+    A kernel must be safe to repeat on its own output, since tuning runs it many times.
+    """
+
+    def decorate(kernel: Any) -> Any:
+        if triton is None or INTERPRETED:
+            return _Fixed(kernel, blocks[0])
+        configs = [triton.Config({"BLOCK": block}, num_warps=count) for block in blocks for count in warps]
+        return triton.autotune(configs, key=key, do_bench=_time_outside_capture)(kernel)
+
+    return decorate
+
+
+class _Fixed:
+    """A kernel with its block size given: the interface of an autotuned one, without the tuning."""
+
+    def __init__(self, kernel: Any, block: int) -> None:
+        self.kernel, self.block = kernel, block
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        return functools.partial(self.kernel[grid], BLOCK=self.block)
+
+
+def _time_outside_capture(call: Callable[[], Any], quantiles: Any) -> Any:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("block sizes are tuned at the first call: make one with these shapes before capturing")
+    return triton.testing.do_bench(call, quantiles=quantiles)
+
+
+@jit
+def offsets_device(sample, element, height, width, strides):
+    """int64 offsets of a sample's elements, numbered in logical C, H, W order, in a tensor of these four strides."""
+    column = (element % width).to(tl.int64)
+    row = (element // width % height).to(tl.int64)
+    channel = (element // (height * width)).to(tl.int64)
+    return sample.to(tl.int64) * strides[0] + channel * strides[1] + row * strides[2] + column * strides[3]
