@@ -1,0 +1,308 @@
+"""The drop-in losses, for anybody's training loop.
+
+    criterion = SelfPerceptualLoss(unet, scheduler)          # before training: `unet` is the MSE model
+    loss = criterion(model_pred, latents, noise, timesteps, encoder_hidden_states)
+
+The names of the arguments are those of diffusers' training scripts. Equation numbers are those of Lin & Yang,
+*Diffusion Model with Perceptual Loss* (arXiv 2401.00110).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from fastsp import prediction
+from fastsp.perceptual import PerceptualNetwork
+from fastsp.prediction import PREDICTION_TYPES, expand
+from fastsp.schedule import NoiseSchedule, TimestepSampling, sample_perceptual_timesteps
+
+Distance = Literal["mse", "mae"]
+Teacher = Literal["batched", "split"]
+Reduction = Literal["mean", "none"]
+
+
+def choose(name: str, value: str, allowed: Any) -> str:
+    """``value`` if the Literal type (or sequence of names) ``allowed`` has it.
+
+    Raises:
+        ValueError: it has not; the message names all three.
+    """
+    names = get_args(allowed) or tuple(allowed)
+    if value not in names:
+        raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(names)}")
+    return value
+
+
+def reduce(per_sample: Tensor, reduction: str) -> Tensor:
+    """(B,) -> its mean, or itself."""
+    return per_sample.mean() if reduction == "mean" else per_sample
+
+
+class _ScheduledLoss(nn.Module):
+    """What both losses share: the schedule, the prediction type and the checks of their arguments."""
+
+    def __init__(self, scheduler: Any, prediction_type: str | None, reduction: str) -> None:
+        super().__init__()
+        self.schedule = NoiseSchedule.of(scheduler)
+        if prediction_type is None:
+            prediction_type = getattr(getattr(scheduler, "config", None), "prediction_type", "v_prediction")
+        self.prediction_type = choose("prediction_type", prediction_type, PREDICTION_TYPES)
+        self.schedule.require(self.prediction_type)
+        self.reduction = choose("reduction", reduction, Reduction)
+
+    def _checked_timesteps(self, model_pred: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The timesteps as (B,) int64 on the prediction's device; refuses shapes that do not fit together."""
+        if not model_pred.shape == latents.shape == noise.shape:
+            raise ValueError(
+                f"model_pred {tuple(model_pred.shape)}, latents {tuple(latents.shape)} and noise "
+                f"{tuple(noise.shape)} must have one shape"
+            )
+        if model_pred.shape[0] == 0:
+            raise ValueError("the batch is empty")
+        if timesteps.ndim == 0:
+            timesteps = timesteps.expand(model_pred.shape[0])
+        if timesteps.shape != model_pred.shape[:1]:
+            raise ValueError(f"timesteps must have shape ({model_pred.shape[0]},), got {tuple(timesteps.shape)}")
+        self.schedule.to(model_pred.device)
+        return timesteps.to(model_pred.device, torch.int64)
+
+
+class DenoisingLoss(_ScheduledLoss):
+    """The plain objective, equations (3) and (6): mean squared error of the prediction, in float32.
+
+    It is called as :class:`SelfPerceptualLoss` is, and ignores what it does not need.
+
+    Args:
+        scheduler: diffusers scheduler, ``NoiseSchedule`` or 1-D tensor of alpha_bar.
+        prediction_type: ``v_prediction``, ``epsilon`` or ``sample``; None: the scheduler's.
+        min_snr_gamma: min-SNR weighting (Hang et al., arXiv 2303.09556); None: no weighting.
+        reduction: ``mean``, or ``none`` for one value a sample, (B,).
+
+    Raises:
+        ValueError: unknown names; a prediction type that the schedule cannot carry; a gamma that is not positive.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        prediction_type: str | None = None,
+        min_snr_gamma: float | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(scheduler, prediction_type, reduction)
+        if min_snr_gamma is not None and not min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma {min_snr_gamma!r} must be greater than 0")
+        self.min_snr_gamma = min_snr_gamma
+
+    def forward(
+        self,
+        model_pred: Tensor,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        """Scalar float32 loss, or (B,) with ``reduction="none"``. Arguments as for :class:`SelfPerceptualLoss`."""
+        del encoder_hidden_states, unused
+        timesteps = self._checked_timesteps(model_pred, latents, noise, timesteps)
+        a = expand(self.schedule.signal[timesteps], latents)
+        s = expand(self.schedule.noise[timesteps], latents)
+        target = prediction.target(self.prediction_type, latents.float(), noise.float(), a, s)
+        per_sample = (model_pred.float() - target).square().flatten(1).mean(1)
+        if self.min_snr_gamma is not None:
+            per_sample = per_sample * self._min_snr_weight(timesteps)
+        return reduce(per_sample, self.reduction)
+
+    def _min_snr_weight(self, timesteps: Tensor) -> Tensor:
+        """``min(SNR, gamma)`` for a loss on x0, carried over to the prediction's own loss. (B,) float32."""
+        alphas_cumprod = self.schedule.alphas_cumprod[timesteps]
+        snr = alphas_cumprod / (1.0 - alphas_cumprod)
+        clipped = snr.clamp(max=self.min_snr_gamma)
+        if self.prediction_type == "v_prediction":
+            clipped = clipped / (snr + 1.0)
+        elif self.prediction_type == "epsilon":
+            clipped = clipped / snr
+        return clipped.float()
+
+
+class SelfPerceptualLoss(_ScheduledLoss):
+    """The self-perceptual objective, equation (11), with the model's own frozen copy as the metric.
+
+    Args:
+        unet: **the MSE model**, a diffusers ``UNet2DConditionModel``. It is copied (truncated) and never changed. Build
+            the criterion before SP training starts, and before DDP, FSDP or compile wrap the UNet; after resuming an SP
+            run ``unet`` would be the SP model: use :meth:`from_pretrained` with the MSE model's folder there.
+        scheduler: diffusers scheduler, ``NoiseSchedule`` or 1-D tensor of alpha_bar.
+        prediction_type: ``v_prediction``, ``epsilon`` or ``sample``; None: the scheduler's.
+        layers: ``mid`` (the paper's choice), ``encoder``, ``decoder`` or ``encoder+mid`` (Table 3).
+        distance: ``mse`` or ``mae`` (Table 5).
+        timestep_sampling: how t' is drawn: ``uniform``, ``normal`` or ``offset`` (Table 4).
+        teacher: ``batched`` runs predicted and real half in one call, ``split`` in two.
+        reduction: ``mean``, or ``none`` for one value a sample, (B,).
+        dtype: of the perceptual network; None: the UNet's.
+
+    The module's parameters are all frozen; it stays in eval mode and follows the device of ``model_pred``.
+
+    Raises:
+        ValueError: unknown names; a prediction type that the schedule cannot carry (epsilon with zero terminal SNR); a
+            scheduler without alpha_bar; a UNet without mid block, or sharded by FSDP.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        scheduler: Any,
+        prediction_type: str | None = None,
+        layers: str = "mid",
+        distance: str = "mse",
+        timestep_sampling: str = "uniform",
+        teacher: str = "batched",
+        reduction: str = "mean",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(scheduler, prediction_type, reduction)
+        self.distance = choose("distance", distance, Distance)
+        self.timestep_sampling = choose("timestep_sampling", timestep_sampling, TimestepSampling)
+        self.teacher = choose("teacher", teacher, Teacher)
+        self.perceptual_network = PerceptualNetwork(unet, layers=layers, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str, scheduler: Any = None, **kwargs: Any) -> SelfPerceptualLoss:
+        """The criterion of an MSE model on disk or on the hub, safetensors only.
+
+        Args:
+            folder_or_hub_id: a diffusers pipeline (its ``unet/`` and ``scheduler/`` are read).
+            scheduler: instead of the pipeline's own.
+            **kwargs: the constructor's other keywords.
+        """
+        unet = UNet2DConditionModel.from_pretrained(folder_or_hub_id, subfolder="unet", use_safetensors=True)
+        if scheduler is None:
+            scheduler = DDIMScheduler.from_pretrained(folder_or_hub_id, subfolder="scheduler")
+        return cls(unet, scheduler, **kwargs)
+
+    def train(self, mode: bool = True) -> SelfPerceptualLoss:
+        """Stays in eval mode."""
+        del mode
+        return super().train(False)
+
+    def forward(
+        self,
+        model_pred: Tensor,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        noisy_latents: Tensor | None = None,
+        perceptual_timesteps: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        class_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Equation (11) for one batch.
+
+        Args:
+            model_pred: the online network's answer at (x_t, t, c), (B, C, H, W), any float dtype.
+            latents: x_0, (B, C, H, W).
+            noise: eps, (B, C, H, W).
+            timesteps: t, (B,) integers in 0 .. T-1.
+            encoder_hidden_states: c, (B, L, D), as the online network got it.
+            noisy_latents: x_t as the online network got it; None: equation (1).
+            perceptual_timesteps: t', (B,); None: drawn.
+            generator: for t'; None: torch's default one.
+            added_cond_kwargs: SDXL's ``text_embeds`` and ``time_ids``.
+            class_labels: (B, ...) where the UNet takes them.
+
+        Returns:
+            Scalar float32 loss, or (B,) with ``reduction="none"``. Gradient flows to ``model_pred`` alone.
+
+        Raises:
+            ValueError: shapes that do not fit together, an empty batch.
+        """
+        timesteps = self._checked_timesteps(model_pred, latents, noise, timesteps)
+        if perceptual_timesteps is None:
+            perceptual_timesteps = sample_perceptual_timesteps(
+                timesteps, len(self.schedule), self.timestep_sampling, generator
+            )
+        perceptual_timesteps = perceptual_timesteps.to(model_pred.device, torch.int64)
+        if self.perceptual_network.unet.device != model_pred.device:
+            self.perceptual_network.to(model_pred.device)
+        inputs = self.teacher_inputs(model_pred, latents, noise, timesteps, perceptual_timesteps, noisy_latents)
+        conditioning = (encoder_hidden_states.to(inputs.dtype), added_cond_kwargs, class_labels)
+        features = self._batched if self.teacher == "batched" else self._split
+        return reduce(self._distance(*features(inputs, perceptual_timesteps, *conditioning)), self.reduction)
+
+    def teacher_inputs(
+        self,
+        model_pred: Tensor,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        perceptual_timesteps: Tensor,
+        noisy_latents: Tensor | None = None,
+    ) -> Tensor:
+        """``[x^_t' ; x_t']``, (2B, C, H, W) in the network's dtype: equations (7) to (10), both halves alike.
+
+        Computed in float32 as a rotation by ``d = phi_t' - phi_t`` (see :func:`fastsp.prediction.renoise`), without a
+        division for v-prediction, so that it is safe at zero terminal SNR.
+        """
+        schedule = self.schedule
+        a, s = expand(schedule.signal[timesteps], latents), expand(schedule.noise[timesteps], latents)
+        latents, noise = latents.float(), noise.float()
+        x_t = prediction.noisy_latents(latents, noise, a, s) if noisy_latents is None else noisy_latents.float()
+        rotation = schedule.angles[perceptual_timesteps] - schedule.angles[timesteps]
+        cos_d, sin_d = (expand(f(rotation).float(), latents) for f in (torch.cos, torch.sin))
+        target = prediction.target(self.prediction_type, latents, noise, a, s)
+        halves = [
+            prediction.renoise(x_t, prediction.to_velocity(self.prediction_type, answer, x_t, a, s), cos_d, sin_d)
+            for answer in (model_pred.float(), target)
+        ]
+        return torch.cat(halves).to(self.perceptual_network.dtype)
+
+    def _batched(
+        self,
+        inputs: Tensor,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: dict[str, Tensor] | None,
+        class_labels: Tensor | None,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Features of the predicted and of the real half, from one call of the perceptual network."""
+
+        def both(value: Tensor) -> Tensor:
+            return torch.cat([value, value])
+
+        features = self.perceptual_network(
+            inputs,
+            both(timesteps),
+            both(encoder_hidden_states),
+            None if added_cond_kwargs is None else {key: both(value) for key, value in added_cond_kwargs.items()},
+            None if class_labels is None else both(class_labels),
+        )
+        halves = [feature.chunk(2) for feature in features]
+        return tuple(pred for pred, _ in halves), tuple(real.detach() for _, real in halves)
+
+    def _split(
+        self,
+        inputs: Tensor,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: dict[str, Tensor] | None,
+        class_labels: Tensor | None,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The same from two calls: the real half without gradient, then the predicted one."""
+        conditioning = (timesteps, encoder_hidden_states, added_cond_kwargs, class_labels)
+        pred, real = inputs.chunk(2)
+        with torch.no_grad():
+            real_features = self.perceptual_network(real.detach(), *conditioning)
+        return self.perceptual_network(pred, *conditioning), real_features
+
+    def _distance(self, pred: tuple[Tensor, ...], real: tuple[Tensor, ...]) -> Tensor:
+        """Each layer's mean squared (or absolute) difference of a sample, then the plain mean over layers. (B,)."""
+        difference = [(p.float() - r.float()).flatten(1) for p, r in zip(pred, real, strict=True)]
+        per_layer = [d.abs().mean(1) if self.distance == "mae" else d.square().mean(1) for d in difference]
+        return torch.stack(per_layer).mean(0)

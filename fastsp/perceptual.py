@@ -1,0 +1,145 @@
+"""The perceptual network: a frozen, truncated copy of a UNet that answers with its hidden features.
+
+Section 5 of the paper: the MSE-trained network itself is the perceptual metric. Cut after its mid block, diffusers' own
+forward returns the mid-block feature, and the decoder (514 of Stable Diffusion 2.1's 866 M parameters) is never held.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Layers = Literal["mid", "encoder", "decoder", "encoder+mid"]
+LAYERS: tuple[str, ...] = get_args(Layers)
+
+
+class PerceptualNetwork(nn.Module):
+    """Frozen features of a ``UNet2DConditionModel`` (SD 1.x, 2.x, XL or any other configuration of the class).
+
+    Args:
+        unet: the MSE-trained UNet. It is copied, never changed. DDP and ``torch.compile`` wrappers are taken off.
+        layers: ``mid`` (the paper's choice), ``encoder`` (the output of every down block), ``decoder`` (of every up
+            block) or ``encoder+mid``. Only ``decoder`` holds the up blocks.
+        dtype: of the copy's parameters; None keeps the UNet's.
+
+    Raises:
+        ValueError: unknown ``layers``; a UNet without a mid block where ``layers`` needs one; a sharded (FSDP) UNet;
+            an object that is no conditional UNet of diffusers.
+    """
+
+    def __init__(self, unet: nn.Module, layers: str = "mid", dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        if layers not in LAYERS:
+            raise ValueError(f"layers {layers!r} is unknown: use one of {', '.join(LAYERS)}")
+        unet = unwrap(unet)
+        if unet.mid_block is None and layers != "encoder":
+            raise ValueError(f"the UNet has no mid block (mid_block_type is null), which layers={layers!r} needs")
+        self.layers = layers
+        self.unet = truncated_copy(unet, layers).requires_grad_(False)
+        if dtype is not None:
+            nn.Module.to(self.unet, dtype)  # diffusers' own `to` warns about casts that do not concern a UNet
+        self.train(False)
+
+    def train(self, mode: bool = True) -> PerceptualNetwork:
+        """Stays in eval mode: a metric must not change from call to call."""
+        del mode
+        return super().train(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that ``forward`` expects its sample in."""
+        return self.unet.conv_in.weight.dtype
+
+    def forward(
+        self,
+        sample: Tensor,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        class_labels: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Features ``p_l(x_t', t', c)``, one tensor for each layer, in the network's dtype.
+
+        Args:
+            sample: x_t', (B, C, H, W).
+            timesteps: t', (B,) integers.
+            encoder_hidden_states: the text features c, (B, L, D).
+            added_cond_kwargs: SDXL's ``text_embeds`` and ``time_ids``.
+            class_labels: (B, ...) where the UNet takes them.
+        """
+        blocks = self._observed_blocks()
+        features: list[Tensor] = []
+
+        def collect(_module: nn.Module, _args: Any, output: Any) -> None:
+            features.append(output[0] if isinstance(output, tuple) else output)
+
+        hooks = [block.register_forward_hook(collect) for block in blocks]
+        try:
+            last = self.unet(
+                sample,
+                timesteps,
+                encoder_hidden_states,
+                class_labels=class_labels,
+                added_cond_kwargs=added_cond_kwargs,
+                return_dict=False,
+            )[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return tuple(features) if self.layers in ("encoder", "decoder") else (*features, last)
+
+    def _observed_blocks(self) -> list[nn.Module]:
+        """The blocks whose outputs are collected on the way; the mid feature is what the cut UNet returns."""
+        if self.layers == "decoder":
+            return list(self.unet.up_blocks)
+        return [] if self.layers == "mid" else list(self.unet.down_blocks)
+
+
+def unwrap(unet: nn.Module) -> Any:
+    """The UNet under DDP and ``torch.compile``.
+
+    Raises:
+        ValueError: an FSDP-sharded UNet, whose parameters cannot be copied here, or no conditional UNet at all.
+    """
+    while not hasattr(unet, "down_blocks"):
+        inner = getattr(unet, "_orig_mod", None) or getattr(unet, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise ValueError(f"{type(unet).__name__} is no UNet2DConditionModel: it has no down_blocks")
+        unet = inner
+    if any("FSDP" in cls.__name__ or "FullyShardedDataParallel" in cls.__name__ for cls in type(unet).__mro__):
+        raise ValueError("the UNet is sharded by FSDP: build the criterion before wrapping the UNet")
+    return unet
+
+
+def truncated_copy(unet: Any, layers: str) -> Any:
+    """A deep copy of ``unet`` without what ``layers`` does not need.
+
+    The parts that go are put into deepcopy's memo with their stand-ins, so that not even a transient copy of them is
+    made: with an empty decoder and an identity for its last convolution, the UNet's own forward returns the feature.
+    """
+    absent: dict[int, Any] = {id(unet.conv_out): nn.Identity()}
+    if unet.conv_norm_out is not None:
+        absent[id(unet.conv_norm_out)] = None
+    if layers != "decoder":
+        absent[id(unet.up_blocks)] = nn.ModuleList()
+    if layers == "encoder" and unet.mid_block is not None:
+        absent[id(unet.mid_block)] = None
+    frozen = copy.deepcopy(unet, absent)
+    _forget_training_state(frozen)
+    return frozen
+
+
+def _forget_training_state(unet: Any) -> None:
+    """Take off what belongs to somebody's training loop: hooks, checkpointing, an autocast wrapper of forward."""
+    for module in unet.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+        module.__dict__.pop("forward", None)
+        module.__dict__.pop("_original_forward", None)
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False
