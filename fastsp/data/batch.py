@@ -1,0 +1,61 @@
+"""What every source delivers to the trainer: one batch type, whatever the data came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's samples of one optimizer step, in the order of their positions. B samples, C channels, L tokens.
+
+    A sample whose data is bad keeps its position, so that every shape stays fixed and a resumed run sees the same
+    order; its weight is 0, its pixels are those of a black image and its caption is empty.
+    """
+
+    positions: Tensor
+    """(B,) int64 on the CPU: positions of the samples in the run, the counters of every random draw."""
+    input_ids: Tensor | None
+    """(B, L) int64: token ids of the captions, padded and truncated; None without a tokenizer."""
+    weights: Tensor
+    """(B,) float32: 1, or 0 for a sample that was rejected."""
+    captions: tuple[str, ...]
+    """The B captions as text."""
+    pixel_values: Tensor | None = None
+    """(B, C, H, W) float32 in [-1, 1] on the source's device; None for a source of latents."""
+    moments: Tensor | None = None
+    """(B, 2 C, H, W): mean and log variance of the VAE's posterior; None for a source of pixels."""
+    original_sizes: Tensor | None = None
+    """(B, 2) int64 on the CPU: height and width in pixels before resizing, upright (SDXL's micro-conditioning)."""
+    crop_offsets: Tensor | None = None
+    """(B, 2) int64 on the CPU: top and left of the crop, in pixels of the resized image."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """The samples of a slice, as views."""
+        return replace(self, **{name: value[rows] for name, value in self._rows()})
+
+    def microbatches(self, size: int | None) -> Iterator[Batch]:
+        """Contiguous slices of `size` samples, the last one perhaps smaller; None: the batch as it is."""
+        size = size or len(self)
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with everything the networks read on `device`; positions and sizes stay on the CPU."""
+        names = ("input_ids", "weights", "pixel_values", "moments")
+        moved = {name: value.to(device, non_blocking=True) for name, value in self._rows() if name in names}
+        return replace(self, **moved)
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                yield field.name, value

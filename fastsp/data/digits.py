@@ -1,0 +1,94 @@
+"""Real data that is always there: scikit-learn's handwritten digits, written as captioned shards.
+
+1,797 scans of 8 x 8 pixels and 17 grey levels (from UCI's Optical Recognition of Handwritten Digits, shipped in
+scikit-learn's wheel). They are written once as PNG shards in WebDataset layout and from then on read like any other
+data set.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastsp.data.cache import cache_folder
+from fastsp.errors import UserError
+
+SPLITS = ("train", "heldout")
+VERSION = 1  # part of the folder's name; raise it when the bytes of the shards change
+SAMPLES_PER_SHARD = 512
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def digits_shards(split: str = "train", folder: Path | None = None) -> list[Path]:
+    """Paths of the split's shards, which are written if they are not there yet.
+
+    Args:
+        split: "train" (three quarters) or "heldout" (every fourth scan).
+        folder: holds the splits; None: in the cache folder.
+
+    Raises:
+        UserError: an unknown split.
+    """
+    root = folder or cache_folder() / f"digits-v{VERSION}"
+    if not (root / split).is_dir():
+        write_shards(root, split)
+    return sorted((root / split).glob("*.tar"))
+
+
+def write_shards(folder: Path, split: str) -> Path:
+    """Write a split's shards to `folder / split`: the same bytes every time, and either all of them or none.
+
+    Args:
+        folder: is made where it is missing.
+        split: "train" or "heldout".
+
+    Returns:
+        The split's folder. One that another process finished first is kept.
+
+    Raises:
+        UserError: an unknown split.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split of the digits is {split!r}; allowed: {', '.join(SPLITS)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder))
+    samples = list(_samples(split))
+    for shard, start in enumerate(range(0, len(samples), SAMPLES_PER_SHARD)):
+        _write_tar(unfinished / f"{shard:06d}.tar", samples[start : start + SAMPLES_PER_SHARD], first_key=start)
+    unfinished.chmod(0o755)  # mkdtemp makes it private
+    try:
+        unfinished.rename(folder / split)
+    except OSError:
+        shutil.rmtree(unfinished)
+        if not (folder / split).is_dir():
+            raise
+    return folder / split
+
+
+def _samples(split: str) -> Iterator[tuple[bytes, str]]:
+    """The split's PNG files and captions, in the order of the data set."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for index, (levels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
+        if (index % 4 == 3) == (split == "heldout"):
+            png = io.BytesIO()
+            Image.fromarray((levels * (255 / 16)).round().astype("uint8")).save(png, "PNG")
+            yield png.getvalue(), f"a handwritten {NAMES[digit]}"
+
+
+def _write_tar(path: Path, samples: list[tuple[bytes, str]], first_key: int) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, (png, caption) in enumerate(samples, start=first_key):
+            for suffix, content in (("png", png), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{key:06d}.{suffix}")  # owner 0, time 0, mode 0644: no trace of the machine
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    with path.open("rb") as written:
+        os.fsync(written.fileno())

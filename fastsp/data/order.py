@@ -1,0 +1,98 @@
+"""The order of the samples: a seeded permutation of the source for every epoch, in constant memory.
+
+A source may hold hundreds of millions of samples, so no permutation is ever stored. Each epoch's is a Feistel network
+keyed by Philox: every round adds to one half of the index a pseudo-random function of the other half, which can always
+be undone, hence the whole is a bijection whatever the function is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from fastsp_kernels.philox import Stream, random_words
+from torch import Tensor
+
+ROUNDS = 8  # four make a pseudo-random permutation (Luby and Rackoff 1988); twice that, for the small halves
+BLOCK = 4096  # positions permuted at once: one vectorised call serves many batches
+
+
+def permute(indices: Tensor, size: int, seed: int, epoch: int) -> Tensor:
+    """The epoch's permutation of 0 .. size - 1, a pure function of (seed, epoch, size).
+
+    This docstring is the definition. With `a = ceil(sqrt(size))` and `b = ceil(size / a)`, an index is written as
+    `(left, right) = (index // b, index % b)`, left in 0 .. a - 1 and right in 0 .. b - 1. Round r = 0 .. 7 is
+
+        r even:  left  = (left  + scale(F_r(right), a)) mod a
+        r odd:   right = (right + scale(F_r(left),  b)) mod b
+
+    where `F_r(half)` is word r of stream 4 at position `epoch * 2^32 + half`, and `scale(word, n) = word * n >> 32`.
+    The image is `left * b + right`. One that is not below `size` (there are fewer than `a` such) goes through the
+    rounds again until it is, which keeps the map a bijection of 0 .. size - 1.
+
+    Args:
+        indices: int64 tensor of any shape, each from 0 to size - 1.
+        size: of the source, from 1 to 2^60.
+        seed: of the run, 64 bits.
+        epoch: from 0 to 2^31 - 1.
+
+    Returns:
+        int64 tensor of the same shape.
+    """
+    a = math.isqrt(size - 1) + 1
+    b = -(-size // a)
+    result = _rounds(indices.flatten(), a, b, seed, epoch)
+    while len(outside := (result >= size).nonzero()[:, 0]):
+        result[outside] = _rounds(result[outside], a, b, seed, epoch)
+    return result.view_as(indices)
+
+
+def _rounds(indices: Tensor, a: int, b: int, seed: int, epoch: int) -> Tensor:
+    left, right = indices // b, indices % b
+    for r in range(ROUNDS):
+        if r % 2 == 0:
+            left = (left + _round_function(right, r, a, seed, epoch)) % a
+        else:
+            right = (right + _round_function(left, r, b, seed, epoch)) % b
+    return left * b + right
+
+
+def _round_function(half: Tensor, r: int, bound: int, seed: int, epoch: int) -> Tensor:
+    return random_words(seed, Stream.SHUFFLE, (epoch << 32) + half, r + 1)[:, r] * bound >> 32
+
+
+class SampleOrder:
+    """Which sample stands at which position of the run: position p of epoch `p // size` is sample
+    `permute(p % size)` of the source, so each sample comes exactly once an epoch.
+
+    Args:
+        size: of the source.
+        seed: of the run.
+    """
+
+    def __init__(self, size: int, seed: int):
+        self.size = size
+        self.seed = seed
+        self._block_start = -1
+        self._block = torch.empty(0, dtype=torch.int64)
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """Indices of the samples at `positions`: (B,) int64 in, (B,) int64 out. Fastest where positions ascend."""
+        starts = positions // BLOCK * BLOCK
+        samples = torch.empty_like(positions)
+        for start in starts.unique().tolist():
+            inside = starts == start
+            samples[inside] = self._samples_from(start)[positions[inside] - start]
+        return samples
+
+    def _samples_from(self, start: int) -> Tensor:
+        """The samples at positions `start` .. `start + BLOCK - 1`, of which the latest block is kept."""
+        if start != self._block_start:
+            positions = torch.arange(start, start + BLOCK)
+            epochs = positions // self.size
+            parts = [
+                permute(positions[epochs == epoch] % self.size, self.size, self.seed, epoch)
+                for epoch in epochs.unique().tolist()
+            ]
+            self._block, self._block_start = torch.cat(parts), start
+        return self._block

@@ -1,0 +1,129 @@
+"""From encoded images to training pixels: decode, then DALI's resize, crop, mirror and normalisation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from torch import Tensor
+
+from fastsp.data.decode import DecodedImage, ImageDecoder
+from fastsp.data.geometry import crop_geometry
+from fastsp.data.samples import BadSample
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A batch of images, ready for the network."""
+
+    values: Tensor
+    """(B, C, H, W) float32 in [-1, 1] on the pipeline's device; a rejected image is black (-1)."""
+    original_sizes: Tensor
+    """(B, 2) int64: height and width before resizing, upright."""
+    crop_offsets: Tensor
+    """(B, 2) int64: top and left, in pixels of the resized image."""
+    rejections: dict[int, BadSample]
+    """The images that could not be decoded, by index in the batch."""
+
+
+class ImagePipeline:
+    """Decodes, resizes the shortest side with antialiasing, crops, mirrors and normalises. Deterministic.
+
+    Args:
+        batch_size: the largest.
+        channels: 1 (grey) or 3 (RGB).
+        resolution: side of the square result, in pixels.
+        seed: of the run, for the draws of crop and flip.
+        random_crop: else the centre.
+        flip: mirror half of the samples.
+        device: where the images are decoded and the result lies.
+        threads: of the CPU, for decoding and for DALI; 0: one per core.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        channels: int,
+        resolution: int,
+        seed: int,
+        random_crop: bool = False,
+        flip: bool = False,
+        device: torch.device | str = "cpu",
+        threads: int = 0,
+    ):
+        self.device = torch.device(device)
+        self.channels, self.resolution, self.seed = channels, resolution, seed
+        self.random_crop, self.flip = random_crop, flip
+        self.decoder = ImageDecoder(channels, self.device, threads)
+        self.dali = _dali_pipeline(
+            channels=channels,
+            resolution=resolution,
+            on_gpu=self.device.type == "cuda",
+            batch_size=batch_size,
+            num_threads=threads or len(os.sched_getaffinity(0)),
+            device_id=None if self.device.type == "cpu" else self.device.index or 0,
+            prefetch_queue_depth=1,  # a thread of ours runs ahead of the training, see `prefetch`
+        )
+        self.dali.build()
+
+    def __call__(self, files: Sequence[bytes], positions: Tensor) -> Pixels:
+        """Images from encoded files.
+
+        Args:
+            files: B image files.
+            positions: (B,) int64, positions of the samples in the run.
+        """
+        decoded = self.decoder(files)
+        rejections = {index: image for index, image in enumerate(decoded) if isinstance(image, BadSample)}
+        images = [self._placeholder() if isinstance(image, BadSample) else image for image in decoded]
+        sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.int64)
+        geometry = crop_geometry(
+            sizes, positions, self.seed, resolution=self.resolution, random_crop=self.random_crop, flip=self.flip
+        )
+        slack = (geometry.resized_sizes - self.resolution).clamp(min=1)
+        places = (geometry.crop_offsets / slack).float().numpy()  # DALI's crop position: 0 .. 1
+        (output,) = self.dali.run(
+            images=[self._dali_input(image) for image in images],
+            size=list(geometry.resized_sizes.float().numpy()),
+            top=list(places[:, 0]),
+            left=list(places[:, 1]),
+            mirror=list(geometry.flips.to(torch.int32).numpy()),
+        )
+        values = torch.from_dlpack(output.as_tensor())
+        return Pixels(values, sizes, geometry.crop_offsets, rejections)
+
+    def _placeholder(self) -> np.ndarray:
+        return np.zeros((1, 1, self.channels), dtype=np.uint8)
+
+    def _dali_input(self, image: DecodedImage):
+        """Without a copy: DALI reads the decoder's memory, on the CPU as an array and on the GPU as it is."""
+        if self.device.type == "cpu":
+            return np.asarray(image)
+        return torch.from_numpy(image).to(self.device) if isinstance(image, np.ndarray) else image
+
+
+@pipeline_def
+def _dali_pipeline(*, channels: int, resolution: int, on_gpu: bool):
+    device = "gpu" if on_gpu else "cpu"
+    images = fn.external_source(name="images", device=device, layout="HWC", dtype=types.UINT8, ndim=3, no_copy=True)
+    size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
+    top = fn.external_source(name="top", dtype=types.FLOAT, ndim=0)
+    left = fn.external_source(name="left", dtype=types.FLOAT, ndim=0)
+    mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
+    images = fn.resize_crop_mirror(
+        images,
+        size=size,
+        crop=(resolution, resolution),
+        crop_pos_y=top,
+        crop_pos_x=left,
+        mirror=mirror,
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+    )
+    middle = [127.5] * channels
+    return fn.crop_mirror_normalize(images, mean=middle, std=middle, dtype=types.FLOAT, output_layout="CHW")

@@ -1,0 +1,35 @@
+"""What the readers of every layout have in common: a sample's bytes, and what is said about a bad one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """One sample as it lies in the data set."""
+
+    image: bytes
+    """The image file: JPEG, PNG, WebP, ..."""
+    caption: str
+
+
+class BadSample(Exception):  # noqa: N818 - it is the sample that is bad, and the run goes on
+    """A sample that cannot be trained on, and why: one line, without the sample's name."""
+
+
+class SampleReader(Protocol):
+    """Random access to the samples of one data set, in a fixed order. Safe to call from many threads at once."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """The sample's name, which is unique in the data set and tells a person where to look."""
+
+    def read(self, index: int) -> EncodedSample:
+        """The sample's bytes and caption.
+
+        Raises:
+            BadSample: they cannot be read.
+        """
