@@ -1,0 +1,322 @@
+"""The typed configuration of a run: what `fastsp train --config FILE key=value ...` reads.
+
+Every section forbids unknown keys and converts nothing silently, so that a mistake is one clear line, not a run with
+the wrong setting. Units and defaults stand beside the keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastsp.errors import UserError
+from fastsp.loss import Distance, Teacher
+from fastsp.perceptual import Layers
+from fastsp.schedule import TimestepSampling
+
+Auto = Literal["auto", True, False]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: strict types, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Where the model comes from: exactly one of the two."""
+
+    preset: Literal["digits"] | None = None
+    pretrained: str | None = None  # a diffusers pipeline folder
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.preset is None) == (self.pretrained is None):
+            raise ValueError("give either preset or pretrained")
+        return self
+
+
+class DataConfig(Section):
+    """What the run is trained on."""
+
+    source: Literal["digits", "images", "shards", "latents"]
+    path: str | list[str] | None = None  # a folder, or shard patterns; not for digits
+    split: Literal["train", "heldout"] = "train"  # of the digits
+    resolution: Positive  # side of the square images, pixels
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False  # mirror half of the samples
+    batch_size: Positive  # samples of one optimizer step, over all ranks
+    microbatch: Positive | None = None  # samples of one forward; None: the rank's whole share
+    caption_dropout: Fraction = 0.1  # share of captions replaced by the empty prompt
+    unconditional: bool = False  # every caption is empty
+    max_bad_fraction: Fraction = 0.01  # of the source; above it the run stops
+    workers: Positive = 8  # threads that read files
+    threads: NonNegative = 0  # CPU threads of the decoder; 0: one per core
+    prefetch: Positive = 2  # batches ready ahead of the training
+
+
+class StageConfig(Section):
+    """One stage: an objective for some steps, from the weights of the stage before or of another one."""
+
+    name: Name
+    objective: Literal["mse", "self_perceptual"]
+    steps: Positive  # optimizer steps
+    learning_rate: Annotated[float, Field(gt=0.0)]
+    init: str | None = None  # a stage whose EMA weights it starts from; None: the stage before
+    min_snr_gamma: Annotated[float, Field(gt=0.0)] | None = None  # of the MSE objective
+    perceptual_network: str | None = None  # a stage, or a folder with a UNet; None: `init`
+    layers: Layers = "mid"
+    distance: Distance = "mse"
+    timestep_sampling: TimestepSampling = "uniform"
+    teacher: Teacher = "batched"
+    mse_weight: Annotated[float, Field(ge=0.0)] = 0.0  # adds this much of the MSE objective to the self-perceptual one
+
+
+class OptimizerConfig(Section):
+    """AdamW; the learning rate warms up anew in every stage."""
+
+    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    grad_clip: Annotated[float, Field(gt=0.0)] | None = 1.0  # largest norm of the whole gradient
+    warmup_steps: NonNegative = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # the last two go down to zero at the stage's end
+
+
+class EMAConfig(Section):
+    """Exponential moving average of the weights; each stage restarts its own."""
+
+    decay: Decay = 0.9995
+
+
+class CheckpointConfig(Section):
+    """When to save, and how many checkpoints stay."""
+
+    every: Positive = 500  # steps
+    keep: Positive = 3
+
+
+class LogConfig(Section):
+    """How often a line goes to `metrics.jsonl` and TensorBoard."""
+
+    every: Positive = 10  # steps
+
+
+class SamplesConfig(Section):
+    """Grids made during training, always from the same noise, with the EMA weights."""
+
+    every: NonNegative = 500  # steps; 0: only at the end of a stage
+    prompts: list[str] | None = None  # None: captions of the data
+    count: Positive = 20  # images in a grid
+    steps: Positive = 25  # DDIM steps
+    seed: int = 0
+
+
+class GuidanceConfig(Section):
+    """A guided row of the evaluation."""
+
+    stages: list[str] | None = None  # None: all
+    scale: float
+    rescale: Fraction = 0.0
+
+
+class EvaluationConfig(Section):
+    """What the finished run is measured by."""
+
+    enabled: bool = True
+
+
+class Config(Section):
+    """A whole run. See `configs/quickstart.yaml`."""
+
+    run_dir: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 computes in bf16 and keeps float32 master weights
+    compile: Auto = "auto"  # torch.compile; auto: on a GPU
+    cuda_graph: Auto = "auto"
+    attention: str = "auto"
+    model: ModelConfig
+    data: DataConfig
+    stages: Annotated[list[StageConfig], Field(min_length=1)]
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EMAConfig = EMAConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    samples: SamplesConfig = SamplesConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    final: str | None = None  # the stage whose EMA weights become final/; None: the last one
+
+    @model_validator(mode="after")
+    def _stages_fit_together(self) -> Self:
+        seen: list[str] = []
+        for index, stage in enumerate(self.stages):
+            where = f"stages.{index}"
+            if stage.name in seen:
+                raise ValueError(f"{where}.name: {stage.name!r} is taken by an earlier stage")
+            if stage.init is None:
+                stage.init = seen[-1] if seen else None
+            elif stage.init not in seen:
+                raise ValueError(f"{where}.init: {stage.init!r} is no earlier stage; {_earlier(seen)}")
+            if stage.objective == "self_perceptual":
+                self._check_perceptual_network(stage, where, seen)
+            seen.append(stage.name)
+        if self.final is None:
+            self.final = seen[-1]
+        elif self.final not in seen:
+            raise ValueError(f"final: {self.final!r} is no stage; stages are {', '.join(seen)}")
+        return self
+
+    def _check_perceptual_network(self, stage: StageConfig, where: str, seen: list[str]) -> None:
+        if stage.perceptual_network is None:
+            stage.perceptual_network = stage.init or self.model.pretrained
+        network = stage.perceptual_network
+        if network is None or not (network in seen or Path(network).is_dir()):
+            raise ValueError(
+                f"{where}.perceptual_network: {network!r} is neither an earlier stage nor a folder; {_earlier(seen)}"
+            )
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        data = self.data
+        if data.microbatch is not None and data.batch_size % data.microbatch:
+            raise ValueError(
+                f"data.microbatch: {data.microbatch} does not divide data.batch_size, which is {data.batch_size}"
+            )
+        return self
+
+    def first_position(self, stage: StageConfig) -> int:
+        """Where in the run's samples a stage starts: where its `init` stopped, so SP and its control see the same."""
+        steps = 0
+        while stage.init is not None:
+            stage = self.stage(stage.init)
+            steps += stage.steps
+        return steps * self.data.batch_size
+
+    def stage(self, name: str) -> StageConfig:
+        """The stage of that name."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def dump(self) -> str:
+        """The whole configuration as YAML, defaults included: what `config.yaml` of a run holds."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file, with overrides such as ``stages.0.steps=20``.
+
+    Raises:
+        UserError: no such file, broken YAML, an unknown key, a wrong type or value; one line that names the key, the
+            value and what is allowed.
+    """
+    if not file.is_file():
+        raise UserError(f"configuration file {file} does not exist")
+    tree = _parse_yaml(_read_text(file), str(file))
+    if not isinstance(tree, dict):
+        raise UserError(f"{file} is empty or no mapping: a configuration has keys such as run_dir, model, data, stages")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{file}: {_describe(error)}") from None
+
+
+def _earlier(names: list[str]) -> str:
+    return f"earlier stages are {', '.join(names)}" if names else "there is no earlier stage"
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8 text") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, reading 1e-4 as the number that people mean (YAML 1.1 takes it for text)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "cannot be read"
+        raise UserError(f"{where}{place} is broken YAML: {problem}") from None
+
+
+def _apply_override(tree: Any, override: str) -> None:
+    """Set one value of the tree. Lists are entered by index, missing sections are made."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise UserError(f"override {override!r} must be key.path=value, as in stages.0.steps=20")
+    for key, following in zip(keys, [*keys[1:], None], strict=True):
+        slot: Any = key
+        if isinstance(tree, list):
+            if not (key.isdecimal() and int(key) < len(tree)):
+                raise UserError(f"override {override!r}: {key!r} is no index of a list of {len(tree)}")
+            slot = int(key)
+        elif not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: nothing can be set below {key!r}")
+        if following is None:
+            tree[slot] = _parse_yaml(text, f"override {override!r}")
+            return
+        if isinstance(tree, dict) and tree.get(slot) is None:
+            tree[slot] = {}
+        tree = tree[slot]
+
+
+def _describe(error: ValidationError) -> str:
+    """The first mistake as one line: key, value and what is allowed."""
+    mistakes = error.errors()
+    first = mistakes[0]
+    key = ".".join(str(part) for part in first["loc"] if not _is_union_branch(part))
+    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{key}: unknown key; {_known_keys(first['loc'])}{more}"
+    if first["type"] == "missing":
+        return f"{key}: is missing{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    return f"{key}: {_short(first['input'])} is not allowed: {message[0].lower() + message[1:]}{more}"
+
+
+def _is_union_branch(part: int | str) -> bool:
+    """Pydantic adds the tried type of a union to the place of a mistake; people have no use for it."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
+
+
+def _known_keys(location: tuple[int | str, ...]) -> str:
+    """The keys of the section in which an unknown one was found, the likeliest first."""
+    section: Any = Config
+    for part in location[:-1]:
+        if isinstance(part, str) and not _is_union_branch(part):
+            annotation = section.model_fields[part].annotation
+            section = annotation if hasattr(annotation, "model_fields") else annotation.__args__[0]
+    names = list(section.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), names, n=1)
+    return f"did you mean {close[0]}?" if close else f"allowed: {', '.join(names)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
