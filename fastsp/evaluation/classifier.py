@@ -1,0 +1,172 @@
+"""The in-domain feature model: a small network that reads which caption a picture has.
+
+Inception-v3 was never shown handwriting, so FID in its features says little about digits. For a data set with few
+distinct captions the honest yardstick is a classifier of that very data. It is trained once, on the training split,
+with a fixed seed, and cached.
+
+It must also know when it cannot tell: validity is the share of samples that it reads with confidence, and the typical
+failure of a diffusion model is a blend of two digits. So half of its training pictures are such blends, with the
+blended label (mixup, Zhang et al. 2018, arXiv 1710.09412).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor, nn
+
+from fastsp.errors import UserError
+from fastsp.evaluation.features import FeatureModel
+from fastsp.evaluation.pictures import Pictures
+
+SIDE = 16  # pixels; pictures of other sizes are resampled to this
+MAX_CLASSES = 100
+STEPS, BATCH, LEARNING_RATE = 600, 64, 3e-3
+
+
+class CaptionClassifier(FeatureModel):
+    """Four convolutions on the grey picture, then D = 64 features, then one score per caption."""
+
+    def __init__(self, class_names: list[str], identity: str) -> None:
+        super().__init__()
+        self.class_names = class_names
+        self.identity = identity
+        self.trunk = nn.Sequential(
+            *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Flatten()),
+            *(nn.Linear(64 * (SIDE // 4) ** 2, 64), nn.SiLU()),
+        )
+        self.head = nn.Linear(64, len(class_names))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.trunk(_grey(images))
+        return features, self.head(features)
+
+
+def caption_classifier(train: Pictures, heldout: Pictures, cache: Path | None = None) -> CaptionClassifier:
+    """The classifier of `train`'s captions, from the cache if it was trained on these very pictures before.
+
+    Args:
+        train: pictures with captions, at most 100 distinct ones; those are the classes.
+        heldout: pictures on which the accuracy in the cache's JSON is measured; never trained on.
+        cache: folder; None means `$FASTSP_CACHE`, else `~/.cache/fastsp`.
+
+    Raises:
+        UserError: no captions, one caption alone, or too many distinct ones.
+    """
+    names = sorted(set(train.captions))
+    if not 2 <= len(names) <= MAX_CLASSES:
+        raise UserError(
+            f"evaluation.features=classifier: the data has {len(names)} distinct captions; allowed: 2 to {MAX_CLASSES} "
+            "(give an Inception-v3 safetensors file instead)"
+        )
+    digest = _digest(train)
+    weights = (cache or default_cache()) / f"classifier-{digest}.safetensors"
+    model = _untrained(names, f"classifier-{digest}").eval().requires_grad_(False)
+    if weights.exists():
+        model.load_state_dict(load_file(weights))
+        return model
+    model.load_state_dict(_train(train, names))
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "classes": names,
+        "heldout_accuracy": accuracy(model, heldout),
+        "heldout_pictures": len(heldout),
+        "train_pictures": len(train),
+        "train_digest": train.digest(),
+        "torch": torch.__version__,
+    }
+    _write_atomically(weights.with_suffix(".json"), lambda path: path.write_text(json.dumps(facts, indent=2)))
+    _write_atomically(weights, lambda path: save_file(model.state_dict(), path))
+    return model
+
+
+def accuracy(model: CaptionClassifier, pictures: Pictures) -> float:
+    """Share, 0 to 1, of `pictures` whose caption is the class with the highest score."""
+    guesses = model.extract(pictures.images).logits.argmax(1)
+    return (guesses == caption_labels(pictures, model.class_names)).double().mean().item()
+
+
+def caption_labels(pictures: Pictures, class_names: Sequence[str]) -> Tensor:
+    """Class index of every caption, int64 (N,)."""
+    index = {name: i for i, name in enumerate(class_names)}
+    return torch.tensor([index[caption] for caption in pictures.captions])
+
+
+def default_cache() -> Path:
+    """`$FASTSP_CACHE` if set, else `~/.cache/fastsp`."""
+    return Path(os.environ.get("FASTSP_CACHE") or Path.home() / ".cache" / "fastsp")
+
+
+def _digest(train: Pictures) -> str:
+    """Changes with the pictures, the captions and this file, so that a stale cache is never read."""
+    code = Path(__file__).read_bytes()
+    return hashlib.sha256(code + train.digest().encode()).hexdigest()[:16]
+
+
+def _untrained(names: list[str], identity: str = "") -> CaptionClassifier:
+    """The same initial weights each time, torch's global generator untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return CaptionClassifier(names, identity)
+
+
+def _train(train: Pictures, names: list[str]) -> dict[str, Tensor]:
+    """Weights after a fixed number of steps from a fixed seed."""
+    model = _untrained(names)
+    images, targets = _grey(train.images), F.one_hot(caption_labels(train, names), len(names)).float()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
+    generator = Generator().manual_seed(0)
+    with torch.enable_grad():
+        for _ in range(STEPS):
+            chosen = torch.randint(len(images), (BATCH,), generator=generator)
+            batch, target = _mixup(_jitter(images[chosen], generator), targets[chosen], generator)
+            loss = F.cross_entropy(model.head(model.trunk(batch)), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.state_dict()
+
+
+def _grey(images: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, 1, SIDE, SIDE): the mean over channels, resampled when the size differs."""
+    grey = images.float().mean(1, keepdim=True)
+    if grey.shape[-2:] == (SIDE, SIDE):
+        return grey
+    return F.interpolate(grey, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
+
+
+def _jitter(images: Tensor, generator: Generator) -> Tensor:
+    """Turn by up to 9 degrees, scale by up to 12 %, move by up to 6 % of the side; the border is repeated."""
+    draw = torch.rand(4, len(images), generator=generator) * 2 - 1
+    angle, scale, right, down = draw[0] * 0.15, 1 + draw[1] * 0.12, draw[2] * 0.12, draw[3] * 0.12
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    matrix = torch.stack([torch.stack([cos, -sin, right], 1), torch.stack([sin, cos, down], 1)], 1)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _mixup(images: Tensor, targets: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Blend the second half of the batch with the first, pictures and labels alike."""
+    half = len(images) // 2
+    share = torch.rand(half, generator=generator)
+    picture_share, label_share = share.view(-1, 1, 1, 1), share.view(-1, 1)
+    blended = torch.lerp(images[half:], images[:half], picture_share)
+    labels = torch.lerp(targets[half:], targets[:half], label_share)
+    return torch.cat([images[:half], blended]), torch.cat([targets[:half], labels])
+
+
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside `path` and rename: two processes that fill one cache never see half a file."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    write(partial)
+    partial.replace(path)

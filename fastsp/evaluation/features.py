@@ -1,0 +1,45 @@
+"""The one interface through which every metric looks at pictures."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Features(NamedTuple):
+    """What a feature model sees in N pictures.
+
+    Attributes:
+        features: float64 (N, D), the space of FID and of precision and recall.
+        logits: float64 (N, K), the class scores of the Inception Score and of validity.
+    """
+
+    features: Tensor
+    logits: Tensor
+
+
+class FeatureModel(nn.Module, ABC):
+    """A frozen network that turns pictures into features and class scores.
+
+    Attributes:
+        identity: names the network and its weights; rows computed under another identity are not comparable.
+        class_names: the K classes when they are captions, else empty: only then can caption agreement be computed.
+    """
+
+    identity: str
+    class_names: Sequence[str] = ()
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Map float images (N, C, H, W) in [-1, 1], any size, one or three channels, to ((N, D), (N, K))."""
+
+    @torch.no_grad()
+    def extract(self, images: Tensor, batch_size: int = 256) -> Features:
+        """Features of all `images`, float (N, C, H, W) in [-1, 1], computed `batch_size` at a time."""
+        self.eval()
+        device = next(self.parameters()).device
+        parts = [self(batch.to(device)) for batch in images.split(batch_size)]
+        features, logits = (torch.cat([part[i] for part in parts]).double().cpu() for i in (0, 1))
+        return Features(features, logits)

@@ -1,0 +1,74 @@
+"""The digits classifier: good enough, calibrated on blends, trained once."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsp.errors import UserError
+from fastsp.evaluation import classifier as module
+from fastsp.evaluation.classifier import accuracy, caption_classifier, default_cache
+from fastsp.evaluation.metrics import validity
+from fastsp.evaluation.pictures import Pictures
+
+
+def test_held_out_accuracy_is_above_97_percent(classifier, heldout, unseen, cache: Path) -> None:
+    assert accuracy(classifier, unseen) > 0.97
+    facts = json.loads(next(cache.glob("*.json")).read_text())
+    assert facts["heldout_accuracy"] == accuracy(classifier, heldout) > 0.97
+    assert facts["train_pictures"] == 1000 and len(facts["classes"]) == 10
+
+
+def test_blends_of_two_digits_are_not_read_with_confidence(classifier, unseen) -> None:
+    blends = torch.lerp(unseen.images, unseen.images.roll(1, 0), 0.5)
+    real, blended = (validity(classifier.extract(images).logits) for images in (unseen.images, blends))
+    assert real > 0.85 and blended < 0.3
+
+
+def test_the_second_call_reads_the_cache(classifier, train, heldout, cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "_train", lambda *_: pytest.fail("trained again"))
+    again = caption_classifier(train, heldout, cache)
+    assert again.identity == classifier.identity
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), classifier.parameters(), strict=True))
+
+
+def test_other_pictures_train_another_classifier(train, heldout, cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "_train", lambda *_: pytest.fail("trained again"))
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        caption_classifier(train.take(torch.arange(999)), heldout, cache)
+
+
+def test_training_is_reproducible_and_leaves_the_global_generator_alone(train, heldout, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "STEPS", 5)
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    first, second = (caption_classifier(train, heldout, tmp_path / name) for name in "ab")
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_any_size_and_three_channels(classifier, unseen) -> None:
+    grey = classifier.extract(unseen.images[:8]).logits
+    colour = classifier.extract(unseen.images[:8].repeat(1, 3, 1, 1)).logits
+    large = classifier.extract(torch.nn.functional.interpolate(unseen.images[:8], (64, 64), mode="bilinear")).logits
+    assert torch.allclose(grey, colour, atol=1e-4) and torch.equal(grey.argmax(1), large.argmax(1))
+
+
+def test_extraction_does_not_depend_on_the_batch_size(classifier, unseen) -> None:
+    whole, parts = (classifier.extract(unseen.images[:50], size).features for size in (256, 7))
+    assert torch.allclose(whole, parts, atol=1e-5)
+
+
+@pytest.mark.parametrize("captions", [["the same"] * 200, [f"caption {i}" for i in range(200)]])
+def test_data_without_classes_is_refused(train, heldout, tmp_path, captions: list[str]) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.features=classifier: .* distinct captions; allowed: 2 to 100"):
+        caption_classifier(Pictures(train.images[:200], captions), heldout, tmp_path)
+
+
+def test_the_cache_can_be_moved(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FASTSP_CACHE", str(tmp_path))
+    assert default_cache() == tmp_path
+    monkeypatch.delenv("FASTSP_CACHE")
+    assert default_cache() == Path.home() / ".cache" / "fastsp"

@@ -1,0 +1,136 @@
+"""The metrics against independent float64 transcriptions, and on pictures of which we know what is wrong."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsp.errors import UserError
+from fastsp.evaluation import metrics
+from fastsp.evaluation.metrics import (
+    FrechetDistance,
+    Scorer,
+    coverage,
+    inception_score,
+    nearest_distance,
+    precision_recall,
+)
+from fastsp.evaluation.pictures import Pictures
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def fid_by_numpy(a: np.ndarray, b: np.ndarray) -> float:
+    """The textbook formula through scipy's matrix square root."""
+    root = scipy.linalg.sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real
+    spread = np.trace(np.cov(a, rowvar=False)) + np.trace(np.cov(b, rowvar=False)) - 2 * np.trace(root)
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + spread)
+
+
+def test_fid_agrees_with_an_independent_computation() -> None:
+    real, generated = random(300, 24), random(200, 24, seed=1) * 1.3 + 0.2
+    expected = fid_by_numpy(real.numpy(), generated.numpy())
+    assert FrechetDistance(real)(generated) == pytest.approx(expected, rel=1e-6)
+
+
+def test_fid_keeps_the_real_statistics_from_call_to_call() -> None:
+    fid = FrechetDistance(random(100, 8))
+    first, other, again = (fid(random(100, 8, seed=seed)) for seed in (1, 2, 1))
+    assert first == again != other
+
+
+def test_inception_score_agrees_with_an_independent_computation() -> None:
+    logits = random(500, 10) * 3
+    p = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(1, keepdims=True)
+    expected = np.exp((p * np.log(p / p.mean(0))).sum(1).mean())
+    assert inception_score(logits) == pytest.approx(expected, rel=1e-6)
+
+
+def test_inception_score_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    inception_score(random(50, 10))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_precision_and_recall_by_hand() -> None:
+    """On a line: real 0..9 and generated 0..4 and 100..104, so half of each lies inside the other."""
+    real = torch.arange(10.0).double()[:, None]
+    generated = torch.cat([torch.arange(5.0), torch.arange(100.0, 105.0)]).double()[:, None]
+    precision, recall = precision_recall(real, generated, neighbours=1)
+    assert (precision, recall) == (0.5, 0.6)  # the real 5 is one away from the generated 4
+    assert coverage(real, generated, neighbours=1) == 0.6
+
+
+def test_nearest_distance_is_the_rms_pixel_difference() -> None:
+    train = torch.stack([torch.full((1, 4, 4), -1.0), torch.full((1, 4, 4), 0.5)])
+    images = torch.stack([torch.full((1, 4, 4), 1.0), torch.full((1, 4, 4), -1.0)])
+    assert nearest_distance(images, train, batch_size=1).tolist() == pytest.approx([0.5, 0.0])
+
+
+def blurred(images: Tensor) -> Tensor:
+    return F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+
+
+def noised(images: Tensor) -> Tensor:
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return (images + 0.6 * noise).clamp(-1, 1)
+
+
+def halves_shuffled(images: Tensor) -> Tensor:
+    """The upper half of one digit on the lower half of another."""
+    return torch.cat([images[:, :, :8], images.roll(1, 0)[:, :, 8:]], dim=2)
+
+
+@pytest.mark.parametrize("damage", [blurred, noised, halves_shuffled])
+def test_damaged_pictures_score_worse_by_more_than_the_spread(damage, train, heldout, unseen, classifier) -> None:
+    """Over five random halves of the unseen pictures: the worst real score still beats the best damaged one.
+
+    Recall is left out: the next test shows why it cannot tell.
+    """
+    scorer = Scorer(classifier, heldout, train)
+    damaged = Pictures(damage(unseen.images), unseen.captions)
+    halves = [torch.randperm(len(unseen), generator=torch.Generator().manual_seed(s))[:200] for s in range(5)]
+    real, bad = ([scorer.score(pictures.take(half)) for half in halves] for pictures in (unseen, damaged))
+    for name in ("inception_score", "validity", "caption_agreement", "precision", "coverage"):
+        assert min(row[name] for row in real) > max(row[name] for row in bad), name
+    assert max(row["fid"] for row in real) < min(row["fid"] for row in bad)
+    target = np.mean([row["nearest_train"] for row in real])
+    off = [[abs(row["nearest_train"] - target) for row in rows] for rows in (real, bad)]
+    assert max(off[0]) < min(off[1])
+
+
+def test_strays_raise_recall_but_not_coverage() -> None:
+    """The documented weakness: a few far samples, of which none resembles anything real, reach all of it."""
+    real, strays = random(200, 8), 30 * random(20, 8, seed=1)
+    precision, recall = precision_recall(real, strays)
+    assert (precision, recall, coverage(real, strays)) == (0.0, 1.0, 0.0)
+
+
+def test_copies_of_training_pictures_are_noticed(train, heldout, unseen, classifier) -> None:
+    scorer = Scorer(classifier, heldout, train)
+    honest, copied = (scorer.score(Pictures(p.images[:300])) for p in (unseen, train))
+    assert honest["memorised"] < 0.05 and copied["memorised"] == 1.0
+    assert copied["nearest_train"] == pytest.approx(0.0, abs=1e-6) and honest["nearest_train"] > 0.1
+
+
+def test_the_same_pictures_score_the_same_twice(train, heldout, unseen, classifier) -> None:
+    scorer = Scorer(classifier, heldout, train)
+    assert scorer.score(unseen) == scorer.score(unseen) == Scorer(classifier, heldout, train).score(unseen)
+
+
+def test_no_caption_agreement_without_captions(train, heldout, unseen, classifier) -> None:
+    assert "caption_agreement" not in Scorer(classifier, heldout, train).score(Pictures(unseen.images))
+
+
+def test_too_few_pictures_are_refused(train, heldout, unseen, classifier) -> None:
+    few = unseen.take(torch.arange(metrics.NEIGHBOURS))
+    with pytest.raises(UserError, match=r"evaluation\.num_samples=3; allowed: at least 4"):
+        Scorer(classifier, heldout, train).score(few)
+    with pytest.raises(UserError, match="3 held-out pictures"):
+        Scorer(classifier, few, train)
