@@ -1,5 +1,7 @@
 """The ground floor of fastsp: counter-based random numbers and the fused kernels, over torch and triton alone."""
 
+from fastsp_kernels._triton import use_triton_on_cpu
+from fastsp_kernels.diffuse import diffuse, diffuse_seeded
 from fastsp_kernels.philox import (
     Stream,
     philox_4x32_10,
@@ -8,12 +10,17 @@ from fastsp_kernels.philox import (
     random_uniforms,
     random_words,
 )
+from fastsp_kernels.reproject import reproject
 
 __all__ = [
     "Stream",
+    "diffuse",
+    "diffuse_seeded",
     "philox_4x32_10",
     "random_integers",
     "random_normals",
     "random_uniforms",
     "random_words",
+    "reproject",
+    "use_triton_on_cpu",
 ]

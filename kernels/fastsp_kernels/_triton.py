@@ -101,9 +101,22 @@ def _time_outside_capture(call: Callable[[], Any], quantiles: Any) -> Any:
 
 
 @jit
-def offsets_device(sample, element, height, width, strides):
+def offsets_device(strides, sample, element, height, width):
     """int64 offsets of a sample's elements, numbered in logical C, H, W order, in a tensor of these four strides."""
     column = (element % width).to(tl.int64)
     row = (element // width % height).to(tl.int64)
     channel = (element // (height * width)).to(tl.int64)
     return sample.to(tl.int64) * strides[0] + channel * strides[1] + row * strides[2] + column * strides[3]
+
+
+@jit
+def load_device(pointer, strides, sample, element, height, width, mask):
+    """Elements of a (B, C, H, W) tensor as float32; 0 where masked."""
+    return tl.load(pointer + offsets_device(strides, sample, element, height, width), mask, other=0.0).to(tl.float32)
+
+
+@jit
+def store_device(pointer, strides, sample, element, height, width, mask, values):
+    """The reverse: float32 values, rounded to the tensor's dtype."""
+    offsets = offsets_device(strides, sample, element, height, width)
+    tl.store(pointer + offsets, values.to(pointer.dtype.element_ty), mask)

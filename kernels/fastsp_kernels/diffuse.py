@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fastsp_kernels import _checks as checks
-from fastsp_kernels import _prediction as prediction
-from fastsp_kernels._prediction import noisy_latents_device, target_device
-from fastsp_kernels._triton import LAUNCH_OPTIONS, autotune, jit, offsets_device, tl, uses_triton
+from fastsp_kernels import _equations as equations
+from fastsp_kernels._equations import noisy_latents_device, target_device
+from fastsp_kernels._triton import LAUNCH_OPTIONS, autotune, jit, load_device, store_device, tl, uses_triton
 from fastsp_kernels.philox import (
     Stream,
     random_integer_device,
@@ -112,7 +112,7 @@ def _options(
     checks.check_table("noise_level", noise_level, torch.float32, signal.numel(), latents)
     dtype = dtype or latents.dtype
     checks.check_dtype("dtype", dtype)
-    code = NO_TARGET if target is None else prediction.prediction_code(target)
+    code = NO_TARGET if target is None else equations.prediction_code(target)
     return code, dtype, checks.format_code(memory_format)
 
 
@@ -177,10 +177,10 @@ def _diffuse_reference(
     a, s = signal[timesteps].view(-1, 1, 1, 1), noise_level[timesteps].view(-1, 1, 1, 1)
     latents, noise = latents.float(), noise.float()
     layout = checks.MEMORY_FORMATS[memory_format]
-    noisy = prediction.noisy_latents(latents, noise, a, s).to(dtype).contiguous(memory_format=layout)
+    noisy = equations.noisy_latents(latents, noise, a, s).to(dtype).contiguous(memory_format=layout)
     if target == NO_TARGET:
         return [noisy, *drawn]
-    answer = prediction.target(target, latents, noise, a, s)
+    answer = equations.target(target, latents, noise, a, s)
     return [noisy, *drawn, answer.clone(memory_format=layout)]  # an op must not return its own input
 
 
@@ -259,9 +259,7 @@ def _diffuse_kernel(
     first = tl.program_id(0) % tiles * BLOCK
     element = first + tl.arange(0, BLOCK)
     mask = element < elements
-    latents = tl.load(
-        latents_ptr + offsets_device(sample, element, height, width, latents_strides), mask, other=0.0
-    ).to(tl.float32)
+    latents = load_device(latents_ptr, latents_strides, sample, element, height, width, mask)
 
     if noise_ptr is None:
         seed, position = tl.load(seed_ptr), tl.load(positions_ptr + sample)
@@ -271,12 +269,11 @@ def _diffuse_kernel(
             tl.store(drawn_ptr + sample, timestep)
     else:
         timestep = tl.load(timesteps_ptr + sample)
-        noise_offset = offsets_device(sample, element, height, width, noise_strides)
-        noise = tl.load(noise_ptr + noise_offset, mask, other=0.0).to(tl.float32)
+        noise = load_device(noise_ptr, noise_strides, sample, element, height, width, mask)
 
     a, s = tl.load(signal_ptr + timestep), tl.load(noise_level_ptr + timestep)
-    output_offset = offsets_device(sample, element, height, width, output_strides)
     noisy = noisy_latents_device(latents, noise, a, s)
-    tl.store(noisy_ptr + output_offset, noisy.to(noisy_ptr.dtype.element_ty), mask)
+    store_device(noisy_ptr, output_strides, sample, element, height, width, mask, noisy)
     if target_ptr is not None:
-        tl.store(target_ptr + output_offset, target_device(TARGET, latents, noise, a, s), mask)
+        target = target_device(TARGET, latents, noise, a, s)
+        store_device(target_ptr, output_strides, sample, element, height, width, mask, target)

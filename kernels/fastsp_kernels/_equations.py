@@ -1,4 +1,4 @@
-"""Equations 1 and 2 and the conversions to v, as PyTorch references and as functions that Triton kernels call.
+"""Equations 1 and 2, the rotation and the conversions to v: PyTorch references, and functions that kernels call.
 
 Lin & Yang, "Diffusion Model with Perceptual Loss" (arXiv 2401.00110). Everything is float32; `a` and `s` are a_t and
 s_t per sample. A reference and its device function do the same operations in the same order, so they agree to the last
@@ -44,6 +44,12 @@ def to_velocity(prediction: int, answer: Tensor, noisy: Tensor, a: Tensor, s: Te
     return (answer - s * noisy) / a if prediction == 1 else (a * noisy - answer) / s
 
 
+def rotation(timesteps: Tensor, perceptual_timesteps: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+    """cos(d) and sin(d) with d = phi_t' - phi_t: taken in float64, rounded to float32, (B, 1, 1, 1)."""
+    difference = (angles[perceptual_timesteps] - angles[timesteps]).view(-1, 1, 1, 1)
+    return difference.cos().float(), difference.sin().float()
+
+
 @jit
 def noisy_latents_device(latents, noise, a, s):
     return a * latents + s * noise
@@ -69,3 +75,9 @@ def to_velocity_device(PREDICTION: tl.constexpr, answer, noisy, a, s):
     else:
         result = tl.div_rn(a * noisy - answer, s)
     return result
+
+
+@jit
+def rotation_device(timestep, perceptual_timestep, angles_ptr):
+    difference = tl.load(angles_ptr + perceptual_timestep) - tl.load(angles_ptr + timestep)
+    return tl.cos(difference).to(tl.float32), tl.sin(difference).to(tl.float32)
