@@ -1,6 +1,7 @@
 """The ground floor of fastsp: counter-based random numbers and the fused kernels, over torch and triton alone."""
 
 from fastsp_kernels._triton import use_triton_on_cpu
+from fastsp_kernels.adamw_ema import adamw_ema, global_norm
 from fastsp_kernels.diffuse import diffuse, diffuse_seeded
 from fastsp_kernels.philox import (
     Stream,
@@ -14,8 +15,10 @@ from fastsp_kernels.reproject import reproject
 
 __all__ = [
     "Stream",
+    "adamw_ema",
     "diffuse",
     "diffuse_seeded",
+    "global_norm",
     "philox_4x32_10",
     "random_integers",
     "random_normals",

@@ -1,0 +1,129 @@
+"""Lists of tensors as one kernel argument: tables, on the device, of where every tensor lies and how it is cut up.
+
+One launch covers all parameters of a model: program p works on chunk p, a run of at most CHUNK elements of one tensor.
+The tables are built on the first step with a set of tensors and found again on later ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CHUNK = 16384  # elements per program
+ALIGNMENT = 16  # bytes: the widest load of one thread
+REMEMBERED = 16  # sets of addresses: gradients that autograd allocates anew tend to come back to a few places
+
+NAMES = ("masters", "gradients", "exp_avgs", "exp_avg_sqs", "emas", "copies")
+DTYPES = (
+    (torch.float32,),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.bfloat16),
+    (torch.float32,),
+    (torch.bfloat16, torch.float16),
+)
+
+
+def check_lists(lists: Sequence[list[Tensor]]) -> None:
+    """The lists of `adamw_ema`, in NAMES' order: as long as the first (copies may be empty), and alike in memory.
+
+    Raises:
+        ValueError: they are not. Flat indices would mix up the elements of tensors with different strides.
+    """
+    masters = lists[0]
+    if not masters:
+        raise ValueError("masters must not be empty")
+    for index, master in enumerate(masters):
+        if not _is_dense(master):
+            raise ValueError(f"masters[{index}] of shape {tuple(master.shape)} has gaps or overlaps: {master.stride()}")
+    for name, dtypes, tensors in zip(NAMES, DTYPES, lists, strict=True):
+        if name == "copies" and not tensors:
+            continue
+        if len(tensors) != len(masters):
+            raise ValueError(f"{name} must hold {len(masters)} tensors, as masters does, got {len(tensors)}")
+        if tensors[0].dtype not in dtypes:
+            raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensors[0].dtype}")
+        for index, (tensor, master) in enumerate(zip(tensors, masters, strict=True)):
+            if _description(tensor) != (tensors[0].dtype, *_description(master)[1:]):
+                raise ValueError(
+                    f"{name}[{index}] must be {tensors[0].dtype} with the shape, strides and device of its master: "
+                    f"{_description(master)[1:]}, got {_description(tensor)}"
+                )
+
+
+@functools.cache  # for ever, since a captured graph goes on reading it
+def chunk_table(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """(chunks, 3) int64: the tensor's index, the first element and the number of elements of every chunk."""
+    counts = torch.tensor(sizes)
+    chunks = (counts + CHUNK - 1) // CHUNK
+    index = torch.repeat_interleave(torch.arange(len(sizes)), chunks)
+    first = (torch.arange(len(index)) - (chunks.cumsum(0) - chunks)[index]) * CHUNK
+    return torch.stack((index, first, (counts[index] - first).clamp(max=CHUNK)), dim=1).to(device)
+
+
+class AddressTables:
+    """The lists' addresses on the device, (lists, tensors) int64, remembered by what they hold."""
+
+    def __init__(self) -> None:
+        self._recent: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+        self._spare: dict[int, Tensor] = {}
+        self._captured: list[Tensor] = []
+
+    def find(self, lists: Sequence[list[Tensor]]) -> Tensor:
+        """The table of these lists; lists that are empty are left out.
+
+        Raises:
+            RuntimeError: during graph capture, for addresses never seen, more than once after the last plain call.
+        """
+        device = lists[0][0].device
+        addresses = tuple(tensor.data_ptr() for tensors in lists for tensor in tensors)
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        table = self._recent.get((device, addresses))
+        if table is None:
+            table = self._upload_in_capture(addresses, device) if capturing else self._upload(addresses, device)
+            self._recent[device, addresses] = table
+        self._recent.move_to_end((device, addresses))
+        if len(self._recent) > REMEMBERED:
+            self._recent.popitem(last=False)
+        if capturing:
+            self._captured.append(table)  # the graph goes on reading it
+        return table.view(-1, len(lists[0]))
+
+    def _upload(self, addresses: tuple[int, ...], device: torch.device) -> Tensor:
+        if device.type == "cuda" and len(addresses) not in self._spare:
+            self._spare[len(addresses)] = torch.empty(len(addresses), dtype=torch.int64, pin_memory=True)
+        return torch.tensor(addresses, dtype=torch.int64).to(device)
+
+    def _upload_in_capture(self, addresses: tuple[int, ...], device: torch.device) -> Tensor:
+        """Gradients first allocated inside a capture are met here. The copy is part of the graph, so that its source
+        must be pinned memory, which cannot be allocated now, and which lives on."""
+        host = self._spare.pop(len(addresses), None)
+        if host is None:
+            raise RuntimeError("call adamw_ema once with these parameters outside before capturing it again")
+        self._captured.append(host.copy_(torch.tensor(addresses, dtype=torch.int64)))
+        return host.to(device, non_blocking=True)
+
+
+def are_aligned(lists: Sequence[list[Tensor]]) -> bool:
+    """Whether every tensor starts at a multiple of ALIGNMENT, as all do that the allocator hands out whole."""
+    return all(tensor.data_ptr() % ALIGNMENT == 0 for tensors in lists for tensor in tensors)
+
+
+def _description(tensor: Tensor) -> tuple[object, ...]:
+    """What two tensors must share to be walked together; the stride of a dimension of one element means nothing."""
+    strides = tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    return tensor.dtype, tuple(tensor.shape), strides, tensor.device
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one run of memory, in some order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= max(size, 1)
+    return True

@@ -1,0 +1,278 @@
+"""AdamW, the moving average of the weights and the low-precision copy, in one pass over all parameters.
+
+AdamW is Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), as in `torch.optim.AdamW`:
+
+    g = clip * grad          m = lerp(m, g, 1 - beta1)          v = beta2 v + (1 - beta2) g^2
+    w = (1 - lr * weight_decay) w - lr / (1 - beta1^n) * m / (sqrt(v) / sqrt(1 - beta2^n) + eps)
+    ema = lerp(ema, w, 1 - ema_decay)                           copy = round(w)
+
+with n the number of updates including this one. The arithmetic is float32 and elementwise, so the result does not
+depend on block sizes or on the order of programs: it is deterministic. Everything that changes from step to step is a
+device tensor and nothing is read back, so the step can be captured in a CUDA graph.
+
+Not covered: sparse or complex parameters, AMSGrad, float16 gradients with loss scaling.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsp_kernels._tensor_lists import ALIGNMENT, CHUNK, AddressTables, are_aligned, check_lists, chunk_table
+from fastsp_kernels._triton import INTERPRETED, LAUNCH_OPTIONS, autotune, jit, tl, uses_triton
+
+CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+TUNING_ELEMENTS = 1 << 24  # well beyond the cache of any GPU
+
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+def global_norm(gradients: list[Tensor]) -> Tensor:
+    """The L2 norm over all gradients together, 0-d float32, accumulated in float32; deterministic, without a host sync.
+
+    Raises:
+        ValueError: an empty list.
+    """
+    if not gradients:
+        raise ValueError("gradients must not be empty")
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
+
+
+def adamw_ema(
+    masters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    emas: list[Tensor],
+    copies: list[Tensor],
+    *,
+    learning_rate: Tensor,
+    ema_decay: Tensor,
+    gradient_norm: Tensor,
+    step: Tensor,
+    skipped: Tensor,
+    max_norm: float = math.inf,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> None:
+    """One optimizer step, in place. Where the gradient's norm is not finite, only `skipped` changes (by one).
+
+    Args:
+        masters: the weights, float32. In every list, tensor i has the shape and the strides of master i, which are
+            dense in some order of dimensions (contiguous or channels_last).
+        gradients: float32 or bfloat16, one dtype for the list, as in every list.
+        exp_avgs: first moments m, float32 or bfloat16.
+        exp_avg_sqs: second moments v, float32 or bfloat16. In bfloat16 a change of less than 1/512 is rounded away, so
+            with beta2 = 0.999 it stops decaying: use it only with beta2 <= 0.99.
+        emas: moving averages of the weights, float32.
+        copies: the weights in bfloat16 or float16, rounded to nearest; or an empty list.
+        learning_rate, ema_decay: 0-d float32 tensors on the masters' device, as are the next three.
+        gradient_norm: 0-d float32, the norm of all gradients of the model, such as `global_norm(gradients)`.
+        step: 0-d float32 or int64, the number of updates done so far; grows by one with an update.
+        skipped: 0-d int64, the number of steps skipped so far.
+        max_norm: gradients are scaled by min(1, max_norm / (gradient_norm + 1e-6)).
+        betas, eps, weight_decay: of AdamW.
+
+    Raises:
+        ValueError: empty lists, or lengths, shapes, strides, dtypes or devices that do not fit together.
+    """
+    lists = (masters, gradients, exp_avgs, exp_avg_sqs, emas, copies)
+    check_lists(lists)
+    scalars = {"learning_rate": learning_rate, "ema_decay": ema_decay, "gradient_norm": gradient_norm}
+    device = masters[0].device
+    for name, scalar in {**scalars, "step": step, "skipped": skipped}.items():
+        if scalar.ndim != 0 or scalar.device != device:
+            raise ValueError(f"{name} must be a 0-d tensor on {device}, got {tuple(scalar.shape)} on {scalar.device}")
+    _adamw_ema(
+        *lists, learning_rate, ema_decay, gradient_norm, step, skipped, max_norm, betas[0], betas[1], eps, weight_decay
+    )
+
+
+@torch.library.custom_op(
+    "fastsp::adamw_ema",
+    mutates_args=("masters", "exp_avgs", "exp_avg_sqs", "emas", "copies", "step", "skipped"),
+)
+def _adamw_ema(
+    masters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    emas: list[Tensor],
+    copies: list[Tensor],
+    learning_rate: Tensor,
+    ema_decay: Tensor,
+    gradient_norm: Tensor,
+    step: Tensor,
+    skipped: Tensor,
+    max_norm: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    finite = torch.isfinite(gradient_norm)
+    step += finite
+    skipped += ~finite
+    factors = torch.stack(
+        (
+            finite.double(),
+            (max_norm / (gradient_norm.double() + CLIP_EPSILON)).clamp(max=1.0),
+            1 - learning_rate.double() * weight_decay,
+            learning_rate.double() / (1 - beta1 ** step.double()),
+            (1 - beta2 ** step.double()).sqrt(),
+            1 - ema_decay.double(),
+        )
+    )
+    run = _update_triton if uses_triton(masters[0]) else _update_reference
+    run((masters, gradients, exp_avgs, exp_avg_sqs, emas, copies), factors, beta1, beta2, eps)
+
+
+@_adamw_ema.register_fake
+def _adamw_ema_fake(*arguments: object) -> None:
+    """Everything is in place: there is no output."""
+
+
+def _update_reference(lists: Lists, factors: Tensor, beta1: float, beta2: float, eps: float) -> None:
+    """`factors`: (6,) float64, see `_adamw_ema`. Reads them on the host."""
+    masters, gradients, exp_avgs, exp_avg_sqs, emas, copies = lists
+    finite, clip, shrink, step_size, root_correction, ema_weight = factors.tolist()
+    if not finite:
+        return
+    gradients = list(torch._foreach_mul([gradient.float() for gradient in gradients], clip))
+    first, second = [m.float() for m in exp_avgs], [v.float() for v in exp_avg_sqs]  # themselves where float32
+    torch._foreach_lerp_(first, gradients, 1 - beta1)
+    torch._foreach_mul_(second, beta2)
+    torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+    torch._foreach_mul_(masters, shrink)
+    denominators = torch._foreach_sqrt(second)
+    torch._foreach_div_(denominators, root_correction)
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_addcdiv_(masters, first, denominators, -step_size)
+    torch._foreach_lerp_(emas, masters, ema_weight)
+    for stored, values in ((exp_avgs, first), (exp_avg_sqs, second), (copies, masters)):
+        if stored and stored[0].dtype != torch.float32:
+            torch._foreach_copy_(stored, values)
+
+
+def _update_triton(lists: Lists, factors: Tensor, beta1: float, beta2: float, eps: float) -> None:
+    """`factors`: (6,) float64, see `_adamw_ema`."""
+    kind = (*(tensors[0].dtype for tensors in lists if tensors), are_aligned(lists), factors.device)
+    if kind not in _tuned and not INTERPRETED:
+        _launch(_scratch(lists), are_aligned(lists), factors, beta1, beta2, eps)
+        _tuned.add(kind)
+    _launch(lists, are_aligned(lists), factors, beta1, beta2, eps)
+
+
+_address_tables = AddressTables()
+_tuned: set[tuple[object, ...]] = set()
+
+
+def _scratch(lists: Lists) -> Lists:
+    """Lists of the same dtypes to tune on: tuning repeats the update, and an update in place must not be repeated."""
+    elements = min(TUNING_ELEMENTS, sum(master.numel() for master in lists[0]))
+    masters, gradients, exp_avgs, exp_avg_sqs, emas, copies = (
+        [torch.ones(elements, dtype=tensors[0].dtype, device=tensors[0].device)] if tensors else [] for tensors in lists
+    )
+    return masters, gradients, exp_avgs, exp_avg_sqs, emas, copies
+
+
+def _launch(lists: Lists, aligned: bool, factors: Tensor, beta1: float, beta2: float, eps: float) -> None:
+    masters, gradients, exp_avgs, exp_avg_sqs, _, copies = lists
+    chunks = chunk_table(tuple(master.numel() for master in masters), factors.device)
+    with torch.cuda.device_of(factors):
+        _adamw_ema_kernel[(len(chunks),)](
+            _address_tables.find(lists),
+            chunks,
+            factors,
+            len(masters),
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            eps,
+            GRADIENT=_triton_dtype(gradients),
+            FIRST=_triton_dtype(exp_avgs),
+            SECOND=_triton_dtype(exp_avg_sqs),
+            COPY=_triton_dtype(copies),
+            ALIGNMENT=ALIGNMENT if aligned else 1,
+            CHUNK=CHUNK,
+            **LAUNCH_OPTIONS,
+        )
+
+
+def _triton_dtype(tensors: list[Tensor]) -> Any:
+    """The element type of a list, None for an empty one."""
+    return getattr(tl, str(tensors[0].dtype).removeprefix("torch.")) if tensors else None
+
+
+@autotune(blocks=(1024, 2048, 4096), warps=(4, 8), key=["GRADIENT", "FIRST", "SECOND", "COPY", "ALIGNMENT"])
+@jit
+def _adamw_ema_kernel(
+    addresses_ptr,
+    chunks_ptr,
+    factors_ptr,
+    tensors,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    GRADIENT: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    COPY: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: one chunk of one tensor. A skipped step has no elements, and so moves no bytes."""
+    chunk = chunks_ptr + tl.program_id(0) * 3
+    finite = tl.load(factors_ptr).to(tl.int64)
+    tensor, first, count = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2) * finite
+    clip, shrink = tl.load(factors_ptr + 1).to(tl.float32), tl.load(factors_ptr + 2).to(tl.float32)
+    step_size, root_correction = tl.load(factors_ptr + 3).to(tl.float32), tl.load(factors_ptr + 4).to(tl.float32)
+    ema_weight = tl.load(factors_ptr + 5).to(tl.float32)
+
+    column = addresses_ptr + tensor
+    master_ptr = _pointer_device(column, tl.float32, first, ALIGNMENT)
+    gradient_ptr = _pointer_device(column + tensors, GRADIENT, first, ALIGNMENT)
+    first_ptr = _pointer_device(column + 2 * tensors, FIRST, first, ALIGNMENT)
+    second_ptr = _pointer_device(column + 3 * tensors, SECOND, first, ALIGNMENT)
+    ema_ptr = _pointer_device(column + 4 * tensors, tl.float32, first, ALIGNMENT)
+    for start in range(0, CHUNK, BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        mask = offset < count
+        gradient = tl.load(gradient_ptr + offset, mask, other=0.0).to(tl.float32) * clip
+        first_moment = tl.load(first_ptr + offset, mask, other=0.0).to(tl.float32)
+        second_moment = tl.load(second_ptr + offset, mask, other=0.0).to(tl.float32)
+        master = tl.load(master_ptr + offset, mask, other=0.0) * shrink
+        ema = tl.load(ema_ptr + offset, mask, other=0.0)
+
+        first_moment = _lerp_device(first_moment, gradient, one_minus_beta1)
+        second_moment = second_moment * beta2 + one_minus_beta2 * gradient * gradient
+        denominator = tl.div_rn(tl.sqrt_rn(second_moment), root_correction) + eps
+        master = master - step_size * tl.div_rn(first_moment, denominator)
+
+        tl.store(first_ptr + offset, first_moment.to(FIRST), mask)
+        tl.store(second_ptr + offset, second_moment.to(SECOND), mask)
+        tl.store(master_ptr + offset, master, mask)
+        tl.store(ema_ptr + offset, _lerp_device(ema, master, ema_weight), mask)
+        if COPY is not None:
+            copy_ptr = _pointer_device(column + 5 * tensors, COPY, first, ALIGNMENT)
+            tl.store(copy_ptr + offset, master.to(COPY), mask)
+
+
+@jit
+def _pointer_device(address_ptr, DTYPE: tl.constexpr, first, ALIGNMENT: tl.constexpr):
+    """The address that is stored at `address_ptr`, moved on by `first` elements."""
+    pointer = tl.load(address_ptr).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(pointer, ALIGNMENT) + tl.multiple_of(first, 16)
+
+
+@jit
+def _lerp_device(start, end, weight):
+    """torch.lerp's two branches: exactly `end` at weight 1."""
+    difference = end - start
+    return tl.where(weight < 0.5, start + weight * difference, end - difference * (1.0 - weight))
