@@ -16,12 +16,15 @@ from fastsp.data.bad_samples import BadSampleLog
 from fastsp.data.batch import Batch
 from fastsp.data.captions import Tokenize
 from fastsp.data.digits import digits_shards
+from fastsp.data.folder import FolderReader
 from fastsp.data.order import SampleOrder
 from fastsp.data.pipeline import ImagePipeline
 from fastsp.data.prefetch import Prefetcher
 from fastsp.data.samples import BadSample, EncodedSample, SampleReader
 from fastsp.data.shards import ShardReader
 from fastsp.errors import UserError
+
+SOURCES = ("digits", "images", "shards", "latents")
 
 
 class DataConfig(Protocol):
@@ -94,6 +97,8 @@ def open_source(
 
 
 def _open_reader(config: DataConfig) -> SampleReader:
+    if config.source not in SOURCES:
+        raise UserError(f"data.source is {config.source!r}; allowed: {', '.join(SOURCES)}")
     captioned = not config.unconditional
     if config.source == "digits":
         return ShardReader(digits_shards(config.split), captioned)
@@ -101,7 +106,9 @@ def _open_reader(config: DataConfig) -> SampleReader:
         raise UserError(f"data.path is missing; data.source {config.source!r} needs one")
     if config.source == "shards":
         return ShardReader(config.path, captioned)
-    raise UserError(f"data.source is {config.source!r}; allowed: digits, images, shards, latents")
+    if config.source == "images":
+        return FolderReader(config.path, captioned)
+    raise UserError("data.source 'latents' is not built yet; allowed: digits, images, shards")
 
 
 @dataclass(frozen=True)

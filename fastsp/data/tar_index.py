@@ -114,9 +114,10 @@ def scan_tar(path: Path) -> TarScan:
     members: dict[str, dict[str, tuple[int, int]]] = {}
     damage = None
     try:
+        size = path.stat().st_size
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if member.isfile():
+                if member.isfile() and member.offset_data + member.size <= size:
                     key, suffix = _split_name(member.name)
                     members.setdefault(key, {})[suffix] = (member.offset_data, member.size)
             damage = _damage_at(path, tar.offset)

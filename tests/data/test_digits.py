@@ -63,5 +63,5 @@ def test_a_kill_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
 
 
 def test_unknown_split(tmp_path):
-    with pytest.raises(UserError, match="'test'.*train, heldout"):
+    with pytest.raises(UserError, match=r"'test'.*train, heldout"):
         digits_shards("test", tmp_path)

@@ -1,0 +1,138 @@
+"""Tar shards: patterns, the index and its file, and what is said about damage."""
+
+import json
+import os
+
+import pytest
+from data.helpers import write_tar
+
+from fastsp.data.samples import BadSample
+from fastsp.data.shards import ShardReader, expand_braces, expand_shards
+from fastsp.data.tar_index import build_index, load_or_build_index
+from fastsp.errors import UserError
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two shards of three samples: `.txt` captions in the first, img2dataset's `.json` in the second."""
+    first = [(f"{i:03d}.{suffix}", f"{suffix}{i}".encode()) for i in range(3) for suffix in ("jpg", "txt")]
+    second = []
+    for i in range(3, 6):
+        second += [
+            (f"sub/{i:03d}.json", json.dumps({"caption": f"txt{i}"}).encode()),
+            (f"sub/{i:03d}.jpg", b"jpg%d" % i),
+        ]
+    return [write_tar(tmp_path / "a" / "00008.tar", first), write_tar(tmp_path / "a" / "00009.tar", second)]
+
+
+def test_braces():
+    assert expand_braces("x-{008..010}.tar") == ["x-008.tar", "x-009.tar", "x-010.tar"]
+    assert expand_braces("{a,b}/{0..1}") == ["a/0", "a/1", "b/0", "b/1"]
+    assert expand_braces("plain.tar") == ["plain.tar"]
+
+
+def test_patterns_name_the_same_shards(shards):
+    folder = shards[0].parent
+    assert expand_shards(folder) == shards
+    assert expand_shards(f"{folder}/{{00008..00009}}.tar") == shards
+    assert expand_shards(f"{folder}/*.tar") == shards
+    assert expand_shards(f"{folder.parent}/**/0000[89].tar") == shards
+    assert expand_shards([shards[1], f"{folder}/*.tar"]) == [shards[1], shards[0]]
+
+
+def test_a_missing_shard_is_named(shards):
+    with pytest.raises(UserError, match=r"00010\.tar"):
+        expand_shards(f"{shards[0].parent}/{{00008..00010}}.tar")
+    with pytest.raises(UserError, match="no shard"):
+        expand_shards(f"{shards[0].parent}/*.tgz")
+
+
+def test_every_sample_by_index(shards):
+    reader = ShardReader(shards)
+    samples = [reader.read(index) for index in range(len(reader))]
+    assert [sample.image for sample in samples] == [b"jpg%d" % i for i in range(6)]
+    assert [sample.caption for sample in samples] == [f"txt{i}" for i in range(6)]
+    assert reader.name(1) == f"{shards[0]}#001" and reader.name(5) == f"{shards[1]}#sub/005"
+
+
+def test_the_index_is_made_once(shards, monkeypatch):
+    load_or_build_index(shards)
+    monkeypatch.setattr("fastsp.data.tar_index.build_index", lambda shards: pytest.fail("made again"))
+    assert len(load_or_build_index(shards)) == 6
+    assert ShardReader(shards).name(4).endswith("#sub/004")
+
+
+def test_a_changed_shard_is_indexed_again(shards):
+    load_or_build_index(shards)
+    write_tar(shards[0], [("new.jpg", b"jpg"), ("new.txt", b"text")])
+    assert len(load_or_build_index(shards)) == 4
+
+
+def test_the_index_goes_to_the_cache_where_the_folder_is_read_only(shards, tmp_path, monkeypatch):
+    real = os.open
+
+    def read_only(path, flags, *args, **kwargs):
+        if flags & os.O_CREAT and str(path).startswith(str(shards[0].parent)):
+            raise PermissionError(13, "read-only")
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setenv("FASTSP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "open", read_only)  # what tempfile calls; as root, modes do not forbid anything
+    load_or_build_index(shards)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    monkeypatch.setattr("fastsp.data.tar_index.build_index", lambda shards: pytest.fail("made again"))
+    assert len(load_or_build_index(shards)) == 6
+
+
+def test_a_broken_index_file_is_made_again(shards):
+    load_or_build_index(shards)
+    (file,) = shards[0].parent.glob(".fastsp-index-*")
+    file.write_bytes(file.read_bytes()[:-9])
+    assert len(load_or_build_index(shards)) == 6
+
+
+def test_damaged_tars_give_what_lies_before_the_damage(shards):
+    whole = shards[0].read_bytes()
+    shards[0].write_bytes(whole[: 512 * 9])  # a sample is four blocks: this ends with the third image's header
+    broken = bytearray(shards[1].read_bytes())
+    broken[512 * 8 + 10] ^= 255  # the header of the fifth member
+    shards[1].write_bytes(broken)
+    index = build_index(shards)
+    assert [path for path, _ in index.damaged] == [str(shard) for shard in shards]
+    assert [index.name(i)[1] for i in range(len(index))] == ["000", "001", "sub/003", "sub/004"]
+
+
+def test_junk_and_empty_files_are_damaged_tars(shards):
+    shards[0].write_bytes(b"<html>not found</html>" * 100)
+    shards[1].write_bytes(b"")
+    index = build_index(shards)
+    assert len(index) == 0 and len(index.damaged) == 2
+    with pytest.raises(UserError, match="no images"):
+        ShardReader(shards)
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([("0.jpg", b"x")], "no caption"),
+        ([("0.jpg", b"x"), ("0.txt", b" \n")], "no caption"),
+        ([("0.jpg", b"x"), ("0.txt", b"caf\xe9")], "not UTF-8"),
+        ([("0.jpg", b"x"), ("0.json", b"{")], "JSON"),
+        ([("0.jpg", b"x"), ("0.json", b'{"caption": null}')], "no caption"),
+    ],
+)
+def test_bad_captions(tmp_path, members, reason):
+    tar = write_tar(tmp_path / "0.tar", members)
+    with pytest.raises(BadSample, match=reason):
+        ShardReader(tar).read(0)
+    assert ShardReader(tar, captioned=False).read(0).caption == ""
+
+
+def test_a_shard_that_disappears_or_shrinks_in_mid_run(shards):
+    reader = ShardReader(shards)
+    shards[0].unlink()
+    shards[1].write_bytes(shards[1].read_bytes()[: 512 * 2])
+    with pytest.raises(BadSample, match="No such file"):
+        reader.read(0)
+    with pytest.raises(BadSample, match="ends early"):
+        reader.read(5)

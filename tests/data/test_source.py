@@ -1,0 +1,173 @@
+"""The source as the trainer uses it: positions, ranks, resuming, bad samples, threads."""
+
+import json
+import threading
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+import torch
+from data.helpers import ByteTokenizer, Config, encode, photo, write_tar
+
+from fastsp.data.batch import Batch
+from fastsp.data.order import SampleOrder
+from fastsp.data.source import open_source
+from fastsp.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FASTSP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def open_digits(**options):
+    return open_source(Config(**options), tokenizer=ByteTokenizer(), channels=1, seed=7)
+
+
+def collect(source, **options):
+    with closing(source.batches(**options)) as batches:
+        return list(batches)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    tensors = ("positions", "pixel_values", "input_ids", "weights", "original_sizes", "crop_offsets")
+    return a.captions == b.captions and all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
+
+
+def test_one_batch():
+    (batch,) = collect(open_digits(), batch_size=6, last_position=6)
+    assert batch.positions.tolist() == list(range(6))
+    assert batch.pixel_values.shape == (6, 1, 16, 16) and batch.pixel_values.dtype == torch.float32
+    assert batch.input_ids.shape == (6, 24) and batch.input_ids.dtype == torch.int64
+    assert batch.weights.tolist() == [1] * 6
+    assert all(
+        bytes(row).rstrip(b"\0").decode() == text for row, text in zip(batch.input_ids, batch.captions, strict=True)
+    )
+    assert batch.original_sizes.tolist() == [[8, 8]] * 6
+
+
+def test_the_epoch_is_the_permutation_of_the_source():
+    source = open_digits(split="heldout")
+    order = SampleOrder(len(source), 7)
+    for epoch in range(2):
+        first = epoch * len(source)
+        batches = collect(source, first_position=first, last_position=first + len(source), batch_size=100)
+        captions = [caption for batch in batches for caption in batch.captions]
+        indices = order(torch.arange(first, first + len(source))).tolist()
+        assert captions == [source.reader.read(index).caption for index in indices]
+
+
+def test_resume_at_any_position():
+    straight = collect(open_digits(crop="random", flip=True), batch_size=8, last_position=80)
+    for step in (1, 7):
+        rest = collect(open_digits(crop="random", flip=True), first_position=8 * step, batch_size=8, last_position=80)
+        assert len(rest) == 10 - step and all(map(same, rest, straight[step:]))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_together_are_the_whole_batch(world_size):
+    options = {"batch_size": 10, "last_position": 44}
+    whole = collect(open_digits(), **options)
+    ranks = [collect(open_digits(), rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+    for step, batch in enumerate(whole):
+        parts = [rank[step] for rank in ranks]
+        assert torch.equal(torch.cat([part.positions for part in parts]), batch.positions)
+        assert torch.equal(torch.cat([part.pixel_values for part in parts]), batch.pixel_values)
+        assert torch.equal(torch.cat([part.input_ids for part in parts]), batch.input_ids)
+
+
+def test_microbatches():
+    (batch,) = collect(open_digits(), batch_size=10, last_position=10)
+    parts = list(batch.microbatches(4))
+    assert [len(part) for part in parts] == [4, 4, 2]
+    assert torch.equal(torch.cat([part.pixel_values for part in parts]), batch.pixel_values)
+    assert sum((part.captions for part in parts), ()) == batch.captions
+    assert same(next(batch.microbatches(None)), batch)
+
+
+def test_unconditional_captions_are_empty():
+    (batch,) = collect(open_digits(unconditional=True), batch_size=4, last_position=4)
+    assert batch.captions == ("",) * 4 and (batch.input_ids == 0).all()
+
+
+def test_closing_stops_every_thread():
+    before = threading.active_count()
+    batches = open_digits().batches(batch_size=4)
+    next(batches)
+    batches.close()
+    assert threading.active_count() == before
+
+
+def write_set(folder, good: int, bad: dict[str, tuple[bytes, bytes]]):
+    """A shard of `good` photographs, and the bad samples in between."""
+    members = []
+    for index in range(good):
+        members += [
+            (f"good{index:03d}.jpg", encode(photo(index, 40, 50))),
+            (f"good{index:03d}.txt", b"good %d" % index),
+        ]
+    for name, (image, caption) in bad.items():
+        members[len(members) // 2 // 2 * 2 : 0] = [(f"{name}.jpg", image), (f"{name}.txt", caption)]
+    return write_tar(folder / "0.tar", members)
+
+
+def bad_kinds():
+    good = encode(photo(99, 40, 50))
+    return {
+        "truncated": (good[: len(good) // 2], b"x"),
+        "empty": (b"", b"x"),
+        "junk": (b"not an image" * 9, b"x"),
+        "nocaption": (good, b""),
+        "latin1": (good, b"caf\xe9"),
+    }
+
+
+def open_mixed(tmp_path, **options):
+    tar = write_set(tmp_path, 20, bad_kinds())
+    config = Config(source="shards", path=str(tar), **({"max_bad_fraction": 0.3} | options))
+    return open_source(config, tokenizer=None, channels=3, seed=3, bad_samples_file=tmp_path / "bad_samples.jsonl")
+
+
+def test_bad_samples_keep_their_position_with_weight_zero_and_are_named_once(tmp_path):
+    source = open_mixed(tmp_path)
+    assert len(source) == 25
+    batches = collect(source, batch_size=4, last_position=75)  # three epochs
+    captions = [caption for batch in batches for caption in batch.captions]
+    weights = torch.cat([batch.weights for batch in batches])
+    assert [caption != "" for caption in captions] == [weight == 1 for weight in weights]
+    for epoch in range(3):
+        seen = sorted(filter(None, captions[25 * epoch : 25 * epoch + 25]))
+        assert seen == sorted(f"good {index}" for index in range(20))
+    lines = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    assert sorted(line["sample"].rpartition("#")[2] for line in lines) == sorted(bad_kinds())
+    assert len(source.bad_samples) == 5
+    reasons = {line["sample"].rpartition("#")[2]: line["reason"] for line in lines}
+    assert "UTF-8" in reasons["latin1"] and reasons["nocaption"] == "no caption" and "empty" in reasons["empty"]
+
+
+def test_a_second_process_does_not_name_them_again(tmp_path):
+    collect(open_mixed(tmp_path), batch_size=5, last_position=25)
+    text = (tmp_path / "bad_samples.jsonl").read_text()
+    collect(open_mixed(tmp_path), first_position=25, batch_size=5, last_position=50)
+    assert (tmp_path / "bad_samples.jsonl").read_text() == text
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path):
+    source = open_mixed(tmp_path, max_bad_fraction=0.1)
+    with pytest.raises(UserError, match=r"data\.max_bad_fraction = 0\.1 .*#"):
+        collect(source, batch_size=5, last_position=25)
+
+
+def test_mistakes(tmp_path):
+    good = Config()
+    for wrong, message in [
+        (replace(good, source="pictures"), "'pictures'.*digits, images, shards, latents"),
+        (replace(good, source="shards"), "data.path is missing"),
+        (replace(good, source="shards", path=str(tmp_path / "none-{0..3}.tar")), "none-0.tar"),
+        (replace(good, crop="middle"), "'middle'.*center, random"),
+        (replace(good, split="test"), "'test'.*train, heldout"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            open_source(wrong, tokenizer=None, channels=1, seed=0)
+    with pytest.raises(UserError, match="number of ranks, 4"):
+        open_digits().batches(batch_size=3, world_size=4)
