@@ -230,45 +230,62 @@ def _adamw_ema_kernel(
     """One program: one chunk of one tensor. A skipped step has no elements, and so moves no bytes."""
     chunk = chunks_ptr + tl.program_id(0) * 3
     finite = tl.load(factors_ptr).to(tl.int64)
-    tensor, first, count = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2) * finite
-    clip, shrink = tl.load(factors_ptr + 1).to(tl.float32), tl.load(factors_ptr + 2).to(tl.float32)
-    step_size, root_correction = tl.load(factors_ptr + 3).to(tl.float32), tl.load(factors_ptr + 4).to(tl.float32)
-    ema_weight = tl.load(factors_ptr + 5).to(tl.float32)
-
+    tensor, count = tl.load(chunk), tl.load(chunk + 2) * finite
+    first = tl.multiple_of(tl.load(chunk + 1), CHUNK)
     column = addresses_ptr + tensor
-    master_ptr = _pointer_device(column, tl.float32, first, ALIGNMENT)
-    gradient_ptr = _pointer_device(column + tensors, GRADIENT, first, ALIGNMENT)
-    first_ptr = _pointer_device(column + 2 * tensors, FIRST, first, ALIGNMENT)
-    second_ptr = _pointer_device(column + 3 * tensors, SECOND, first, ALIGNMENT)
-    ema_ptr = _pointer_device(column + 4 * tensors, tl.float32, first, ALIGNMENT)
+    pointers = (
+        _pointer_device(column, tl.float32, first, ALIGNMENT),
+        _pointer_device(column + tensors, GRADIENT, first, ALIGNMENT),
+        _pointer_device(column + 2 * tensors, FIRST, first, ALIGNMENT),
+        _pointer_device(column + 3 * tensors, SECOND, first, ALIGNMENT),
+        _pointer_device(column + 4 * tensors, tl.float32, first, ALIGNMENT),
+    )
+    copy_ptr = None if COPY is None else _pointer_device(column + 5 * tensors, COPY, first, ALIGNMENT)
+    factors = (
+        tl.load(factors_ptr + 1).to(tl.float32),
+        tl.load(factors_ptr + 2).to(tl.float32),
+        tl.load(factors_ptr + 3).to(tl.float32),
+        tl.load(factors_ptr + 4).to(tl.float32),
+        tl.load(factors_ptr + 5).to(tl.float32),
+    )
+    constants = (one_minus_beta1, beta2, one_minus_beta2, eps)
     for start in range(0, CHUNK, BLOCK):
         offset = start + tl.arange(0, BLOCK)
-        mask = offset < count
-        gradient = tl.load(gradient_ptr + offset, mask, other=0.0).to(tl.float32) * clip
-        first_moment = tl.load(first_ptr + offset, mask, other=0.0).to(tl.float32)
-        second_moment = tl.load(second_ptr + offset, mask, other=0.0).to(tl.float32)
-        master = tl.load(master_ptr + offset, mask, other=0.0) * shrink
-        ema = tl.load(ema_ptr + offset, mask, other=0.0)
+        if start + BLOCK <= count:  # no mask, so that a thread moves 16 bytes at a time
+            _update_device(pointers, copy_ptr, offset, None, factors, constants)
+        elif start < count:
+            _update_device(pointers, copy_ptr, offset, offset < count, factors, constants)
 
-        first_moment = _lerp_device(first_moment, gradient, one_minus_beta1)
-        second_moment = second_moment * beta2 + one_minus_beta2 * gradient * gradient
-        denominator = tl.div_rn(tl.sqrt_rn(second_moment), root_correction) + eps
-        master = master - step_size * tl.div_rn(first_moment, denominator)
 
-        tl.store(first_ptr + offset, first_moment.to(FIRST), mask)
-        tl.store(second_ptr + offset, second_moment.to(SECOND), mask)
-        tl.store(master_ptr + offset, master, mask)
-        tl.store(ema_ptr + offset, _lerp_device(ema, master, ema_weight), mask)
-        if COPY is not None:
-            copy_ptr = _pointer_device(column + 5 * tensors, COPY, first, ALIGNMENT)
-            tl.store(copy_ptr + offset, master.to(COPY), mask)
+@jit
+def _update_device(pointers, copy_ptr, offset, mask, factors, constants):
+    master_ptr, gradient_ptr, first_ptr, second_ptr, ema_ptr = pointers
+    clip, shrink, step_size, root_correction, ema_weight = factors
+    one_minus_beta1, beta2, one_minus_beta2, eps = constants
+    gradient = tl.load(gradient_ptr + offset, mask).to(tl.float32) * clip
+    first_moment = tl.load(first_ptr + offset, mask).to(tl.float32)
+    second_moment = tl.load(second_ptr + offset, mask).to(tl.float32)
+    master = tl.load(master_ptr + offset, mask) * shrink
+    ema = tl.load(ema_ptr + offset, mask)
+
+    first_moment = _lerp_device(first_moment, gradient, one_minus_beta1)
+    second_moment = second_moment * beta2 + one_minus_beta2 * gradient * gradient
+    denominator = tl.div_rn(tl.sqrt_rn(second_moment), root_correction) + eps
+    master = master - step_size * tl.div_rn(first_moment, denominator)
+
+    tl.store(first_ptr + offset, first_moment.to(first_ptr.dtype.element_ty), mask)
+    tl.store(second_ptr + offset, second_moment.to(second_ptr.dtype.element_ty), mask)
+    tl.store(master_ptr + offset, master, mask)
+    tl.store(ema_ptr + offset, _lerp_device(ema, master, ema_weight), mask)
+    if copy_ptr is not None:
+        tl.store(copy_ptr + offset, master.to(copy_ptr.dtype.element_ty), mask)
 
 
 @jit
 def _pointer_device(address_ptr, DTYPE: tl.constexpr, first, ALIGNMENT: tl.constexpr):
     """The address that is stored at `address_ptr`, moved on by `first` elements."""
     pointer = tl.load(address_ptr).to(tl.pointer_type(DTYPE))
-    return tl.multiple_of(pointer, ALIGNMENT) + tl.multiple_of(first, 16)
+    return tl.multiple_of(pointer, ALIGNMENT) + first
 
 
 @jit

@@ -141,11 +141,15 @@ def random_normals(seed: Words, stream: int, positions: Tensor, shape: Sequence[
     """
     count = math.prod(shape)
     words = random_words(seed, stream, positions, count + count % 2)
-    fractions = (words >> 8).float().view(len(positions), -1, 2)
-    radius = ((fractions[..., 0] + 1) * 2.0**-24).log().mul(-2).sqrt()
-    angle = fractions[..., 1] * 2.0**-24 * (2 * math.pi)
-    normals = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+    normals = torch.stack(box_muller(words[:, 0::2], words[:, 1::2]), dim=-1)
     return normals.flatten(1)[:, :count].reshape(len(positions), *shape)
+
+
+def box_muller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float32 normals from two words (int64 holding u32): see `random_normals`."""
+    radius = (((first >> 8).float() + 1) * 2.0**-24).log().mul(-2).sqrt()
+    angle = (second >> 8).float() * 2.0**-24 * (2 * math.pi)
+    return radius * angle.cos(), radius * angle.sin()
 
 
 def _split(value: Words) -> tuple[Words, Words]:
