@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
+from fastsp.data.cache import cache_folder
 from fastsp.errors import UserError
 from fastsp.evaluation.features import FeatureModel
 from fastsp.evaluation.pictures import Pictures
@@ -68,7 +69,7 @@ def caption_classifier(train: Pictures, heldout: Pictures, cache: Path | None = 
             "(give an Inception-v3 safetensors file instead)"
         )
     digest = _digest(train)
-    weights = (cache or default_cache()) / f"classifier-{digest}.safetensors"
+    weights = (cache or cache_folder()) / f"classifier-{digest}.safetensors"
     model = _untrained(names, f"classifier-{digest}").eval().requires_grad_(False)
     if weights.exists():
         model.load_state_dict(load_file(weights))
@@ -98,11 +99,6 @@ def caption_labels(pictures: Pictures, class_names: Sequence[str]) -> Tensor:
     """Class index of every caption, int64 (N,)."""
     index = {name: i for i, name in enumerate(class_names)}
     return torch.tensor([index[caption] for caption in pictures.captions])
-
-
-def default_cache() -> Path:
-    """`$FASTSP_CACHE` if set, else `~/.cache/fastsp`."""
-    return Path(os.environ.get("FASTSP_CACHE") or Path.home() / ".cache" / "fastsp")
 
 
 def _digest(train: Pictures) -> str:

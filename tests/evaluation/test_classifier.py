@@ -8,7 +8,7 @@ import torch
 
 from fastsp.errors import UserError
 from fastsp.evaluation import classifier as module
-from fastsp.evaluation.classifier import accuracy, caption_classifier, default_cache
+from fastsp.evaluation.classifier import accuracy, caption_classifier
 from fastsp.evaluation.metrics import validity
 from fastsp.evaluation.pictures import Pictures
 
@@ -65,10 +65,3 @@ def test_extraction_does_not_depend_on_the_batch_size(classifier, unseen) -> Non
 def test_data_without_classes_is_refused(train, heldout, tmp_path, captions: list[str]) -> None:
     with pytest.raises(UserError, match=r"evaluation\.features=classifier: .* distinct captions; allowed: 2 to 100"):
         caption_classifier(Pictures(train.images[:200], captions), heldout, tmp_path)
-
-
-def test_the_cache_can_be_moved(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("FASTSP_CACHE", str(tmp_path))
-    assert default_cache() == tmp_path
-    monkeypatch.delenv("FASTSP_CACHE")
-    assert default_cache() == Path.home() / ".cache" / "fastsp"

@@ -1,0 +1,41 @@
+"""What a run was made with: versions of what matters for its figures, and the machine."""
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = (
+    "fastsp",
+    "torch",
+    "diffusers",
+    "transformers",
+    "torchmetrics",
+    "scikit-learn",
+    "nvidia-dali-cuda130",
+    "triton",
+)
+
+
+def environment() -> dict[str, str]:
+    """Name -> version or description, of this process."""
+    facts = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "not installed"
+    on_gpu = torch.cuda.is_available()
+    facts["device"] = torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores"
+    facts["platform"] = platform.platform(terse=True)
+    return facts
+
+
+def write_environment(run_dir: Path) -> None:
+    """Write `environment.json` into `run_dir`, unless the run began elsewhere and has one."""
+    path = run_dir / "environment.json"
+    if not path.exists():
+        path.write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,132 @@
+"""What a run directory holds, read for the report: nothing else is looked at, and any part may be missing.
+
+config.yaml                    the resolved configuration
+metrics.jsonl                  a line per logged step: {stage, step, loss, grad_norm, learning_rate, samples_per_s}
+evaluation.json                a list of rows, see `fastsp.evaluation.rows`
+environment.json               versions and machine, see `fastsp.evaluation.environment`
+samples/<stage>_step_<n>.png   grid made during training, from the noise that every grid of the run starts from
+samples/<stage>_final.png      grid of the finished stage, same noise, same captions
+samples/trajectory_<stage>.png x0^ of a few samples: one row a sample, one column a sampling step
+samples/captions.txt           the grids' captions in reading order, one a line
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastsp.errors import UserError
+
+_STEP_GRID = re.compile(r"(?P<stage>.+)_step_(?P<step>\d+)")
+
+
+@dataclass
+class RunFiles:
+    """The contents of a run directory.
+
+    Attributes:
+        config: the configuration as plain data.
+        metrics: by stage, in order of training, its logged lines by rising step.
+        rows: of `evaluation.json`.
+        environment: versions and machine.
+        final_grids: by stage, the path of the finished stage's grid.
+        step_grids: by stage, (step, path) by rising step.
+        trajectories: by stage, the path.
+        captions: of the grids.
+    """
+
+    directory: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+    final_grids: dict[str, Path] = field(default_factory=dict)
+    step_grids: dict[str, list[tuple[int, Path]]] = field(default_factory=dict)
+    trajectories: dict[str, Path] = field(default_factory=dict)
+    captions: list[str] = field(default_factory=list)
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """The configured stages in order of training; `init` defaults to the stage before."""
+        stages: list[dict[str, Any]] = []
+        for stage in self.config.get("stages") or []:
+            before = stages[-1]["name"] if stages else None
+            stages.append({**stage, "init": stage.get("init") or before})
+        return stages
+
+
+def read_run(directory: Path) -> RunFiles:
+    """Read what there is.
+
+    Raises:
+        UserError: no such directory, or one of its files is broken.
+    """
+    if not directory.is_dir():
+        raise UserError(f"run directory {directory} does not exist; allowed: the run_dir of a training run")
+    run = RunFiles(directory)
+    run.config = _read_yaml(directory / "config.yaml")
+    run.rows = _read_json(directory / "evaluation.json", [])
+    run.environment = _read_json(directory / "environment.json", {})
+    run.metrics = _by_stage(_read_lines(directory / "metrics.jsonl"), [stage["name"] for stage in run.stages])
+    captions = directory / "samples" / "captions.txt"
+    run.captions = captions.read_text(encoding="utf-8").splitlines() if captions.exists() else []
+    _find_pictures(run)
+    return run
+
+
+def _find_pictures(run: RunFiles) -> None:
+    """Sort the PNGs of `samples/` by their names."""
+    for path in sorted((run.directory / "samples").glob("*.png")):
+        if path.stem.startswith("trajectory_"):
+            run.trajectories[path.stem.removeprefix("trajectory_")] = path
+        elif path.stem.endswith("_final"):
+            run.final_grids[path.stem.removesuffix("_final")] = path
+        elif match := _STEP_GRID.fullmatch(path.stem):
+            run.step_grids.setdefault(match["stage"], []).append((int(match["step"]), path))
+    for grids in run.step_grids.values():
+        grids.sort()
+
+
+def _by_stage(lines: Iterator[dict[str, Any]], configured: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Group by stage and sort by step; of two lines for one step, the one written later counts."""
+    stages: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in configured}
+    for line in lines:
+        stages.setdefault(line["stage"], {})[line["step"]] = line
+    return {name: [steps[step] for step in sorted(steps)] for name, steps in stages.items() if steps}
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a JSON-lines file; one that was cut off while being written ends it."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+
+def _read_json(path: Path, missing: Any) -> Any:
+    if not path.exists():
+        return missing
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is broken JSON: {error}; delete it or repair it") from None
+    if not isinstance(content, type(missing)):
+        raise UserError(f"{path} holds a {type(content).__name__}; allowed: a {type(missing).__name__}")
+    return content
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is broken YAML: {str(error).splitlines()[0]}; delete it or repair it") from None

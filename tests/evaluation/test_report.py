@@ -1,0 +1,118 @@
+"""The report: complete, self-contained, escaped, and the same with parts missing."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from evaluation.runs import CONFIG, HOSTILE, write_run
+
+from fastsp.errors import UserError
+from fastsp.evaluation.charts import loss_curve
+from fastsp.evaluation.report import duration, write_report
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the visible text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def count(self, name: str) -> int:
+        return sum(tag == name for tag, _ in self.tags)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", captions=[HOSTILE, "a handwritten two"])
+
+
+def test_everything_of_a_finished_run_is_there(run_dir: Path) -> None:
+    page = Page(write_report(run_dir))
+    assert page.count("img") == 9 and page.count("svg") == 3 and page.count("table") == 3
+    for text in ("32.68 / 22.20", "24.42 / 28.07", "0.00 / 35.28", "Self-perceptual is better", "a handwritten two"):
+        assert text in page.text, text
+    assert "learning_rate: 0.0001" in page.text and "CPU, 2 cores" in page.text and "5 min 20 s" in page.text
+
+
+def test_nothing_is_loaded_from_elsewhere(run_dir: Path) -> None:
+    page = Page(write_report(run_dir))
+    sources = [attrs.get("src") or attrs.get("href") for _, attrs in page.tags if "src" in attrs or "href" in attrs]
+    assert len(sources) == 9 and all(source.startswith("data:image/png;base64,") for source in sources)
+    html = (run_dir / "report.html").read_text(encoding="utf-8")
+    assert "url(" not in html and "@import" not in html and "default-src 'none'" in html
+
+
+def test_hostile_text_is_shown_as_text(run_dir: Path) -> None:
+    config = {**CONFIG, "note": HOSTILE}
+    (run_dir / "config.yaml").write_text(json.dumps(config))
+    (run_dir / "environment.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+    rows = json.loads((run_dir / "evaluation.json").read_text())
+    (run_dir / "evaluation.json").write_text(json.dumps([{**row, "features": HOSTILE} for row in rows]))
+    shutil.copy(run_dir / "samples" / "sp_final.png", run_dir / "samples" / "<script>_final.png")
+    page = Page(write_report(run_dir))
+    assert page.count("script") == 0 and not any("onerror" in attrs for _, attrs in page.tags)
+    assert page.text.count('document.title="owned"') >= 4
+
+
+PARTS = ("config.yaml", "metrics.jsonl", "evaluation.json", "environment.json", "samples")
+
+
+@pytest.mark.parametrize("missing", [*((part,) for part in PARTS), PARTS])
+def test_a_report_of_an_unfinished_run(run_dir: Path, missing: tuple[str, ...]) -> None:
+    for part in missing:
+        path = run_dir / part
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = Page(write_report(run_dir))
+    assert page.text.count("Self-perceptual") > 0 or "config.yaml" in missing
+    assert any(attrs.get("class") == "missing" for _, attrs in page.tags)
+
+
+def test_a_line_cut_off_by_a_kill_ends_the_curve(run_dir: Path) -> None:
+    metrics = run_dir / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-30])
+    assert Page(write_report(run_dir)).count("svg") == 3
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "config.yaml", "environment.json"])
+def test_broken_files_are_named(run_dir: Path, name: str) -> None:
+    (run_dir / name).write_text("{[")
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is broken") as caught:
+        write_report(run_dir)
+    assert "\n" not in str(caught.value) and not (run_dir / "report.html").exists()
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_stages_of_other_names(run_dir: Path) -> None:
+    """A run of one's own, without control, has a table and says why there is no verdict."""
+    rows = [row for row in json.loads((run_dir / "evaluation.json").read_text()) if row["stage"] != "mse_longer"]
+    (run_dir / "evaluation.json").write_text(json.dumps(rows))
+    (run_dir / "config.yaml").write_text(json.dumps({**CONFIG, "stages": CONFIG["stages"][:2]}))
+    page = Page(write_report(run_dir))
+    assert "there is no fair comparison" in page.text and page.count("table") == 2
+
+
+def test_curves_survive_what_is_not_a_number() -> None:
+    assert "no finite loss" in loss_curve([10, 20], [float("nan"), float("inf")])
+    flat = loss_curve(range(1, 5001), [0.5] * 5000)
+    assert "nan" not in flat and len(flat) < 20_000
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(7.4, "7 s"), (200, "3 min 20 s"), (3840, "1 h 04 min")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
