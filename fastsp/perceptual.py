@@ -40,7 +40,10 @@ class PerceptualNetwork(nn.Module):
         self.layers = layers
         self.unet = truncated_copy(unet, layers).requires_grad_(False)
         if dtype is not None:
-            nn.Module.to(self.unet, dtype)  # diffusers' own `to` warns about casts that do not concern a UNet
+            cast(self.unet, dtype)
+        self._collected: list[Tensor] = []
+        for block in self._observed_blocks():
+            block.register_forward_hook(self._collect)
         self.train(False)
 
     def train(self, mode: bool = True) -> PerceptualNetwork:
@@ -70,26 +73,22 @@ class PerceptualNetwork(nn.Module):
             added_cond_kwargs: SDXL's ``text_embeds`` and ``time_ids``.
             class_labels: (B, ...) where the UNet takes them.
         """
-        blocks = self._observed_blocks()
-        features: list[Tensor] = []
+        self._collected.clear()
+        last = self.unet(
+            sample,
+            timesteps,
+            encoder_hidden_states,
+            class_labels=class_labels,
+            added_cond_kwargs=added_cond_kwargs,
+            return_dict=False,
+        )[0]
+        features = tuple(self._collected)
+        self._collected.clear()  # nothing outlives the call
+        return features if self.layers in ("encoder", "decoder") else (*features, last)
 
-        def collect(_module: nn.Module, _args: Any, output: Any) -> None:
-            features.append(output[0] if isinstance(output, tuple) else output)
-
-        hooks = [block.register_forward_hook(collect) for block in blocks]
-        try:
-            last = self.unet(
-                sample,
-                timesteps,
-                encoder_hidden_states,
-                class_labels=class_labels,
-                added_cond_kwargs=added_cond_kwargs,
-                return_dict=False,
-            )[0]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return tuple(features) if self.layers in ("encoder", "decoder") else (*features, last)
+    def _collect(self, _block: nn.Module, _args: Any, output: Any) -> None:
+        """Forward hook: down blocks answer (hidden, skips), up blocks the hidden tensor."""
+        self._collected.append(output[0] if isinstance(output, tuple) else output)
 
     def _observed_blocks(self) -> list[nn.Module]:
         """The blocks whose outputs are collected on the way; the mid feature is what the cut UNet returns."""
@@ -112,6 +111,11 @@ def unwrap(unet: nn.Module) -> Any:
     if any("FSDP" in cls.__name__ or "FullyShardedDataParallel" in cls.__name__ for cls in type(unet).__mro__):
         raise ValueError("the UNet is sharded by FSDP: build the criterion before wrapping the UNet")
     return unet
+
+
+def cast(module: Any, dtype: torch.dtype) -> Any:
+    """``module.to(dtype)``, in place, without the warning that diffusers' own ``to`` gives for every UNet."""
+    return nn.Module.to(module, dtype)
 
 
 def truncated_copy(unet: Any, layers: str) -> Any:

@@ -1,0 +1,16 @@
+"""The commands of `fastsp`, one file each. Heavy imports wait until a command runs: `--help` answers at once."""
+
+import typer
+
+from fastsp.cli.sample import sample
+from fastsp.cli.train import train
+
+app = typer.Typer(
+    name="fastsp",
+    help="Train diffusion models with the self-perceptual loss.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(train)
+app.command()(sample)

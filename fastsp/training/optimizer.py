@@ -1,0 +1,113 @@
+"""AdamW with float32 master weights and the moving average of the weights, in one update.
+
+The learning rate is a pure function of the step, so that a resumed run needs to save no scheduler.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastsp.config import EMAConfig, OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, peak: float, step: int, num_steps: int) -> float:
+    """The rate of the ``step``-th update (from 1) of a stage of ``num_steps``: linear warm-up, then the schedule."""
+    warmup = config.warmup_steps
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    if config.schedule == "linear":
+        return peak * (1.0 - progress)
+    if config.schedule == "cosine":
+        return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return peak
+
+
+class AdamWEMA:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) and EMA over the parameters of a UNet.
+
+    Args:
+        unet: the online network. Parameters in half precision get float32 master weights.
+        ema_unet: of the same shape, in float32: its parameters become the moving average, starting as they are.
+        config: betas, eps, weight decay and the largest gradient norm.
+        ema: the decay.
+
+    All state lives in tensors: ``state`` names each of them, for checkpoints.
+    """
+
+    def __init__(self, unet: nn.Module, ema_unet: nn.Module, config: OptimizerConfig, ema: EMAConfig) -> None:
+        names, params = zip(*unet.named_parameters(), strict=True)
+        self.config = config
+        self.params: list[nn.Parameter] = list(params)
+        self.masters = [p.data if p.dtype == torch.float32 else p.data.float() for p in params]
+        self.low_precision = [p.data for p in params if p.dtype != torch.float32]
+        self.emas = [p.data for p in ema_unet.parameters()]
+        self.exp_avgs = [torch.zeros_like(master) for master in self.masters]
+        self.exp_avg_sqs = [torch.zeros_like(master) for master in self.masters]
+        self.gradients: list[Tensor] | None = None
+        device = self.masters[0].device
+        self.ema_decay = torch.tensor(ema.decay, device=device)
+        self.learning_rate = torch.zeros((), device=device)
+        self.step_count = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)
+        self._names: tuple[str, ...] = names
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that an exact resume needs, by name. They are the live ones: load in place."""
+        kinds = {"master": self.masters, "exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs, "ema": self.emas}
+        tensors = {
+            f"{kind}.{name}": tensor
+            for kind, group in kinds.items()
+            for name, tensor in zip(self._names, group, strict=True)
+        }
+        return {**tensors, "step_count": self.step_count, "skipped": self.skipped}
+
+    def after_loading(self) -> None:
+        """Make the half precision weights follow the master weights that were loaded in place."""
+        if self.low_precision:
+            torch._foreach_copy_(self.low_precision, self.masters)
+
+    def accumulate(self) -> None:
+        """Add the gradients of one microbatch in float32 and clear them."""
+        new = [p.grad for p in self.params]
+        assert all(g is not None for g in new), "every parameter of the UNet takes part in every forward"
+        if self.gradients is None:
+            self.gradients = [g.float() for g in new]  # type: ignore[union-attr]
+        else:
+            torch._foreach_add_(self.gradients, new)  # type: ignore[arg-type]
+        for p in self.params:
+            p.grad = None
+
+    @torch.no_grad()
+    def update(self, learning_rate: float) -> Tensor:
+        """Clip, step and average with the accumulated gradients. Returns their norm before clipping, 0-d float32.
+
+        An update whose gradient norm is not finite is skipped and counted, on the device.
+        """
+        assert self.gradients is not None, "accumulate() comes first"
+        gradients, self.gradients = self.gradients, None
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.learning_rate.fill_(learning_rate)
+        self._adamw(gradients, norm)
+        torch._foreach_lerp_(self.emas, self.masters, 1.0 - float(self.ema_decay))
+        self.after_loading()
+        return norm
+
+    def _adamw(self, gradients: list[Tensor], norm: Tensor) -> None:
+        beta1, beta2 = self.config.betas
+        if self.config.grad_clip is not None:
+            torch._foreach_mul_(gradients, (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+        self.step_count += 1
+        step, rate = float(self.step_count), float(self.learning_rate)
+        torch._foreach_mul_(self.masters, 1.0 - rate * self.config.weight_decay)
+        torch._foreach_lerp_(self.exp_avgs, gradients, 1.0 - beta1)
+        torch._foreach_mul_(self.exp_avg_sqs, beta2)
+        torch._foreach_addcmul_(self.exp_avg_sqs, gradients, gradients, 1.0 - beta2)
+        denominators = torch._foreach_sqrt(self.exp_avg_sqs)
+        torch._foreach_div_(denominators, math.sqrt(1.0 - beta2**step))
+        torch._foreach_add_(denominators, self.config.eps)
+        torch._foreach_addcdiv_(self.masters, self.exp_avgs, denominators, -rate / (1.0 - beta1**step))

@@ -1,0 +1,207 @@
+"""A run from its configuration to `final/`: the stages one after the other, each from where it stopped."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from rich.console import Console
+
+from fastsp.config import Config, StageConfig
+from fastsp.data.source import ImageSource, open_source
+from fastsp.errors import UserError
+from fastsp.models import load_model
+from fastsp.perceptual import cast
+from fastsp.training.checkpoint import Checkpoint, Progress, newest_whole, save_checkpoint
+from fastsp.training.interrupt import Interrupted, StopRequest
+from fastsp.training.monitor import Monitor
+from fastsp.training.optimizer import AdamWEMA
+from fastsp.training.run_directory import RunDirectory
+from fastsp.training.samples import SampleDrawer
+from fastsp.training.step import COMPUTE_DTYPES, Objective, TrainingStep
+
+
+def train(config: Config, resume: bool = False, console: Console | None = None) -> None:
+    """Train all stages of a configuration and write ``final/``.
+
+    Args:
+        config: of the run.
+        resume: go on with the run in ``config.run_dir`` from its newest whole checkpoint.
+        console: where to print; None: standard output.
+
+    Raises:
+        UserError: the run directory is not to be had, the model or the data cannot be loaded.
+        Interrupted: by SIGINT or SIGTERM, after saving.
+    """
+    with RunDirectory(config, resume) as run, StopRequest() as stop:
+        Trainer(config, run, stop, console or Console()).train(resume)
+
+
+class Trainer:
+    """One process's share of a run. Made and used by :func:`train`."""
+
+    def __init__(self, config: Config, run: RunDirectory, stop: StopRequest, console: Console) -> None:
+        self.config, self.run, self.stop, self.console = config, run, stop, console
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        _refuse_unsupported(config, self.device)
+        model = config.model
+        self.model = load_model(model.preset, model.pretrained, config.data.resolution, config.seed)
+        self.model.text_encoder.to(self.device)
+        self.source: ImageSource = open_source(
+            config.data,
+            tokenizer=self.model.tokenizer,
+            channels=self.model.channels,
+            seed=config.seed,
+            device=self.device,
+            bad_samples_file=run.bad_samples_file,
+        )
+        self.samples = SampleDrawer(self.model, config, self._some_captions(), run.samples, self.device)
+        parameters = sum(p.numel() for p in self.model.unet.parameters())
+        console.print(
+            f"run {run.root}: {len(self.source)} samples of {config.data.source}, UNet of {parameters / 1e6:.1f} M "
+            f"parameters, {config.precision} on {_device_name(self.device)}"
+        )
+
+    def train(self, resume: bool) -> None:
+        """All stages, then ``final/``."""
+        checkpoint = self._newest_checkpoint() if resume else None
+        reached = checkpoint.progress.global_step if checkpoint else 0
+        self.run.rewind_metrics(reached)
+        steps_before = 0
+        for stage in self.config.stages:
+            done = min(max(reached - steps_before, 0), stage.steps)
+            if done < stage.steps or not self.run.stage_folder(stage.name).is_dir():
+                self.train_stage(stage, done, steps_before, checkpoint)
+            steps_before += stage.steps
+        self.finish()
+
+    def train_stage(self, stage: StageConfig, done: int, steps_before: int, checkpoint: Checkpoint | None) -> None:
+        """One stage, from update ``done`` on (what the checkpoint holds), to the EMA weights in its folder."""
+        self.console.print(_headline(stage, done))
+        step, ema_unet = self._build(stage)
+        if done:
+            assert checkpoint is not None and checkpoint.progress.stage == stage.name
+            checkpoint.load_into(step.optimizer.state)
+            step.optimizer.after_loading()
+        batch_size = self.config.data.batch_size
+        first = self.config.first_position(stage)
+        batches = self.source.batches(
+            first_position=first + done * batch_size,
+            last_position=first + stage.steps * batch_size,
+            batch_size=batch_size,
+        )
+        monitor = Monitor(self.run, self.config, stage, done, steps_before, self.console)
+        with closing(batches), monitor:
+            for number, batch in enumerate(batches, start=done + 1):
+                result = step(batch.to(self.device), number)
+                monitor.after_step(number, result, len(self.source.bad_samples))
+                if _due(number, self.config.samples.every, stage.steps):
+                    self.samples.draw(ema_unet, f"{stage.name}_step_{number:06d}")
+                if _due(number, self.config.checkpoint.every, stage.steps) or self.stop.signal_number:
+                    progress = Progress(stage.name, number, steps_before + number)
+                    keep = self.config.checkpoint.keep
+                    save_checkpoint(self.run.checkpoints, progress, step.optimizer.state, keep)
+                monitor.pause()
+                if self.stop.signal_number:
+                    self.console.print(f"stopped after step {number} of {stage.name}; go on with --resume")
+                    raise Interrupted(self.stop.signal_number)
+        self.samples.draw(ema_unet, f"{stage.name}_final")
+        self.run.finish_stage(stage.name, ema_unet)
+
+    def finish(self) -> None:
+        """``final/`` from the chosen stage, and the stages side by side from equal noise."""
+        unets = {stage.name: self._initial_unet(stage.name) for stage in self.config.stages}
+        unets = {name: unet.to(self.device).eval() for name, unet in unets.items()}
+        assert self.config.final is not None
+        self.model.unet = unets[self.config.final]
+        self.run.replace_folder(self.run.final, self.model.save)
+        self.samples.draw_comparison(unets)
+        for name, unet in unets.items():
+            self.samples.draw_trajectory(unet, name)
+        self.console.print(f"{self.run.final} holds the EMA weights of stage {self.config.final}")
+        self.console.print(f"{self.run.samples / 'comparison.png'} shows the stages side by side from equal noise")
+
+    def _build(self, stage: StageConfig) -> tuple[TrainingStep, Any]:
+        """The step of a stage and the UNet of its moving average, fresh from the stage's `init`."""
+        initial = self._initial_unet(stage.init)
+        ema_unet = copy.deepcopy(initial).to(self.device).eval().requires_grad_(False)
+        unet = cast(initial, COMPUTE_DTYPES[self.config.precision]).to(self.device).train()
+        unet.to(memory_format=torch.channels_last)
+        ema_unet.to(memory_format=torch.channels_last)
+        teacher = self._initial_unet(stage.perceptual_network) if stage.objective == "self_perceptual" else None
+        schedule = self.model.schedule
+        objective = Objective(stage, schedule, self.model.prediction_type, teacher).to(self.device)
+        objective.to(COMPUTE_DTYPES[self.config.precision], memory_format=torch.channels_last)
+        if self._compiles():
+            unet.compile()
+            if objective.self_perceptual is not None:
+                objective.self_perceptual.perceptual_network.compile()
+        optimizer = AdamWEMA(unet, ema_unet, self.config.optimizer, self.config.ema)
+        empty = self.model.encode_prompts([""])
+        step = TrainingStep(self.config, stage, unet, objective, optimizer, schedule, self.model.encode_ids, empty)
+        return step, ema_unet
+
+    def _initial_unet(self, name: str | None) -> Any:
+        """The weights that a stage name or a folder stands for; None: the model's own."""
+        if name is None:
+            return copy.deepcopy(self.model.unet)
+        is_stage = any(stage.name == name for stage in self.config.stages)
+        return self._load_unet(self.run.stage_folder(name) if is_stage else Path(name))
+
+    def _load_unet(self, folder: Path) -> Any:
+        folder = folder if (folder / "config.json").is_file() else folder / "unet"
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder.parent} holds no UNet: there is no config.json in it, nor in its unet/")
+        return UNet2DConditionModel.from_pretrained(folder, use_safetensors=True)
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """Find the newest whole checkpoint and say which."""
+        checkpoint, passed_over = newest_whole(self.run.checkpoints)
+        for reason in passed_over:
+            self.console.print(f"passed over {reason}")
+        if checkpoint is None:
+            self.console.print("no checkpoint yet: starting from the beginning")
+        else:
+            progress = checkpoint.progress
+            self.console.print(f"resuming {checkpoint.folder.name}: step {progress.step} of {progress.stage}")
+        return checkpoint
+
+    def _some_captions(self) -> list[str]:
+        """Captions of the first samples of the run, for the pictures."""
+        count = self.config.samples.count
+        with closing(self.source.batches(last_position=count, batch_size=count)) as batches:
+            return list(next(batches).captions)
+
+    def _compiles(self) -> bool:
+        wanted = self.config.compile
+        return self.device.type == "cuda" if wanted == "auto" else wanted
+
+
+def _due(number: int, every: int, last: int) -> bool:
+    return number == last or bool(every and number % every == 0)
+
+
+def _headline(stage: StageConfig, done: int) -> str:
+    objective = "MSE" if stage.objective == "mse" else f"self-perceptual ({stage.perceptual_network}, {stage.layers})"
+    start = f"from {stage.init}" if stage.init else "from the model's own weights"
+    return f"stage {stage.name}: {objective}, {stage.steps} steps {start}" + (f", {done} done" if done else "")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"the CPU ({torch.get_num_threads()} threads)"
+
+
+def _refuse_unsupported(config: Config, device: torch.device) -> None:
+    """Settings that ask for what this version, or this machine, does not have."""
+    if config.cuda_graph is True:
+        raise UserError("cuda_graph: true is not supported by this version; use auto or false")
+    if config.attention != "auto":
+        raise UserError(f"attention: {config.attention!r} is not supported by this version; use auto")
+    if config.data.source == "latents":
+        raise UserError("data.source: 'latents' is not supported by this version; use digits, images or shards")
