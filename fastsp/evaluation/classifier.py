@@ -23,7 +23,7 @@ from torch import Generator, Tensor, nn
 from fastsp.data.cache import cache_folder
 from fastsp.errors import UserError
 from fastsp.evaluation.features import FeatureModel
-from fastsp.evaluation.pictures import Pictures
+from fastsp.evaluation.picture_set import Pictures
 
 SIDE = 16  # pixels; pictures of other sizes are resampled to this
 MAX_CLASSES = 100

@@ -21,7 +21,7 @@ from torchmetrics.image.inception import InceptionScore
 
 from fastsp.errors import UserError
 from fastsp.evaluation.features import FeatureModel, Features
-from fastsp.evaluation.pictures import Pictures
+from fastsp.evaluation.picture_set import Pictures
 
 CONFIDENT = 0.9  # probability above which the classifier counts as having read the picture
 NEIGHBOURS = 3  # k of the manifold estimate, the value of its paper

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 from fastsp.evaluation.classifier import CaptionClassifier, caption_classifier
-from fastsp.evaluation.pictures import Pictures
+from fastsp.evaluation.picture_set import Pictures
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

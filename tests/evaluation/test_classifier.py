@@ -10,7 +10,7 @@ from fastsp.errors import UserError
 from fastsp.evaluation import classifier as module
 from fastsp.evaluation.classifier import accuracy, caption_classifier
 from fastsp.evaluation.metrics import validity
-from fastsp.evaluation.pictures import Pictures
+from fastsp.evaluation.picture_set import Pictures
 
 
 def test_held_out_accuracy_is_above_97_percent(classifier, heldout, unseen, cache: Path) -> None:

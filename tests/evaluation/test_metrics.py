@@ -17,7 +17,7 @@ from fastsp.evaluation.metrics import (
     nearest_distance,
     precision_recall,
 )
-from fastsp.evaluation.pictures import Pictures
+from fastsp.evaluation.picture_set import Pictures
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -1,0 +1,237 @@
+"""Inception-v3 as FID and IS have always used it, for real pictures.
+
+The network of Szegedy et al. 2015 (arXiv 1512.00567) in the variant of TensorFlow's 2015-12-05 graph, from which every
+published FID is computed: average pools that leave out the padding, a max pool in the last block, 1008 classes, logits
+without their bias. Its names are those of the converted weights that pytorch-fid and torch-fidelity distribute, so
+their file needs one conversion, done once and outside this tool, which loads no pickles:
+
+    import torch
+    from safetensors.torch import save_file
+    weights = torch.load("pt_inception-2015-12-05-6726825d.pth", weights_only=True, map_location="cpu")
+    save_file({name: w.contiguous() for name, w in weights.items()}, "inception.safetensors")
+
+Pictures are resized as clean-fid does (Parmar et al. 2022, arXiv 2104.11222): rounded to 8 bits, then PIL's antialiased
+bicubic filter on float channels. Figures differ a little from those of TensorFlow's own, aliasing resize.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastsp.errors import UserError
+from fastsp.evaluation.features import FeatureModel
+
+SIDE = 299  # pixels
+FEATURES, CLASSES = 2048, 1008
+
+Kernel = int | tuple[int, int]
+Layer = tuple[str, int, Kernel]  # name, channels out, kernel; stride 1 and padded so that the size stays
+Fork = list[Layer]  # layers side by side on the same input
+
+
+class Convolution(nn.Module):
+    """Convolution without bias, batch normalisation, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: Kernel, stride: int = 1, padded: bool = True) -> None:
+        super().__init__()
+        sides = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = (sides[0] // 2, sides[1] // 2) if padded else (0, 0)
+        self.conv = nn.Conv2d(inputs, outputs, sides, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(outputs, eps=0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Mixed(nn.Module):
+    """Branches side by side, concatenated over channels.
+
+    Args:
+        inputs: channels in.
+        branches: chains of layers; the last entry of a chain may be a fork.
+        pool: "average" or "max" before the last branch, whose one layer follows it.
+        halving: the last layer of each branch has stride 2 and no padding, and a max pool of the input, likewise, is
+            one more branch.
+    """
+
+    def __init__(
+        self, inputs: int, branches: Sequence[Sequence[Layer | Fork]], pool: str = "average", halving: bool = False
+    ) -> None:
+        super().__init__()
+        self.branches, self.pool, self.halving = branches, pool, halving
+        for branch in branches:
+            channels = inputs
+            for position, entry in enumerate(branch):
+                stride_two = halving and position == len(branch) - 1
+                for name, outputs, kernel in _layers(entry):
+                    layer = Convolution(channels, outputs, kernel, 2 if stride_two else 1, padded=not stride_two)
+                    self.add_module(name, layer)
+                channels = outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = [x] * len(self.branches)
+        if not self.halving:
+            inputs[-1] = self._pooled(x)
+        outputs = [self._run(branch, start) for branch, start in zip(self.branches, inputs, strict=True)]
+        return torch.cat(outputs + ([F.max_pool2d(x, 3, 2)] if self.halving else []), 1)
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        if self.pool == "max":
+            return F.max_pool2d(x, 3, 1, 1)
+        return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+
+    def _run(self, branch: Sequence[Layer | Fork], x: Tensor) -> Tensor:
+        for entry in branch:
+            x = torch.cat([self.get_submodule(name)(x) for name, _, _ in _layers(entry)], 1)
+        return x
+
+
+def _layers(entry: Layer | Fork) -> Fork:
+    return entry if isinstance(entry, list) else [entry]
+
+
+def _mixed_a(inputs: int, pooled: int) -> Mixed:
+    return Mixed(
+        inputs,
+        [
+            [("branch1x1", 64, 1)],
+            [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
+            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
+            [("branch_pool", pooled, 1)],
+        ],
+    )
+
+
+def _mixed_b() -> Mixed:
+    return Mixed(
+        288,
+        [
+            [("branch3x3", 384, 3)],
+            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
+        ],
+        halving=True,
+    )
+
+
+def _mixed_c(inner: int) -> Mixed:
+    across, down = (1, 7), (7, 1)
+    double: list[Layer] = [("branch7x7dbl_1", inner, 1), ("branch7x7dbl_2", inner, down)]
+    return Mixed(
+        768,
+        [
+            [("branch1x1", 192, 1)],
+            [("branch7x7_1", inner, 1), ("branch7x7_2", inner, across), ("branch7x7_3", 192, down)],
+            [
+                *double,
+                ("branch7x7dbl_3", inner, across),
+                ("branch7x7dbl_4", inner, down),
+                ("branch7x7dbl_5", 192, across),
+            ],
+            [("branch_pool", 192, 1)],
+        ],
+    )
+
+
+def _mixed_d() -> Mixed:
+    narrow: list[Layer] = [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1))]
+    return Mixed(
+        768,
+        [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3)], [*narrow, ("branch7x7x3_4", 192, 3)]],
+        halving=True,
+    )
+
+
+def _mixed_e(inputs: int, pool: str) -> Mixed:
+    def fork(name: str) -> Fork:
+        return [(f"{name}a", 384, (1, 3)), (f"{name}b", 384, (3, 1))]
+
+    return Mixed(
+        inputs,
+        [
+            [("branch1x1", 320, 1)],
+            [("branch3x3_1", 384, 1), fork("branch3x3_2")],
+            [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), fork("branch3x3dbl_3")],
+            [("branch_pool", 192, 1)],
+        ],
+        pool,
+    )
+
+
+class InceptionV3(FeatureModel):
+    """D = 2048 features of the last pool and K = 1008 logits."""
+
+    def __init__(self, identity: str = "inception") -> None:
+        super().__init__()
+        self.identity = identity
+        self.layers = nn.Sequential(
+            OrderedDict(
+                Conv2d_1a_3x3=Convolution(3, 32, 3, stride=2, padded=False),
+                Conv2d_2a_3x3=Convolution(32, 32, 3, padded=False),
+                Conv2d_2b_3x3=Convolution(32, 64, 3),
+                pool_1=nn.MaxPool2d(3, 2),
+                Conv2d_3b_1x1=Convolution(64, 80, 1),
+                Conv2d_4a_3x3=Convolution(80, 192, 3, padded=False),
+                pool_2=nn.MaxPool2d(3, 2),
+                Mixed_5b=_mixed_a(192, 32),
+                Mixed_5c=_mixed_a(256, 64),
+                Mixed_5d=_mixed_a(288, 64),
+                Mixed_6a=_mixed_b(),
+                Mixed_6b=_mixed_c(128),
+                Mixed_6c=_mixed_c(160),
+                Mixed_6d=_mixed_c(160),
+                Mixed_6e=_mixed_c(192),
+                Mixed_7a=_mixed_d(),
+                Mixed_7b=_mixed_e(1280, "average"),
+                Mixed_7c=_mixed_e(2048, "max"),
+            )
+        )
+        self.fc = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.layers(resize(images)).mean((2, 3))
+        # Without the bias, as in the code from which the published Inception Scores come.
+        return features, F.linear(features, self.fc.weight)
+
+
+def load_inception(path: Path) -> InceptionV3:
+    """Inception-v3 with the weights of a safetensors file; see the module's text for how to make one.
+
+    Raises:
+        UserError: no such file, not a safetensors file, or not these weights.
+    """
+    if not path.is_file():
+        raise UserError(f"evaluation.features={path}: no such file; allowed: classifier, or a safetensors file")
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"evaluation.features={path}: not a safetensors file ({error})") from None
+    model = InceptionV3(f"inception-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}")
+    for ours, weight in model.state_dict().items():
+        theirs = ours.removeprefix("layers.")
+        if theirs.endswith("num_batches_tracked"):
+            continue  # matters for training only, and the distributed weights have none
+        shape = tuple(found[theirs].shape) if theirs in found else "missing"
+        if shape != tuple(weight.shape):
+            raise UserError(f"evaluation.features={path}: {theirs} is {shape}; allowed: {tuple(weight.shape)}")
+        weight.copy_(found[theirs])
+    return model.eval().requires_grad_(False)
+
+
+def resize(images: Tensor) -> Tensor:
+    """Float (N, C, H, W) in [-1, 1] with C one or three -> float32 (N, 3, 299, 299), (x - 128) / 128 of 8 bits."""
+    pixels = ((images.float().cpu() + 1) * 127.5).round().clamp(0, 255).numpy()
+    resized = [
+        np.stack([np.asarray(Image.fromarray(c, mode="F").resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for c in p])
+        for p in pixels
+    ]
+    batch = (torch.from_numpy(np.stack(resized)) - 128) / 128
+    return batch.expand(-1, 3, -1, -1).to(images.device)
