@@ -1,0 +1,248 @@
+"""reproject against the paper's equations 7 to 10 in float64, as reference, interpreted and on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fastsp_kernels import Stream, diffuse, random_normals, reproject
+from kernel_oracles import (
+    DTYPES,
+    LAYOUTS,
+    PREDICTION_TYPES,
+    SHAPES,
+    Tables,
+    assert_rounded,
+    make_tables,
+    reproject64,
+)
+from torch import Tensor
+
+ATOL = 3e-6  # of float32 arithmetic on values of about 5
+CONVERTED_ATOL = 4e-5  # the same after a division by a_t or s_t, which are at least 0.1 in these tables
+
+
+class Case:
+    """Inputs of one call, with t and t' at both ends of the table."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        shape: tuple[int, ...] = (3, 4, 7, 6),
+        dtype: torch.dtype = torch.float32,
+        last: float = 0.01,
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.model_pred, self.latents, self.noise, self.weight, other = (
+            torch.randn(shape, generator=generator).to(device, dtype) for _ in range(5)
+        )
+        self.weight = torch.cat((self.weight, other))
+        self.t = torch.tensor([49, 0, 20], device=device)[: shape[0]]
+        self.t2 = torch.tensor([0, 49, 21], device=device)[: shape[0]]
+        self.tables: Tables = make_tables(device, last=last)
+
+    def run(self, **changes: Any) -> Tensor:
+        arguments = {"noise": self.noise, **changes}
+        model_pred, latents = arguments.pop("model_pred", self.model_pred), arguments.pop("latents", self.latents)
+        t, t2 = arguments.pop("t", self.t), arguments.pop("t2", self.t2)
+        return reproject(model_pred, latents, t, t2, *self.tables.all, **arguments)
+
+    def oracle(self, prediction_type: str, model_pred: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        model_pred = self.model_pred.cpu().double() if model_pred is None else model_pred
+        noise = self.noise if noise is None else noise
+        return reproject64(model_pred, self.latents, noise, self.t, self.t2, self.tables, prediction_type)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_matches_float64(device: torch.device, shape: tuple, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    case = Case(device, shape, dtype, last=0.0)
+    pair = case.run(memory_format=layout)
+    assert_rounded(pair, case.oracle("v_prediction"), ATOL)
+    assert pair.dtype == dtype and pair.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("given_x_t", [False, True])
+def test_prediction_types(device: torch.device, prediction_type: str, given_x_t: bool) -> None:
+    case = Case(device)
+    given = diffuse(case.latents, case.noise, case.t, *case.tables.levels)[0] if given_x_t else None
+    pair = case.run(prediction_type=prediction_type, noisy_latents=given, dtype=torch.float32)
+    assert_rounded(pair, case.oracle(prediction_type), CONVERTED_ATOL)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dtypes_and_strides_mix(device: torch.device, layout: torch.memory_format) -> None:
+    """Every input in a dtype and with strides of its own gives, bit for bit, what contiguous float32 copies give."""
+    case = Case(device)
+    inputs = {
+        "model_pred": case.model_pred.bfloat16().to(memory_format=torch.channels_last),
+        "latents": case.latents.half().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        "noise": case.noise.repeat_interleave(2, 3)[..., ::2],
+        "noisy_latents": case.noise.bfloat16()[:1].expand(3, -1, -1, -1),
+    }
+    copies = {name: tensor.float().contiguous() for name, tensor in inputs.items()}
+    actual = case.run(**inputs, dtype=torch.float32, memory_format=layout)
+    assert torch.equal(actual, case.run(**copies, dtype=torch.float32))
+    assert actual.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_halves_are_equal_where_the_timesteps_are(
+    device: torch.device, prediction_type: str, dtype: torch.dtype
+) -> None:
+    case = Case(device)
+    predicted, real = case.run(t2=case.t, prediction_type=prediction_type, dtype=dtype).chunk(2)
+    assert torch.equal(predicted, real)
+    predicted, real = case.run(prediction_type=prediction_type, dtype=dtype).chunk(2)
+    assert not torch.equal(predicted, real)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("given_x_t", [False, True])
+def test_halves_are_equal_where_the_answer_is_the_target(
+    device: torch.device, prediction_type: str, given_x_t: bool
+) -> None:
+    case = Case(device, SHAPES[2])
+    noisy, target = diffuse(case.latents, case.noise, case.t, *case.tables.levels, target=prediction_type)
+    given = noisy.bfloat16() if given_x_t else None
+    predicted, real = case.run(model_pred=target, prediction_type=prediction_type, noisy_latents=given).chunk(2)
+    assert torch.equal(predicted, real)
+
+
+def test_neighbouring_timesteps_keep_their_digits(device: torch.device) -> None:
+    """With x_t = 0 the result is sin(d) v^; with float32 angles it would be off by 1e-5 and more."""
+    case = Case(device, last=0.0)
+    t = torch.tensor([0, 200, 998], device=device)
+    case.tables = make_tables(device, length=1000)
+    pair = case.run(t=t, t2=t + 1, noisy_latents=torch.zeros_like(case.latents))
+    angles = case.tables.angles.cpu()
+    sine = (angles[t.cpu() + 1] - angles[t.cpu()]).sin().view(-1, 1, 1, 1)
+    relative = (pair[:3].cpu().double() / (sine * case.model_pred.cpu().double()) - 1).abs().max()
+    assert relative < 3e-7
+
+
+def test_zero_terminal_snr_is_safe_at_every_pair_of_timesteps(device: torch.device) -> None:
+    """At alpha_bar = 1 as well: v divides by nothing."""
+    case = Case(device, (4, 4, 3, 3))
+    case.tables = make_tables(device, first=1.0, last=0.0)
+    case.t, case.t2 = (torch.tensor(ends, device=device) for ends in ([0, 0, 49, 49], [0, 49, 0, 49]))
+    model_pred = case.model_pred.clone().requires_grad_()
+    pair = case.run(model_pred=model_pred)
+    assert_rounded(pair, case.oracle("v_prediction"), ATOL)
+    pair.sum().backward()
+    assert model_pred.grad is not None and bool(model_pred.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_seeded_noise_is_that_of_the_stream(device: torch.device, layout: torch.memory_format) -> None:
+    case = Case(device, SHAPES[2])
+    positions = torch.tensor([2**32 + 7, 3], device=device)
+    seed = torch.tensor(-99, device=device)
+    pair = case.run(noise=None, seed=seed, positions=positions, memory_format=layout)
+    noise = random_normals(-99, Stream.NOISE, positions.cpu(), SHAPES[2][1:])
+    assert_rounded(pair, case.oracle("v_prediction", noise=noise), 5e-6)
+    first = case.run(noise=None, seed=seed, positions=positions[0])
+    assert torch.equal(first[::2], pair[::2])  # the first sample of either half
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_matches_float64(
+    device: torch.device, prediction_type: str, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    case = Case(device, SHAPES[2], dtype)
+    model_pred = case.model_pred.clone(memory_format=layout).requires_grad_()
+    pair = case.run(model_pred=model_pred, prediction_type=prediction_type, dtype=torch.float32)
+    weight = case.weight.float().contiguous(memory_format=layout)
+    pair.backward(weight)
+    oracle = case.model_pred.detach().cpu().double().requires_grad_()
+    case.oracle(prediction_type, oracle).backward(weight.cpu().double())
+    assert model_pred.grad is not None and oracle.grad is not None
+    assert model_pred.grad.dtype == dtype and model_pred.grad.is_contiguous(memory_format=layout)
+    assert_rounded(model_pred.grad, oracle.grad, CONVERTED_ATOL)
+
+
+def test_gradient_takes_any_strides_and_the_first_half_alone(device: torch.device) -> None:
+    case = Case(device, SHAPES[2])
+    model_pred = case.model_pred.requires_grad_()
+    pair = case.run()
+    weight = case.weight.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).clone(memory_format=torch.preserve_format)
+    assert not weight.is_contiguous() and not weight.is_contiguous(memory_format=torch.channels_last)
+    (expected,) = torch.autograd.grad(pair, model_pred, weight.contiguous(), retain_graph=True)
+    weight[2:] = float("nan")
+    (actual,) = torch.autograd.grad(pair, model_pred, weight)
+    assert torch.equal(actual, expected)
+
+
+def test_backward_saves_no_images(device: torch.device) -> None:
+    case = Case(device)
+    case.model_pred.requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        case.run()
+    assert saved and all(tensor.ndim == 1 for tensor in saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": torch.zeros(0, 4, 7, 6)}, "latents must be a non-empty"),
+        ({"model_pred": torch.zeros(3, 4, 7, 5)}, "model_pred must have the latents' shape"),
+        ({"noisy_latents": torch.zeros(1, 4, 7, 6)}, "noisy_latents must have the latents' shape"),
+        ({"noise": torch.zeros(2, 4, 7, 6)}, "noise must have the latents' shape"),
+        ({"noise": None}, "either noise, or both seed and positions"),
+        ({"seed": torch.tensor(1)}, "either noise, or both seed and positions"),
+        ({"noise": None, "seed": torch.tensor(1)}, "either noise, or both seed and positions"),
+        ({"t": torch.zeros(3)}, "^timesteps must be int64"),
+        ({"t2": torch.zeros(4, dtype=torch.int64)}, "perceptual_timesteps must be int64"),
+        ({"prediction_type": "flow"}, "'flow' is not one of"),
+        ({"dtype": torch.float64}, "dtype must be float32"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        Case(torch.device("cpu")).run(**change)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["signal", "noise_level", "angles"])
+def test_wrong_tables(name: str) -> None:
+    case = Case(torch.device("cpu"))
+    setattr(case.tables, name, getattr(case.tables, name).half())
+    with pytest.raises(ValueError, match=f"{name} must be torch.float"):
+        case.run()
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+def test_opcheck(device: torch.device, seeded: bool) -> None:
+    case = Case(device)
+    seed, positions = torch.tensor(3, device=device), torch.arange(3, device=device)
+    source = (None, None, seed, positions) if seeded else (case.latents, case.noise, None, None)
+    model_pred = case.model_pred.to(memory_format=torch.channels_last).requires_grad_()
+    arguments = (model_pred, case.latents, *source, case.t, case.t2, *case.tables.all, 1, torch.float32, 1)
+    torch.library.opcheck(torch.ops.fastsp.reproject.default, arguments)
+
+
+def test_opcheck_backward(device: torch.device) -> None:
+    case = Case(device)
+    arguments = (case.weight, case.t, case.t2, *case.tables.all, 2, torch.bfloat16, 1)
+    torch.library.opcheck(torch.ops.fastsp.reproject_backward.default, arguments)
+
+
+def test_compiles_without_a_break(device: torch.device) -> None:
+    case = Case(device)
+    model_pred = case.model_pred.requires_grad_()
+
+    def loss(model_pred: Tensor) -> Tensor:
+        predicted, real = case.run(model_pred=2 * model_pred).chunk(2)
+        return (predicted - real).square().mean()
+
+    (expected,) = torch.autograd.grad(loss(model_pred), model_pred)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (actual,) = torch.autograd.grad(compiled(model_pred), model_pred)
+    torch.testing.assert_close(actual, expected)
