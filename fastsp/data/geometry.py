@@ -39,8 +39,10 @@ def crop_geometry(
     """
     shortest = sizes.amin(1, keepdim=True)
     resized = (sizes * resolution + shortest // 2) // shortest  # rounded; the shortest side is `resolution` exactly
-    words = random_words(seed, Stream.CROP_AND_FLIP, positions, 3)
     slack = resized - resolution
-    offsets = words[:, 1:] * (slack + 1) >> 32 if random_crop else slack // 2
-    flips = words[:, 0] >> 31 == 1 if flip else torch.zeros(len(sizes), dtype=torch.bool)
+    offsets, flips = slack // 2, torch.zeros(len(sizes), dtype=torch.bool)
+    if random_crop or flip:
+        words = random_words(seed, Stream.CROP_AND_FLIP, positions, 3)
+        offsets = words[:, 1:] * (slack + 1) >> 32 if random_crop else offsets
+        flips = words[:, 0] >> 31 == 1 if flip else flips
     return Geometry(resized, offsets, flips)

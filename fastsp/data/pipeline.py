@@ -86,13 +86,13 @@ class ImagePipeline:
             sizes, positions, self.seed, resolution=self.resolution, random_crop=self.random_crop, flip=self.flip
         )
         slack = (geometry.resized_sizes - self.resolution).clamp(min=1)
-        places = (geometry.crop_offsets / slack).float().numpy()  # DALI's crop position: 0 .. 1
+        places = (geometry.crop_offsets / slack).float()  # DALI's crop position: 0 .. 1
         (output,) = self.dali.run(
             images=[self._dali_input(image) for image in images],
-            size=list(geometry.resized_sizes.float().numpy()),
-            top=list(places[:, 0]),
-            left=list(places[:, 1]),
-            mirror=list(geometry.flips.to(torch.int32).numpy()),
+            size=geometry.resized_sizes.float().numpy(),
+            top=places[:, 0].contiguous().numpy(),
+            left=places[:, 1].contiguous().numpy(),
+            mirror=geometry.flips.to(torch.int32).numpy(),
         )
         values = torch.from_dlpack(output.as_tensor())
         return Pixels(values, sizes, geometry.crop_offsets, rejections)

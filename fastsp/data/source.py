@@ -192,13 +192,18 @@ class ImageSource:
         with ThreadPoolExecutor(self.workers, "fastsp-read") as pool:
             for positions in steps:
                 indices = self.order(positions).tolist()
-                yield _Read(positions, indices, list(pool.map(self._read, indices)))
+                share = -(-len(indices) // self.workers) or 1
+                shares = [indices[start : start + share] for start in range(0, len(indices), share)]
+                yield _Read(positions, indices, [sample for part in pool.map(self._read, shares) for sample in part])
 
-    def _read(self, index: int) -> EncodedSample | BadSample:
-        try:
-            return self.reader.read(index)
-        except BadSample as bad:
-            return bad
+    def _read(self, indices: list[int]) -> list[EncodedSample | BadSample]:
+        samples: list[EncodedSample | BadSample] = []
+        for index in indices:
+            try:
+                samples.append(self.reader.read(index))
+            except BadSample as bad:
+                samples.append(bad)
+        return samples
 
     def _decode_steps(self, steps: Prefetcher[_Read], batch_size: int) -> Iterator[Batch]:
         with closing(steps):
