@@ -38,6 +38,7 @@ class FolderReader:
         if not self.root.is_dir():
             raise UserError(f"data.path is {str(folder)!r}; it must be a folder of images")
         self.captioned = captioned
+        self.damaged: list[tuple[str, str]] = []
         self.paths: list[str] = []
         self._records: dict[str, Any] = {}
         self._captioned_by_name: set[str] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +22,10 @@ class BadSample(Exception):  # noqa: N818 - it is the sample that is bad, and th
 
 class SampleReader(Protocol):
     """Random access to the samples of one data set, in a fixed order. Safe to call from many threads at once."""
+
+    @property
+    def damaged(self) -> Sequence[tuple[str, str]]:
+        """Files of many samples that could be read only in part, with the reason; what could be read is used."""
 
     def __len__(self) -> int: ...
 

@@ -76,11 +76,14 @@ def open_source(
     if config.crop not in ("center", "random"):
         raise UserError(f"data.crop is {config.crop!r}; allowed: center, random")
     reader = _open_reader(config)
+    bad_samples = BadSampleLog(bad_samples_file, config.max_bad_fraction, len(reader))
+    for shard, reason in reader.damaged:
+        bad_samples.add(shard, reason)
     return ImageSource(
         reader,
         tokenizer=tokenizer,
         seed=seed,
-        bad_samples=BadSampleLog(bad_samples_file, config.max_bad_fraction, len(reader)),
+        bad_samples=bad_samples,
         open_pipeline=lambda batch_size: ImagePipeline(
             batch_size=batch_size,
             channels=channels,
