@@ -50,6 +50,7 @@ def render(run: RunFiles) -> str:
         tables=list(score_tables(run, roles)),
         grids=[(roles.label(name), name, _data_uri(path)) for name, path in _in_order(run, run.final_grids)],
         progress=list(_progress(run, roles)),
+        comparison=_data_uri(run.comparison) if run.comparison else None,
         captions=run.captions,
         trajectories=[(roles.label(name), _data_uri(path)) for name, path in _in_order(run, run.trajectories)],
         curves=[_curve(run, roles, name) for name in run.metrics],

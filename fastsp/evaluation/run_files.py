@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from fastsp.errors import UserError
 
@@ -36,7 +37,8 @@ class RunFiles:
         final_grids: by stage, the path of the finished stage's grid.
         step_grids: by stage, (step, path) by rising step.
         trajectories: by stage, the path.
-        captions: of the grids.
+        comparison: the path of the picture with all stages.
+        captions: of the final grids, in reading order.
     """
 
     directory: Path
@@ -47,6 +49,7 @@ class RunFiles:
     final_grids: dict[str, Path] = field(default_factory=dict)
     step_grids: dict[str, list[tuple[int, Path]]] = field(default_factory=dict)
     trajectories: dict[str, Path] = field(default_factory=dict)
+    comparison: Path | None = None
     captions: list[str] = field(default_factory=list)
 
     @property
@@ -72,16 +75,17 @@ def read_run(directory: Path) -> RunFiles:
     run.rows = _read_json(directory / "evaluation.json", [])
     run.environment = _read_json(directory / "environment.json", {})
     run.metrics = _by_stage(_read_lines(directory / "metrics.jsonl"), [stage["name"] for stage in run.stages])
-    captions = directory / "samples" / "captions.txt"
-    run.captions = captions.read_text(encoding="utf-8").splitlines() if captions.exists() else []
     _find_pictures(run)
+    run.captions = next((_prompts(path) for path in run.final_grids.values()), [])
     return run
 
 
 def _find_pictures(run: RunFiles) -> None:
     """Sort the PNGs of `samples/` by their names."""
     for path in sorted((run.directory / "samples").glob("*.png")):
-        if path.stem.startswith("trajectory_"):
+        if path.stem == "comparison":
+            run.comparison = path
+        elif path.stem.startswith("trajectory_"):
             run.trajectories[path.stem.removeprefix("trajectory_")] = path
         elif path.stem.endswith("_final"):
             run.final_grids[path.stem.removesuffix("_final")] = path
@@ -89,6 +93,13 @@ def _find_pictures(run: RunFiles) -> None:
             run.step_grids.setdefault(match["stage"], []).append((int(match["step"]), path))
     for grids in run.step_grids.values():
         grids.sort()
+
+
+def _prompts(path: Path) -> list[str]:
+    """The captions that a grid carries."""
+    with Image.open(path) as picture:
+        text = picture.info.get("prompts", "")
+    return text.split("\n") if text else []
 
 
 def _by_stage(lines: Iterator[dict[str, Any]], configured: list[str]) -> dict[str, list[dict[str, Any]]]:

@@ -8,6 +8,8 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
+from fastsp.pictures import save_png
+
 CONFIG = {
     "run_dir": "runs/example",
     "seed": 0,
@@ -70,7 +72,6 @@ def write_run(directory: Path, captions: list[str] | None = None, evaluation: li
     (directory / "evaluation.json").write_text(json.dumps(rows() if evaluation is None else evaluation))
     (directory / "environment.json").write_text(json.dumps({"python": "3.11", "device": "CPU, 2 cores"}))
     names = captions or ["a handwritten two", "a handwritten seven"] * 10
-    (directory / "samples" / "captions.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
     noise = random.Random(0)
     with (directory / "metrics.jsonl").open("w") as lines:
         for stage in CONFIG["stages"]:
@@ -80,8 +81,9 @@ def write_run(directory: Path, captions: list[str] | None = None, evaluation: li
                 line = {"stage": stage["name"], "step": step, "loss": loss * scale, "grad_norm": 1.0}
                 lines.write(json.dumps({**line, "learning_rate": 1e-4, "samples_per_s": 400.0}) + "\n")
     for stage in STAGES:
-        _grid(5, 4, noise).save(directory / "samples" / f"{stage}_final.png")
+        save_png(_grid(5, 4, noise), directory / "samples" / f"{stage}_final.png", prompts="\n".join(names))
         _grid(25, 3, noise).save(directory / "samples" / f"trajectory_{stage}.png")
+    save_png(_grid(10, 3, noise), directory / "samples" / "comparison.png")
     for step in (500, 1000, 1500):
         _grid(5, 4, noise).save(directory / "samples" / f"mse_step_{step}.png")
     return directory

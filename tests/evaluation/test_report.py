@@ -40,7 +40,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 def test_everything_of_a_finished_run_is_there(run_dir: Path) -> None:
     page = Page(write_report(run_dir))
-    assert page.count("img") == 9 and page.count("svg") == 3 and page.count("table") == 3
+    assert page.count("img") == 10 and page.count("svg") == 3 and page.count("table") == 3
     for text in ("32.68 / 22.20", "24.42 / 28.07", "0.00 / 35.28", "Self-perceptual is better", "a handwritten two"):
         assert text in page.text, text
     assert "learning_rate: 0.0001" in page.text and "CPU, 2 cores" in page.text and "5 min 20 s" in page.text
@@ -49,7 +49,7 @@ def test_everything_of_a_finished_run_is_there(run_dir: Path) -> None:
 def test_nothing_is_loaded_from_elsewhere(run_dir: Path) -> None:
     page = Page(write_report(run_dir))
     sources = [attrs.get("src") or attrs.get("href") for _, attrs in page.tags if "src" in attrs or "href" in attrs]
-    assert len(sources) == 9 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert len(sources) == 10 and all(source.startswith("data:image/png;base64,") for source in sources)
     html = (run_dir / "report.html").read_text(encoding="utf-8")
     assert "url(" not in html and "@import" not in html and "default-src 'none'" in html
 

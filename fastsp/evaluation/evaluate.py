@@ -1,0 +1,198 @@
+"""The evaluation of a finished run: sample, score, and write `evaluation.json` row by row.
+
+Rows that are there are kept, so an evaluation that was stopped goes on where it was; the same run evaluated twice gives
+the same figures. Sample i of seed s starts from the same noise and the same caption in every stage, at every batch
+size, so that stages are compared sample by sample.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fastsp import draws
+from fastsp.config import Config
+from fastsp.errors import UserError
+from fastsp.evaluation.classifier import caption_classifier
+from fastsp.evaluation.environment import write_environment
+from fastsp.evaluation.features import FeatureModel
+from fastsp.evaluation.inception import load_inception
+from fastsp.evaluation.metrics import Scorer
+from fastsp.evaluation.picture_set import Pictures
+from fastsp.evaluation.plan import Planned, plan
+from fastsp.evaluation.reference import heldout_pictures, training_pictures
+from fastsp.evaluation.rows import REAL, setting_of
+from fastsp.evaluation.settings import EvaluationSettings
+from fastsp.models import load_pipeline
+from fastsp.sampling import Guidance
+
+Row = dict[str, Any]
+
+
+def evaluate_run(
+    config: Config, settings: EvaluationSettings, device: torch.device | str = "cpu", console: Console | None = None
+) -> list[Row]:
+    """Fill `evaluation.json` of a finished run with the rows that its configuration asks for.
+
+    Args:
+        config: of the run; its `run_dir` holds `final/` and `stages/`.
+        settings: its `evaluation` section.
+        device: where to sample and to look at pictures.
+        console: where progress is shown; None: a console of its own.
+
+    Returns:
+        The rows, in the order of the plan.
+
+    Raises:
+        UserError: the run is not finished, or lacks what its `evaluation` section needs.
+    """
+    run_dir = Path(config.run_dir)
+    if not (run_dir / "final" / "model_index.json").is_file():
+        raise UserError(f"run_dir {run_dir} holds no finished run: it has no final/; train it first")
+    console = console or Console()
+    write_environment(run_dir)
+    evaluation = Evaluation(config, settings, torch.device(device))
+    store = RowStore(run_dir / "evaluation.json", settings.num_samples, evaluation.scorer.model.identity)
+    rows = plan(config, settings)
+    with _progress(console) as bar:
+        task = bar.add_task("evaluation", total=len(rows))
+        for planned in rows:
+            bar.update(task, description=_describe(planned))
+            store.add(planned, evaluation.row)
+            bar.advance(task)
+    return store.ordered(rows)
+
+
+class Evaluation:
+    """Samples and scores any row of one run."""
+
+    def __init__(self, config: Config, settings: EvaluationSettings, device: torch.device) -> None:
+        self.config, self.settings, self.device = config, settings, device
+        self.model = load_pipeline(str(Path(config.run_dir) / "final"))
+        self.model.text_encoder.to(device)
+        self.heldout = heldout_pictures(config.data, self.model.channels, settings.heldout)
+        self.train = training_pictures(config.data, self.model.channels)
+        features = feature_model(settings.features, self.train, self.heldout).to(device)
+        self.scorer = Scorer(features, self.heldout, self.train)
+        self._stage, self._unet = "", None
+
+    def row(self, planned: Planned) -> Row:
+        """One row of `evaluation.json`."""
+        start = time.monotonic()
+        scores = self.scorer.score(self.pictures(planned))
+        if planned.setting.stage == REAL:  # training pictures are at distance 0 from themselves, which says nothing
+            del scores["nearest_train"], scores["memorised"]
+        return {
+            **planned.setting._asdict(),
+            "seed": planned.seed,
+            "num_samples": self.settings.num_samples,
+            **scores,
+            "features": self.scorer.model.identity,
+            "seconds": round(time.monotonic() - start, 2),
+        }
+
+    def pictures(self, planned: Planned) -> Pictures:
+        """The samples of a row; for "real" as many training pictures, or all if there are fewer."""
+        setting, count = planned.setting, self.settings.num_samples
+        if setting.stage == REAL:
+            return self.train.take(seeded_order(len(self.train), planned.seed)[:count])
+        captions = self.captions(planned.seed) if setting.conditional else []
+        model = replace(self.model, unet=self._unet_of(setting.stage))
+        guidance = Guidance(setting.guidance, setting.rescale)
+        prompts = captions or [""] * count
+        parts = []
+        for indices in torch.arange(count).split(self.settings.batch_size):
+            noise = draws.evaluation_noise(planned.seed, indices, self._latent_shape).to(self.device)
+            chosen = prompts[indices[0] : indices[-1] + 1]
+            parts.append(model.generate(chosen, noise, setting.steps, guidance).cpu())
+        return Pictures(torch.cat(parts), captions)
+
+    def captions(self, seed: int) -> list[str]:
+        """`num_samples` captions of held-out pictures in a seeded order, from the start again where they run out."""
+        if not self.heldout.captions:
+            raise UserError("evaluation: the held-out pictures have no captions; allowed: data.unconditional=true")
+        order = seeded_order(len(self.heldout), seed).tolist()
+        return [self.heldout.captions[order[i % len(order)]] for i in range(self.settings.num_samples)]
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        return self.model.latent_shape(self.config.data.resolution)
+
+    def _unet_of(self, stage: str) -> Any:
+        """The EMA weights of a finished stage; the latest one stays loaded."""
+        if self._stage != stage:
+            folder = Path(self.config.run_dir) / "stages" / stage
+            if not (folder / "config.json").is_file():
+                raise UserError(f"run_dir {self.config.run_dir} lacks stages/{stage}; train that stage first")
+            unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True)
+            self._stage, self._unet = stage, unet.to(self.device).eval()
+        return self._unet
+
+
+class RowStore:
+    """`evaluation.json`: rows are added one by one, each time the whole file is replaced.
+
+    Rows of another `num_samples` or feature model cannot be compared with the new ones and are dropped.
+    """
+
+    def __init__(self, path: Path, num_samples: int, features: str) -> None:
+        self.path = path
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        kept = [row for row in rows if (row["num_samples"], row["features"]) == (num_samples, features)]
+        self.rows = {Planned(setting_of(row), row["seed"]): row for row in kept}
+
+    def add(self, planned: Planned, compute: Callable[[Planned], Row]) -> None:
+        """Compute the row and write it, unless it is there."""
+        if planned in self.rows:
+            return
+        self.rows[planned] = compute(planned)
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        partial.write_text(json.dumps(list(self.rows.values()), indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.path)
+
+    def ordered(self, planned: list[Planned]) -> list[Row]:
+        """The planned rows in the plan's order."""
+        return [self.rows[row] for row in planned]
+
+
+def feature_model(features: str, train: Pictures, heldout: Pictures) -> FeatureModel:
+    """What `evaluation.features` names: "classifier", trained on the run's own data, or a file of Inception-v3."""
+    if features == "classifier":
+        return caption_classifier(train, heldout)
+    return load_inception(Path(features))
+
+
+def seeded_order(size: int, seed: int) -> Tensor:
+    """A permutation of 0 .. size - 1, int64, that depends on the seed alone."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _describe(planned: Planned) -> str:
+    setting = planned.setting
+    parts = [setting.stage]
+    parts += [f"{setting.steps} steps"] if setting.steps else []
+    parts += [f"guidance {setting.guidance:g}"] if setting.guidance else []
+    parts += [] if setting.conditional else ["unconditional"]
+    return f"{', '.join(parts)}, seed {planned.seed}"

@@ -1,0 +1,36 @@
+"""What the evaluation reads of the configuration's `evaluation` section."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class GuidedRows(Protocol):
+    """Rows with classifier-free guidance, at the first of the step counts."""
+
+    @property
+    def stages(self) -> Sequence[str] | None: ...  # None: all
+    @property
+    def scale(self) -> float: ...
+    @property
+    def rescale(self) -> float: ...  # 0: none
+
+
+class EvaluationSettings(Protocol):
+    """The section's keys; suggested defaults in the comments."""
+
+    @property
+    def num_samples(self) -> int: ...  # 500; of one row
+    @property
+    def seeds(self) -> Sequence[int]: ...  # [0, 1, 2]; of the initial noise; one seed gives no verdict
+    @property
+    def steps(self) -> Sequence[int]: ...  # [25, 50]; DDIM steps of the rows without guidance
+    @property
+    def guidance(self) -> Sequence[GuidedRows]: ...  # []
+    @property
+    def unconditional(self) -> bool: ...  # true; every stage with the empty prompt too, at the first step count
+    @property
+    def batch_size(self) -> int: ...  # 256; samples made at once; no figure depends on it
+    @property
+    def features(self) -> str: ...  # "classifier"; or an Inception-v3 safetensors file
+    @property
+    def heldout(self) -> str | list[str] | None: ...  # null; like data.path; the digits have their own split

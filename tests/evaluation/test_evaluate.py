@@ -1,0 +1,168 @@
+"""The evaluation of a run: its rows, its noise, and going on after a stop. The run is untrained, the rest is real."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsp.config import Config, GuidanceConfig
+from fastsp.errors import UserError
+from fastsp.evaluation import evaluate
+from fastsp.evaluation.evaluate import Evaluation, evaluate_run
+from fastsp.evaluation.plan import Planned, plan
+from fastsp.evaluation.rows import Setting
+from fastsp.models import TextToImageModel, digits_model
+
+STAGES = ["mse", "sp"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    num_samples: int = 12
+    seeds: list[int] = field(default_factory=lambda: [0, 1])
+    steps: list[int] = field(default_factory=lambda: [2, 3])
+    guidance: list[GuidanceConfig] = field(default_factory=lambda: [GuidanceConfig(stages=["mse"], scale=2.0)])
+    unconditional: bool = True
+    batch_size: int = 8
+    features: str = "classifier"
+    heldout: str | None = None
+
+
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _cache(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTSP_CACHE", str(shared_cache))
+    monkeypatch.setattr("fastsp.evaluation.classifier.STEPS", 20)  # its quality is not the question here
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A run of two stages with random weights, finished as far as its files tell."""
+    for seed, stage in enumerate(STAGES):
+        model = digits_model(resolution=8, seed=seed)
+        torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)  # the stages are to differ
+        model.unet.save_pretrained(tmp_path / "run" / "stages" / stage)
+    model.save(tmp_path / "run" / "final")
+    data = {"source": "digits", "resolution": 8, "batch_size": 32}
+    stages = [{"name": name, "objective": "mse", "steps": 1, "learning_rate": 1e-3} for name in STAGES]
+    return Config.model_validate(
+        {"run_dir": str(tmp_path / "run"), "model": {"preset": "digits"}, "data": data, "stages": stages}
+    )
+
+
+def test_the_plan_by_hand(config: Config) -> None:
+    settings = list(dict.fromkeys(planned.setting for planned in plan(config, Settings())))
+    assert settings == [
+        Setting("real", True, 0.0, 0.0, 0),
+        *(Setting(stage, True, 0.0, 0.0, steps) for steps in (2, 3) for stage in STAGES),
+        Setting("mse", True, 2.0, 0.0, 2),
+        *(Setting(stage, False, 0.0, 0.0, 2) for stage in STAGES),
+    ]
+    assert len(plan(config, Settings())) == 2 * len(settings)
+    config.data.unconditional = True
+    assert all(not planned.setting.conditional for planned in plan(config, Settings()))
+
+
+def test_every_row_is_written_and_twice_is_the_same(config: Config) -> None:
+    rows = evaluate_run(config, Settings())
+    path = Path(config.run_dir) / "evaluation.json"
+    assert json.loads(path.read_text()) == rows and len(rows) == len(plan(config, Settings())) == 16
+    assert {"fid", "inception_score", "validity", "precision", "recall", "coverage", "features"} <= rows[0].keys()
+    assert "memorised" not in rows[0] and "memorised" in rows[2]
+    assert "caption_agreement" in rows[2] and "caption_agreement" not in rows[-1]
+    path.unlink()
+    again = evaluate_run(config, Settings())
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows]
+    assert (Path(config.run_dir) / "environment.json").exists()
+
+
+def test_an_interrupted_evaluation_goes_on(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[Planned] = []
+    original = Evaluation.row
+
+    def stop_after_three(self: Evaluation, planned: Planned) -> dict:
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        computed.append(planned)
+        return original(self, planned)
+
+    monkeypatch.setattr(Evaluation, "row", stop_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(config, Settings())
+    kept = json.loads((Path(config.run_dir) / "evaluation.json").read_text())
+    assert len(kept) == 3
+
+    def compute(self: Evaluation, planned: Planned) -> dict:
+        assert planned not in computed
+        return original(self, planned)
+
+    monkeypatch.setattr(Evaluation, "row", compute)
+    rows = evaluate_run(config, Settings())
+    assert rows[:3] == kept and len(rows) == 16
+
+
+def test_rows_of_another_number_of_samples_are_made_anew(config: Config) -> None:
+    settings = replace(Settings(), steps=[2], seeds=[0], guidance=[], unconditional=False)
+    evaluate_run(config, settings)
+    rows = evaluate_run(config, replace(settings, num_samples=13))
+    assert len(rows) == 3 and all(row["num_samples"] == 13 for row in rows)
+    assert json.loads((Path(config.run_dir) / "evaluation.json").read_text()) == rows
+
+
+def pictures(config: Config, **changes: object) -> dict[Setting, torch.Tensor]:
+    evaluation = Evaluation(config, replace(Settings(), **changes), torch.device("cpu"))
+    chosen = [Planned(Setting(stage, True, 0.0, 0.0, 2), 0) for stage in STAGES]
+    return {planned.setting: evaluation.pictures(planned).images for planned in chosen}
+
+
+def test_noise_depends_on_neither_batch_size_nor_stage(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampler is replaced by one that returns its noise: bit for bit the same; but another seed has another."""
+    seen: list[list[str]] = []
+
+    def identity(self: TextToImageModel, prompts: list[str], noise: torch.Tensor, *_: object) -> torch.Tensor:
+        seen.append(prompts)
+        return noise
+
+    monkeypatch.setattr(TextToImageModel, "generate", identity)
+    (first, other_stage), (parts, _) = (pictures(config, batch_size=size).values() for size in (12, 5))
+    assert torch.equal(first, parts) and torch.equal(first, other_stage)
+    assert seen[0] == seen[1] == seen[2] + seen[3] + seen[4] and len(set(seen[0])) > 3
+    evaluation = Evaluation(config, Settings(), torch.device("cpu"))
+    other_seed = evaluation.pictures(Planned(Setting("sp", True, 0.0, 0.0, 2), 1)).images
+    assert not torch.equal(first, other_seed)
+
+
+def test_samples_do_not_depend_on_the_batch_size(config: Config) -> None:
+    whole, parts = pictures(config, batch_size=12), pictures(config, batch_size=5)
+    for setting, images in whole.items():
+        assert torch.allclose(images, parts[setting], atol=1e-4), setting
+    assert not torch.allclose(*whole.values(), atol=1e-2)  # the stages differ, so their weights were used
+
+
+def test_captions_run_through_the_held_out_ones(config: Config) -> None:
+    evaluation = Evaluation(config, replace(Settings(), num_samples=1000), torch.device("cpu"))
+    captions, size = evaluation.captions(0), len(evaluation.heldout)
+    assert sorted(captions[:size]) == sorted(evaluation.heldout.captions) and captions[size:] == captions[: 1000 - size]
+    assert captions != evaluation.captions(1)
+
+
+def test_unfinished_runs_are_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    (Path(config.run_dir) / "stages" / "sp" / "config.json").unlink()
+    monkeypatch.setattr(evaluate, "plan", lambda *_: [Planned(Setting("sp", True, 0.0, 0.0, 2), 0)])
+    with pytest.raises(UserError, match="lacks stages/sp; train that stage first"):
+        evaluate_run(config, Settings())
+    (Path(config.run_dir) / "final" / "model_index.json").unlink()
+    with pytest.raises(UserError, match="holds no finished run: it has no final/"):
+        evaluate_run(config, Settings())
+
+
+def test_other_data_needs_a_heldout_path(config: Config) -> None:
+    config.data.source, config.data.path = "images", str(Path(config.run_dir))
+    with pytest.raises(UserError, match=r"evaluation\.heldout is missing; data\.source=images has no held-out split"):
+        Evaluation(config, Settings(), torch.device("cpu"))
