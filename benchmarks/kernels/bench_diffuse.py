@@ -1,0 +1,46 @@
+"""Drawing t and eps and writing x_t: one kernel against randint, randn and arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fastsp_kernels import diffuse_seeded
+
+from benchmarks.kernels.latents import Latents, plain_diffuse
+from benchmarks.kernels.measure import run
+
+Provider = Callable[[Latents], Any]
+
+
+def ours(batch: Latents) -> Any:
+    return diffuse_seeded(
+        batch.latents,
+        batch.seed,
+        batch.positions,
+        batch.signal,
+        batch.noise_level,
+        dtype=torch.bfloat16,
+        memory_format=torch.channels_last,
+    )
+
+
+def eager(batch: Latents) -> Any:
+    return plain_diffuse(batch.latents, batch.signal, batch.noise_level)
+
+
+compiled_diffuse = torch.compile(plain_diffuse)
+
+
+def compiled(batch: Latents) -> Any:
+    return compiled_diffuse(batch.latents, batch.signal, batch.noise_level)
+
+
+@pytest.mark.benchmark(group="diffuse")
+@pytest.mark.parametrize("provider", [ours, eager, compiled])
+def test_diffuse(benchmark: Any, device: torch.device, copy_bandwidth: float, provider: Provider) -> None:
+    batch = Latents.on(device)
+    bytes_moved = batch.latents.nbytes + batch.latents.numel() * 2  # x0 read in float32, x_t written in bfloat16
+    run(benchmark, lambda: provider(batch), provider.__name__, bytes_moved, copy_bandwidth)
