@@ -11,7 +11,6 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fastsp.data.source import open_source
+from fastsp.data.source import DataOptions, open_source
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -32,28 +31,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-@dataclass
-class DataSection:
-    """The configuration's `data` section."""
-
-    source: str
-    path: Any
-    resolution: int
-    split: str = "train"
-    crop: str = "center"
-    flip: bool = False
-    unconditional: bool = False
-    max_bad_fraction: float = 0.01
-    workers: int = 8
-    threads: int = 0
-    prefetch: int = 2
-
-
 def fastsp_batches(
     files: Path, count: int, batch_size: int, resolution: int, tokenizer: Any, layout: str, device: str = "cpu"
 ) -> Batches:
     path = str(files / ("shards" if layout == "shards" else "sidecars"))
-    config = DataSection("shards" if layout == "shards" else "images", path, resolution)
+    config = DataOptions("shards" if layout == "shards" else "images", path, resolution)
     source = open_source(config, tokenizer=tokenizer, channels=3, seed=0, device=device)
     with closing(source.batches(batch_size=batch_size, last_position=count)) as batches:
         for batch in batches:

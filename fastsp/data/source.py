@@ -28,19 +28,47 @@ SOURCES = ("digits", "images", "shards", "latents")
 
 
 class DataConfig(Protocol):
-    """What a source reads of the configuration's `data` section; defaults in the comments."""
+    """What a source reads of the configuration's `data` section; `DataOptions` has the defaults."""
 
-    source: str  # "digits", "images", "shards", "latents"
-    path: Any  # null; a string, or a list of them: folder, shard patterns
-    split: str  # "train"; of the digits: "train" or "heldout"
-    resolution: int  # side of the square images, in pixels
-    crop: str  # "center"; or "random"
-    flip: bool  # false; mirror half of the samples
-    unconditional: bool  # false; every caption is empty
-    max_bad_fraction: float  # 0.01
-    workers: int  # 8; threads that read files
-    threads: int  # 0: one per core; CPU threads of the decoder and of DALI
-    prefetch: int  # 2; batches ready ahead of the training
+    source: Any
+    path: Any
+    resolution: int
+    split: Any
+    crop: Any
+    flip: bool
+    unconditional: bool
+    max_bad_fraction: float
+    workers: int
+    threads: int
+    prefetch: int
+
+
+@dataclass
+class DataOptions:
+    """A `DataConfig` for use without a configuration file."""
+
+    source: str
+    """"digits", "images", "shards" or "latents"."""
+    path: str | list[str] | None
+    """A folder, or shard patterns; None for the digits."""
+    resolution: int
+    """Side of the square images, in pixels."""
+    split: str = "train"
+    """Of the digits: "train" or "heldout"."""
+    crop: str = "center"
+    """Or "random"."""
+    flip: bool = False
+    """Mirror half of the samples."""
+    unconditional: bool = False
+    """Every caption is empty."""
+    max_bad_fraction: float = 0.01
+    """Of the samples delivered; above it the source raises."""
+    workers: int = 8
+    """Threads that read files."""
+    threads: int = 0
+    """CPU threads of the decoder and of DALI; 0: one per core."""
+    prefetch: int = 2
+    """Batches ready ahead of the training."""
 
 
 def open_source(

@@ -2,27 +2,17 @@
 
 import io
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from fastsp.data.source import DataOptions
 
-@dataclass
-class Config:
-    source: str = "digits"
-    path: Any = None
-    split: str = "train"
-    resolution: int = 16
-    crop: str = "center"
-    flip: bool = False
-    unconditional: bool = False
-    max_bad_fraction: float = 0.01
-    workers: int = 4
-    threads: int = 1
-    prefetch: int = 2
+
+def Config(**options) -> DataOptions:  # noqa: N802 - it stands for the configuration's section
+    """Small defaults: the digits at 16 pixels."""
+    return DataOptions(**{"source": "digits", "path": None, "resolution": 16, "workers": 4, "threads": 1} | options)
 
 
 class ByteTokenizer:

@@ -1,0 +1,51 @@
+"""`fastsp data`: look at a data set before training on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Look at a data set before training on it.", no_args_is_help=True)
+
+
+@app.callback()
+def data() -> None:
+    """Keeps `check` a command of its own: typer would run an only command without its name."""
+
+
+@app.command()
+def check(
+    source: Annotated[str, typer.Argument(help="digits, a folder of images, a tar, a folder of tars, or a pattern.")],
+    resolution: Annotated[int, typer.Option(min=1, help="Side of the crops, in pixels.")] = 512,
+    split: Annotated[str, typer.Option(help="Of the digits: train or heldout.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="Read so many samples at most.")] = None,
+    contact_sheet: Annotated[Path | None, typer.Option(help="Write the first 64 crops.", metavar="FILE.png")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report.", metavar="FILE")] = None,
+) -> None:
+    """Read a source once, as training would: counts, sizes, captions, speed, and every bad sample by name and reason.
+
+    Example: fastsp data check 'laion/{00000..00231}.tar' --contact-sheet sheet.png
+    """
+    from fastsp.data.check import check_source, options_for
+    from fastsp.errors import UserError
+    from fastsp.pictures import grid, save_png
+
+    if contact_sheet is not None and contact_sheet.suffix.lower() != ".png":
+        raise UserError(f"--contact-sheet {contact_sheet} must end in .png")
+    report, images = check_source(options_for(source, resolution, split), limit)
+    typer.echo("\n".join(report.lines()))
+    if contact_sheet is not None and len(images):
+        save_png(grid(_thumbnails(images)), contact_sheet)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+
+
+def _thumbnails(images):
+    """At most 128 pixels wide: a sheet is looked at as a whole."""
+    import torch.nn.functional as F
+
+    size = min(128, images.shape[-1])
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)

@@ -1,0 +1,139 @@
+"""`fastsp data check`: read a source once, as training would, and say what is in it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastsp.data.batch import Batch
+from fastsp.data.digits import SPLITS
+from fastsp.data.shards import expand_shards
+from fastsp.data.source import DataOptions, ImageSource, open_source
+from fastsp.errors import UserError
+
+BATCH_SIZE = 64
+SHEET_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Smallest, median and largest of some numbers."""
+
+    smallest: float
+    median: float
+    largest: float
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> Spread | None:
+        """None where there are no numbers."""
+        return cls(min(numbers), statistics.median(numbers), max(numbers)) if numbers else None
+
+    def __str__(self) -> str:
+        return f"{self.smallest:g} to {self.largest:g}, median {self.median:g}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is in a source."""
+
+    samples: int
+    """In one epoch, bad ones included."""
+    read: int
+    """Of these, how many were read for this report."""
+    bad: dict[str, str]
+    """Name and reason of every bad sample among those read, and of damaged shards."""
+    heights: Spread | None
+    """Of the good images, in pixels, upright."""
+    widths: Spread | None
+    smaller_than_resolution: int
+    """Good images whose shortest side is enlarged for training."""
+    caption_characters: Spread | None
+    images_per_second: float
+    """Read, decoded, resized and cropped, in this process on this machine."""
+    seconds: float
+
+    def as_json(self) -> dict:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The report for people."""
+        return [
+            f"samples           {self.samples}" + (f", of which {self.read} read" if self.read < self.samples else ""),
+            f"heights           {self.heights} pixels",
+            f"widths            {self.widths} pixels",
+            f"enlarged          {self.smaller_than_resolution} images are smaller than the resolution",
+            f"captions          {self.caption_characters} characters",
+            f"speed             {self.images_per_second:.0f} images/s ({self.seconds:.1f} s)",
+            f"bad               {len(self.bad)}",
+            *(f"  {name}: {reason}" for name, reason in sorted(self.bad.items())),
+        ]
+
+
+def options_for(source: str, resolution: int, split: str = "train") -> DataOptions:
+    """What a person's SOURCE means: "digits", a folder of images, or shards (a tar, a folder of them, a pattern).
+
+    Raises:
+        UserError: there is nothing at SOURCE, or an unknown split.
+    """
+    if source == "digits":
+        if split not in SPLITS:
+            raise UserError(f"split of the digits is {split!r}; allowed: {', '.join(SPLITS)}")
+        return DataOptions("digits", None, resolution, split=split)
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.tar")):
+        return DataOptions("images", source, resolution)
+    expand_shards(source)  # names what is missing
+    return DataOptions("shards", source, resolution)
+
+
+def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report, Tensor]:
+    """Read a source once, in the order of the first epoch of seed 0.
+
+    Args:
+        options: the source; bad samples never stop this, whatever `max_bad_fraction` is.
+        limit: samples to read at most; None: all.
+
+    Returns:
+        The report, and the first good images, (N, 3, R, R) float32 in [-1, 1] with N up to 64.
+
+    Raises:
+        UserError: there is nothing to read.
+    """
+    options.max_bad_fraction = 1.0
+    source = open_source(options, tokenizer=None, channels=3, seed=0)
+    count = min(len(source), limit or len(source))
+    sizes, lengths, sheet = [], [], []
+    start = time.perf_counter()
+    for batch in _batches(source, count):
+        good = batch.weights > 0
+        assert batch.original_sizes is not None and batch.pixel_values is not None
+        sizes.append(batch.original_sizes[good])
+        lengths += [len(caption) for caption, is_good in zip(batch.captions, good.tolist(), strict=True) if is_good]
+        if sum(len(images) for images in sheet) < SHEET_IMAGES:
+            sheet.append(batch.pixel_values[good])
+    seconds = time.perf_counter() - start
+    heights, widths = torch.cat(sizes).unbind(1)
+    report = Report(
+        samples=len(source),
+        read=count,
+        bad=dict(source.bad_samples.reasons),
+        heights=Spread.of(heights.tolist()),
+        widths=Spread.of(widths.tolist()),
+        smaller_than_resolution=int((torch.minimum(heights, widths) < options.resolution).sum()),
+        caption_characters=Spread.of(lengths),
+        images_per_second=count / seconds,
+        seconds=seconds,
+    )
+    return report, torch.cat(sheet)[:SHEET_IMAGES]
+
+
+def _batches(source: ImageSource, count: int) -> Iterator[Batch]:
+    with closing(source.batches(batch_size=BATCH_SIZE, last_position=count)) as batches:
+        yield from batches

@@ -1,0 +1,53 @@
+"""`fastsp data check`: the figures and the names."""
+
+import json
+
+import pytest
+from data.helpers import encode, photo, write_tar
+from PIL import Image
+from typer.testing import CliRunner
+
+from fastsp.cli.data import app
+from fastsp.data.check import check_source, options_for
+from fastsp.errors import UserError
+
+
+@pytest.fixture
+def shard(tmp_path):
+    members = []
+    for index in range(10):
+        members += [(f"{index}.jpg", encode(photo(index, 30 + index, 80))), (f"{index}.txt", b"x" * (index + 1))]
+    members[6:8] = [("3.jpg", b"junk"), ("3.txt", b"x")]
+    return write_tar(tmp_path / "set" / "0.tar", members)
+
+
+def test_report(shard):
+    report, images = check_source(options_for(str(shard), resolution=32))
+    assert (report.samples, report.read, report.smaller_than_resolution) == (10, 10, 2)
+    assert (report.heights.smallest, report.heights.largest, report.widths.median) == (30, 39, 80)
+    assert (report.caption_characters.smallest, report.caption_characters.largest) == (1, 10)
+    assert report.bad == {f"{shard}#3": "not an image of a known kind"}
+    assert images.shape == (9, 3, 32, 32)
+
+
+def test_what_a_source_means(shard, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTSP_CACHE", str(tmp_path))
+    assert options_for(str(shard.parent), 8).source == "shards"
+    assert options_for(f"{shard.parent}/{{0..0}}.tar", 8).source == "shards"
+    assert options_for("digits", 8, "heldout").split == "heldout"
+    (tmp_path / "images").mkdir()
+    assert options_for(str(tmp_path / "images"), 8).source == "images"
+    with pytest.raises(UserError, match="no shard"):
+        options_for(str(tmp_path / "nowhere"), 8)
+    with pytest.raises(UserError, match="'test'"):
+        options_for("digits", 8, "test")
+
+
+def test_command(shard, tmp_path):
+    sheet, report = tmp_path / "sheet.png", tmp_path / "report.json"
+    arguments = ["check", str(shard), "--resolution", "32", "--contact-sheet", str(sheet), "--json", str(report)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "samples           10" in result.output and f"{shard}#3: not an image of a known kind" in result.output
+    assert json.loads(report.read_text())["bad"] == {f"{shard}#3": "not an image of a known kind"}
+    assert Image.open(sheet).width > 3 * 32
