@@ -1,7 +1,8 @@
 """Every random number of a training run: pure functions of (seed, stream, sample position).
 
 Position is the index of a sample in the run, never of a rank or a worker, so draws are the same at any world size and
-microbatch, and a resumed run needs no state. The generator is counter-based Philox 4x32-10 (`fastsp_kernels.philox`).
+microbatch, and a resumed run needs no state. The generator is counter-based Philox 4x32-10 (`fastsp_kernels.philox`);
+t and eps are drawn where they are used, by :func:`fastsp_kernels.diffuse_seeded`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,6 @@ from torch import Tensor
 from fastsp.schedule import NORMAL_STD, OFFSET, displace
 
 Seed = int | Tensor
-
-
-def timesteps(seed: Seed, positions: Tensor, num_train_timesteps: int) -> Tensor:
-    """t, uniform over the table. (B,) int64."""
-    return random_integers(seed, Stream.TIMESTEP, positions, num_train_timesteps)
 
 
 def perceptual_timesteps(
@@ -31,11 +27,6 @@ def perceptual_timesteps(
     else:
         displacement = OFFSET * (2.0 * random_integers(seed, stream, positions, 2) - 1.0)
     return displace(timesteps, displacement, num_train_timesteps)
-
-
-def noise(seed: Seed, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """eps, standard normal. (B, *shape) float32."""
-    return random_normals(seed, Stream.NOISE, positions, shape)
 
 
 def dropped_captions(seed: Seed, positions: Tensor, probability: float) -> Tensor:

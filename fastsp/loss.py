@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from fastsp_kernels import reproject
 from torch import Tensor, nn
 
 from fastsp import prediction
@@ -113,10 +114,14 @@ class DenoisingLoss(_ScheduledLoss):
         a = expand(self.schedule.signal[timesteps], latents)
         s = expand(self.schedule.noise[timesteps], latents)
         target = prediction.target(self.prediction_type, latents.float(), noise.float(), a, s)
-        per_sample = (model_pred.float() - target).square().flatten(1).mean(1)
+        return reduce(self.against(model_pred, target, timesteps), self.reduction)
+
+    def against(self, model_pred: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
+        """The loss where the target is at hand: per-sample mean squared error, weighted by min-SNR. (B,) float32."""
+        per_sample = (model_pred.float() - target.float()).square().flatten(1).mean(1)
         if self.min_snr_gamma is not None:
             per_sample = per_sample * self._min_snr_weight(timesteps)
-        return reduce(per_sample, self.reduction)
+        return per_sample
 
     def _min_snr_weight(self, timesteps: Tensor) -> Tensor:
         """``min(SNR, gamma)`` for a loss on x0, carried over to the prediction's own loss. (B,) float32."""
@@ -229,39 +234,49 @@ class SelfPerceptualLoss(_ScheduledLoss):
                 timesteps, len(self.schedule), self.timestep_sampling, generator
             )
         perceptual_timesteps = perceptual_timesteps.to(model_pred.device, torch.int64)
-        if self.perceptual_network.unet.device != model_pred.device:
+        if self.perceptual_network.device != model_pred.device:
             self.perceptual_network.to(model_pred.device)
-        inputs = self.teacher_inputs(model_pred, latents, noise, timesteps, perceptual_timesteps, noisy_latents)
-        conditioning = (encoder_hidden_states.to(inputs.dtype), added_cond_kwargs, class_labels)
+        inputs = self.teacher_inputs(
+            model_pred, latents, timesteps, perceptual_timesteps, noise=noise, noisy_latents=noisy_latents
+        )
+        per_sample = self.between(inputs, perceptual_timesteps, encoder_hidden_states, added_cond_kwargs, class_labels)
+        return reduce(per_sample, self.reduction)
+
+    def between(
+        self,
+        inputs: Tensor,
+        perceptual_timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        class_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The distance of the features of both halves of ``inputs`` (see :meth:`teacher_inputs`). (B,) float32."""
         features = self._batched if self.teacher == "batched" else self._split
-        return reduce(self._distance(*features(inputs, perceptual_timesteps, *conditioning)), self.reduction)
+        states = encoder_hidden_states.to(inputs.dtype)
+        return self._distance(*features(inputs, perceptual_timesteps, states, added_cond_kwargs, class_labels))
 
     def teacher_inputs(
-        self,
-        model_pred: Tensor,
-        latents: Tensor,
-        noise: Tensor,
-        timesteps: Tensor,
-        perceptual_timesteps: Tensor,
-        noisy_latents: Tensor | None = None,
+        self, model_pred: Tensor, latents: Tensor, timesteps: Tensor, perceptual_timesteps: Tensor, **source: Any
     ) -> Tensor:
-        """``[x^_t' ; x_t']``, (2B, C, H, W) in the network's dtype: equations (7) to (10), both halves alike.
+        """``[x^_t' ; x_t']``, (2B, C, H, W) in the network's dtype and layout: equations (7) to (10) by rotation.
 
-        Computed in float32 as a rotation by ``d = phi_t' - phi_t`` (see :func:`fastsp.prediction.renoise`), without a
-        division for v-prediction, so that it is safe at zero terminal SNR.
+        ``source`` is ``noise``, or ``seed`` and ``positions`` to make it again; see
+        :func:`fastsp_kernels.reproject`, which is safe at zero terminal SNR and alike for both halves.
         """
-        schedule = self.schedule
-        a, s = expand(schedule.signal[timesteps], latents), expand(schedule.noise[timesteps], latents)
-        latents, noise = latents.float(), noise.float()
-        x_t = prediction.noisy_latents(latents, noise, a, s) if noisy_latents is None else noisy_latents.float()
-        rotation = schedule.angles[perceptual_timesteps] - schedule.angles[timesteps]
-        cos_d, sin_d = (expand(f(rotation).float(), latents) for f in (torch.cos, torch.sin))
-        target = prediction.target(self.prediction_type, latents, noise, a, s)
-        halves = [
-            prediction.renoise(x_t, prediction.to_velocity(self.prediction_type, answer, x_t, a, s), cos_d, sin_d)
-            for answer in (model_pred.float(), target)
-        ]
-        return torch.cat(halves).to(self.perceptual_network.dtype)
+        schedule, network = self.schedule, self.perceptual_network
+        return reproject(
+            model_pred,
+            latents,
+            timesteps,
+            perceptual_timesteps,
+            schedule.signal,
+            schedule.noise,
+            schedule.angles,
+            prediction_type=self.prediction_type,
+            dtype=network.dtype,
+            memory_format=network.memory_format,
+            **source,
+        )
 
     def _batched(
         self,

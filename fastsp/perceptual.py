@@ -56,6 +56,18 @@ class PerceptualNetwork(nn.Module):
         """The dtype that ``forward`` expects its sample in."""
         return self.unet.conv_in.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout that its convolutions like: that of their weights."""
+        weight = self.unet.conv_in.weight
+        channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        return torch.channels_last if channels_last else torch.contiguous_format
+
     def forward(
         self,
         sample: Tensor,
@@ -103,11 +115,10 @@ def unwrap(unet: nn.Module) -> Any:
     Raises:
         ValueError: an FSDP-sharded UNet, whose parameters cannot be copied here, or no conditional UNet at all.
     """
-    while not hasattr(unet, "down_blocks"):
-        inner = getattr(unet, "_orig_mod", None) or getattr(unet, "module", None)
-        if not isinstance(inner, nn.Module):
-            raise ValueError(f"{type(unet).__name__} is no UNet2DConditionModel: it has no down_blocks")
+    while inner := unet._modules.get("_orig_mod") or unet._modules.get("module"):
         unet = inner
+    if not hasattr(unet, "down_blocks"):
+        raise ValueError(f"{type(unet).__name__} is no UNet2DConditionModel: it has no down_blocks")
     if any("FSDP" in cls.__name__ or "FullyShardedDataParallel" in cls.__name__ for cls in type(unet).__mro__):
         raise ValueError("the UNet is sharded by FSDP: build the criterion before wrapping the UNet")
     return unet

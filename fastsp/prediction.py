@@ -2,7 +2,8 @@
 
 With ``a_t = sqrt(alpha_bar_t)`` and ``s_t = sqrt(1 - alpha_bar_t)``. All functions work on float32 tensors of shape
 (B, C, H, W); ``a`` and ``s`` broadcast against them, usually as (B, 1, 1, 1). Equation numbers are those of Lin & Yang,
-*Diffusion Model with Perceptual Loss* (arXiv 2401.00110).
+*Diffusion Model with Perceptual Loss* (arXiv 2401.00110). Equations (9) and (10), which take both back to t', are one
+rotation: :func:`fastsp_kernels.reproject`.
 """
 
 from __future__ import annotations
@@ -38,16 +39,6 @@ def sample_from_velocity(x_t: Tensor, v: Tensor, a: Tensor, s: Tensor) -> Tensor
 def epsilon_from_velocity(x_t: Tensor, v: Tensor, a: Tensor, s: Tensor) -> Tensor:
     """Equation (8): ``eps^ = a_t v^ + s_t x_t``."""
     return a * v + s * x_t
-
-
-def renoise(x_t: Tensor, v: Tensor, cos_d: Tensor, sin_d: Tensor) -> Tensor:
-    """Equations (9) and (10) in one: ``x_t' = cos(d) x_t + sin(d) v`` with ``d = phi_t' - phi_t``.
-
-    (x_t, v) is a rotation of (x_0, eps) by the angle phi_t, so going on to t' is a rotation by the difference. With the
-    true v this is ``a_t' x_0 + s_t' eps``, with the predicted one ``a_t' x0^ + s_t' eps^``; where the two v agree, or
-    t' = t, the two results are bitwise equal.
-    """
-    return cos_d * x_t + sin_d * v
 
 
 def target(prediction_type: str, latents: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+from fastsp_kernels import adamw_ema, global_norm
 from torch import Tensor, nn
 
 from fastsp.config import EMAConfig, OptimizerConfig
@@ -51,8 +52,8 @@ class AdamWEMA:
         device = self.masters[0].device
         self.ema_decay = torch.tensor(ema.decay, device=device)
         self.learning_rate = torch.zeros((), device=device)
-        self.step_count = torch.zeros((), device=device)
-        self.skipped = torch.zeros((), device=device)
+        self.step_count = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._names: tuple[str, ...] = names
 
     @property
@@ -90,24 +91,23 @@ class AdamWEMA:
         """
         assert self.gradients is not None, "accumulate() comes first"
         gradients, self.gradients = self.gradients, None
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = global_norm(gradients)
         self.learning_rate.fill_(learning_rate)
-        self._adamw(gradients, norm)
-        torch._foreach_lerp_(self.emas, self.masters, 1.0 - float(self.ema_decay))
-        self.after_loading()
+        adamw_ema(
+            self.masters,
+            gradients,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            self.emas,
+            self.low_precision,
+            learning_rate=self.learning_rate,
+            ema_decay=self.ema_decay,
+            gradient_norm=norm,
+            step=self.step_count,
+            skipped=self.skipped,
+            max_norm=math.inf if self.config.grad_clip is None else self.config.grad_clip,
+            betas=(self.config.betas[0], self.config.betas[1]),
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay,
+        )
         return norm
-
-    def _adamw(self, gradients: list[Tensor], norm: Tensor) -> None:
-        beta1, beta2 = self.config.betas
-        if self.config.grad_clip is not None:
-            torch._foreach_mul_(gradients, (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
-        self.step_count += 1
-        step, rate = float(self.step_count), float(self.learning_rate)
-        torch._foreach_mul_(self.masters, 1.0 - rate * self.config.weight_decay)
-        torch._foreach_lerp_(self.exp_avgs, gradients, 1.0 - beta1)
-        torch._foreach_mul_(self.exp_avg_sqs, beta2)
-        torch._foreach_addcmul_(self.exp_avg_sqs, gradients, gradients, 1.0 - beta2)
-        denominators = torch._foreach_sqrt(self.exp_avg_sqs)
-        torch._foreach_div_(denominators, math.sqrt(1.0 - beta2**step))
-        torch._foreach_add_(denominators, self.config.eps)
-        torch._foreach_addcdiv_(self.masters, self.exp_avgs, denominators, -rate / (1.0 - beta1**step))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fastsp_kernels import diffuse_seeded
 from torch import Tensor, nn
 
-from fastsp import draws, prediction
+from fastsp import draws
 from fastsp.config import Config, StageConfig
 from fastsp.data.batch import Batch
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
@@ -35,7 +36,7 @@ class Objective(nn.Module):
     def __init__(self, stage: StageConfig, schedule: NoiseSchedule, prediction_type: str, teacher: Any) -> None:
         super().__init__()
         self.timestep_sampling = stage.timestep_sampling
-        self.mse_weight = 1.0 if stage.objective == "mse" else stage.mse_weight
+        self.mse_weight = stage.mse_weight
         self.denoising = DenoisingLoss(schedule, prediction_type, stage.min_snr_gamma, reduction="none")
         self.self_perceptual: SelfPerceptualLoss | None = None
         if stage.objective == "self_perceptual":
@@ -49,14 +50,25 @@ class Objective(nn.Module):
                 reduction="none",
             )
 
-    def forward(self, *args: Tensor, perceptual_timesteps: Callable[[], Tensor]) -> Tensor:
-        """Per-sample loss (B,); the arguments of :class:`fastsp.loss.SelfPerceptualLoss`."""
-        loss: Tensor | float = 0.0
-        if self.self_perceptual is not None:
-            loss = self.self_perceptual(*args, perceptual_timesteps=perceptual_timesteps())
+    def forward(
+        self,
+        model_pred: Tensor,
+        target: Tensor,
+        latents: Tensor,
+        timesteps: Tensor,
+        encoder_hidden_states: Tensor,
+        seed: Tensor,
+        positions: Tensor,
+    ) -> Tensor:
+        """Per-sample loss, (B,) float32. The noise is not passed: it is made again from ``seed`` and ``positions``."""
+        if self.self_perceptual is None:
+            return self.denoising.against(model_pred, target, timesteps)
+        criterion, num_train_timesteps = self.self_perceptual, len(self.self_perceptual.schedule)
+        t = draws.perceptual_timesteps(seed, positions, timesteps, num_train_timesteps, self.timestep_sampling)
+        inputs = criterion.teacher_inputs(model_pred, latents, timesteps, t, seed=seed, positions=positions)
+        loss = criterion.between(inputs, t, encoder_hidden_states)
         if self.mse_weight:
-            loss = loss + self.mse_weight * self.denoising(*args)
-        assert isinstance(loss, Tensor)
+            loss = loss + self.mse_weight * self.denoising.against(model_pred, target, timesteps)
         return loss
 
 
@@ -87,13 +99,15 @@ class TrainingStep:
     ) -> None:
         self.config, self.stage = config, stage
         self.unet, self.objective, self.optimizer = unet, objective, optimizer
-        self.schedule = schedule.to(optimizer.masters[0].device)
+        device = empty_hidden_states.device
+        self.schedule = schedule.to(device)
+        self.seed = torch.tensor(config.seed, device=device)
         self.encode, self.empty_hidden_states = encode, empty_hidden_states
         self.dtype = COMPUTE_DTYPES[config.precision]
 
     def __call__(self, batch: Batch, number: int) -> StepResult:
         """One optimizer step on ``batch``, the ``number``-th (from 1) of the stage."""
-        loss = torch.zeros((), device=self.empty_hidden_states.device)
+        loss = torch.zeros((), device=self.seed.device)
         for microbatch in batch.microbatches(self.config.data.microbatch):
             part = self.microbatch_loss(microbatch)
             part.backward()
@@ -105,27 +119,24 @@ class TrainingStep:
     def microbatch_loss(self, batch: Batch) -> Tensor:
         """The microbatch's share of the loss: the divisor is the whole nominal batch, a rejected sample counts 0."""
         assert batch.pixel_values is not None and batch.input_ids is not None
-        device, latents = self.empty_hidden_states.device, batch.pixel_values
-        seed, positions = self.config.seed, batch.positions.to(device)
-        timesteps = draws.timesteps(seed, positions, len(self.schedule))
-        noise = draws.noise(seed, positions, tuple(latents.shape[1:]))
+        latents, positions = batch.pixel_values, batch.positions.to(self.seed.device)
         states = self.conditioning(batch.input_ids, positions)
-
-        a, s = (expand(table[timesteps], latents) for table in (self.schedule.signal, self.schedule.noise))
-        noisy_latents = prediction.noisy_latents(latents, noise, a, s)
-        model_pred = self.unet(noisy_latents.to(self.dtype), timesteps, states, return_dict=False)[0]
-
-        def perceptual_timesteps() -> Tensor:
-            policy = self.stage.timestep_sampling
-            return draws.perceptual_timesteps(seed, positions, timesteps, len(self.schedule), policy)
-
-        losses = self.objective(
-            model_pred, latents, noise, timesteps, states, perceptual_timesteps=perceptual_timesteps
+        noisy_latents, target, timesteps = diffuse_seeded(
+            latents,
+            self.seed,
+            positions,
+            self.schedule.signal,
+            self.schedule.noise,
+            target=self.objective.denoising.prediction_type,
+            dtype=self.dtype,
+            memory_format=torch.channels_last,
         )
-        return (batch.weights.to(device) * losses).sum() / self.config.data.batch_size
+        model_pred = self.unet(noisy_latents, timesteps, states, return_dict=False)[0]
+        losses = self.objective(model_pred, target, latents, timesteps, states, self.seed, positions)
+        return (batch.weights * losses).sum() / self.config.data.batch_size
 
     def conditioning(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Text features (B, L, D) in the compute dtype, the empty prompt's where the caption is dropped."""
         states = self.encode(input_ids)
-        dropped = draws.dropped_captions(self.config.seed, positions, self.config.data.caption_dropout)
+        dropped = draws.dropped_captions(self.seed, positions, self.config.data.caption_dropout)
         return torch.where(expand(dropped, states), self.empty_hidden_states, states).to(self.dtype)

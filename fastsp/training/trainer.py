@@ -127,15 +127,12 @@ class Trainer:
 
     def _build(self, stage: StageConfig) -> tuple[TrainingStep, Any]:
         """The step of a stage and the UNet of its moving average, fresh from the stage's `init`."""
+        schedule, dtype = self.model.schedule, COMPUTE_DTYPES[self.config.precision]
         initial = self._initial_unet(stage.init)
-        ema_unet = copy.deepcopy(initial).to(self.device).eval().requires_grad_(False)
-        unet = cast(initial, COMPUTE_DTYPES[self.config.precision]).to(self.device).train()
-        unet.to(memory_format=torch.channels_last)
-        ema_unet.to(memory_format=torch.channels_last)
+        ema_unet = self._placed(copy.deepcopy(initial), torch.float32).eval().requires_grad_(False)
+        unet = self._placed(initial, dtype).train()
         teacher = self._initial_unet(stage.perceptual_network) if stage.objective == "self_perceptual" else None
-        schedule = self.model.schedule
-        objective = Objective(stage, schedule, self.model.prediction_type, teacher).to(self.device)
-        objective.to(COMPUTE_DTYPES[self.config.precision], memory_format=torch.channels_last)
+        objective = self._placed(Objective(stage, schedule, self.model.prediction_type, teacher), dtype)
         if self._compiles():
             unet.compile()
             if objective.self_perceptual is not None:
@@ -144,6 +141,10 @@ class Trainer:
         empty = self.model.encode_prompts([""])
         step = TrainingStep(self.config, stage, unet, objective, optimizer, schedule, self.model.encode_ids, empty)
         return step, ema_unet
+
+    def _placed(self, module: Any, dtype: torch.dtype) -> Any:
+        """On the device, in ``dtype``, convolution weights channels_last."""
+        return cast(module, dtype).to(self.device).to(memory_format=torch.channels_last)
 
     def _initial_unet(self, name: str | None) -> Any:
         """The weights that a stage name or a folder stands for; None: the model's own."""

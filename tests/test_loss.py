@@ -1,0 +1,282 @@
+"""The losses against an independent float64 transcription of the paper's Algorithm 1."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny import batch, scheduler, tiny_unet
+from torch import Tensor, nn
+
+from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
+from fastsp.schedule import NoiseSchedule
+
+LAYERS = ("mid", "encoder", "decoder", "encoder+mid")
+
+
+def algorithm_1(
+    online: nn.Module,
+    teacher: nn.Module,
+    alphas_cumprod: Tensor,
+    data: dict[str, Any],
+    prediction_type: str,
+    layers: str = "mid",
+    distance: str = "mse",
+    cheat_with_true_noise: bool = False,
+) -> Tensor:
+    """Equations (5) to (11) as printed, in float64, the whole UNet as teacher, features taken by hooks."""
+
+    def at(t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_bar = alphas_cumprod[t].view(-1, 1, 1, 1)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    x0, eps, c = data["latents"], data["noise"], data["encoder_hidden_states"]
+    t, t_prime, added = data["timesteps"], data["perceptual_timesteps"], data["added_cond_kwargs"]
+    (a, s), (a_prime, s_prime) = at(t), at(t_prime)
+    x_t = a * x0 + s * eps
+    out = online(x_t, t, c, added_cond_kwargs=added).sample
+    if prediction_type == "v_prediction":
+        x0_hat, eps_hat = a * x_t - s * out, a * out + s * x_t
+    elif prediction_type == "epsilon":
+        x0_hat, eps_hat = (x_t - s * out) / a, out
+    else:
+        x0_hat, eps_hat = out, (x_t - a * out) / s
+    if cheat_with_true_noise:
+        eps_hat = eps
+
+    features: list[Tensor] = []
+    observed = {
+        "mid": [teacher.mid_block],
+        "encoder": [*teacher.down_blocks],
+        "decoder": [*teacher.up_blocks],
+        "encoder+mid": [*teacher.down_blocks, teacher.mid_block],
+    }[layers]
+    hooks = [
+        block.register_forward_hook(lambda _m, _a, y: features.append(y[0] if isinstance(y, tuple) else y))
+        for block in observed
+    ]
+    teacher(a_prime * x0_hat + s_prime * eps_hat, t_prime, c, added_cond_kwargs=added)
+    teacher(a_prime * x0 + s_prime * eps, t_prime, c, added_cond_kwargs=added)
+    for hook in hooks:
+        hook.remove()
+    predicted, real = features[: len(observed)], features[len(observed) :]
+    losses = []
+    for p, r in zip(predicted, real, strict=True):
+        difference = p - r.detach()
+        losses.append((difference.abs() if distance == "mae" else difference**2).mean())
+    return torch.stack(losses).mean()
+
+
+def to_double(data: dict[str, Any]) -> dict[str, Any]:
+    def convert(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: convert(item) for key, item in value.items()}
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {key: convert(value) for key, value in data.items()}
+
+
+def online_step(criterion: nn.Module, online: Any, sched: Any, data: dict[str, Any]) -> Tensor:
+    """What anybody's loop does with a criterion. Float32."""
+    schedule = NoiseSchedule.of(sched)
+    a, s = (table[data["timesteps"]].view(-1, 1, 1, 1) for table in (schedule.signal, schedule.noise))
+    noisy = a * data["latents"] + s * data["noise"]
+    states, added = data["encoder_hidden_states"], data["added_cond_kwargs"]
+    model_pred = online(noisy, data["timesteps"], states, added_cond_kwargs=added).sample
+    return criterion(model_pred, **data)
+
+
+def gradient(loss: Tensor, model: nn.Module) -> Tensor:
+    grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    return torch.cat([g.flatten().double() for g in grads])
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.detach().double() - expected.detach()).norm() / expected.detach().norm())
+
+
+@pytest.mark.parametrize("teacher_mode", ["batched", "split"])
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
+@pytest.mark.parametrize(("kind", "distance"), [("sd", "mse"), ("sdxl", "mse"), ("sd", "mae"), ("sdxl", "mae")])
+def test_agrees_with_algorithm_1(kind, distance, prediction_type, layers, teacher_mode):
+    online, teacher = tiny_unet(kind, seed=1), tiny_unet(kind, seed=2)
+    sched, data = scheduler(prediction_type), batch(kind)
+    options = {"layers": layers, "distance": distance}
+    criterion = SelfPerceptualLoss(teacher, sched, teacher=teacher_mode, **options)
+    loss = online_step(criterion, online, sched, data)
+
+    exact_online, exact_teacher = copy.deepcopy(online).double(), copy.deepcopy(teacher).double()
+    table = sched.alphas_cumprod.double()
+    expected = algorithm_1(exact_online, exact_teacher, table, to_double(data), prediction_type, **options)
+    assert relative_error(loss, expected) < 1e-5
+    assert relative_error(gradient(loss, online), gradient(expected, exact_online)) < 1e-5
+
+
+def test_uses_the_predicted_noise():
+    """A known mistake: x^_t' from x0^ and the *true* noise. The oracle with that mistake must be far away."""
+    online, teacher = tiny_unet(seed=1).double(), tiny_unet(seed=2).double()
+    sched, data = scheduler(), to_double(batch())
+    table = sched.alphas_cumprod.double()
+    right = algorithm_1(online, teacher, table, data, "v_prediction")
+    wrong = algorithm_1(online, teacher, table, data, "v_prediction", cheat_with_true_noise=True)
+    criterion = SelfPerceptualLoss(teacher.float(), sched)
+    loss = online_step(criterion, online.float(), sched, batch())
+    assert relative_error(loss, right) < 1e-5
+    assert relative_error(loss, wrong) > 1e-2
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
+def test_equal_halves_are_bitwise_equal(prediction_type):
+    data, sched = batch(), scheduler(prediction_type)
+    criterion = SelfPerceptualLoss(tiny_unet(), sched)
+    latents, noise, t = data["latents"], data["noise"], data["timesteps"]
+    t_prime, anything = data["perceptual_timesteps"], torch.randn_like(noise)
+    schedule = NoiseSchedule.of(sched)
+    a, s = (table[t].view(-1, 1, 1, 1) for table in (schedule.signal, schedule.noise))
+    truth = {"v_prediction": a * noise - s * latents, "epsilon": noise, "sample": latents}[prediction_type]
+
+    same_time = criterion.teacher_inputs(anything, latents, t, t, noise=noise)
+    same_answer = criterion.teacher_inputs(truth, latents, t, t_prime, noise=noise)
+    for inputs in (same_time, same_answer):
+        predicted, real = inputs.chunk(2)
+        assert torch.equal(predicted, real)
+    predicted, real = criterion.teacher_inputs(anything, latents, t, t_prime, noise=noise).chunk(2)
+    assert not torch.equal(predicted, real)
+
+
+def test_zero_terminal_snr_gives_no_nan():
+    data, sched = batch(), scheduler()
+    assert sched.alphas_cumprod[-1] == 0
+    data["timesteps"] = torch.full((3,), 999)
+    for t_prime in (0, 500, 999):
+        data["perceptual_timesteps"] = torch.full((3,), t_prime)
+        online = tiny_unet(seed=1)
+        loss = online_step(SelfPerceptualLoss(tiny_unet(seed=2), sched), online, sched, data)
+        assert torch.isfinite(loss) and torch.isfinite(gradient(loss, online)).all()
+        assert loss > 0 or t_prime == 999
+
+
+def test_noisy_latents_of_the_caller_are_used():
+    data, sched = batch(), scheduler()
+    criterion, pred = SelfPerceptualLoss(tiny_unet(), sched), torch.randn(3, 4, 8, 8)
+    schedule = NoiseSchedule.of(sched)
+    a, s = (table[data["timesteps"]].view(-1, 1, 1, 1) for table in (schedule.signal, schedule.noise))
+    noisy = a * data["latents"] + s * data["noise"]
+    assert torch.equal(criterion(pred, **data, noisy_latents=noisy), criterion(pred, **data))
+    assert not torch.equal(criterion(pred, **data, noisy_latents=noisy + 0.1), criterion(pred, **data))
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_reduction_none_is_one_value_a_sample(layers):
+    data, sched, teacher = batch(), scheduler(), tiny_unet()
+    pred = torch.randn(3, 4, 8, 8)
+    each = SelfPerceptualLoss(teacher, sched, layers=layers, reduction="none")(pred, **data)
+    assert each.shape == (3,)
+    torch.testing.assert_close(each.mean(), SelfPerceptualLoss(teacher, sched, layers=layers)(pred, **data))
+    alone = {key: value[1:2] for key, value in data.items() if isinstance(value, Tensor)}
+    one = SelfPerceptualLoss(teacher, sched, layers=layers, reduction="none")(pred[1:2], **alone)
+    torch.testing.assert_close(one[0], each[1])
+
+
+def test_never_changes_the_unet_and_stays_frozen():
+    unet = tiny_unet().train()
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    criterion = SelfPerceptualLoss(unet, scheduler())
+    criterion.train()
+    assert not any(module.training for module in criterion.modules())
+    assert not any(p.requires_grad for p in criterion.parameters())
+    pred = torch.randn(3, 4, 8, 8, requires_grad=True)
+    criterion(pred, **batch()).backward()
+    assert pred.grad is not None and unet.training
+    assert all(p.requires_grad and p.grad is None for p in unet.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+
+def test_perceptual_timesteps_come_from_the_generator():
+    data, pred = batch(), torch.randn(3, 4, 8, 8)
+    del data["perceptual_timesteps"]
+    criterion = SelfPerceptualLoss(tiny_unet(), scheduler())
+
+    def value(seed: int) -> float:
+        return float(criterion(pred, **data, generator=torch.Generator().manual_seed(seed)))
+
+    assert value(0) == value(0)
+    assert value(0) != value(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_prediction_and_teacher(dtype):
+    data, pred = batch(), torch.randn(3, 4, 8, 8)
+    exact = SelfPerceptualLoss(tiny_unet(), scheduler())(pred, **data)
+    criterion = SelfPerceptualLoss(tiny_unet(), scheduler(), dtype=torch.bfloat16)
+    half = pred.to(dtype).requires_grad_()
+    loss = criterion(half, **data)
+    loss.backward()
+    assert loss.dtype == torch.float32 and half.grad.dtype == dtype
+    torch.testing.assert_close(loss, exact, rtol=0.05, atol=0)
+
+
+def test_from_pretrained_reads_a_pipeline_folder(tmp_path):
+    unet, sched, data, pred = tiny_unet(), scheduler(), batch(), torch.randn(3, 4, 8, 8)
+    unet.save_pretrained(tmp_path / "unet")
+    sched.save_pretrained(tmp_path / "scheduler")
+    criterion = SelfPerceptualLoss.from_pretrained(str(tmp_path), layers="encoder")
+    assert torch.equal(criterion(pred, **data), SelfPerceptualLoss(unet, sched, layers="encoder")(pred, **data))
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
+def test_denoising_loss_is_mean_squared_error(prediction_type):
+    data, sched, pred = batch(), scheduler(prediction_type), torch.randn(3, 4, 8, 8)
+    alpha_bar = sched.alphas_cumprod.double()[data["timesteps"]].view(-1, 1, 1, 1)
+    a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    latents, noise = data["latents"].double(), data["noise"].double()
+    target = {"v_prediction": a * noise - s * latents, "epsilon": noise, "sample": latents}[prediction_type]
+    expected = (pred.double() - target).square()
+    loss = DenoisingLoss(sched)(pred, **data)
+    torch.testing.assert_close(loss.double(), expected.mean(), rtol=1e-6, atol=0)
+
+    snr = (alpha_bar / (1 - alpha_bar)).flatten()
+    weight = torch.minimum(snr, torch.tensor(5.0))
+    weight = weight / {"v_prediction": snr + 1, "epsilon": snr, "sample": torch.ones_like(snr)}[prediction_type]
+    weighted = DenoisingLoss(sched, min_snr_gamma=5.0, reduction="none")(pred, **data)
+    torch.testing.assert_close(weighted.double(), weight * expected.flatten(1).mean(1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": "middle"}, "layers 'middle' is unknown"),
+        ({"distance": "l2"}, "distance 'l2' is unknown: use one of mse, mae"),
+        ({"timestep_sampling": "never"}, "timestep_sampling 'never' is unknown"),
+        ({"teacher": "twice"}, "teacher 'twice' is unknown"),
+        ({"reduction": "sum"}, "reduction 'sum' is unknown"),
+        ({"prediction_type": "x"}, "prediction_type 'x' is unknown"),
+        ({"prediction_type": "epsilon"}, "'epsilon' cannot be used with zero terminal SNR"),
+    ],
+)
+def test_wrong_keywords_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SelfPerceptualLoss(tiny_unet(), scheduler(), **options)
+
+
+def test_wrong_arguments_are_refused():
+    data, pred = batch(), torch.randn(3, 4, 8, 8)
+    criterion = SelfPerceptualLoss(tiny_unet(), scheduler())
+    with pytest.raises(ValueError, match="must have one shape"):
+        criterion(pred[:2], **data)
+    with pytest.raises(ValueError, match="timesteps must have shape"):
+        criterion(pred, **data | {"timesteps": data["timesteps"][:2]})
+    with pytest.raises(ValueError, match="perceptual_timesteps"):
+        criterion(pred, **data | {"perceptual_timesteps": data["timesteps"][:2]})
+    with pytest.raises(ValueError, match="the batch is empty"):
+        criterion(pred[:0], pred[:0], pred[:0], torch.zeros(0, dtype=torch.long), data["encoder_hidden_states"][:0])
+    with pytest.raises(ValueError, match="has no alphas_cumprod"):
+        SelfPerceptualLoss(tiny_unet(), object())
+    with pytest.raises(ValueError, match="min_snr_gamma"):
+        DenoisingLoss(scheduler(), min_snr_gamma=0.0)
+    ones = torch.ones(10)
+    with pytest.raises(ValueError, match="alpha_bar = 1"):
+        DenoisingLoss(ones, prediction_type="sample")

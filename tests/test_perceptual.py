@@ -1,0 +1,97 @@
+"""The truncated, frozen copy: what it holds, what it refuses, what it leaves alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from tiny import batch, tiny_unet
+from torch import nn
+
+from fastsp.perceptual import PerceptualNetwork
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_parameters_held_at_stable_diffusion_2_1_size():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64,
+            block_out_channels=(320, 640, 1280, 1280),
+            attention_head_dim=(5, 10, 20, 20),
+            cross_attention_dim=1024,
+            use_linear_projection=True,
+        )
+    assert round(count(unet) / 1e6, 1) == 865.9
+    assert round(count(PerceptualNetwork(unet)) / 1e6, 1) == 351.7
+    assert count(PerceptualNetwork(unet, "encoder")) < count(PerceptualNetwork(unet, "encoder+mid"))
+    assert count(PerceptualNetwork(unet, "decoder")) > 0.99 * count(unet)
+
+
+def test_copies_nothing_of_the_decoder(monkeypatch):
+    """Not even for a moment: the up blocks are never deep-copied."""
+    unet = tiny_unet()
+    decoder = {id(p) for block in (unet.up_blocks, unet.conv_out) for p in block.parameters()}
+    copied = set()
+    original = nn.Parameter.__deepcopy__
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda p, memo: (copied.add(id(p)), original(p, memo))[1])
+    PerceptualNetwork(unet)
+    assert copied and not copied & decoder
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("layers", ["mid", "encoder", "decoder", "encoder+mid"])
+def test_features_equal_those_of_the_whole_network(kind, layers):
+    unet, data, seen = tiny_unet(kind).eval(), batch(kind), []
+    blocks = {"encoder": [*unet.down_blocks], "decoder": [*unet.up_blocks], "mid": [unet.mid_block]}
+    wanted = [block for part in layers.split("+") for block in blocks[part]]
+    network = PerceptualNetwork(unet, layers)
+    for block in wanted:
+        block.register_forward_hook(lambda _m, _a, y: seen.append(y[0] if isinstance(y, tuple) else y))
+    arguments = (data["latents"], data["timesteps"], data["encoder_hidden_states"])
+    with torch.no_grad():
+        unet(*arguments, added_cond_kwargs=data["added_cond_kwargs"])
+        features = network(*arguments, added_cond_kwargs=data["added_cond_kwargs"])
+    assert len(features) == len(wanted)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(features, seen, strict=True))
+
+
+def test_hooks_checkpointing_and_autocast_wrappers_stay_behind():
+    unet = tiny_unet()
+    calls = []
+    unet.mid_block.register_forward_hook(lambda *_: calls.append(1))
+    unet.enable_gradient_checkpointing()
+    unet.forward = lambda *_, **__: pytest.fail("the wrapper of somebody's loop was called")
+    data = batch()
+    with torch.no_grad():
+        PerceptualNetwork(unet)(data["latents"], data["timesteps"], data["encoder_hidden_states"])
+    assert not calls
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in PerceptualNetwork(unet).modules())
+    assert unet.mid_block.gradient_checkpointing
+
+
+def test_wrapped_networks_are_unwrapped():
+    unet, data = tiny_unet(), batch()
+    plain = PerceptualNetwork(unet)
+    arguments = (data["latents"], data["timesteps"], data["encoder_hidden_states"])
+    for wrapped in (torch.compile(unet), nn.DataParallel(unet)):
+        assert torch.equal(PerceptualNetwork(wrapped)(*arguments)[0], plain(*arguments)[0])
+
+
+def test_dtype():
+    assert PerceptualNetwork(tiny_unet(), dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert PerceptualNetwork(tiny_unet().to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_refusals():
+    without_mid = tiny_unet(mid_block_type=None)
+    with pytest.raises(ValueError, match="no mid block"):
+        PerceptualNetwork(without_mid)
+    with pytest.raises(ValueError, match="layers 'up' is unknown: use one of mid, encoder"):
+        PerceptualNetwork(tiny_unet(), "up")
+    with pytest.raises(ValueError, match="Linear is no UNet2DConditionModel"):
+        PerceptualNetwork(nn.Linear(1, 1))
+    data = batch()
+    assert PerceptualNetwork(without_mid, "encoder")(data["latents"], data["timesteps"], data["encoder_hidden_states"])

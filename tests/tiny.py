@@ -1,0 +1,81 @@
+"""Small models of the real classes, shared by the tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+TEXT_WIDTH, TEXT_LENGTH, POOLED_WIDTH = 16, 5, 12
+TIME_IDS, TIME_ID_WIDTH = 6, 8
+
+
+def tiny_unet(kind: str = "sd", seed: int = 0, **overrides: Any) -> UNet2DConditionModel:
+    """A UNet with the structure of Stable Diffusion (``sd``) or of Stable Diffusion XL (``sdxl``), 8x8 latents."""
+    common: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "cross_attention_dim": TEXT_WIDTH,
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+    }
+    if kind == "sd":
+        common |= {
+            "block_out_channels": (16, 32),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "attention_head_dim": (2, 4),
+        }
+    else:
+        common |= {
+            "block_out_channels": (16, 32),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": (2, 4),
+            "transformer_layers_per_block": (1, 2),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": TIME_ID_WIDTH,
+            "projection_class_embeddings_input_dim": POOLED_WIDTH + TIME_IDS * TIME_ID_WIDTH,
+        }
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(**(common | overrides))
+
+
+def scheduler(prediction_type: str = "v_prediction", zero_terminal_snr: bool | None = None) -> DDIMScheduler:
+    """Stable Diffusion's scheduler; zero terminal SNR by default where the prediction type can carry it."""
+    if zero_terminal_snr is None:
+        zero_terminal_snr = prediction_type != "epsilon"
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_terminal_snr,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=0,
+    )
+
+
+def batch(kind: str = "sd", size: int = 3, seed: int = 1) -> dict[str, Any]:
+    """Latents, noise, timesteps (both ends among them) and conditioning."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    added = None
+    if kind == "sdxl":
+        added = {"text_embeds": normal(size, POOLED_WIDTH), "time_ids": normal(size, TIME_IDS)}
+    return {
+        "latents": normal(size, 4, 8, 8),
+        "noise": normal(size, 4, 8, 8),
+        "timesteps": torch.linspace(0, 999, size).long(),
+        "perceptual_timesteps": torch.linspace(700, 20, size).long(),
+        "encoder_hidden_states": normal(size, TEXT_LENGTH, TEXT_WIDTH),
+        "added_cond_kwargs": added,
+    }
