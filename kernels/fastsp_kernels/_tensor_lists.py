@@ -85,13 +85,18 @@ class AddressTables:
         table = self._recent.get((device, addresses))
         if table is None:
             table = self._upload_in_capture(addresses, device) if capturing else self._upload(addresses, device)
-            self._recent[device, addresses] = table
-        self._recent.move_to_end((device, addresses))
-        if len(self._recent) > REMEMBERED:
-            self._recent.popitem(last=False)
         if capturing:
             self._captured.append(table)  # the graph goes on reading it
+        else:  # what a capture uploads is not there before its replay
+            self._remember((device, addresses), table)
         return table.view(-1, len(lists[0]))
+
+    def _remember(self, key: tuple[object, ...], table: Tensor) -> None:
+        """Keep the tables used last."""
+        self._recent[key] = table
+        self._recent.move_to_end(key)
+        if len(self._recent) > REMEMBERED:
+            self._recent.popitem(last=False)
 
     def _upload(self, addresses: tuple[int, ...], device: torch.device) -> Tensor:
         if device.type == "cuda" and len(addresses) not in self._spare:
