@@ -30,6 +30,8 @@ class Batch:
     """(B, C, H, W) float32 in [-1, 1] on the source's device; None for a source of latents."""
     moments: Tensor | None = None
     """(B, 2 C, H, W): mean and log variance of the VAE's posterior; None for a source of pixels."""
+    text_features: Tensor | None = None
+    """(B, L, D): the text encoder's output, where it was computed beforehand; None: encode `input_ids`."""
     original_sizes: Tensor | None = None
     """(B, 2) int64 on the CPU: height and width in pixels before resizing, upright (SDXL's micro-conditioning)."""
     crop_offsets: Tensor | None = None
@@ -50,7 +52,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with everything the networks read on `device`; positions and sizes stay on the CPU."""
-        names = ("input_ids", "weights", "pixel_values", "moments")
+        names = ("input_ids", "weights", "pixel_values", "moments", "text_features")
         moved = {name: value.to(device, non_blocking=True) for name, value in self._rows() if name in names}
         return replace(self, **moved)
 

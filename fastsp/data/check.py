@@ -109,7 +109,9 @@ def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report
     options.max_bad_fraction = 1.0
     source = open_source(options, tokenizer=None, channels=3, seed=0)
     count = min(len(source), limit or len(source))
-    sizes, lengths, sheet = [], [], []
+    sizes: list[Tensor] = []
+    lengths: list[int] = []
+    sheet: list[Tensor] = []
     start = time.perf_counter()
     for batch in _batches(source, count):
         good = batch.weights > 0

@@ -6,18 +6,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class EncodedSample:
     """One sample as it lies in the data set."""
 
-    image: bytes
-    """The image file: JPEG, PNG, WebP, ..."""
+    content: bytes
+    """The image file (JPEG, PNG, WebP, ...), or the latents' safetensors."""
     caption: str
 
 
 class BadSample(Exception):  # noqa: N818 - it is the sample that is bad, and the run goes on
     """A sample that cannot be trained on, and why: one line, without the sample's name."""
+
+
+@dataclass(frozen=True)
+class ReadStep:
+    """One rank's samples of one optimizer step as they were read, in the order of their positions."""
+
+    positions: Tensor
+    """(B,) int64: positions in the run."""
+    indices: list[int]
+    """The samples' indices in the data set."""
+    samples: list[EncodedSample | BadSample]
 
 
 class SampleReader(Protocol):

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from glob import glob
 from pathlib import Path
 
 from fastsp.data.captions import caption_from_json, caption_from_text
 from fastsp.data.samples import BadSample, EncodedSample
-from fastsp.data.tar_index import TarIndex, load_or_build_index
+from fastsp.data.tar_index import IMAGE_SUFFIXES, TarIndex, load_or_build_index
 from fastsp.errors import UserError
 
 
@@ -67,16 +67,25 @@ class ShardReader:
     Args:
         patterns: see `expand_shards`.
         captioned: whether a sample needs a caption; if not, captions are not read and are empty.
+        suffixes: of the members that make a sample; images, if nothing else is said.
 
     Raises:
-        UserError: no shards, or none that holds an image.
+        UserError: no shards, or none that holds a sample.
     """
 
-    def __init__(self, patterns: str | Path | Iterable[str | Path], captioned: bool = True):
-        self.index: TarIndex = load_or_build_index(expand_shards(patterns))
+    def __init__(
+        self,
+        patterns: str | Path | Iterable[str | Path],
+        captioned: bool = True,
+        suffixes: Sequence[str] = IMAGE_SUFFIXES,
+    ):
+        self.index: TarIndex = load_or_build_index(expand_shards(patterns), suffixes)
         self.captioned = captioned
         if len(self.index) == 0:
-            raise UserError(f"data.path: no images in {len(self.index.shards)} shards from {self.index.shards[0]}")
+            kinds = ", ".join(suffixes)
+            raise UserError(
+                f"data.path: no samples ({kinds}) in {len(self.index.shards)} shards from {self.index.shards[0]}"
+            )
 
     def __len__(self) -> int:
         return len(self.index)

@@ -15,16 +15,19 @@ from torch import Tensor
 from fastsp.data.bad_samples import BadSampleLog
 from fastsp.data.batch import Batch
 from fastsp.data.captions import Tokenize
+from fastsp.data.collate import Collator, ImageCollator, LatentCollator
 from fastsp.data.digits import digits_shards
 from fastsp.data.folder import FolderReader
+from fastsp.data.latents import LATENT_SUFFIXES, LatentsHeader, latent_shards
 from fastsp.data.order import SampleOrder
 from fastsp.data.pipeline import ImagePipeline
 from fastsp.data.prefetch import Prefetcher
-from fastsp.data.samples import BadSample, EncodedSample, SampleReader
+from fastsp.data.samples import BadSample, EncodedSample, ReadStep, SampleReader
 from fastsp.data.shards import ShardReader
 from fastsp.errors import UserError
 
 SOURCES = ("digits", "images", "shards", "latents")
+CROPS = ("center", "random")
 
 
 class DataConfig(Protocol):
@@ -79,7 +82,9 @@ def open_source(
     seed: int,
     device: torch.device | str = "cpu",
     bad_samples_file: Path | None = None,
-) -> ImageSource:
+    shuffle: bool = True,
+    vae_sha256: str | None = None,
+) -> Source:
     """Open the data that a configuration names.
 
         source = open_source(config.data, tokenizer=tokenizer, channels=3, seed=config.seed, device=device)
@@ -97,22 +102,59 @@ def open_source(
         device: where images are decoded and `pixel_values` lie. Everything else is on the CPU, see `Batch.to`.
         bad_samples_file: `bad_samples.jsonl` of the run, which is appended to; None: bad samples are only counted, in
             `source.bad_samples`.
+        shuffle: a new order every epoch; else that of the data set.
+        vae_sha256: of a source of latents, the `fingerprint` of the VAE that they must come from; None: any.
 
     Raises:
-        UserError: a path that is missing or holds nothing, an unknown source, split or crop.
+        UserError: a path that is missing or holds nothing, an unknown source, split or crop, latents that do not fit.
     """
-    if config.crop not in ("center", "random"):
-        raise UserError(f"data.crop is {config.crop!r}; allowed: center, random")
+    if config.source not in SOURCES:
+        raise UserError(f"data.source is {config.source!r}; allowed: {', '.join(SOURCES)}")
+    if config.crop not in CROPS:
+        raise UserError(f"data.crop is {config.crop!r}; allowed: {', '.join(CROPS)}")
     reader = _open_reader(config)
     bad_samples = BadSampleLog(bad_samples_file, config.max_bad_fraction, len(reader))
     for shard, reason in reader.damaged:
         bad_samples.add(shard, reason)
-    return ImageSource(
+    tokenize = Tokenize(tokenizer) if tokenizer is not None else None
+    return Source(
         reader,
-        tokenizer=tokenizer,
-        seed=seed,
+        order=SampleOrder(len(reader), seed) if shuffle else (lambda positions: positions % len(reader)),
+        open_collator=_collator(config, tokenize, channels, seed, torch.device(device), vae_sha256),
         bad_samples=bad_samples,
-        open_pipeline=lambda batch_size: ImagePipeline(
+        workers=config.workers,
+        prefetch=config.prefetch,
+    )
+
+
+def _open_reader(config: DataConfig) -> SampleReader:
+    captioned = not config.unconditional
+    if config.source == "digits":
+        return ShardReader(digits_shards(config.split), captioned)
+    if config.path is None:
+        raise UserError(f"data.path is missing; data.source {config.source!r} needs one")
+    if config.source == "images":
+        return FolderReader(config.path, captioned)
+    if config.source == "latents":
+        return ShardReader(latent_shards(config.path), captioned, suffixes=LATENT_SUFFIXES)
+    return ShardReader(config.path, captioned)
+
+
+def _collator(
+    config: DataConfig,
+    tokenize: Tokenize | None,
+    channels: int,
+    seed: int,
+    device: torch.device,
+    vae_sha256: str | None,
+) -> Callable[[int], Collator]:
+    """What makes, in the thread that uses it, the collator for batches up to a size."""
+    if config.source == "latents":
+        header = LatentsHeader.load(config.path)
+        header.check(config, vae_sha256)
+        return lambda batch_size: LatentCollator(header, tokenize, pin=device.type == "cuda")
+    return lambda batch_size: ImageCollator(
+        ImagePipeline(
             batch_size=batch_size,
             channels=channels,
             resolution=config.resolution,
@@ -122,44 +164,18 @@ def open_source(
             device=device,
             threads=config.threads,
         ),
-        workers=config.workers,
-        prefetch=config.prefetch,
+        tokenize,
     )
 
 
-def _open_reader(config: DataConfig) -> SampleReader:
-    if config.source not in SOURCES:
-        raise UserError(f"data.source is {config.source!r}; allowed: {', '.join(SOURCES)}")
-    captioned = not config.unconditional
-    if config.source == "digits":
-        return ShardReader(digits_shards(config.split), captioned)
-    if config.path is None:
-        raise UserError(f"data.path is missing; data.source {config.source!r} needs one")
-    if config.source == "shards":
-        return ShardReader(config.path, captioned)
-    if config.source == "images":
-        return FolderReader(config.path, captioned)
-    raise UserError("data.source 'latents' is not built yet; allowed: digits, images, shards")
-
-
-@dataclass(frozen=True)
-class _Read:
-    """One rank's samples of one step, before decoding."""
-
-    positions: Tensor
-    indices: list[int]
-    samples: list[EncodedSample | BadSample]
-
-
-class ImageSource:
-    """A source of captioned images. Made by `open_source`.
+class Source:
+    """A data set as a sequence of samples by position in the run. Made by `open_source`.
 
     Args:
         reader: of the samples' bytes.
-        tokenizer: of transformers, or None.
-        seed: of the run.
+        order: (B,) int64 positions in the run -> (B,) int64 indices of samples.
+        open_collator: makes the collator for batches up to a size.
         bad_samples: where rejected samples are named and counted.
-        open_pipeline: makes the pipeline for batches up to a size.
         workers: threads that read.
         prefetch: batches ready ahead of their use.
     """
@@ -168,18 +184,16 @@ class ImageSource:
         self,
         reader: SampleReader,
         *,
-        tokenizer: Any,
-        seed: int,
+        order: Callable[[Tensor], Tensor],
+        open_collator: Callable[[int], Collator],
         bad_samples: BadSampleLog,
-        open_pipeline: Callable[[int], ImagePipeline],
         workers: int,
         prefetch: int,
     ):
         self.reader = reader
-        self.order = SampleOrder(len(reader), seed)
-        self.tokenize = Tokenize(tokenizer) if tokenizer is not None else None
+        self.order = order
+        self.open_collator = open_collator
         self.bad_samples = bad_samples
-        self.open_pipeline = open_pipeline
         self.workers, self.prefetch = workers, prefetch
 
     def __len__(self) -> int:
@@ -217,15 +231,15 @@ class ImageSource:
         steps = rank_slices(first_position, last_position, batch_size, rank, world_size)
         read = Prefetcher(self._read_steps(steps), self.prefetch, "fastsp-read")
         per_rank = -(-batch_size // world_size)
-        return Prefetcher(self._decode_steps(read, per_rank), self.prefetch, "fastsp-decode")
+        return Prefetcher(self._collate_steps(read, per_rank), self.prefetch, "fastsp-collate")
 
-    def _read_steps(self, steps: Iterator[Tensor]) -> Iterator[_Read]:
+    def _read_steps(self, steps: Iterator[Tensor]) -> Iterator[ReadStep]:
         with ThreadPoolExecutor(self.workers, "fastsp-read") as pool:
             for positions in steps:
                 indices = self.order(positions).tolist()
                 share = -(-len(indices) // self.workers) or 1
                 shares = [indices[start : start + share] for start in range(0, len(indices), share)]
-                yield _Read(positions, indices, [sample for part in pool.map(self._read, shares) for sample in part])
+                yield ReadStep(positions, indices, [sample for part in pool.map(self._read, shares) for sample in part])
 
     def _read(self, indices: list[int]) -> list[EncodedSample | BadSample]:
         samples: list[EncodedSample | BadSample] = []
@@ -236,38 +250,19 @@ class ImageSource:
                 samples.append(bad)
         return samples
 
-    def _decode_steps(self, steps: Prefetcher[_Read], batch_size: int) -> Iterator[Batch]:
+    def _collate_steps(self, steps: Prefetcher[ReadStep], batch_size: int) -> Iterator[Batch]:
         with closing(steps):
-            pipeline = self.open_pipeline(batch_size)
+            collate = self.open_collator(batch_size)
             for step in steps:
-                yield self._decode(step, pipeline)
+                batch, bad = collate(step)
+                for row in sorted(bad):
+                    name = self.reader.name(step.indices[row])
+                    self.bad_samples.add(name, str(bad[row]), int(step.positions[row]))
+                self.bad_samples.count(len(batch), len(bad))
+                yield batch
 
-    def _decode(self, step: _Read, pipeline: ImagePipeline) -> Batch:
-        bad = {row: sample for row, sample in enumerate(step.samples) if isinstance(sample, BadSample)}
-        files = [b"" if isinstance(sample, BadSample) else sample.image for sample in step.samples]
-        pixels = pipeline(files, step.positions)
-        bad = pixels.rejections | bad  # what kept a sample from being read says more than its empty file
-        captions = tuple(
-            "" if row in bad or isinstance(sample, BadSample) else sample.caption
-            for row, sample in enumerate(step.samples)
-        )
-        weights = torch.ones(len(files))
-        weights[list(bad)] = 0.0
-        self._report(step, bad)
-        return Batch(
-            positions=step.positions,
-            input_ids=self.tokenize(captions) if self.tokenize else None,
-            weights=weights,
-            captions=captions,
-            pixel_values=pixels.values,
-            original_sizes=pixels.original_sizes,
-            crop_offsets=pixels.crop_offsets,
-        )
 
-    def _report(self, step: _Read, bad: dict[int, BadSample]) -> None:
-        for row in sorted(bad):
-            self.bad_samples.add(self.reader.name(step.indices[row]), str(bad[row]), int(step.positions[row]))
-        self.bad_samples.count(len(step.samples), len(bad))
+ImageSource = Source  # the name of the class before there were latents
 
 
 def rank_slices(

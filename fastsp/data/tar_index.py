@@ -67,27 +67,32 @@ class TarIndex:
         return self[index].shard, key
 
 
-def load_or_build_index(shards: Sequence[Path]) -> TarIndex:
-    """The index of these tars, from its file if that is up to date, else made and kept."""
+def load_or_build_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarIndex:
+    """The index of these tars, from its file if that is up to date, else made and kept.
+
+    Args:
+        shards: the tars.
+        suffixes: of the members that make a sample, in order of preference; its caption has the same key.
+    """
     paths = [shard.resolve() for shard in shards]
-    signature = json.dumps([VERSION, [_signature(path) for path in paths]])
+    signature = json.dumps([VERSION, list(suffixes), [_signature(path) for path in paths]])
     name = f"index-{hashlib.sha256(json.dumps([str(path) for path in paths]).encode()).hexdigest()[:16]}.safetensors"
     places = [paths[0].parent / f".fastsp-{name}", cache_folder() / name]
     for place in places:
         index = _load(place, signature, paths)
         if index is not None:
             return index
-    index = build_index(paths)
+    index = build_index(paths, suffixes)
     for place in places:
         if _save(index, signature, place):
             break
     return index
 
 
-def build_index(shards: Sequence[Path]) -> TarIndex:
+def build_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarIndex:
     """Read the headers of the tars, several at a time. A tar that is damaged gives what lies before the damage."""
     with ThreadPoolExecutor(min(16, len(shards))) as pool:
-        scans = list(pool.map(scan_tar, shards))
+        scans = list(pool.map(lambda shard: scan_tar(shard, suffixes), shards))
     rows, keys = [], []
     for number, scan in enumerate(scans):
         for key, place in scan.samples:
@@ -109,7 +114,7 @@ class TarScan(NamedTuple):
     damage: str | None
 
 
-def scan_tar(path: Path) -> TarScan:
+def scan_tar(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarScan:
     """Read one tar's headers, seeking over the contents."""
     members: dict[str, dict[str, tuple[int, int]]] = {}
     damage = None
@@ -123,7 +128,7 @@ def scan_tar(path: Path) -> TarScan:
             damage = _damage_at(path, tar.offset)
     except (tarfile.TarError, OSError) as error:
         damage = f"not a whole tar file: {error}"
-    samples = [(key, place) for key, files in members.items() if (place := _place(files))]
+    samples = [(key, place) for key, files in members.items() if (place := _place(files, suffixes))]
     return TarScan(samples, damage)
 
 
@@ -134,8 +139,8 @@ def _split_name(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder else stem, suffix.lower()
 
 
-def _place(files: dict[str, tuple[int, int]]) -> tuple[int, int, int, int, int] | None:
-    image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
+def _place(files: dict[str, tuple[int, int]], suffixes: Sequence[str]) -> tuple[int, int, int, int, int] | None:
+    image = next((files[suffix] for suffix in suffixes if suffix in files), None)
     if image is None:
         return None
     is_json = "txt" not in files and "json" in files

@@ -36,7 +36,7 @@ def test_sidecars(tmp_path):
     }
     reader = FolderReader(write(tmp_path, files))
     assert captions(reader) == {"a/x.PNG": "of x", "b.jpg": "of b"}
-    assert reader.read(1).image == b"B" and reader.name(1) == str(tmp_path / "b.jpg")
+    assert reader.read(1).content == b"B" and reader.name(1) == str(tmp_path / "b.jpg")
 
 
 def test_metadata(tmp_path):

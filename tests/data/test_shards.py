@@ -50,14 +50,14 @@ def test_a_missing_shard_is_named(shards):
 def test_every_sample_by_index(shards):
     reader = ShardReader(shards)
     samples = [reader.read(index) for index in range(len(reader))]
-    assert [sample.image for sample in samples] == [b"jpg%d" % i for i in range(6)]
+    assert [sample.content for sample in samples] == [b"jpg%d" % i for i in range(6)]
     assert [sample.caption for sample in samples] == [f"txt{i}" for i in range(6)]
     assert reader.name(1) == f"{shards[0]}#001" and reader.name(5) == f"{shards[1]}#sub/005"
 
 
 def test_the_index_is_made_once(shards, monkeypatch):
     load_or_build_index(shards)
-    monkeypatch.setattr("fastsp.data.tar_index.build_index", lambda shards: pytest.fail("made again"))
+    monkeypatch.setattr("fastsp.data.tar_index.build_index", lambda *_: pytest.fail("made again"))
     assert len(load_or_build_index(shards)) == 6
     assert ShardReader(shards).name(4).endswith("#sub/004")
 
@@ -80,7 +80,7 @@ def test_the_index_goes_to_the_cache_where_the_folder_is_read_only(shards, tmp_p
     monkeypatch.setattr(os, "open", read_only)  # what tempfile calls; as root, modes do not forbid anything
     load_or_build_index(shards)
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    monkeypatch.setattr("fastsp.data.tar_index.build_index", lambda shards: pytest.fail("made again"))
+    monkeypatch.setattr("fastsp.data.tar_index.build_index", lambda *_: pytest.fail("made again"))
     assert len(load_or_build_index(shards)) == 6
 
 
@@ -107,7 +107,7 @@ def test_junk_and_empty_files_are_damaged_tars(shards):
     shards[1].write_bytes(b"")
     index = build_index(shards)
     assert len(index) == 0 and len(index.damaged) == 2
-    with pytest.raises(UserError, match="no images"):
+    with pytest.raises(UserError, match="no samples"):
         ShardReader(shards)
 
 

@@ -1,0 +1,117 @@
+"""From samples as they were read to a batch: images are decoded, latents are stacked, captions are tokenised."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from fastsp.data.batch import Batch
+from fastsp.data.captions import Tokenize
+from fastsp.data.latents import LatentsHeader
+from fastsp.data.pipeline import ImagePipeline
+from fastsp.data.samples import BadSample, EncodedSample, ReadStep
+
+
+class Collator(Protocol):
+    """Makes the batch of a step, and says which rows were rejected and why."""
+
+    def __call__(self, step: ReadStep) -> tuple[Batch, dict[int, BadSample]]: ...
+
+
+class ImageCollator:
+    """Batches of pixels.
+
+    Args:
+        pipeline: from image files to pixels.
+        tokenize: None: no `input_ids`.
+    """
+
+    def __init__(self, pipeline: ImagePipeline, tokenize: Tokenize | None):
+        self.pipeline, self.tokenize = pipeline, tokenize
+
+    def __call__(self, step: ReadStep) -> tuple[Batch, dict[int, BadSample]]:
+        files = [b"" if isinstance(sample, BadSample) else sample.content for sample in step.samples]
+        pixels = self.pipeline(files, step.positions)
+        bad = pixels.rejections | _unread(step)  # what kept a sample from being read says more than its empty file
+        captions = _captions(step, bad)
+        batch = Batch(
+            positions=step.positions,
+            input_ids=self.tokenize(captions) if self.tokenize else None,
+            weights=_weights(len(files), bad),
+            captions=captions,
+            pixel_values=pixels.values,
+            original_sizes=pixels.original_sizes,
+            crop_offsets=pixels.crop_offsets,
+        )
+        return batch, bad
+
+
+class LatentCollator:
+    """Batches of the VAE's moments, and of text features where the data set has them.
+
+    There is nothing to decode, so this does not go through DALI: samples are mapped, stacked and, for a GPU, pinned.
+
+    Args:
+        header: of the data set: every sample must have its shapes and dtype.
+        tokenize: None: no `input_ids`.
+        pin: page-locked memory, for copies that do not wait.
+    """
+
+    def __init__(self, header: LatentsHeader, tokenize: Tokenize | None, pin: bool):
+        self.placeholder = header.placeholder()
+        self.tokenize, self.pin = tokenize, pin
+
+    def __call__(self, step: ReadStep) -> tuple[Batch, dict[int, BadSample]]:
+        rows = [self._row(sample) for sample in step.samples]
+        bad = {index: row for index, row in enumerate(rows) if isinstance(row, BadSample)}
+        tensors = [self.placeholder if isinstance(row, BadSample) else row for row in rows]
+        captions = _captions(step, bad)
+        batch = Batch(
+            positions=step.positions,
+            input_ids=self.tokenize(captions) if self.tokenize else None,
+            weights=_weights(len(rows), bad),
+            captions=captions,
+            moments=self._stack(tensors, "moments"),
+            text_features=self._stack(tensors, "text_features") if "text_features" in self.placeholder else None,
+            original_sizes=self._stack(tensors, "original_size"),
+            crop_offsets=self._stack(tensors, "crop_offset"),
+        )
+        return batch, bad
+
+    def _row(self, sample: EncodedSample | BadSample) -> dict[str, Tensor] | BadSample:
+        if isinstance(sample, BadSample):
+            return sample
+        try:
+            tensors = load(sample.content)
+        except (SafetensorError, ValueError) as error:
+            return BadSample(f"the latents cannot be read: {error}")
+        for name, expected in self.placeholder.items():
+            found = tensors.get(name)
+            if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
+                return BadSample(f"the latents' {name} does not fit their header")
+        return tensors
+
+    def _stack(self, rows: list[dict[str, Tensor]], name: str) -> Tensor:
+        empty = self.placeholder[name][None][:0]
+        stacked = torch.stack([row[name] for row in rows]) if rows else empty
+        return stacked.pin_memory() if self.pin else stacked
+
+
+def _unread(step: ReadStep) -> dict[int, BadSample]:
+    return {row: sample for row, sample in enumerate(step.samples) if isinstance(sample, BadSample)}
+
+
+def _captions(step: ReadStep, bad: dict[int, BadSample]) -> tuple[str, ...]:
+    return tuple(
+        "" if row in bad or isinstance(sample, BadSample) else sample.caption for row, sample in enumerate(step.samples)
+    )
+
+
+def _weights(count: int, bad: dict[int, BadSample]) -> Tensor:
+    weights = torch.ones(count)
+    weights[list(bad)] = 0.0
+    return weights

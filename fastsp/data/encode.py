@@ -1,0 +1,163 @@
+"""Encoding a source once: the VAE's moments, and text features if asked for, into tar shards.
+
+The unit of work is one shard, written whole or not at all. So a run that was stopped goes on where it was, and any
+number of processes share the work without talking to each other: process r of W takes the shards from `n * r // W` up
+to `n * (r + 1) // W` of n.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from fastsp.data.batch import Batch
+from fastsp.data.latents import DTYPES, LatentsHeader, fingerprint, shard_path
+from fastsp.data.source import Source
+from fastsp.errors import UserError
+
+SAMPLES_PER_SHARD = 1024
+
+
+def encode_moments(vae: Any, pixel_values: Tensor) -> Tensor:
+    """Mean and log variance of the VAE's posterior.
+
+    In the VAE's own dtype, which must not be float16: Stable Diffusion's overflows there.
+
+    Args:
+        vae: diffusers' `AutoencoderKL`.
+        pixel_values: (B, 3, H, W) in [-1, 1].
+
+    Returns:
+        (B, 2 C, h, w) float32, not scaled.
+    """
+    if vae.dtype == torch.float16:
+        raise ValueError("the VAE is in float16, where Stable Diffusion's gives NaN; use bfloat16 or float32")
+    with torch.no_grad():
+        return vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist.parameters.float()
+
+
+class LatentEncoder:
+    """Encodes a source into a folder of latents.
+
+    Args:
+        source: of images, opened with `shuffle=False`.
+        vae: diffusers' `AutoencoderKL`, on its device, in float32 or bfloat16.
+        vae_name: where it came from, for the header.
+        resolution: of the source's images, in pixels.
+        encode_text: token ids (B, L) -> text features (B, L, D), to keep these too; None: captions alone.
+        dtype: of what is written: "float16" (moments fit it, unlike the VAE's activations), "bfloat16" or "float32".
+        batch_size: images at once; it must divide `samples_per_shard`.
+        samples_per_shard: of the source; bad ones are left out.
+
+    Raises:
+        UserError: `batch_size` does not divide `samples_per_shard`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        vae: Any,
+        *,
+        vae_name: str,
+        resolution: int,
+        encode_text: Callable[[Tensor], Tensor] | None = None,
+        dtype: str = "float16",
+        batch_size: int = 16,
+        samples_per_shard: int = SAMPLES_PER_SHARD,
+    ):
+        if samples_per_shard % batch_size:
+            raise UserError(f"batch size {batch_size} must divide the samples of a shard, {samples_per_shard}")
+        self.source, self.vae, self.encode_text = source, vae, encode_text
+        self.batch_size = batch_size
+        sample = self._tensors(next(iter(self._batches(0, 1))), DTYPES[dtype])
+        self.header = LatentsHeader(
+            vae=vae_name,
+            vae_sha256=fingerprint(vae),
+            resolution=resolution,
+            dtype=dtype,
+            moments_shape=tuple(sample["moments"].shape[1:]),
+            text_shape=tuple(sample["text_features"].shape[1:]) if encode_text else None,
+            source_samples=len(source),
+            samples_per_shard=samples_per_shard,
+        )
+
+    def write(self, folder: Path, rank: int = 0, world_size: int = 1) -> Iterator[int]:
+        """Write this process's shards that are not there yet; yields the number of each when it is finished.
+
+        Raises:
+            UserError: the folder holds other latents.
+        """
+        self.header.save(folder)
+        shards = self.header.shards
+        mine = range(shards * rank // world_size, shards * (rank + 1) // world_size)
+        missing = [shard for shard in mine if not shard_path(folder, shard).exists()]
+        for run in _consecutive(missing):
+            yield from self._write_run(folder, run)
+
+    def _write_run(self, folder: Path, shards: range) -> Iterator[int]:
+        """Shards that follow each other, from one stream of batches: decoding runs ahead over their borders."""
+        size = self.header.samples_per_shard
+        last = min(shards.stop * size, len(self.source))
+        with closing(self._batches(shards.start * size, last)) as batches:
+            for shard in shards:
+                count = min(size, last - shard * size)
+                self._write_shard(shard_path(folder, shard), islice(batches, -(-count // self.batch_size)))
+                yield shard
+
+    def _write_shard(self, path: Path, batches: Iterable[Batch]) -> None:
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for batch in batches:
+                _add_samples(tar, batch, self._tensors(batch, DTYPES[self.header.dtype]))
+        with unfinished.open("rb") as written:
+            os.fsync(written.fileno())
+        unfinished.replace(path)
+
+    def _batches(self, first: int, last: int) -> Generator[Batch, None, None]:
+        with closing(
+            self.source.batches(first_position=first, last_position=last, batch_size=self.batch_size)
+        ) as batches:
+            yield from batches
+
+    def _tensors(self, batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The batch's tensors as they are written, on the CPU."""
+        assert batch.pixel_values is not None and batch.original_sizes is not None and batch.crop_offsets is not None
+        tensors = {
+            "moments": encode_moments(self.vae, batch.pixel_values).to("cpu", dtype),
+            "original_size": batch.original_sizes,
+            "crop_offset": batch.crop_offsets,
+        }
+        if self.encode_text is not None:
+            assert batch.input_ids is not None
+            with torch.no_grad():
+                tensors["text_features"] = self.encode_text(batch.input_ids).to("cpu", dtype)
+        return tensors
+
+
+def _consecutive(shards: Sequence[int]) -> Iterator[range]:
+    """The runs of numbers that follow each other."""
+    start = 0
+    for end in range(1, len(shards) + 1):
+        if end == len(shards) or shards[end] != shards[end - 1] + 1:
+            yield range(shards[start], shards[end - 1] + 1)
+            start = end
+
+
+def _add_samples(tar: tarfile.TarFile, batch: Batch, tensors: dict[str, Tensor]) -> None:
+    for row, (position, weight) in enumerate(zip(batch.positions.tolist(), batch.weights.tolist(), strict=True)):
+        if weight:
+            sample = save({name: value[row].contiguous() for name, value in tensors.items()})
+            for suffix, content in (("safetensors", sample), ("txt", batch.captions[row].encode())):
+                member = tarfile.TarInfo(f"{position:09d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))

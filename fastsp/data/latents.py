@@ -1,0 +1,169 @@
+"""Latents that were computed once: their layout on disk, and the draw of a latent from its moments.
+
+A data set of latents is a folder with `latents.json`, the header, and tars `00000.tar`, `00001.tar`, ... in WebDataset
+layout. Each sample is `KEY.safetensors` and `KEY.txt`, its caption. The tensors are `moments` (2 C, H, W), mean and log
+variance of the VAE's posterior, `original_size` (2,) and `crop_offset` (2,) int64 and, if asked for, `text_features`
+(L, D). The moments are as the VAE gives them: the scaling factor is applied when a latent is drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastsp_kernels.philox import Stream, random_normals
+from torch import Tensor
+
+from fastsp.errors import UserError
+
+LATENT_SUFFIXES = ("safetensors",)
+HEADER = "latents.json"
+VERSION = 1
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def sample_latents(
+    moments: Tensor, seed: int | Tensor, positions: Tensor, scaling_factor: float, shift_factor: float = 0.0
+) -> Tensor:
+    """One latent for every sample, drawn from the VAE's posterior: a pure function of (seed, position).
+
+    `z = (mean + exp(log variance / 2) * normal - shift_factor) * scaling_factor`, in float32, the log variance clamped
+    to [-30, 20] as diffusers does, the normals of stream 6.
+
+    Args:
+        moments: (B, 2 C, H, W), mean and log variance.
+        seed: of the run.
+        positions: (B,) int64 on the device of `moments`.
+        scaling_factor, shift_factor: of the VAE's configuration.
+
+    Returns:
+        (B, C, H, W) float32.
+    """
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    normals = random_normals(seed, Stream.VAE_POSTERIOR, positions, mean.shape[1:])
+    return (mean + (log_variance.clamp(-30.0, 20.0) / 2).exp() * normals - shift_factor) * scaling_factor
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and values of a module's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class LatentsHeader:
+    """What a data set of latents holds. Pins the VAE, the pixels' resolution and the dtype."""
+
+    vae: str
+    """Where the VAE came from, for people."""
+    vae_sha256: str
+    """Its `fingerprint`."""
+    resolution: int
+    """Side of the encoded images, in pixels."""
+    dtype: str
+    """Of moments and text features: "float16", "bfloat16" or "float32"."""
+    moments_shape: tuple[int, ...]
+    """(2 C, H, W)."""
+    text_shape: tuple[int, ...] | None
+    """(L, D) of the text features; None: there are none."""
+    source_samples: int
+    """Samples that were to be encoded; bad ones are left out."""
+    samples_per_shard: int
+    version: int = VERSION
+
+    @property
+    def shards(self) -> int:
+        """How many tars the whole data set has."""
+        return -(-self.source_samples // self.samples_per_shard)
+
+    def placeholder(self) -> dict[str, Tensor]:
+        """A sample of zeros, in the shapes and dtypes of every sample."""
+        dtype, pair = DTYPES[self.dtype], torch.zeros(2, dtype=torch.int64)
+        tensors = {"moments": torch.zeros(self.moments_shape, dtype=dtype), "original_size": pair, "crop_offset": pair}
+        return tensors | ({"text_features": torch.zeros(self.text_shape, dtype=dtype)} if self.text_shape else {})
+
+    def check(self, config: Any, vae_sha256: str | None) -> None:
+        """Refuse a configuration that these latents do not fit.
+
+        Raises:
+            UserError: names the key, its value and the header's.
+        """
+        if config.resolution != self.resolution:
+            raise UserError(
+                f"data.resolution is {config.resolution}; the latents in {config.path} are of {self.resolution}"
+            )
+        if config.crop != "center" or config.flip:
+            raise UserError("data.source is 'latents', cropped when encoded; allowed: crop: center and flip: false")
+        if vae_sha256 is not None and vae_sha256 != self.vae_sha256:
+            raise UserError(f"the latents in {config.path} come from another VAE than the model's: {self.vae}")
+
+    def save(self, folder: Path) -> None:
+        """Write it, or see that the folder already has the same.
+
+        Raises:
+            UserError: the folder has another header; the first key that differs is named.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / HEADER).exists():
+            existing = asdict(LatentsHeader.load(folder))
+            for key, value in asdict(self).items():
+                if existing[key] != value:
+                    raise UserError(
+                        f"{folder} holds latents with {key} = {existing[key]}, not {value}; use another folder"
+                    )
+            return
+        unfinished = folder / f".{HEADER}.{os.getpid()}"
+        unfinished.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(folder / HEADER)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> LatentsHeader:
+        """The header of a folder of latents.
+
+        Raises:
+            UserError: there is none, or it cannot be read.
+        """
+        path = Path(folder).expanduser() / HEADER
+        if not path.is_file():
+            raise UserError(
+                f"data.path is {str(folder)!r}; it must be a folder written by fastsp encode, with {HEADER}"
+            )
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields["moments_shape"] = tuple(fields["moments_shape"])
+            fields["text_shape"] = tuple(fields["text_shape"]) if fields["text_shape"] else None
+            header = cls(**fields)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        if header.version != VERSION:
+            raise UserError(f"{path} has version {header.version}; this fastsp reads {VERSION}")
+        return header
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05d}.tar"
+
+
+def latent_shards(folder: str | Path) -> list[Path]:
+    """The tars of a whole data set of latents.
+
+    Raises:
+        UserError: no header, or some tars are missing: the encoding was stopped.
+    """
+    header = LatentsHeader.load(folder)
+    shards = [shard_path(Path(folder).expanduser(), shard) for shard in range(header.shards)]
+    missing = [shard for shard in shards if not shard.is_file()]
+    if missing:
+        raise UserError(
+            f"data.path is {str(folder)!r}; {len(missing)} of {len(shards)} shards are missing, such as "
+            f"{missing[0].name}: go on with fastsp encode"
+        )
+    return shards
