@@ -69,11 +69,11 @@ def _in_order(run: RunFiles, paths: dict[str, Path]) -> list[tuple[str, Path]]:
 
 
 def _progress(run: RunFiles, roles: Roles) -> Iterator[tuple[str, list[tuple[int, str]]]]:
-    """Per stage, a few of the grids made on the way."""
-    for name, _ in _in_order(run, {name: grids[0][1] for name, grids in run.step_grids.items()}):
+    """Per stage, a few of the grids made on the way; one alone is the stage's end, which is shown already."""
+    for name, _ in _in_order(run, {name: grids[0][1] for name, grids in run.step_grids.items() if len(grids) > 1}):
         grids = run.step_grids[name]
         count = min(MAX_STEP_GRIDS, len(grids))
-        chosen = [grids[round(i * (len(grids) - 1) / max(1, count - 1))] for i in range(count)]
+        chosen = [grids[round(i * (len(grids) - 1) / (count - 1))] for i in range(count)]
         yield roles.label(name), [(step, _data_uri(path)) for step, path in chosen]
 
 

@@ -215,7 +215,7 @@ def _cell(rows: list[dict[str, Any]], metric: Metric, best: str | None) -> dict[
 
 def _setting_words(setting: Setting) -> str:
     if setting.stage == REAL:
-        return "of the training set: the floor"
+        return "training set: the floor"
     parts = [f"{setting.steps} steps"]
     parts += [f"guidance {setting.guidance:g}"] if setting.guidance else []
     parts += [f"rescale {setting.rescale:g}"] if setting.rescale else []
