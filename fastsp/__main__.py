@@ -13,14 +13,24 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of the libraries would break our display
     try:
         from fastsp.cli import app
+        from fastsp.errors import UserError
     except ModuleNotFoundError as error:
         sys.exit(_fail(f"{_NEEDS} ({error.name} is missing)"))
-    from fastsp.errors import UserError
 
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except UserError as error:
         sys.exit(_fail(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if (code := getattr(error, "exit_code", None)) is None:
+            raise  # ours to mend: a traceback helps
+        if hasattr(error, "format_message"):  # the command line's own mistakes, of whichever click typer uses
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context else "fastsp"
+            _fail(f"{error.format_message()} See '{command} --help'.")
+        sys.exit(code)
 
 
 def _fail(message: str) -> int:

@@ -124,7 +124,7 @@ class SamplesConfig(Section):
 
 
 class GuidanceConfig(Section):
-    """A guided row of the evaluation."""
+    """Rows of the evaluation with classifier-free guidance, at the first of the step counts."""
 
     stages: list[str] | None = None  # None: all
     scale: float
@@ -132,9 +132,17 @@ class GuidanceConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """What the finished run is measured by."""
+    """What the finished run is measured by; see :mod:`fastsp.evaluation`."""
 
     enabled: bool = True
+    num_samples: Positive = 500  # of one row
+    seeds: Annotated[list[NonNegative], Field(min_length=1)] = [0, 1, 2]  # of the initial noise
+    steps: Annotated[list[Positive], Field(min_length=1)] = [25, 50]  # DDIM steps of the rows without guidance
+    guidance: list[GuidanceConfig] = []
+    unconditional: bool = True  # every stage with the empty prompt too, at the first step count
+    batch_size: Positive = 256  # samples made at once; no figure depends on it
+    features: str = "classifier"  # or an Inception-v3 safetensors file
+    heldout: str | list[str] | None = None  # like data.path; the digits have their own split
 
 
 class Config(Section):

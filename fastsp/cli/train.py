@@ -19,7 +19,17 @@ def train(
 
     Example: fastsp train --config configs/quickstart.yaml run_dir=runs/try stages.0.steps=500
     """
-    from fastsp.config import load_config
-    from fastsp.training.trainer import train as run
+    from rich.console import Console
 
-    run(load_config(config, overrides or []), resume=resume)
+    from fastsp.config import load_config
+    from fastsp.training.trainer import train as run_stages
+
+    console = Console()
+    loaded = load_config(config, overrides or [])
+    run_stages(loaded, resume=resume, console=console)
+    if loaded.evaluation.enabled:
+        from fastsp.evaluation.evaluate import evaluate_run
+        from fastsp.evaluation.report import write_report
+
+        evaluate_run(loaded, loaded.evaluation, console=console)
+        console.print(f"{write_report(Path(loaded.run_dir))} says what the self-perceptual loss did")

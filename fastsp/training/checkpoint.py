@@ -112,7 +112,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     files = {
         str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": _digest(file)}
         for file in sorted(folder.rglob("*"))
-        if file.is_file()
+        if file.is_file() and file.name != MANIFEST
     }
     manifest = {"format": _FORMAT, **content, "torch": torch.__version__, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
