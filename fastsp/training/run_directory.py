@@ -17,13 +17,19 @@ from fastsp.training.checkpoint import commit_folder
 
 
 class RunDirectory:
-    """An open run directory, locked against a second process until :meth:`close`.
+    """A run directory. Making one looks whether it may be used; as a context manager it is created and locked.
+
+    Args:
+        config: of the run.
+        resume: whether a run that is there may be gone on with.
 
     Raises:
-        UserError: the folder holds another run (or, without ``resume``, any run), other files, or is in use.
+        UserError: the folder holds another run (or, without ``resume``, any run), or other files; on entering: it is in
+            use by another process.
     """
 
     def __init__(self, config: Config, resume: bool = False) -> None:
+        self.config = config
         self.root = Path(config.run_dir)
         self.config_file = self.root / "config.yaml"
         self.metrics_file = self.root / "metrics.jsonl"
@@ -32,20 +38,17 @@ class RunDirectory:
         self.samples = self.root / "samples"
         self.tensorboard = self.root / "tensorboard"
         self.final = self.root / "final"
-        self._check(config, resume)
+        self._lock: Any = None
+        self._check(resume)
+
+    def __enter__(self) -> Self:
         self.root.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked()
         if not self.config_file.exists():
-            _write_atomically(self.config_file, config.dump())
-
-    def __enter__(self) -> Self:
+            _write_atomically(self.config_file, self.config.dump())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let others in."""
         self._lock.close()
 
     def stage_folder(self, name: str) -> Path:
@@ -79,7 +82,7 @@ class RunDirectory:
         if kept != lines:
             _write_atomically(self.metrics_file, "".join(kept))
 
-    def _check(self, config: Config, resume: bool) -> None:
+    def _check(self, resume: bool) -> None:
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"run_dir {self.root} is a file")
         if not self.config_file.exists():
@@ -90,7 +93,7 @@ class RunDirectory:
             raise UserError(
                 f"run_dir {self.root} already holds a run; go on with it by --resume, or choose another folder"
             )
-        differing = _differing_keys(yaml.safe_load(self.config_file.read_text()), config.model_dump(mode="json"))
+        differing = _differing_keys(yaml.safe_load(self.config_file.read_text()), self.config.model_dump(mode="json"))
         if differing:
             raise UserError(f"run_dir {self.root} holds a run with another configuration: {'; '.join(differing)}")
 

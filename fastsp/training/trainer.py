@@ -37,8 +37,10 @@ def train(config: Config, resume: bool = False, console: Console | None = None) 
         UserError: the run directory is not to be had, the model or the data cannot be loaded.
         Interrupted: by SIGINT or SIGTERM, after saving.
     """
-    with RunDirectory(config, resume) as run, StopRequest() as stop:
-        Trainer(config, run, stop, console or Console()).train(resume)
+    run, stop = RunDirectory(config, resume), StopRequest()
+    trainer = Trainer(config, run, stop, console or Console())  # fails before anything is written
+    with run, stop:
+        trainer.train(resume)
 
 
 class Trainer:
@@ -59,7 +61,6 @@ class Trainer:
             device=self.device,
             bad_samples_file=run.bad_samples_file,
         )
-        self.samples = SampleDrawer(self.model, config, self._some_captions(), run.samples, self.device)
         parameters = sum(p.numel() for p in self.model.unet.parameters())
         console.print(
             f"run {run.root}: {len(self.source)} samples of {config.data.source}, UNet of {parameters / 1e6:.1f} M "
@@ -68,6 +69,7 @@ class Trainer:
 
     def train(self, resume: bool) -> None:
         """All stages, then ``final/``."""
+        self.samples = SampleDrawer(self.model, self.config, self._some_captions(), self.run.samples, self.device)
         checkpoint = self._newest_checkpoint() if resume else None
         reached = checkpoint.progress.global_step if checkpoint else 0
         self.run.rewind_metrics(reached)

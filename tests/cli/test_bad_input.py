@@ -1,0 +1,95 @@
+"""A user's mistake: exit code 2, one line on stderr that names the thing, nothing written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastsp.__main__ import main
+from fastsp.config import load_config
+from fastsp.training.run_directory import RunDirectory
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Run the command line; returns its one line of complaint."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["fastsp", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        assert exit_.value.code == 2
+        assert captured.err.startswith("fastsp: ") and captured.err.count("\n") == 1, captured.err
+        return captured.err
+
+    return run
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_command_line(fails, tmp_path):
+    assert "Missing option '--config'" in fails("train")
+    assert "No such command 'trian'" in fails("trian")
+    assert "No such option: --bad" in fails("sample", "--bad")
+    assert "does not exist" in fails("train", "--config", tmp_path / "missing.yaml")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.batch_size=0"], "data.batch_size: 0 is not allowed"),
+        (["data.source=images"], "data.path is missing"),
+        (["data.source=shards", "data.path=/nowhere/at/all"], "/nowhere/at/all"),
+        (["model={pretrained: /nowhere/at/all}"], "/nowhere/at/all is no diffusers pipeline folder"),
+        (["attention=magic"], "attention: 'magic' is not supported"),
+    ],
+)
+def test_training(fails, tmp_path, overrides, message):
+    run_dir = tmp_path / "run"
+    assert message in fails("train", "--config", QUICKSTART, f"run_dir={run_dir}", *overrides)
+    assert not run_dir.exists(), "a run that never began leaves nothing behind"
+
+
+def test_run_directory_of_another_run(fails, tmp_path):
+    run_dir = tmp_path / "run"
+    with RunDirectory(load_config(QUICKSTART, [f"run_dir={run_dir}"])):
+        pass
+    (run_dir / "metrics.jsonl").write_text("precious\n")
+    before = tree(tmp_path)
+    assert "already holds a run" in fails("train", "--config", QUICKSTART, f"run_dir={run_dir}")
+    message = fails("train", "--config", QUICKSTART, f"run_dir={run_dir}", "seed=3", "data.batch_size=8", "--resume")
+    assert "seed 0 -> 3; data.batch_size 32 -> 8" in message
+    assert tree(tmp_path) == before
+
+
+def test_run_directory_that_is_something_else(fails, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert "is not empty and holds no run" in fails("train", "--config", QUICKSTART, f"run_dir={tmp_path}")
+    assert "is a file" in fails("train", "--config", QUICKSTART, f"run_dir={tmp_path / 'thesis.tex'}")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_run_directory_in_use(fails, tmp_path):
+    run_dir = tmp_path / "run"
+    with RunDirectory(load_config(QUICKSTART, [f"run_dir={run_dir}"])):
+        message = fails("train", "--config", QUICKSTART, f"run_dir={run_dir}", "--resume")
+    assert "is in use by another process" in message
+
+
+def test_sampling(fails, tmp_path):
+    out = tmp_path / "out.png"
+    assert "is no diffusers pipeline folder" in fails("sample", "--model", tmp_path, "--prompt", "a", "--out", out)
+    assert "nothing to sample" in fails("sample", "--model", tmp_path, "--out", out)
+    assert "missing.txt does not exist" in fails(
+        "sample", "--model", tmp_path, "--prompts", tmp_path / "missing.txt", "--out", out
+    )
+    assert "must end in .png" in fails("sample", "--model", tmp_path, "--prompt", "a", "--out", tmp_path / "out.gif")
+    assert not list(tmp_path.iterdir())
