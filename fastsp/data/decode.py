@@ -26,7 +26,7 @@ os.environ.setdefault("NVIMGCODEC_VERBOSITY", "0")
 from nvidia import nvimgcodec
 
 MAX_PIXELS = 178_956_970  # more is refused before it is decoded: what Pillow calls a decompression bomb
-KINDS_FOR_PILLOW = ("GIF", "WEBP", "TIFF", "BMP", "MPO")  # nvImageCodec reads no GIF, and no WebP with metadata
+KINDS_FOR_PILLOW = ("GIF", "WEBP", "TIFF", "BMP")  # nvImageCodec reads no GIF, and no WebP with metadata
 WITH_ALPHA = (nvimgcodec.SampleFormat.I_RGBA, nvimgcodec.SampleFormat.P_RGBA, nvimgcodec.SampleFormat.I_YA)
 LUMINANCE = (0.299, 0.587, 0.114)  # of ITU-R BT.601, as JPEG has it
 

@@ -92,19 +92,29 @@ def load_or_build_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_
 def build_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarIndex:
     """Read the headers of the tars, several at a time. A tar that is damaged gives what lies before the damage."""
     with ThreadPoolExecutor(min(16, len(shards))) as pool:
-        scans = list(pool.map(lambda shard: scan_tar(shard, suffixes), shards))
-    rows, keys = [], []
-    for number, scan in enumerate(scans):
-        for key, place in scan.samples:
-            rows.append((number, *place))
-            keys.append(key.encode())
-    columns = {
-        "locations": torch.tensor(rows, dtype=torch.int64).view(-1, 6),
-        "keys": torch.frombuffer(bytearray(b"".join(keys) or b"\0"), dtype=torch.uint8),
-        "key_ends": torch.tensor([len(key) for key in keys], dtype=torch.int64).cumsum(0),
-    }
-    damaged = [(str(shard), scan.damage) for shard, scan in zip(shards, scans, strict=True) if scan.damage]
+        parts = list(pool.map(lambda number: _part(number, scan_tar(shards[number], suffixes)), range(len(shards))))
+    columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
+    columns["key_ends"] = columns.pop("key_sizes").cumsum(0)
+    damaged = [(str(shard), part.damage) for shard, part in zip(shards, parts, strict=True) if part.damage]
     return TarIndex([str(shard) for shard in shards], damaged, columns)
+
+
+class _Part(NamedTuple):
+    """One tar's rows of the index, and its damage."""
+
+    columns: dict[str, Tensor]
+    damage: str | None
+
+
+def _part(number: int, scan: TarScan) -> _Part:
+    """Packed at once: as Python objects, the samples of a large data set would fill the memory."""
+    keys = [key.encode() for key, _ in scan.samples]
+    columns = {
+        "locations": torch.tensor([(number, *place) for _, place in scan.samples], dtype=torch.int64).view(-1, 6),
+        "keys": torch.tensor(list(b"".join(keys)), dtype=torch.uint8),
+        "key_sizes": torch.tensor([len(key) for key in keys], dtype=torch.int64),
+    }
+    return _Part(columns, scan.damage)
 
 
 class TarScan(NamedTuple):

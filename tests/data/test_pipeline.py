@@ -122,3 +122,9 @@ def test_results_do_not_share_memory():
     kept = [pipeline(files, torch.arange(4)).values for files in batches]
     for files, values in zip(batches, kept, strict=True):
         assert torch.equal(values, run(files).values)
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 2), (1, 1)])
+def test_extreme_shapes(size):
+    file = encode(np.full((*size, 3), 255, np.uint8), "PNG")
+    assert (run([file], random_crop=True).values == 1).all()
