@@ -28,6 +28,8 @@ class BadSampleLog:
         self.max_fraction = max_fraction
         self.min_positions = min(size, MIN_POSITIONS)
         self.reasons: dict[str, str] = {}
+        self._named: set[str | None] = set()  # by any process, as far as the file was read
+        self._read_up_to = 0  # bytes
         self._delivered = 0
         self._rejected = 0
 
@@ -62,15 +64,20 @@ class BadSampleLog:
     def _append(self, record: dict) -> None:
         """Under a lock, so that processes which meet the same sample name it once."""
         assert self.path is not None
-        with self.path.open("a+", encoding="utf-8") as file:
+        with self.path.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            if not any(_names(line, record["sample"]) for line in file):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.seek(self._read_up_to)
+            lines = file.readlines()
+            self._named.update(map(_sample, lines))
+            if record["sample"] not in self._named:
+                torn = bool(lines) and not lines[-1].endswith(b"\n")
+                file.write(b"\n" * torn + json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._read_up_to = file.tell()
 
 
-def _names(line: str, sample: str) -> bool:
+def _sample(line: bytes) -> str | None:
+    """The sample that a line of the file names; None for the torn last line of a run that was killed."""
     try:
-        return json.loads(line).get("sample") == sample
-    except ValueError:  # the last line of a run that was killed
-        return False
+        return json.loads(line).get("sample")
+    except ValueError:
+        return None

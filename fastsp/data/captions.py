@@ -63,6 +63,8 @@ class Tokenize:
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """(B, L) int64, L being the tokenizer's `model_max_length`."""
+        if not captions:
+            return torch.zeros(0, self.tokenizer.model_max_length, dtype=torch.int64)
         encoded = self.tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length
         )

@@ -75,9 +75,13 @@ class ImagePipeline:
         """Images from encoded files.
 
         Args:
-            files: B image files.
+            files: B image files, perhaps none.
             positions: (B,) int64, positions of the samples in the run.
         """
+        if not files:
+            nothing = torch.zeros(0, 2, dtype=torch.int64)
+            shape = (0, self.channels, self.resolution, self.resolution)
+            return Pixels(torch.zeros(shape, device=self.device), nothing, nothing, {})
         decoded = self.decoder(files)
         rejections = {index: image for index, image in enumerate(decoded) if isinstance(image, BadSample)}
         images = [self._placeholder() if isinstance(image, BadSample) else image for image in decoded]

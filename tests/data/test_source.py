@@ -66,7 +66,7 @@ def test_resume_at_any_position():
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_together_are_the_whole_batch(world_size):
-    options = {"batch_size": 10, "last_position": 44}
+    options = {"batch_size": 10, "last_position": 42}  # of the last step, some ranks get nothing
     whole = collect(open_digits(), **options)
     ranks = [collect(open_digits(), rank=rank, world_size=world_size, **options) for rank in range(world_size)]
     for step, batch in enumerate(whole):

@@ -1,0 +1,49 @@
+"""`fastsp encode` on the command line, with a tiny VAE."""
+
+import typer
+from data.helpers import Config, encode, photo, write_tar
+from diffusers import AutoencoderKL
+from typer.testing import CliRunner
+
+from fastsp.cli.encode import encode as command
+from fastsp.data.source import open_source
+
+RUN = """
+run_dir: {folder}/run
+model: {{pretrained: {folder}/model}}
+data: {{source: shards, path: {folder}/images.tar, resolution: 32, batch_size: 4}}
+stages: [{{name: mse, objective: mse, steps: 1, learning_rate: 1.0e-3}}]
+final: mse
+"""
+
+
+def run(folder, *arguments):
+    app = typer.Typer()
+    app.command()(command)
+    config = folder / "run.yaml"
+    config.write_text(RUN.format(folder=folder))
+    return CliRunner().invoke(app, ["--config", str(config), "--out", str(folder / "latents"), *arguments])
+
+
+def test_encode(tmp_path):
+    blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    members = [
+        (f"{index}.{suffix}", content)
+        for index in range(5)
+        for suffix, content in (("jpg", encode(photo(index, 40, 50))), ("txt", b"a photograph"))
+    ]
+    write_tar(tmp_path / "images.tar", members)
+    assert "pipeline folder with a vae" in str(run(tmp_path).exception)
+    AutoencoderKL(latent_channels=4, **blocks, **kinds).save_pretrained(tmp_path / "model" / "vae")
+    result = run(tmp_path)
+    assert result.exit_code == 0 and "shard 0 of 1" in result.output, result.exception
+    config = Config(source="latents", path=str(tmp_path / "latents"), resolution=32)
+    assert len(open_source(config, tokenizer=None, channels=3, seed=0)) == 5
+    assert "shard" not in run(tmp_path).output  # nothing is left to do
+    for arguments, message in [
+        (["data.flip=true"], "flip: false"),
+        (["data.resolution=64"], "resolution = 32, not 64"),
+        (["--dtype", "int8"], "'int8'; allowed: float16"),
+    ]:
+        assert message in str(run(tmp_path, *arguments).exception)
