@@ -75,8 +75,7 @@ class SampleOrder:
     def __init__(self, size: int, seed: int):
         self.size = size
         self.seed = seed
-        self._block_start = -1
-        self._block = torch.empty(0, dtype=torch.int64)
+        self._latest: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))  # first position, samples
 
     def __call__(self, positions: Tensor) -> Tensor:
         """Indices of the samples at `positions`: (B,) int64 in, (B,) int64 out. Fastest where positions ascend."""
@@ -89,8 +88,9 @@ class SampleOrder:
 
     def _samples_from(self, start: int) -> Tensor:
         """The samples at positions `start` .. `start + BLOCK - 1`, of which the latest block is kept."""
-        if start != self._block_start:
+        latest, samples = self._latest  # read and replaced as one: several threads may ask
+        if latest != start:
             positions = torch.arange(start, start + BLOCK)
             samples = permute(positions % self.size, self.size, self.seed, positions // self.size)
-            self._block, self._block_start = samples, start
-        return self._block
+            self._latest = (start, samples)
+        return samples

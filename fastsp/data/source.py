@@ -133,6 +133,8 @@ def _open_reader(config: DataConfig) -> SampleReader:
         return ShardReader(digits_shards(config.split), captioned)
     if config.path is None:
         raise UserError(f"data.path is missing; data.source {config.source!r} needs one")
+    if config.source != "shards" and not isinstance(config.path, str | Path):
+        raise UserError(f"data.path is {config.path!r}; data.source {config.source!r} needs one folder")
     if config.source == "images":
         return FolderReader(config.path, captioned)
     if config.source == "latents":

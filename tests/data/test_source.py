@@ -90,6 +90,15 @@ def test_unconditional_captions_are_empty():
     assert batch.captions == ("",) * 4 and (batch.input_ids == 0).all()
 
 
+def test_two_streams_of_one_source_do_not_disturb_each_other():
+    source = open_digits()
+    expected = [collect(source, first_position=first, batch_size=8, last_position=first + 400) for first in (0, 50_000)]
+    a, b = (source.batches(first_position=first, batch_size=8, last_position=first + 400) for first in (0, 50_000))
+    with closing(a), closing(b):
+        for batch_a, batch_b, expected_a, expected_b in zip(a, b, *expected, strict=True):
+            assert same(batch_a, expected_a) and same(batch_b, expected_b)
+
+
 def test_closing_stops_every_thread():
     before = threading.active_count()
     batches = open_digits().batches(batch_size=4)
@@ -164,6 +173,7 @@ def test_mistakes(tmp_path):
         (replace(good, source="pictures"), "'pictures'.*digits, images, shards, latents"),
         (replace(good, source="shards"), "data.path is missing"),
         (replace(good, source="shards", path=str(tmp_path / "none-{0..3}.tar")), "none-0.tar"),
+        (replace(good, source="images", path=["a", "b"]), "needs one folder"),
         (replace(good, crop="middle"), "'middle'.*center, random"),
         (replace(good, split="test"), "'test'.*train, heldout"),
     ]:
