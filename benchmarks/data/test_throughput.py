@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.data.loaders import LOADERS, Batches
-from benchmarks.data.photographs import SHAPES, write_layouts
+from benchmarks.data.photographs import write_layouts
 
 IMAGES = int(os.environ.get("FASTSP_BENCH_IMAGES", 1000))
 RESOLUTION = int(os.environ.get("FASTSP_BENCH_RESOLUTION", 512))
@@ -39,7 +39,7 @@ def files(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """A fast tokenizer that pads to 77, as CLIP's does."""
-    words = ["<pad>", "<unk>", "picture", "of", "a", *SHAPES, "by", "pixels", ",", *map(str, range(10_000))]
+    words = ["<pad>", "<unk>", "picture", "of", "coloured", "rectangles", ",", "by", "pixels", *map(str, range(10_000))]
     inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", model_max_length=77)
