@@ -8,7 +8,8 @@ size, so that stages are compared sample by sample.
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from diffusers import UNet2DConditionModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from fastsp import draws
 from fastsp.config import Config
@@ -61,15 +63,17 @@ def evaluate_run(
     console = console or Console()
     write_environment(run_dir)
     evaluation = Evaluation(config, settings, torch.device(device))
-    store = RowStore(run_dir / "evaluation.json", settings.num_samples, evaluation.scorer.model.identity)
     rows = plan(config, settings)
+    store = RowStore(run_dir / "evaluation.json", rows, settings.num_samples, evaluation.scorer.model.identity)
     with _progress(console) as bar:
         task = bar.add_task("evaluation", total=len(rows))
-        for planned in rows:
+        for number, planned in enumerate(rows, start=1):
             bar.update(task, description=_describe(planned))
-            store.add(planned, evaluation.row)
+            is_new = store.add(planned, evaluation.row)
             bar.advance(task)
-    return store.ordered(rows)
+            if is_new and not console.is_terminal:  # there is no bar then
+                console.print(_plain_line(store.rows[planned], planned, f"{number}/{len(rows)}"), soft_wrap=True)
+    return [store.rows[row] for row in rows]
 
 
 class Evaluation:
@@ -77,7 +81,8 @@ class Evaluation:
 
     def __init__(self, config: Config, settings: EvaluationSettings, device: torch.device) -> None:
         self.config, self.settings, self.device = config, settings, device
-        self.model = load_pipeline(str(Path(config.run_dir) / "final"))
+        with _quiet_loading():
+            self.model = load_pipeline(str(Path(config.run_dir) / "final"))
         self.model.text_encoder.to(device)
         self.heldout = heldout_pictures(config.data, self.model.channels, settings.heldout)
         self.train = training_pictures(config.data, self.model.channels)
@@ -139,29 +144,28 @@ class Evaluation:
 
 
 class RowStore:
-    """`evaluation.json`: rows are added one by one, each time the whole file is replaced.
+    """`evaluation.json`: rows are added one by one, each time the whole file is replaced, in the order of the plan.
 
     Rows of another `num_samples` or feature model cannot be compared with the new ones and are dropped.
     """
 
-    def __init__(self, path: Path, num_samples: int, features: str) -> None:
+    def __init__(self, path: Path, plan: list[Planned], num_samples: int, features: str) -> None:
         self.path = path
+        self._place = {planned: place for place, planned in enumerate(plan)}
         rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         kept = [row for row in rows if (row["num_samples"], row["features"]) == (num_samples, features)]
         self.rows = {Planned(setting_of(row), row["seed"]): row for row in kept}
 
-    def add(self, planned: Planned, compute: Callable[[Planned], Row]) -> None:
-        """Compute the row and write it, unless it is there."""
+    def add(self, planned: Planned, compute: Callable[[Planned], Row]) -> bool:
+        """Compute the row and write it, unless it is there; true if it was not."""
         if planned in self.rows:
-            return
+            return False
         self.rows[planned] = compute(planned)
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps(list(self.rows.values()), indent=1) + "\n", encoding="utf-8")
+        ordered = sorted(self.rows, key=lambda row: self._place.get(row, len(self._place)))  # the others last
+        partial.write_text(json.dumps([self.rows[row] for row in ordered], indent=1) + "\n", encoding="utf-8")
         partial.replace(self.path)
-
-    def ordered(self, planned: list[Planned]) -> list[Row]:
-        """The planned rows in the plan's order."""
-        return [self.rows[row] for row in planned]
+        return True
 
 
 def feature_model(features: str, train: Pictures, heldout: Pictures) -> FeatureModel:
@@ -189,10 +193,28 @@ def _progress(console: Console) -> Progress:
     )
 
 
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without transformers' bar for a text encoder that is loaded in a moment."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _plain_line(row: Row, planned: Planned, place: str) -> str:
+    scores = f"FID {row['fid']:.2f}  IS {row['inception_score']:.2f}  validity {row['validity']:.1%}"
+    return f"evaluation {place}: {_describe(planned)}  {scores}  {row['seconds']:.0f} s"
+
+
 def _describe(planned: Planned) -> str:
     setting = planned.setting
     parts = [setting.stage]
     parts += [f"{setting.steps} steps"] if setting.steps else []
     parts += [f"guidance {setting.guidance:g}"] if setting.guidance else []
+    parts += [f"rescale {setting.rescale:g}"] if setting.rescale else []
     parts += [] if setting.conditional else ["unconditional"]
     return f"{', '.join(parts)}, seed {planned.seed}"

@@ -98,7 +98,7 @@ def compare(
     """Self-perceptual against control without guidance, one comparison for every step count that both have.
 
     The difference is taken seed by seed, since both start from the same noise and captions; a seed that only one of
-    them has is left out.
+    them has is left out. With captions first, then in the order of `rows`: the first step count configured leads.
     """
     groups = by_setting([row for row in rows if metric in row and row["guidance"] == 0])
     comparisons = []
@@ -109,7 +109,7 @@ def compare(
         pairs = [(row[metric], theirs[row["seed"]]) for row in ours if row["seed"] in theirs]
         if pairs:
             comparisons.append(_comparison(metric, setting, pairs, smaller_is_better))
-    return sorted(comparisons, key=lambda c: (not c.conditional, c.steps))
+    return sorted(comparisons, key=lambda c: not c.conditional)
 
 
 def _comparison(metric: str, setting: Setting, pairs: list[tuple[float, float]], smaller_is_better: bool) -> Comparison:

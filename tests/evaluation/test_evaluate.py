@@ -1,11 +1,13 @@
 """The evaluation of a run: its rows, its noise, and going on after a stop. The run is untrained, the rest is real."""
 
+import io
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastsp.config import Config, GuidanceConfig
 from fastsp.errors import UserError
@@ -105,6 +107,19 @@ def test_an_interrupted_evaluation_goes_on(config: Config, monkeypatch: pytest.M
     monkeypatch.setattr(Evaluation, "row", compute)
     rows = evaluate_run(config, Settings())
     assert rows[:3] == kept and len(rows) == 16
+
+
+def test_without_a_terminal_each_new_row_is_one_line(config: Config, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = replace(Settings(), seeds=[0], guidance=[GuidanceConfig(stages=["mse"], scale=2.0, rescale=0.7)])
+    written = io.StringIO()
+    rows = evaluate_run(config, settings, console=Console(file=written, width=40))
+    lines = written.getvalue().splitlines()
+    assert len(lines) == len(rows) == 8
+    assert lines[0].startswith("evaluation 1/8: real, seed 0  FID ")
+    assert lines[5].startswith("evaluation 6/8: mse, 2 steps, guidance 2, rescale 0.7, seed 0  FID ")
+    assert "Loading" not in capfd.readouterr().err
+    evaluate_run(config, settings, console=Console(file=written))
+    assert written.getvalue().splitlines() == lines  # nothing was left to do
 
 
 def test_rows_of_another_number_of_samples_are_made_anew(config: Config) -> None:
