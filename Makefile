@@ -8,11 +8,15 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 OUT ?= out
 
-.PHONY: quickstart test lint unit bench gpu-test gpu-bench gpu-train clean
+.PHONY: quickstart results test lint unit bench gpu-test gpu-bench gpu-train clean
 
 quickstart: $(VENV)/.train
 	@echo "== training and evaluating: configs/quickstart.yaml (goes on where it stopped)"
 	$(BIN)/fastsp train --config configs/quickstart.yaml --resume
+
+results: $(VENV)/.train
+	@echo "== training and evaluating: configs/digits.yaml, under an hour (goes on where it stopped)"
+	$(BIN)/fastsp train --config configs/digits.yaml --resume
 
 test: lint unit
 
