@@ -9,6 +9,7 @@ The names of the arguments are those of diffusers' training scripts. Equation nu
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +18,7 @@ from fastsp_kernels import reproject
 from torch import Tensor, nn
 
 from fastsp import prediction
+from fastsp.half_backward import HalfBackward, Misaligned
 from fastsp.perceptual import PerceptualNetwork
 from fastsp.prediction import PREDICTION_TYPES, expand
 from fastsp.schedule import NoiseSchedule, TimestepSampling, sample_perceptual_timesteps
@@ -24,6 +26,8 @@ from fastsp.schedule import NoiseSchedule, TimestepSampling, sample_perceptual_t
 Distance = Literal["mse", "mae"]
 Teacher = Literal["batched", "split"]
 Reduction = Literal["mean", "none"]
+
+_log = logging.getLogger(__name__)
 
 
 def choose(name: str, value: str, allowed: Any) -> str:
@@ -147,7 +151,8 @@ class SelfPerceptualLoss(_ScheduledLoss):
         layers: ``mid`` (the paper's choice), ``encoder``, ``decoder`` or ``encoder+mid`` (Table 3).
         distance: ``mse`` or ``mae`` (Table 5).
         timestep_sampling: how t' is drawn: ``uniform``, ``normal`` or ``offset`` (Table 4).
-        teacher: ``batched`` runs predicted and real half in one call, ``split`` in two.
+        teacher: ``batched`` runs predicted and real half in one call, whose backward costs the predicted half alone
+            (traced once for every new shape); ``split`` in two calls, for the same FLOPs.
         reduction: ``mean``, or ``none`` for one value a sample, (B,).
         dtype: of the perceptual network; None: the UNet's.
 
@@ -175,6 +180,7 @@ class SelfPerceptualLoss(_ScheduledLoss):
         self.timestep_sampling = choose("timestep_sampling", timestep_sampling, TimestepSampling)
         self.teacher = choose("teacher", teacher, Teacher)
         self.perceptual_network = PerceptualNetwork(unet, layers=layers, dtype=dtype)
+        self._half_backward = HalfBackward(self.perceptual_network)
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str, scheduler: Any = None, **kwargs: Any) -> SelfPerceptualLoss:
@@ -251,9 +257,25 @@ class SelfPerceptualLoss(_ScheduledLoss):
         class_labels: Tensor | None = None,
     ) -> Tensor:
         """The distance of the features of both halves of ``inputs`` (see :meth:`teacher_inputs`). (B,) float32."""
-        features = self._batched if self.teacher == "batched" else self._split
         states = encoder_hidden_states.to(inputs.dtype)
-        return self._distance(*features(inputs, perceptual_timesteps, states, added_cond_kwargs, class_labels))
+        arguments = (inputs, perceptual_timesteps, states, added_cond_kwargs, class_labels)
+        if self.teacher == "split" or not inputs.requires_grad or torch.compiler.is_compiling():
+            return self._distance(*self._split(*arguments))
+        try:
+            return self._distance(*self._batched(*arguments))
+        except Misaligned as reason:
+            _log.warning("teacher='batched' goes on as 'split': %s", reason)
+            self.teacher = "split"
+            if self._half_backward.compile_options is not None:
+                self.compile_teacher(**self._half_backward.compile_options)
+            return self._distance(*self._split(*arguments))
+
+    def compile_teacher(self, **options: Any) -> None:
+        """Hand the perceptual network to ``torch.compile``, whichever way it is called."""
+        if self.teacher == "batched":
+            self._half_backward.compile_options = options
+        else:
+            self.perceptual_network.compile(**options)
 
     def teacher_inputs(
         self, model_pred: Tensor, latents: Tensor, timesteps: Tensor, perceptual_timesteps: Tensor, **source: Any
@@ -287,17 +309,10 @@ class SelfPerceptualLoss(_ScheduledLoss):
         class_labels: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Features of the predicted and of the real half, from one call of the perceptual network."""
-
-        def both(value: Tensor) -> Tensor:
-            return torch.cat([value, value])
-
-        features = self.perceptual_network(
-            inputs,
-            both(timesteps),
-            both(encoder_hidden_states),
-            None if added_cond_kwargs is None else {key: both(value) for key, value in added_cond_kwargs.items()},
-            None if class_labels is None else both(class_labels),
-        )
+        named = {"timesteps": timesteps, "encoder_hidden_states": encoder_hidden_states, "class_labels": class_labels}
+        named |= {f"added.{key}": value for key, value in (added_cond_kwargs or {}).items()}
+        both = {name: torch.cat([value, value]) for name, value in named.items() if value is not None}
+        features = self._half_backward(inputs, both)
         halves = [feature.chunk(2) for feature in features]
         return tuple(pred for pred, _ in halves), tuple(real.detach() for _, real in halves)
 

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -30,6 +36,7 @@ class TextToImageModel:
     text_encoder: Any
     tokenizer: Any
     scheduler: Any
+    vae: Any = None
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -42,11 +49,18 @@ class TextToImageModel:
     @property
     def channels(self) -> int:
         """Of the images: 1 (grey) or 3."""
-        return self.unet.config.in_channels
+        return self.unet.config.in_channels if self.vae is None else self.vae.config.in_channels
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of a square image of ``resolution`` pixels."""
-        return (self.channels, resolution, resolution)
+        """(C, H, W) of the latents of a square image of ``resolution`` pixels.
+
+        Raises:
+            UserError: the VAE cannot halve ``resolution`` as often as it does.
+        """
+        shrink = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if resolution % shrink:
+            raise UserError(f"data.resolution {resolution} must be a multiple of {shrink}, by which the VAE shrinks")
+        return (self.unet.config.in_channels, resolution // shrink, resolution // shrink)
 
     @torch.no_grad()
     def encode_ids(self, input_ids: Tensor) -> Tensor:
@@ -57,8 +71,12 @@ class TextToImageModel:
         """Texts -> ``encoder_hidden_states`` (B, L, D), padded and truncated to the tokenizer's length."""
         return self.encode_ids(tokenize(self.tokenizer, prompts))
 
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> images (B, C, H, W) in [-1, 1], float32."""
+        if self.vae is not None:
+            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+            latents = self.vae.decode(latents.float() / self.vae.config.scaling_factor + shift).sample
         return latents.float().clamp(-1.0, 1.0)
 
     @torch.no_grad()
@@ -87,6 +105,17 @@ class TextToImageModel:
 
     def pipeline(self) -> DiffusionPipeline:
         """The same parts as a diffusers pipeline."""
+        if self.vae is not None:
+            return StableDiffusionPipeline(
+                vae=self.vae,
+                text_encoder=self.text_encoder,
+                tokenizer=self.tokenizer,
+                unet=self.unet,
+                scheduler=self.scheduler,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
         from fastsp.pixel_pipeline import PixelTextToImagePipeline  # which samples through this class
 
         return PixelTextToImagePipeline(self.unet, self.text_encoder, self.tokenizer, self.scheduler)
@@ -113,17 +142,48 @@ def load_pipeline(folder: str) -> TextToImageModel:
     if not (root / "model_index.json").is_file():
         raise UserError(f"{folder} is no diffusers pipeline folder: it has no model_index.json")
     parts = json.loads((root / "model_index.json").read_text())
-    missing = [part for part in ("unet", "text_encoder", "tokenizer", "scheduler") if not (root / part).is_dir()]
+    if "text_encoder_2" in parts:
+        raise UserError(f"{folder} is a Stable Diffusion XL pipeline: the trainer has one text encoder for now")
+    wanted = ["unet", "text_encoder", "tokenizer", "scheduler", *(["vae"] if "vae" in parts else [])]
+    missing = [part for part in wanted if not (root / part).is_dir()]
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}: a pipeline folder holds one folder for each part")
-    if "vae" in parts:
-        raise UserError(f"{folder} is a latent-space pipeline: this version trains pixel-space models only")
+    unet = _load_part(UNet2DConditionModel, root / "unet")
+    text_encoder = _load_part(CLIPTextModel, root / "text_encoder").eval().requires_grad_(False)
+    if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
+        raise UserError(
+            f"{folder}: the UNet takes text features of width {unet.config.cross_attention_dim}, "
+            f"the text encoder gives {text_encoder.config.hidden_size}"
+        )
     return TextToImageModel(
-        unet=UNet2DConditionModel.from_pretrained(root / "unet", use_safetensors=True),
-        text_encoder=CLIPTextModel.from_pretrained(root / "text_encoder", use_safetensors=True).requires_grad_(False),
+        unet=unet,
+        text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer"),
-        scheduler=DDIMScheduler.from_pretrained(root / "scheduler"),
+        scheduler=trained_scheduler(DDIMScheduler.load_config(root / "scheduler")),
+        vae=_load_part(AutoencoderKL, root / "vae").eval().requires_grad_(False) if "vae" in parts else None,
     )
+
+
+def _load_part(kind: Any, folder: Path) -> Any:
+    """A part of a pipeline in float32, from safetensors alone.
+
+    Raises:
+        UserError: there are none, only pickles perhaps, or they do not fit.
+    """
+    try:
+        return kind.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder} cannot be loaded (fastsp reads safetensors alone): {reason}") from None
+
+
+def trained_scheduler(config: Any) -> DDIMScheduler:
+    """A folder's scheduler as fastsp trains it: the folder's betas, and the settings of :func:`ddim_scheduler`.
+
+    An epsilon model is so put to v-prediction, which its first stage has to teach it by MSE, as the paper's does.
+    """
+    betas = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
+    return ddim_scheduler(**{key: config[key] for key in betas if config.get(key) is not None})
 
 
 def ddim_scheduler(**overrides: Any) -> DDIMScheduler:

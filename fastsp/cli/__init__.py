@@ -2,6 +2,8 @@
 
 import typer
 
+from fastsp.cli import data
+from fastsp.cli.encode import encode
 from fastsp.cli.sample import sample
 from fastsp.cli.train import train
 
@@ -14,3 +16,5 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(sample)
+app.command()(encode)
+app.add_typer(data.app, name="data")

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastsp.data.batch import Batch
 from fastsp.data.digits import SPLITS
 from fastsp.data.shards import expand_shards
-from fastsp.data.source import DataOptions, ImageSource, open_source
+from fastsp.data.source import DataOptions, Source, open_source
 from fastsp.errors import UserError
 
 BATCH_SIZE = 64
@@ -136,6 +136,6 @@ def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report
     return report, torch.cat(sheet)[:SHEET_IMAGES]
 
 
-def _batches(source: ImageSource, count: int) -> Iterator[Batch]:
+def _batches(source: Source, count: int) -> Iterator[Batch]:
     with closing(source.batches(batch_size=BATCH_SIZE, last_position=count)) as batches:
         yield from batches

@@ -264,9 +264,6 @@ class Source:
                 yield batch
 
 
-ImageSource = Source  # the name of the class before there were latents
-
-
 def rank_slices(
     first_position: int, last_position: int | None, batch_size: int, rank: int, world_size: int
 ) -> Iterator[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,10 @@ from torch import Tensor, nn
 from fastsp import draws
 from fastsp.config import Config, StageConfig
 from fastsp.data.batch import Batch
+from fastsp.data.encode import encode_moments
+from fastsp.data.latents import sample_latents
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
+from fastsp.models import TextToImageModel
 from fastsp.prediction import expand
 from fastsp.schedule import NoiseSchedule
 from fastsp.training.optimizer import AdamWEMA, learning_rate
@@ -82,7 +84,7 @@ class TrainingStep:
         objective: what it minimises.
         optimizer: of ``unet``.
         schedule: the noise schedule.
-        encode: token ids (B, L) -> ``encoder_hidden_states`` (B, L, D).
+        model: the pipeline's frozen parts: text encoder, and VAE if there is one.
         empty_hidden_states: features of the empty prompt, (1, L, D): what a dropped caption becomes.
     """
 
@@ -94,7 +96,7 @@ class TrainingStep:
         objective: Objective,
         optimizer: AdamWEMA,
         schedule: NoiseSchedule,
-        encode: Callable[[Tensor], Tensor],
+        model: TextToImageModel,
         empty_hidden_states: Tensor,
     ) -> None:
         self.config, self.stage = config, stage
@@ -102,7 +104,7 @@ class TrainingStep:
         device = empty_hidden_states.device
         self.schedule = schedule.to(device)
         self.seed = torch.tensor(config.seed, device=device)
-        self.encode, self.empty_hidden_states = encode, empty_hidden_states
+        self.model, self.empty_hidden_states = model, empty_hidden_states
         self.dtype = COMPUTE_DTYPES[config.precision]
 
     def __call__(self, batch: Batch, number: int) -> StepResult:
@@ -118,9 +120,8 @@ class TrainingStep:
 
     def microbatch_loss(self, batch: Batch) -> Tensor:
         """The microbatch's share of the loss: the divisor is the whole nominal batch, a rejected sample counts 0."""
-        assert batch.pixel_values is not None and batch.input_ids is not None
-        latents, positions = batch.pixel_values, batch.positions.to(self.seed.device)
-        states = self.conditioning(batch.input_ids, positions)
+        positions = batch.positions.to(self.seed.device)
+        latents, states = self.latents(batch, positions), self.conditioning(batch, positions)
         noisy_latents, target, timesteps = diffuse_seeded(
             latents,
             self.seed,
@@ -135,8 +136,24 @@ class TrainingStep:
         losses = self.objective(model_pred, target, latents, timesteps, states, self.seed, positions)
         return (batch.weights * losses).sum() / self.config.data.batch_size
 
-    def conditioning(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def latents(self, batch: Batch, positions: Tensor) -> Tensor:
+        """x_0, (B, C, H, W) float32: the pixels themselves, or a draw from the VAE's posterior."""
+        vae, moments = self.model.vae, batch.moments
+        if vae is None:
+            assert batch.pixel_values is not None
+            return batch.pixel_values
+        if moments is None:
+            assert batch.pixel_values is not None
+            moments = encode_moments(vae, batch.pixel_values)
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return sample_latents(moments, self.seed, positions, vae.config.scaling_factor, shift)
+
+    def conditioning(self, batch: Batch, positions: Tensor) -> Tensor:
         """Text features (B, L, D) in the compute dtype, the empty prompt's where the caption is dropped."""
-        states = self.encode(input_ids)
+        states = batch.text_features
+        if states is None:
+            assert batch.input_ids is not None
+            states = self.model.encode_ids(batch.input_ids)
         dropped = draws.dropped_captions(self.seed, positions, self.config.data.caption_dropout)
-        return torch.where(expand(dropped, states), self.empty_hidden_states, states).to(self.dtype)
+        empty = self.empty_hidden_states.to(states.dtype)
+        return torch.where(expand(dropped, states), empty, states).to(self.dtype)

@@ -12,7 +12,8 @@ from diffusers import UNet2DConditionModel
 from rich.console import Console
 
 from fastsp.config import Config, StageConfig
-from fastsp.data.source import ImageSource, open_source
+from fastsp.data.latents import fingerprint
+from fastsp.data.source import Source, open_source
 from fastsp.errors import UserError
 from fastsp.models import load_model
 from fastsp.perceptual import cast
@@ -52,14 +53,20 @@ class Trainer:
         _refuse_unsupported(config, self.device)
         model = config.model
         self.model = load_model(model.preset, model.pretrained, config.data.resolution, config.seed)
-        self.model.text_encoder.to(self.device)
-        self.source: ImageSource = open_source(
+        self.model.latent_shape(config.data.resolution)  # refuses what the VAE cannot shrink
+        if config.data.source == "latents" and self.model.vae is None:
+            raise UserError("data.source: 'latents' needs a model with a VAE; this one works on pixels")
+        for frozen in (self.model.text_encoder, self.model.vae):
+            if frozen is not None:
+                frozen.to(self.device)
+        self.source: Source = open_source(
             config.data,
             tokenizer=self.model.tokenizer,
             channels=self.model.channels,
             seed=config.seed,
             device=self.device,
             bad_samples_file=run.bad_samples_file,
+            vae_sha256=fingerprint(self.model.vae) if config.data.source == "latents" else None,
         )
         parameters = sum(p.numel() for p in self.model.unet.parameters())
         console.print(
@@ -138,10 +145,10 @@ class Trainer:
         if self._compiles():
             unet.compile()
             if objective.self_perceptual is not None:
-                objective.self_perceptual.perceptual_network.compile()
+                objective.self_perceptual.compile_teacher()
         optimizer = AdamWEMA(unet, ema_unet, self.config.optimizer, self.config.ema)
         empty = self.model.encode_prompts([""])
-        step = TrainingStep(self.config, stage, unet, objective, optimizer, schedule, self.model.encode_ids, empty)
+        step = TrainingStep(self.config, stage, unet, objective, optimizer, schedule, self.model, empty)
         return step, ema_unet
 
     def _placed(self, module: Any, dtype: torch.dtype) -> Any:
@@ -206,5 +213,3 @@ def _refuse_unsupported(config: Config, device: torch.device) -> None:
         raise UserError("cuda_graph: true is not supported by this version; use auto or false")
     if config.attention != "auto":
         raise UserError(f"attention: {config.attention!r} is not supported by this version; use auto")
-    if config.data.source == "latents":
-        raise UserError("data.source: 'latents' is not supported by this version; use digits, images or shards")

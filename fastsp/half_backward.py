@@ -1,0 +1,255 @@
+"""One batched call of the perceptual network whose backward costs half of it.
+
+The network sees ``[x^_t' ; x_t']``, 2B samples, but only the first B need a gradient. Plain autograd would push zeros
+through the other half. Here the network is traced twice (AOTAutograd, on fake tensors): at 2B and at B. A call runs the
+2B **forward**, keeps of every saved activation its first B rows (batch is the outermost dimension, so they are a
+prefix), and the gradient comes from the B **backward**. The two traces must line up one to one, which is checked when
+they are made.
+
+Not covered: double backward, gradients to the conditioning, forward-mode differentiation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from functorch.compile import aot_function, default_partition, make_boxed_func
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import functional_call
+from torch.fx import GraphModule, Node
+
+from fastsp.perceptual import PerceptualNetwork
+
+Run = Callable[..., Sequence[Any]]
+
+
+class Misaligned(Exception):  # noqa: N818 - it is a reason to go another way, no failure
+    """The traces at 2B and at B do not fit together."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that the B backward reads: how it comes out of the 2B forward."""
+
+    rows: int | None  # the first so many; None: it does not depend on the batch and is passed on as it is
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def of(self, value: Tensor) -> Tensor:
+        """A dense copy of the prefix, so that the other half's memory is free when the forward ends."""
+        if self.rows is None:
+            return value
+        return _dense_copy(value[: self.rows], self.shape, self.strides)
+
+
+@dataclass(frozen=True)
+class Program:
+    """The network for one set of shapes. ``forward`` and ``backward`` take and give flat lists of tensors."""
+
+    forward: Run
+    backward: Run
+    num_features: int
+    kept: tuple[Kept, ...]
+    tangents: tuple[Kept, ...]
+    gradient_index: int  # which of the backward's results is the sample's gradient
+
+
+class HalfBackward:
+    """Calls a perceptual network on both halves; see the module.
+
+    Args:
+        network: the frozen network.
+
+    Attributes:
+        compile_options: keywords for ``torch.compile`` of both graphs; None: they run as they are.
+    """
+
+    def __init__(self, network: PerceptualNetwork) -> None:
+        self.network = network
+        self.compile_options: dict[str, Any] | None = None
+        self._programs: dict[tuple[Any, ...], Program] = {}
+
+    def __call__(self, sample: Tensor, conditioning: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Features of all 2B samples, differentiable with respect to the first B.
+
+        Args:
+            sample: [x^_t' ; x_t'], (2B, C, H, W), in the network's dtype.
+            conditioning: ``timesteps``, ``encoder_hidden_states`` and what else the network takes, each (2B, ...);
+                keys of ``added_cond_kwargs`` as ``added.KEY``.
+
+        Raises:
+            Misaligned: the network cannot be called this way.
+        """
+        program = self._program(sample, conditioning)
+        return _Function.apply(program, list(self.network.parameters()), sample, *conditioning.values())
+
+    def _program(self, sample: Tensor, conditioning: dict[str, Tensor]) -> Program:
+        inputs = {"sample": sample, **conditioning}
+        device = sample.device.type
+        autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        layout = sample.stride()
+        key = (*((name, value.shape, value.dtype) for name, value in inputs.items()), layout, sample.device, autocast)
+        if key not in self._programs:
+            self._programs[key] = build(self.network, inputs, self.compile_options)
+        return self._programs[key]
+
+
+class _Function(torch.autograd.Function):
+    """The 2B forward and the B backward as one differentiable step."""
+
+    @staticmethod
+    def forward(ctx: Any, program: Program, parameters: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+        with _plain(inputs[0]):
+            outputs = program.forward(*parameters, *inputs)
+        features, saved = outputs[: program.num_features], outputs[program.num_features :]
+        ctx.program, ctx.sample_shape = program, inputs[0].shape
+        ctx.save_for_backward(*(kept.of(value) for kept, value in zip(program.kept, saved, strict=True)))
+        return tuple(features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        program: Program = ctx.program
+        tangents = [kept.of(gradient) for kept, gradient in zip(program.tangents, gradients, strict=True)]
+        with _plain(gradients[0]):
+            predicted = program.backward(*ctx.saved_tensors, *tangents)[program.gradient_index]
+        gradient = predicted.new_zeros(ctx.sample_shape)  # the real half gets none
+        gradient[: len(predicted)] = predicted
+        return None, None, gradient, *[None] * (len(ctx.needs_input_grad) - 3)
+
+
+def build(network: PerceptualNetwork, inputs: dict[str, Tensor], options: dict[str, Any] | None) -> Program:
+    """Trace the network at the batch of ``inputs`` (2B) and at half of it, and fit the two together.
+
+    Raises:
+        Misaligned: an odd batch, or traces that save different tensors.
+    """
+    whole = len(inputs["sample"])
+    if whole % 2:
+        raise Misaligned(f"a batch of {whole} has no halves")
+    both, half = trace(network, inputs, whole), trace(network, inputs, whole // 2)
+    count = len(both.features)
+    if len(both.saved) != len(half.saved) or count != len(half.features):
+        raise Misaligned(f"the forward saves {len(both.saved)} tensors at {whole}, {len(half.saved)} at {whole // 2}")
+    kept = tuple(_fit(*pair) for pair in zip(both.saved, half.saved, strict=True))
+    tangents = tuple(_fit(*pair) for pair in zip(both.features, half.features, strict=True))
+    forward: Run = both.forward
+    backward: Run = half.backward
+    if options is not None:
+        forward, backward = (torch.compile(graph, dynamic=False, **options) for graph in (forward, backward))
+    return Program(forward, backward, count, kept, tangents, half.gradient_index)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A network's forward and backward graphs at one batch size, and what they exchange (fake tensors)."""
+
+    forward: GraphModule
+    backward: GraphModule
+    features: list[Tensor]  # with the strides in which the backward wants their gradients
+    saved: list[Tensor]
+    gradient_index: int
+
+
+def trace(network: PerceptualNetwork, inputs: dict[str, Tensor], size: int) -> Trace:
+    """AOTAutograd's graphs of ``network`` at batch ``size``; nothing is computed, no memory is taken."""
+    graphs: dict[str, GraphModule] = {}
+
+    def keep(name: str) -> Callable[[GraphModule, Any], Any]:
+        def compiler(graph: GraphModule, _inputs: Any) -> Any:
+            graphs[name] = graph
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    names, parameters = zip(*network.named_parameters(), strict=True)
+
+    def function(parameters: list[Tensor], *values: Tensor) -> tuple[Tensor, ...]:
+        arguments = _arguments(dict(zip(inputs, values, strict=True)))
+        return functional_call(network, dict(zip(names, parameters, strict=True)), (), arguments)
+
+    mode = FakeTensorMode()
+    fake_parameters = [mode.from_tensor(p.detach()) for p in parameters]
+    with mode, torch.enable_grad():
+        fakes = [_fake(value, size) for value in inputs.values()]
+        fakes[0].requires_grad_()
+        traced = aot_function(function, keep("forward"), keep("backward"), partition_fn=default_partition)
+        features = traced(fake_parameters, *fakes)
+        torch.autograd.grad([feature.sum() for feature in features], fakes[0])
+    _refuse_constants(graphs)
+    outputs, count = _results(graphs["forward"]), len(features)
+    tangents = _placeholders(graphs["backward"])[-count:]
+    gradient_index = next(i for i, node in enumerate(_results(graphs["backward"])) if node is not None)
+    return Trace(
+        graphs["forward"],
+        graphs["backward"],
+        [_value(node) for node in tangents],
+        [_value(node) for node in outputs[count:]],
+        gradient_index,
+    )
+
+
+def _dense_copy(value: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """``value`` copied into the layout that the trace saw; an expanded tensor (stride 0) takes no memory to keep."""
+    if 0 in strides:
+        return value
+    return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+
+
+def _fit(both: Tensor, half: Tensor) -> Kept:
+    """How a tensor of the B trace comes out of its partner at 2B."""
+    shape, strides = tuple(half.shape), tuple(half.stride())
+    if both.dtype != half.dtype:
+        raise Misaligned(f"{tuple(both.shape)} is {both.dtype} at 2B and {half.dtype} at B")
+    if both.shape == half.shape:
+        return Kept(None, shape, strides)
+    if both.shape[1:] != half.shape[1:] or both.shape[0] != 2 * half.shape[0]:
+        raise Misaligned(f"{tuple(both.shape)} at 2B does not begin with {shape} at B")
+    return Kept(shape[0], shape, strides)
+
+
+def _arguments(values: dict[str, Tensor]) -> dict[str, Any]:
+    """The network's keyword arguments, ``added.KEY`` gathered into ``added_cond_kwargs``."""
+    added = {name.removeprefix("added."): value for name, value in values.items() if name.startswith("added.")}
+    plain: dict[str, Any] = {name: value for name, value in values.items() if not name.startswith("added.")}
+    return {**plain, "added_cond_kwargs": added or None}
+
+
+def _fake(value: Tensor, size: int) -> Tensor:
+    """An empty tensor like ``value`` with ``size`` rows, in the layout that a dense tensor of its kind has."""
+    channels_last = value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    channels_last = channels_last and not value.is_contiguous()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((size, *value.shape[1:]), dtype=value.dtype, device=value.device, memory_format=layout)
+
+
+def _plain(like: Tensor) -> Any:
+    """The graphs hold the casts of autocast already."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def _results(graph: GraphModule) -> list[Any]:
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    return list(output.args[0])
+
+
+def _placeholders(graph: GraphModule) -> list[Node]:
+    return [node for node in graph.graph.nodes if node.op == "placeholder"]
+
+
+def _value(node: Any) -> Tensor:
+    value = node.meta.get("val") if isinstance(node, Node) else node
+    if not isinstance(value, Tensor):
+        raise Misaligned(f"the forward saves {node}, which is no tensor")
+    return value
+
+
+def _refuse_constants(graphs: dict[str, GraphModule]) -> None:
+    """A tensor made while tracing is a fake one: it cannot be part of a graph that runs."""
+    for graph in graphs.values():
+        for name, value in [*graph.named_buffers(), *vars(graph).items()]:
+            if isinstance(value, FakeTensor):
+                raise Misaligned(f"the network makes a constant tensor ({name}) on the way")
