@@ -13,7 +13,6 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
@@ -106,6 +105,8 @@ class TextToImageModel:
     def pipeline(self) -> DiffusionPipeline:
         """The same parts as a diffusers pipeline."""
         if self.vae is not None:
+            from diffusers import StableDiffusionPipeline  # takes seconds, and warns of a missing torchvision
+
             return StableDiffusionPipeline(
                 vae=self.vae,
                 text_encoder=self.text_encoder,
@@ -201,7 +202,7 @@ def ddim_scheduler(**overrides: Any) -> DDIMScheduler:
         "timestep_spacing": "trailing",
         "clip_sample": False,
         "set_alpha_to_one": True,
-        "steps_offset": 0,
+        "steps_offset": 1,  # as Stable Diffusion has it; without meaning for trailing timesteps
     }
     return DDIMScheduler(**{**settings, **overrides})
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from fastsp.models import digits_tokenizer
 
 TEXT_WIDTH, TEXT_LENGTH, POOLED_WIDTH = 16, 5, 12
 TIME_IDS, TIME_ID_WIDTH = 6, 8
@@ -79,3 +84,52 @@ def batch(kind: str = "sd", size: int = 3, seed: int = 1) -> dict[str, Any]:
         "encoder_hidden_states": normal(size, TEXT_LENGTH, TEXT_WIDTH),
         "added_cond_kwargs": added,
     }
+
+
+def tiny_stable_diffusion(folder: Path) -> Path:
+    """A pipeline folder in Stable Diffusion's layout and classes, for 16x16 images (4x4 latents)."""
+    tokenizer = digits_tokenizer()
+    torch.manual_seed(3)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        scaling_factor=0.5,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=tiny_unet(sample_size=4),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def picture_folder(folder: Path, count: int = 24, size: int = 20) -> Path:
+    """Captioned pictures: coloured noise, a PNG and a text file each."""
+    generator = torch.Generator().manual_seed(0)
+    folder.mkdir(parents=True)
+    for index in range(count):
+        pixels = torch.randint(256, (4, 4, 3), generator=generator, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).resize((size, size)).save(folder / f"{index:03d}.png")
+        (folder / f"{index:03d}.txt").write_text(f"a handwritten {'one' if index % 2 else 'two'}")
+    return folder

@@ -1,0 +1,96 @@
+"""Pipelines: the preset, folders in diffusers' layout, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from tiny import tiny_stable_diffusion
+
+from fastsp.errors import UserError
+from fastsp.models import digits_model, digits_tokenizer, load_model, load_pipeline, tokenize
+from fastsp.pixel_pipeline import PixelTextToImagePipeline
+
+PROMPTS = ["a handwritten seven", "a handwritten two"]
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    return tiny_stable_diffusion(tmp_path_factory.mktemp("sd") / "pipeline")
+
+
+def test_tokenizer_knows_the_captions_as_words_and_anything_as_bytes():
+    tokenizer = digits_tokenizer()
+    ids = tokenize(tokenizer, ["a handwritten seven", "", "Ünknown 7"])
+    assert ids.shape == (3, 16)
+    assert (ids[0] != tokenizer.eos_token_id).sum() == 4, "start, a, handwritten, seven"
+    assert tokenizer.decode(ids[2], skip_special_tokens=True).replace(" ", "") == "ünknown7"
+
+
+def test_preset_is_seeded_and_survives_its_folder(tmp_path):
+    model, other = digits_model(8, seed=0), digits_model(8, seed=1)
+    assert not torch.equal(model.unet.conv_in.weight, other.unet.conv_in.weight)
+    noise = torch.randn(2, 1, 8, 8)
+    images = model.generate(PROMPTS, noise, 7)
+    model.save(tmp_path)
+    assert torch.equal(load_pipeline(str(tmp_path)).generate(PROMPTS, noise, 7), images)
+    pipeline = PixelTextToImagePipeline.from_pretrained(tmp_path)
+    assert torch.equal(pipeline(PROMPTS, num_inference_steps=7, latents=noise, output_type="pt").images, images)
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "scheduler")
+    assert scheduler.config.rescale_betas_zero_snr and scheduler.config.set_alpha_to_one
+    assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.timestep_spacing == "trailing"
+    assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("steps", [25, 50])
+def test_stable_diffusion_folder_samples_as_diffusers_does(stable_diffusion, tmp_path, steps):
+    model = load_pipeline(str(stable_diffusion))
+    assert model.prediction_type == "v_prediction" and float(model.schedule.alphas_cumprod[-1]) == 0
+    assert model.latent_shape(16) == (4, 4, 4) and model.channels == 3
+    noise = torch.randn(2, 4, 4, 4)
+    ours = model.generate(PROMPTS, noise, steps)
+    model.save(tmp_path)
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+    theirs = pipeline(
+        PROMPTS, num_inference_steps=steps, guidance_scale=0.0, latents=noise, output_type="pt", height=16, width=16
+    ).images
+    torch.testing.assert_close(ours / 2 + 0.5, theirs, rtol=0, atol=1e-3)
+
+
+def test_what_is_refused(stable_diffusion, tmp_path):
+    def broken(name: str) -> str:
+        return str(shutil.copytree(stable_diffusion, tmp_path / name))
+
+    with pytest.raises(UserError, match="no diffusers pipeline folder"):
+        load_pipeline(str(tmp_path))
+    with pytest.raises(UserError, match=r"model.preset 'huge' is unknown: use one of digits"):
+        load_model("huge", None, 8, 0)
+    with pytest.raises(UserError, match=r"data.resolution 18 must be a multiple of 4"):
+        load_pipeline(str(stable_diffusion)).latent_shape(18)
+
+    folder = broken("scheduler")
+    shutil.rmtree(f"{folder}/scheduler")
+    with pytest.raises(UserError, match="lacks scheduler"):
+        load_pipeline(folder)
+
+    folder = broken("pickle")
+    unet = tmp_path / "pickle" / "unet"
+    (unet / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({}, unet / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="reads safetensors alone"):
+        load_pipeline(folder)
+
+    folder = broken("width")
+    config = tmp_path / "width" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"cross_attention_dim": 24}))
+    with pytest.raises(UserError, match=r"cannot be loaded|width 24"):
+        load_pipeline(folder)
+
+    folder = broken("xl")
+    index = tmp_path / "xl" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"text_encoder_2": ["transformers", "CLIPTextModel"]}))
+    with pytest.raises(UserError, match="Stable Diffusion XL"):
+        load_pipeline(folder)
