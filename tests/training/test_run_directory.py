@@ -1,0 +1,51 @@
+"""The run directory: metrics without gap or duplicate, folders whole or absent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastsp.config import load_config
+from fastsp.training.run_directory import RunDirectory
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture
+def run(tmp_path):
+    with RunDirectory(load_config(QUICKSTART, [f"run_dir={tmp_path / 'run'}"])) as opened:
+        yield opened
+
+
+def test_rewinding_metrics(run):
+    for step in range(1, 6):
+        run.append_metrics({"stage": "mse", "step": step, "global_step": step})
+    with run.metrics_file.open("a") as stream:
+        stream.write('{"stage": "mse", "step": 6, "glob')  # torn by a kill
+    run.rewind_metrics(3)
+    run.append_metrics({"stage": "mse", "step": 4, "global_step": 4})
+    assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [1, 2, 3, 4]
+    run.rewind_metrics(0)
+    assert run.metrics_file.read_text() == ""
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(run):
+    run.replace_folder(run.final, lambda folder: (folder / "model").write_text("old"))
+
+    def fails(folder: Path) -> None:
+        (folder / "model").write_text("half")
+        raise OSError("planted")
+
+    with pytest.raises(OSError, match="planted"):
+        run.replace_folder(run.final, fails)
+    assert (run.final / "model").read_text() == "old"
+    run.replace_folder(run.final, lambda folder: (folder / "model").write_text("new"))
+    assert (run.final / "model").read_text() == "new"
+
+
+def test_configuration_is_written_once_and_resumes(run):
+    written = run.config_file.read_text()
+    again = RunDirectory(run.config, resume=True)
+    assert again.config_file.read_text() == written
