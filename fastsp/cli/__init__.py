@@ -3,6 +3,7 @@
 import typer
 
 from fastsp.cli import data
+from fastsp.cli.bench import bench
 from fastsp.cli.encode import encode
 from fastsp.cli.sample import sample
 from fastsp.cli.train import train
@@ -17,4 +18,5 @@ app = typer.Typer(
 app.command()(train)
 app.command()(sample)
 app.command()(encode)
+app.command()(bench)
 app.add_typer(data.app, name="data")

@@ -1,0 +1,1 @@
+"""How fast a step of the self-perceptual loss is, beside the ways in which people would write it. `fastsp bench`."""

@@ -1,0 +1,98 @@
+"""Providers side by side: built, warmed up, and then taking turns, so that a change of the machine's load meets all."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from fastsp.bench.providers import Provider, Steps
+from fastsp.bench.timing import STEPS_PER_TURN, seconds_per_call, synchronize
+from fastsp.bench.workload import Workload
+
+WARM_UP_STEPS = 2
+Say = Callable[[str], None]
+
+
+@dataclass
+class Entry:
+    """A provider that is ready to run, and what has been measured of it so far."""
+
+    name: str
+    steps: Steps | None
+    first_step_s: float  # compiling and autotuning included
+    held_bytes: int | None  # device memory between two steps; None on a CPU
+    seconds: list[float] = field(default_factory=list)  # of a step, one value a turn
+    step_bytes: int = 0  # what a step takes beyond what is held
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """As if the provider had the device to itself."""
+        return None if self.held_bytes is None else self.held_bytes + self.step_bytes
+
+    def release(self) -> None:
+        """Give its memory back; the figures stay."""
+        self.steps = None
+        empty_caches()
+
+
+def prepare(name: str, provider: Provider, workload: Workload, say: Say) -> Entry:
+    """Build a provider, take its first step and warm up.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit.
+    """
+    device, before = workload.device, _allocated(workload.device)
+    steps = provider.build(workload)
+    first = seconds_per_call(steps.step, device)
+    for _ in range(WARM_UP_STEPS):
+        steps.step()
+    synchronize(device)
+    say(f"{name}: {provider.says}; first step {first:.1f} s")
+    return Entry(name, steps, first, None if before is None else (_allocated(device) or 0) - before)
+
+
+def take_turns(entries: Mapping[str, Entry], device: torch.device, rounds: int) -> None:
+    """``rounds`` times, each entry takes a turn of a few steps; the order is that of the mapping."""
+    for _ in range(rounds):
+        for entry in entries.values():
+            _turn(entry, device)
+
+
+def _turn(entry: Entry, device: torch.device) -> None:
+    assert entry.steps is not None
+    held = _allocated(device)
+    if held is not None:
+        torch.cuda.reset_peak_memory_stats(device)
+    entry.seconds.append(seconds_per_call(entry.steps.step, device, STEPS_PER_TURN[device.type]))
+    if held is not None:
+        entry.step_bytes = max(entry.step_bytes, torch.cuda.max_memory_allocated(device) - held)
+
+
+def ratios(entry: Entry, reference: Entry, start: int) -> list[float]:
+    """Speed of ``entry`` over that of ``reference``, round by round; the reference's rounds begin at ``start``."""
+    return [theirs / own for own, theirs in zip(entry.seconds, reference.seconds[start:], strict=True)]
+
+
+def empty_caches() -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def compiler_settings() -> Iterator[None]:
+    """Every provider compiles the same UNet for its own shapes: as many times as there are, and never a generic one."""
+    import torch._dynamo
+
+    settings = {"automatic_dynamic_shapes": False, "recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(settings):
+        yield
+
+
+def _allocated(device: torch.device) -> int | None:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None

@@ -1,0 +1,58 @@
+"""The six providers by name: what `fastsp bench` takes side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from fastsp.bench.baselines import Algorithm1, DiffusersMSE, Split
+from fastsp.bench.fastsp_step import FastspStep
+from fastsp.bench.workload import Workload
+
+REFERENCE = "fastsp_sp"
+
+
+class Steps(Protocol):
+    """What a provider is asked to do."""
+
+    def step(self) -> None:
+        """One optimizer step: draws, forward, backward, update. Does not wait for the device."""
+
+    def draws(self) -> tuple[Tensor, ...]:
+        """What ``loss`` takes."""
+
+    @property
+    def loss(self) -> Callable[..., Tensor]:
+        """From the draws, the mean over the batch, 0-d float32, with gradient to the online network."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """How to build one, and what is said of it."""
+
+    build: Callable[[Workload], Steps]
+    says: str
+    compiled: bool = False  # by its nature; fastsp's steps are compiled where the trainer compiles them
+    uncompiled: Callable[[Workload], Steps] | None = None  # the same computation, for counting its operations
+
+    def for_counting(self, workload: Workload) -> Steps:
+        """The same on the ``meta`` device, uncompiled."""
+        build = self.uncompiled or self.build
+        return build(workload.on("meta").with_settings(compile=False, cuda_graph=False))
+
+
+PROVIDERS: dict[str, Provider] = {
+    "algorithm1_eager": Provider(Algorithm1, "Algorithm 1 as printed: eager, the whole UNet as teacher"),
+    "algorithm1_compiled": Provider(
+        lambda workload: Algorithm1(workload, compiled=True), "Algorithm 1 under torch.compile", True, Algorithm1
+    ),
+    "split_compiled": Provider(
+        lambda workload: Split(workload, compiled=True), "truncated teacher, two calls, compiled", True, Split
+    ),
+    "fastsp_sp": Provider(FastspStep, "fastsp, self-perceptual"),
+    "fastsp_mse": Provider(lambda workload: FastspStep(workload, "mse"), "fastsp, MSE"),
+    "diffusers_mse": Provider(DiffusersMSE, "MSE in the manner of diffusers' scripts"),
+}

@@ -1,0 +1,243 @@
+"""`fastsp bench` from its options to its rows."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from fastsp.bench.cost import Cost, count_phases, count_step
+from fastsp.bench.measure import Entry, Say, compiler_settings, empty_caches, prepare, ratios, take_turns
+from fastsp.bench.phases import time_phases
+from fastsp.bench.providers import PROVIDERS, REFERENCE
+from fastsp.bench.timing import Ceilings, measure_ceilings, quantiles
+from fastsp.bench.workload import STATE_BYTES_PER_PARAMETER, Workload
+from fastsp.evaluation.environment import environment
+
+SWEEP = (0.25, 0.5, 2, 4, 8)  # times the batch size
+SWEEP_TURNS = 5
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured, and for how long."""
+
+    names: tuple[str, ...]
+    rounds: int
+    sweep: bool = False
+    phases: bool = True
+    time_limit_s: float | None = None  # nothing new begins after it
+
+
+def run(workload: Workload, plan: Plan, say: Say, keep: Callable[[list[Row]], None] = lambda rows: None) -> list[Row]:
+    """Measure the providers of ``plan`` on ``workload``.
+
+    Args:
+        workload: what they train.
+        plan: which, and how often.
+        say: takes a line of progress.
+        keep: is handed the rows so far whenever there are more, so that a run that is stopped leaves them.
+
+    Returns:
+        One row a provider, in the order of ``plan.names``; those that did not fit, or for which there was no time, are
+        named by ``say`` and have none.
+    """
+    bench = Bench(workload, plan, say, keep)
+    with compiler_settings():
+        for group in groups(plan.names, workload):
+            bench.measure(group)
+        bench.release_all()
+        bench.look_inside()
+    return bench.rows
+
+
+class Bench:
+    """The state of one run. Made and used by :func:`run`."""
+
+    def __init__(self, workload: Workload, plan: Plan, say: Say, keep: Callable[[list[Row]], None]) -> None:
+        self.workload, self.plan, self.say, self.keep = workload, plan, say, keep
+        self.started = time.monotonic()
+        self.entries: dict[str, Entry] = {}
+        self.speeds: dict[str, list[float]] = {}  # relative to the reference, round by round
+        self.extras: dict[str, Any] = {}  # what the reference's row has besides
+        self.rows: list[Row] = []
+        say(f"{workload.name}, batch {workload.batch_size}, {workload.config.precision} on {_device_name(workload)}")
+        say("measuring a large matrix product and a large copy")
+        self.ceilings = measure_ceilings(workload.device, workload.dtype)
+        self.costs: dict[str, Cost] = {}
+        self.facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment()}
+
+    def measure(self, group: Sequence[str]) -> None:
+        """Prepare what is not ready, let the group take turns, release all but the reference."""
+        for name in group:
+            if name not in self.entries and self.has_time(name):
+                self.prepare(name)
+        ready = {name: self.entries[name] for name in group if name in self.entries and self.entries[name].steps}
+        reference = ready.get(REFERENCE)
+        start = len(reference.seconds) if reference else 0
+        if not ready.keys() - {REFERENCE} and start:
+            return  # the group's own provider is missing
+        self.say(f"{self.plan.rounds} rounds of {', '.join(ready)}")
+        take_turns(ready, self.workload.device, self.plan.rounds)
+        for name, entry in ready.items():
+            if reference:
+                self.speeds[name] = ratios(entry, reference, start) if entry is not reference else [1.0]
+            if entry is not reference:
+                entry.release()
+        self.update_rows()
+
+    def prepare(self, name: str) -> None:
+        self.say(f"{name}: counting operations, then compiling or warming up")
+        try:
+            self.costs[name] = count_step(PROVIDERS[name], self.workload)
+            self.entries[name] = prepare(name, PROVIDERS[name], self.workload, self.say)
+        except torch.OutOfMemoryError:
+            self.say(f"{name}: skipped, batch {self.workload.batch_size} does not fit; give a smaller --batch-size")
+        empty_caches()
+
+    def look_inside(self) -> None:
+        """Phases and batch sweep of the reference, which are more than side by side."""
+        if REFERENCE not in self.entries:
+            return
+        if self.plan.phases and self.has_time("phases"):
+            self.say(f"phases of {REFERENCE}")
+            self.extras["phases"] = phase_rows(self.workload, self.plan.rounds)
+            empty_caches()
+            self.update_rows()
+        if self.plan.sweep:
+            self.extras["batch_sweep"] = []
+            for row in self.sweep():
+                self.extras["batch_sweep"].append(row)
+                self.update_rows()
+
+    def sweep(self) -> Any:
+        """Samples/s at other batch sizes, until one does not fit."""
+        sizes = sorted(
+            {max(1, round(factor * self.workload.batch_size)) for factor in SWEEP} - {self.workload.batch_size}
+        )
+        for size in sizes:
+            if not self.has_time(f"batch {size}"):
+                return
+            workload = self.workload.with_settings(batch_size=size)
+            try:
+                entry = prepare(f"{REFERENCE} at batch {size}", PROVIDERS[REFERENCE], workload, self.say)
+                take_turns({REFERENCE: entry}, workload.device, SWEEP_TURNS)
+            except torch.OutOfMemoryError:
+                self.say(f"batch {size} does not fit")
+                return
+            finally:
+                empty_caches()
+            seconds = statistics.median(entry.seconds)
+            peak = entry.peak_bytes
+            entry.release()
+            yield {"batch_size": size, "samples_per_s": size / seconds, "peak_memory_gb": _gigabytes(peak)}
+
+    def update_rows(self) -> None:
+        self.rows = [self.row(self.entries[name]) for name in self.plan.names if name in self.entries]
+        self.rows = [row for row in self.rows if row["samples_per_s"]]
+        self.keep(self.rows)
+
+    def row(self, entry: Entry) -> Row:
+        """The contract's keys first."""
+        if not entry.seconds:
+            return {"samples_per_s": None}
+        p20, p50, p80 = quantiles(entry.seconds)
+        cost, workload = self.costs[entry.name], self.workload
+        row = {
+            "name": entry.name,
+            "samples_per_s": workload.batch_size / p50,
+            "ms_p20": 1e3 * p20,
+            "ms_p50": 1e3 * p50,
+            "ms_p80": 1e3 * p80,
+            "peak_memory_gb": _gigabytes(entry.peak_bytes),
+            "gflop_per_sample": cost.flops / 1e9,
+            **utilisation(cost.flops * workload.batch_size / p50, self.ceilings),
+            "speed_relative_to_fastsp_sp": _median(self.speeds.get(entry.name)),
+            "first_step_s": entry.first_step_s,
+            "gbyte_per_sample": cost.bytes / 1e9,
+            "batch_size": workload.batch_size,
+            "precision": workload.config.precision,
+            "compiled": PROVIDERS[entry.name].compiled or (entry.name.startswith("fastsp") and workload.compiles),
+            "rounds": len(entry.seconds),
+            "model": workload.name,
+            "threads": torch.get_num_threads(),
+            "matmul_tflops_per_s": self.ceilings.matmul_flops_per_s / 1e12,
+            "copy_gbyte_per_s": self.ceilings.copy_bytes_per_s / 1e9,
+            "datasheet_tflops_per_s": _tera(self.ceilings.datasheet_flops_per_s),
+            **self.facts,
+        }
+        return row | (self.extras if entry.name == REFERENCE else {})
+
+    def has_time(self, what: str) -> bool:
+        limit = self.plan.time_limit_s
+        if limit is None or time.monotonic() - self.started < limit:
+            return True
+        self.say(f"{what}: skipped, the time limit of {limit:.0f} s has passed")
+        return False
+
+    def release_all(self) -> None:
+        for entry in self.entries.values():
+            entry.release()
+
+
+def groups(names: Sequence[str], workload: Workload) -> list[tuple[str, ...]]:
+    """Who takes turns with whom: all of them where their state leaves room, else each with the reference."""
+    if workload.device.type != "cuda":
+        return [tuple(names)]
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in workload.on("meta").unet().parameters())
+    state = len(names) * STATE_BYTES_PER_PARAMETER * parameters
+    if 2 * state <= torch.cuda.get_device_properties(workload.device).total_memory:
+        return [tuple(names)]
+    others = [name for name in names if name != REFERENCE]
+    if REFERENCE not in names:
+        return [(name,) for name in others]
+    return [(REFERENCE, name) for name in others] or [(REFERENCE,)]
+
+
+def phase_rows(workload: Workload, rounds: int) -> list[Row]:
+    """Time, FLOPs and bytes of the phases of fastsp's self-perceptual step."""
+    costs = count_phases(workload)
+    return [
+        {
+            "name": name,
+            "ms_p50": ms,
+            "gflop_per_sample": costs[name].flops / 1e9,
+            "gbyte_per_sample": costs[name].bytes / 1e9,
+        }
+        for name, ms in time_phases(workload, rounds).items()
+    ]
+
+
+def utilisation(flops_per_s: float, ceilings: Ceilings) -> dict[str, float | None]:
+    """The rate of the counted operations, and its share of the two ceilings."""
+    peak = ceilings.datasheet_flops_per_s
+    return {
+        "tflops_per_s": flops_per_s / 1e12,
+        "mfu": None if peak is None else flops_per_s / peak,
+        "mfu_of_measured_matmul": flops_per_s / ceilings.matmul_flops_per_s,
+    }
+
+
+def _median(values: Sequence[float] | None) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _gigabytes(size: int | None) -> float | None:
+    return None if size is None else size / 1e9
+
+
+def _tera(value: float | None) -> float | None:
+    return None if value is None else value / 1e12
+
+
+def _device_name(workload: Workload) -> str:
+    if workload.device.type == "cuda":
+        return torch.cuda.get_device_name(workload.device)
+    return f"the CPU ({torch.get_num_threads()} threads)"

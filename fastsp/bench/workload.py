@@ -1,0 +1,175 @@
+"""What every provider trains: one model, one batch shape, one precision, one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from fastsp.config import Config, StageConfig, load_config
+from fastsp.errors import UserError
+from fastsp.models import ddim_scheduler, digits_model, load_model
+from fastsp.schedule import NoiseSchedule
+from fastsp.training.step import COMPUTE_DTYPES
+
+# Stable Diffusion 2.1-base's `unet/config.json`: 865.9 M parameters.
+SD21_BASE_UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "attention_head_dim": (5, 10, 20, 20),
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+SD21_TEXT_SHAPE = (77, 1024)
+STATE_BYTES_PER_PARAMETER = 24  # weights, master weights, gradients, two moments, average
+SD21_BYTES_PER_SAMPLE = 3 << 30  # what a step keeps between forward and backward, rounded up
+DIGITS_RESOLUTION, DIGITS_BATCH_SIZE = 8, 32  # those of configs/quickstart.yaml
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Shapes and settings; the weights and data that it gives are random, seeded and the same at every call.
+
+    Attributes:
+        name: for people.
+        config: batch size, precision, compile, optimizer and EMA are read from it.
+        unet_config: of a ``UNet2DConditionModel``.
+        latent_shape: (C, H, W).
+        text_shape: (L, D) of the text features.
+        device: where it runs; ``meta`` to count operations.
+    """
+
+    name: str
+    config: Config
+    unet_config: dict[str, Any]
+    latent_shape: tuple[int, ...]
+    text_shape: tuple[int, int]
+    device: torch.device
+
+    @property
+    def batch_size(self) -> int:
+        return self.config.data.batch_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the networks compute in."""
+        return COMPUTE_DTYPES[self.config.precision]
+
+    @property
+    def compiles(self) -> bool:
+        """Whether fastsp's own step is compiled: the trainer's rule."""
+        wanted = self.config.compile
+        return self.device.type == "cuda" if wanted == "auto" else wanted
+
+    def unet(self) -> Any:
+        """The UNet with its initial weights, float32, contiguous, on the device, in training mode."""
+        with torch.random.fork_rng(), torch.device(self.device):
+            torch.manual_seed(self.config.seed)
+            return UNet2DConditionModel.from_config(self.unet_config).train()
+
+    def schedule(self) -> NoiseSchedule:
+        """Zero terminal SNR, as the paper trains. A new one: its tables move to wherever they are used."""
+        return NoiseSchedule.of(ddim_scheduler())
+
+    def latents(self) -> Tensor:
+        """x_0, (B, C, H, W) float32."""
+        return self._normal(1, (self.batch_size, *self.latent_shape))
+
+    def text_features(self) -> Tensor:
+        """c, (B, L, D) in the compute dtype."""
+        return self._normal(2, (self.batch_size, *self.text_shape)).to(self.dtype)
+
+    def stage(self, objective: str) -> StageConfig:
+        """A stage with the paper's choices (mid block, MSE, uniform t'), the teacher called as configured."""
+        stages = [stage for stage in self.config.stages if stage.objective == objective]
+        return StageConfig(
+            name=objective,
+            objective=objective,  # type: ignore[arg-type]
+            steps=1_000_000,
+            learning_rate=stages[0].learning_rate if stages else 3e-5,
+            teacher=stages[0].teacher if stages else "batched",
+        )
+
+    def on(self, device: torch.device | str) -> Workload:
+        """The same on another device."""
+        return replace(self, device=torch.device(device))
+
+    def with_settings(self, batch_size: int | None = None, **settings: Any) -> Workload:
+        """The same with another batch size, or with other top-level keys of the configuration."""
+        data = self.config.data.model_copy(update={"batch_size": batch_size or self.batch_size})
+        return replace(self, config=self.config.model_copy(update={"data": data, **settings}))
+
+    def _normal(self, seed: int, shape: tuple[int, ...]) -> Tensor:
+        if self.device.type == "meta":
+            return torch.empty(shape, device="meta")
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(shape, generator=generator, device=self.device)
+
+
+def default_workload(device: torch.device) -> Workload:
+    """SD2.1-base's configuration in bf16 on a GPU, the quickstart's model in float32 on a CPU."""
+    if device.type != "cuda":
+        model = digits_model(DIGITS_RESOLUTION, seed=0)
+        config = _config("digits", DIGITS_RESOLUTION, DIGITS_BATCH_SIZE, "fp32")
+        return _workload("the quickstart's digits model", config, model, device)
+    config = _config("stabilityai/stable-diffusion-2-1-base", 512, _sd21_batch_size(device), "bf16")
+    return Workload("SD2.1-base, random weights", config, SD21_BASE_UNET, (4, 64, 64), SD21_TEXT_SHAPE, device)
+
+
+def workload_of(file: Path, device: torch.device) -> Workload:
+    """The model and the settings of a configuration file, its weights random: speed does not depend on them.
+
+    A configuration that trains in microbatches is measured at the size of one.
+
+    Raises:
+        UserError: what :func:`fastsp.config.load_config` and :func:`fastsp.models.load_model` refuse; a model that
+            does not predict v, which Algorithm 1 is written for.
+    """
+    config = load_config(file)
+    data = config.data
+    model = load_model(config.model.preset, config.model.pretrained, data.resolution, config.seed)
+    if model.prediction_type != "v_prediction":
+        raise UserError(
+            f"{file}: the model predicts {model.prediction_type!r}; fastsp bench compares v_prediction only"
+        )
+    data = data.model_copy(update={"batch_size": data.microbatch or data.batch_size, "microbatch": None})
+    return _workload(str(file), config.model_copy(update={"data": data}), model, device)
+
+
+def _workload(name: str, config: Config, model: Any, device: torch.device) -> Workload:
+    text_shape = (model.tokenizer.model_max_length, model.unet.config.cross_attention_dim)
+    latent_shape = model.latent_shape(config.data.resolution)
+    return Workload(name, config, dict(model.unet.config), latent_shape, text_shape, device)
+
+
+def _config(model: str, resolution: int, batch_size: int, precision: str) -> Config:
+    """A run as the paper describes it: an MSE stage, then a self-perceptual one."""
+    return Config.model_validate(
+        {
+            "run_dir": "runs/bench",
+            "precision": precision,
+            "model": {"preset": model} if model == "digits" else {"pretrained": model},
+            "data": {"source": "digits", "resolution": resolution, "batch_size": batch_size},
+            "stages": [
+                {"name": "mse", "objective": "mse", "steps": 1, "learning_rate": 3e-5},
+                {"name": "sp", "objective": "self_perceptual", "steps": 1, "learning_rate": 3e-5},
+            ],
+        }
+    )
+
+
+def _sd21_batch_size(device: torch.device) -> int:
+    """The largest power of two, up to 32, that fits beside the state of two providers."""
+    memory = torch.cuda.get_device_properties(device).total_memory
+    room = memory - 2 * STATE_BYTES_PER_PARAMETER * 866_000_000
+    batch_size = 1
+    while batch_size < 32 and 2 * batch_size * SD21_BYTES_PER_SAMPLE <= room:
+        batch_size *= 2
+    return batch_size
