@@ -27,6 +27,8 @@ Distance = Literal["mse", "mae"]
 Teacher = Literal["batched", "split"]
 Reduction = Literal["mean", "none"]
 
+Features = tuple[Tensor, ...]  # one tensor for each layer
+
 _log = logging.getLogger(__name__)
 
 
@@ -257,18 +259,22 @@ class SelfPerceptualLoss(_ScheduledLoss):
         class_labels: Tensor | None = None,
     ) -> Tensor:
         """The distance of the features of both halves of ``inputs`` (see :meth:`teacher_inputs`). (B,) float32."""
-        states = encoder_hidden_states.to(inputs.dtype)
-        arguments = (inputs, perceptual_timesteps, states, added_cond_kwargs, class_labels)
+        conditioning = {
+            "timesteps": perceptual_timesteps,
+            "encoder_hidden_states": encoder_hidden_states.to(inputs.dtype),
+            "added_cond_kwargs": added_cond_kwargs,
+            "class_labels": class_labels,
+        }
         if self.teacher == "split" or not inputs.requires_grad or torch.compiler.is_compiling():
-            return self._distance(*self._split(*arguments))
+            return self._distance(*self._split(inputs, conditioning))
         try:
-            return self._distance(*self._batched(*arguments))
+            return self._distance(*self._batched(inputs, conditioning))
         except Misaligned as reason:
             _log.warning("teacher='batched' goes on as 'split': %s", reason)
             self.teacher = "split"
             if self._half_backward.compile_options is not None:
                 self.compile_teacher(**self._half_backward.compile_options)
-            return self._distance(*self._split(*arguments))
+            return self._distance(*self._split(inputs, conditioning))
 
     def compile_teacher(self, **options: Any) -> None:
         """Hand the perceptual network to ``torch.compile``, whichever way it is called."""
@@ -300,38 +306,21 @@ class SelfPerceptualLoss(_ScheduledLoss):
             **source,
         )
 
-    def _batched(
-        self,
-        inputs: Tensor,
-        timesteps: Tensor,
-        encoder_hidden_states: Tensor,
-        added_cond_kwargs: dict[str, Tensor] | None,
-        class_labels: Tensor | None,
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def _batched(self, inputs: Tensor, conditioning: dict[str, Any]) -> tuple[Features, Features]:
         """Features of the predicted and of the real half, from one call of the perceptual network."""
-        named = {"timesteps": timesteps, "encoder_hidden_states": encoder_hidden_states, "class_labels": class_labels}
-        named |= {f"added.{key}": value for key, value in (added_cond_kwargs or {}).items()}
-        both = {name: torch.cat([value, value]) for name, value in named.items() if value is not None}
-        features = self._half_backward(inputs, both)
-        halves = [feature.chunk(2) for feature in features]
+        flat = {**conditioning, **{f"added.{k}": v for k, v in (conditioning["added_cond_kwargs"] or {}).items()}}
+        both = {name: torch.cat([value, value]) for name, value in flat.items() if isinstance(value, Tensor)}
+        halves = [feature.chunk(2) for feature in self._half_backward(inputs, both)]
         return tuple(pred for pred, _ in halves), tuple(real.detach() for _, real in halves)
 
-    def _split(
-        self,
-        inputs: Tensor,
-        timesteps: Tensor,
-        encoder_hidden_states: Tensor,
-        added_cond_kwargs: dict[str, Tensor] | None,
-        class_labels: Tensor | None,
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def _split(self, inputs: Tensor, conditioning: dict[str, Any]) -> tuple[Features, Features]:
         """The same from two calls: the real half without gradient, then the predicted one."""
-        conditioning = (timesteps, encoder_hidden_states, added_cond_kwargs, class_labels)
         pred, real = inputs.chunk(2)
         with torch.no_grad():
-            real_features = self.perceptual_network(real.detach(), *conditioning)
-        return self.perceptual_network(pred, *conditioning), real_features
+            real_features = self.perceptual_network(real.detach(), **conditioning)
+        return self.perceptual_network(pred, **conditioning), real_features
 
-    def _distance(self, pred: tuple[Tensor, ...], real: tuple[Tensor, ...]) -> Tensor:
+    def _distance(self, pred: Features, real: Features) -> Tensor:
         """Each layer's mean squared (or absolute) difference of a sample, then the plain mean over layers. (B,)."""
         difference = [(p.float() - r.float()).flatten(1) for p, r in zip(pred, real, strict=True)]
         per_layer = [d.abs().mean(1) if self.distance == "mae" else d.square().mean(1) for d in difference]

@@ -2,33 +2,30 @@
 
 With ``a_t = sqrt(alpha_bar_t)`` and ``s_t = sqrt(1 - alpha_bar_t)``. All functions work on float32 tensors of shape
 (B, C, H, W); ``a`` and ``s`` broadcast against them, usually as (B, 1, 1, 1). Equation numbers are those of Lin & Yang,
-*Diffusion Model with Perceptual Loss* (arXiv 2401.00110). Equations (9) and (10), which take both back to t', are one
-rotation: :func:`fastsp_kernels.reproject`.
+*Diffusion Model with Perceptual Loss* (arXiv 2401.00110). What the kernels compute too is theirs: equations (1) and (2)
+and the conversions to v (`fastsp_kernels.equations`), (9) and (10) as one rotation (`fastsp_kernels.reproject`).
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
+from fastsp_kernels import equations
+from fastsp_kernels.equations import PREDICTION_TYPES, noisy_latents, prediction_code
 from torch import Tensor
 
-PredictionType = Literal["v_prediction", "epsilon", "sample"]
-PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+__all__ = [
+    "PREDICTION_TYPES",
+    "epsilon_from_velocity",
+    "expand",
+    "noisy_latents",
+    "sample_from_velocity",
+    "target",
+    "to_velocity",
+]
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, ...) with as many dimensions as ``like``."""
     return values.reshape(-1, *([1] * (like.ndim - 1)))
-
-
-def noisy_latents(latents: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """Equations (1) and (5): ``x_t = a_t x_0 + s_t eps``."""
-    return a * latents + s * noise
-
-
-def velocity(latents: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """Equation (2): ``v_t = a_t eps - s_t x_0``."""
-    return a * noise - s * latents
 
 
 def sample_from_velocity(x_t: Tensor, v: Tensor, a: Tensor, s: Tensor) -> Tensor:
@@ -42,10 +39,8 @@ def epsilon_from_velocity(x_t: Tensor, v: Tensor, a: Tensor, s: Tensor) -> Tenso
 
 
 def target(prediction_type: str, latents: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """What a network of this prediction type should have answered."""
-    if prediction_type == "v_prediction":
-        return velocity(latents, noise, a, s)
-    return noise if prediction_type == "epsilon" else latents
+    """What a network of this prediction type should have answered: v by equation (2), eps or x_0."""
+    return equations.target(prediction_code(prediction_type), latents, noise, a, s)
 
 
 def to_velocity(prediction_type: str, model_pred: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
@@ -53,8 +48,4 @@ def to_velocity(prediction_type: str, model_pred: Tensor, x_t: Tensor, a: Tensor
 
     Divides by ``a_t`` (epsilon) or ``s_t`` (sample): :meth:`NoiseSchedule.require` refuses tables where they vanish.
     """
-    if prediction_type == "v_prediction":
-        return model_pred
-    if prediction_type == "epsilon":
-        return (model_pred - s * x_t) / a
-    return (a * x_t - model_pred) / s
+    return equations.to_velocity(prediction_code(prediction_type), model_pred, x_t, a, s)

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from fastsp_kernels import _checks as checks
-from fastsp_kernels import _equations as equations
-from fastsp_kernels._equations import noisy_latents_device, rotation_device, target_device, to_velocity_device
+from fastsp_kernels import equations
 from fastsp_kernels._triton import LAUNCH_OPTIONS, autotune, jit, load_device, store_device, tl, uses_triton
+from fastsp_kernels.equations import noisy_latents_device, rotation_device, target_device, to_velocity_device
 from fastsp_kernels.philox import Stream, random_normals, random_normals_device
 from fastsp_kernels.reproject_backward import reproject_backward
 

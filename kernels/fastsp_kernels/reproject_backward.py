@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastsp_kernels import _checks as checks
-from fastsp_kernels import _equations as equations
-from fastsp_kernels._equations import rotation_device
+from fastsp_kernels import equations
 from fastsp_kernels._triton import LAUNCH_OPTIONS, autotune, jit, load_device, store_device, tl, uses_triton
+from fastsp_kernels.equations import rotation_device
 
 
 @torch.library.custom_op("fastsp::reproject_backward", mutates_args=())
