@@ -56,7 +56,6 @@ class Monitor:
         self.task: TaskID = self.bar.add_task(stage.name, total=stage.steps, completed=first_step, figures="")
         self.logged_at = self.printed_at = time.monotonic()
         self.steps_since_log = 0
-        self.bad_samples = 0
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -73,15 +72,15 @@ class Monitor:
         if step % self.config.log.every and step != self.stage.steps:
             return
         seconds, self.logged_at = time.monotonic() - self.logged_at, time.monotonic()
+        seconds_per_step, self.steps_since_log = max(seconds, 1e-9) / self.steps_since_log, 0
         figures = {
             "loss": float(result.loss),
             "grad_norm": float(result.grad_norm),
             "learning_rate": result.learning_rate,
-            "samples_per_s": round(self.steps_since_log * self.config.data.batch_size / max(seconds, 1e-9), 3),
+            "samples_per_s": self.config.data.batch_size / seconds_per_step,
         }
-        self.steps_since_log = 0
         self._write(step, figures)
-        self._show(step, figures, bad_samples)
+        self._show(step, figures, bad_samples, seconds_left=(self.stage.steps - step) * seconds_per_step)
 
     def pause(self) -> None:
         """Leave out of samples/s what is no training: call it after sampling or saving."""
@@ -94,13 +93,12 @@ class Monitor:
         for name, value in figures.items():
             self.writer.add_scalar(name, value, global_step)
 
-    def _show(self, step: int, figures: dict[str, float], bad_samples: int) -> None:
-        text = f"loss {figures['loss']:.4f}  {figures['samples_per_s']:.0f} samples/s"
+    def _show(self, step: int, figures: dict[str, float], bad_samples: int, seconds_left: float) -> None:
+        text = f"loss {figures['loss']:.4f}  {figures['samples_per_s']:.3g} samples/s"
         if bad_samples:
             text += f"  {bad_samples} bad"
         self.bar.update(self.task, figures=text)
         now = time.monotonic()
         if not self.console.is_terminal and (now - self.printed_at > _PLAIN_SECONDS or step == self.stage.steps):
             self.printed_at = now
-            left = (self.stage.steps - step) * self.config.data.batch_size / figures["samples_per_s"]
-            self.console.print(f"{self.stage.name}: step {step}/{self.stage.steps}  {text}  {left:.0f} s left")
+            self.console.print(f"{self.stage.name}: step {step}/{self.stage.steps}  {text}  {seconds_left:.0f} s left")
