@@ -42,5 +42,44 @@ $(VENV)/.test: $(VENV)/.train
 	$(PIP) --editable '.[train,test]'
 	touch $@
 
+bench: $(VENV)/.test
+	@echo "== pytest-benchmark: kernels, data, training step; into $(OUT)/bench.json"
+	mkdir -p $(OUT)
+	$(PYTEST) benchmarks/kernels benchmarks/data benchmarks/step -s --benchmark-json=$(OUT)/bench.json
+
+# On a machine with one NVIDIA GPU and its own Python: no .venv, nothing installed, each target by itself in less than
+# nine minutes. What they write goes to OUT, the compilers' caches too: a second run with the same OUT compiles little.
+PYTHON_GPU ?= python3
+CACHE = $(abspath $(OUT))/cache
+GPU_ENV = PYTHONPATH=.:kernels TORCHINDUCTOR_CACHE_DIR=$(CACHE)/inductor TRITON_CACHE_DIR=$(CACHE)/triton
+NEED = PYTHONPATH=.:kernels $(PYTHON_GPU) -m fastsp.bench.need
+GPU_PACKAGES = torch triton diffusers transformers tokenizers pydantic yaml rich typer PIL nvidia.dali
+
+gpu-test:
+	@echo "== tests that need a GPU; into $(OUT)/gpu-test.xml"
+	@mkdir -p $(OUT)
+	@-$(NEED) xformers sklearn scipy peft accelerate webdataset
+	@if $(NEED) $(GPU_PACKAGES) pytest; then $(GPU_ENV) timeout 530 $(PYTHON_GPU) -m pytest tests -m gpu \
+		--continue-on-collection-errors -p no:cacheprovider --durations=10 --junitxml=$(OUT)/gpu-test.xml; \
+	else echo "gpu-test: skipped"; fi
+
+gpu-bench:
+	@echo "== fastsp bench, and the kernels' benchmarks; into $(OUT)/*.json and $(OUT)/roofline.png"
+	@mkdir -p $(OUT)
+	@if $(NEED) $(GPU_PACKAGES); then $(GPU_ENV) timeout 420 $(PYTHON_GPU) -m fastsp bench --time-limit 300 \
+		--json $(OUT)/step.json `$(NEED) matplotlib && echo --png $(OUT)/roofline.png`; \
+	else echo "gpu-bench: fastsp bench skipped"; fi
+	@if $(NEED) torch triton pytest pytest_benchmark; then $(GPU_ENV) timeout 110 $(PYTHON_GPU) -m pytest \
+		benchmarks/kernels -s -p no:cacheprovider --benchmark-json=$(OUT)/kernels.json; \
+	else echo "gpu-bench: the kernels' benchmarks skipped"; fi
+
+gpu-train:
+	@echo "== about a minute of training: pictures in $(OUT)/train/samples"
+	@mkdir -p $(OUT)
+	@if $(NEED) $(GPU_PACKAGES) sklearn tensorboard; then $(GPU_ENV) timeout 530 $(PYTHON_GPU) -m fastsp train \
+		--config configs/quickstart.yaml --resume run_dir=$(OUT)/train evaluation.enabled=false samples.every=200 \
+		stages.0.steps=800 stages.1.steps=200 stages.2.steps=200; \
+	else echo "gpu-train: skipped"; fi
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -11,7 +11,14 @@ import sys
 
 def missing(packages: list[str]) -> list[str]:
     """Those that cannot be imported, by their import names."""
-    return [name for name in packages if importlib.util.find_spec(name) is None]
+    return [name for name in packages if not _installed(name)]
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package that `name` lies in
+        return False
 
 
 if __name__ == "__main__":

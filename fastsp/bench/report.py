@@ -21,7 +21,7 @@ def table(rows: Sequence[Row]) -> Table:
     result = Table(
         title=f"{rows[0]['model']}, batch {rows[0]['batch_size']}, {rows[0]['precision']}",
         box=SIMPLE_HEAD,
-        expand=False,
+        padding=(0, 1, 0, 0),
     )
     result.add_column("provider", no_wrap=True)
     headings = ["samples/s", "ms p20/p50/p80", "GFLOP", "MFU" if known else "of matmul", "first, s"]
@@ -29,13 +29,13 @@ def table(rows: Sequence[Row]) -> Table:
         result.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         cells = [
-            f"{row['samples_per_s']:.1f}",
-            f"{row['ms_p20']:.1f}/{row['ms_p50']:.1f}/{row['ms_p80']:.1f}",
-            f"{row['gflop_per_sample']:.4g}",
+            _short(row["samples_per_s"]),
+            "/".join(_short(row[key]) for key in ("ms_p20", "ms_p50", "ms_p80")),
+            _short(row["gflop_per_sample"]),
             f"{row['mfu' if known else 'mfu_of_measured_matmul']:.0%}",
-            f"{row['first_step_s']:.1f}",
+            _short(row["first_step_s"]),
         ]
-        result.add_row(row["name"], *cells, *([f"{row['peak_memory_gb']:.1f}"] if with_memory else []))
+        result.add_row(row["name"], *cells, *([_short(row["peak_memory_gb"])] if with_memory else []))
     return result
 
 
@@ -74,6 +74,11 @@ def sweep_lines(rows: Sequence[Row]) -> list[str]:
     sweep: list[Row] = next((row["batch_sweep"] for row in rows if row.get("batch_sweep")), [])
     lines = [f"batch {point['batch_size']:5d} {point['samples_per_s']:9.1f} samples/s" for point in sweep]
     return ["fastsp_sp at other batch sizes:", *lines] if lines else []
+
+
+def _short(value: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _against(other: Row, ours: Row) -> str:

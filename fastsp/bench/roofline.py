@@ -16,7 +16,7 @@ def save_roofline(rows: Sequence[Row], file: Path) -> None:
     Up: the counted operations over the median time of a whole step.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter, LogLocator
+    from matplotlib.ticker import EngFormatter, LogLocator
 
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.add_subplot()
@@ -29,11 +29,12 @@ def save_roofline(rows: Sequence[Row], file: Path) -> None:
     for points, marker, size, kind in ((providers, "o", 8, ""), (phases, "D", 5, "fastsp_sp, phase: ")):
         for name, point in points.items():
             axes.plot(*point, marker, markersize=size, label=kind + name)
-    axes.set(xscale="log", yscale="log", xlim=across, xlabel="FLOP per byte (operators unfused)", ylabel="GFLOP/s")
+    axes.set(xscale="log", yscale="log", xlim=across, xlabel="FLOP per byte (operators unfused)")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(99, 99)))
         axis.set_minor_locator(LogLocator(subs=()))
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.yaxis.set_major_formatter(EngFormatter(unit="FLOP/s"))
     axes.set_title(f"{facts['model']}, batch {facts['batch_size']}, {facts['precision']}", loc="left")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -45,8 +46,8 @@ def _computes(part: Row) -> bool:
 
 
 def _point(part: Row, facts: Row) -> tuple[float, float]:
-    """(FLOP per byte, GFLOP/s) of a provider or a phase."""
-    rate = 1e3 * part["gflop_per_sample"] * facts["batch_size"] / part["ms_p50"]
+    """(FLOP per byte, FLOP/s) of a provider or a phase."""
+    rate = 1e12 * part["gflop_per_sample"] * facts["batch_size"] / part["ms_p50"]
     return part["gflop_per_sample"] / part["gbyte_per_sample"], rate
 
 
@@ -56,11 +57,11 @@ def _ridge(facts: Row) -> float:
 
 
 def _ceilings(axes: Any, facts: Row, across: tuple[float, float]) -> None:
-    """Memory's slope up to the measured matrix rate, and the data sheet's line above. GFLOP/s."""
-    matmul, bandwidth = 1e3 * facts["matmul_tflops_per_s"], facts["copy_gbyte_per_s"]
+    """Memory's slope up to the measured matrix rate, and the data sheet's line above. FLOP/s."""
+    matmul, bandwidth = 1e12 * facts["matmul_tflops_per_s"], 1e9 * facts["copy_gbyte_per_s"]
     xs = sorted({across[0], min(_ridge(facts), across[1]), across[1]})
-    label = f"measured: matmul {matmul:,.0f} GFLOP/s, copy {bandwidth:,.0f} GB/s"
+    label = f"measured: matmul {matmul / 1e12:.3g} TFLOP/s, copy {bandwidth / 1e9:.3g} GB/s"
     axes.plot(xs, [min(matmul, bandwidth * x) for x in xs], color="black", label=label)
     if facts["datasheet_tflops_per_s"]:
-        peak = 1e3 * facts["datasheet_tflops_per_s"]
-        axes.axhline(peak, color="grey", linestyle="--", label=f"data sheet: {peak:,.0f} GFLOP/s")
+        peak = 1e12 * facts["datasheet_tflops_per_s"]
+        axes.axhline(peak, color="grey", linestyle="--", label=f"data sheet: {peak / 1e12:.0f} TFLOP/s")
