@@ -1,0 +1,252 @@
+"""`fastsp bench`: the providers compute the same loss, the figures are what they say, and the files are written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fastsp_kernels import Stream, random_integers, random_normals
+from tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_unet
+
+from fastsp import draws
+from fastsp.__main__ import main
+from fastsp.bench import run as bench_run
+from fastsp.bench.baselines import Algorithm1, DiffusersMSE, Split
+from fastsp.bench.cost import count_phases, count_step
+from fastsp.bench.fastsp_step import FastspStep
+from fastsp.bench.measure import prepare, take_turns
+from fastsp.bench.need import missing
+from fastsp.bench.phases import PHASES, time_phases
+from fastsp.bench.providers import PROVIDERS
+from fastsp.bench.report import phase_lines, verdict
+from fastsp.bench.run import Plan, groups, run
+from fastsp.bench.timing import datasheet_flops_per_s, quantiles
+from fastsp.bench.workload import SD21_BASE_UNET, SD21_TEXT_SHAPE, Workload, default_workload
+from fastsp.config import load_config
+
+CPU = torch.device("cpu")
+EAGER = tuple(name for name, provider in PROVIDERS.items() if not provider.compiled)
+QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
+CONTRACT = {"name", "samples_per_s", "ms_p20", "ms_p50", "ms_p80", "peak_memory_gb", "gflop_per_sample", "mfu"}
+
+
+def tiny_workload(batch_size: int = 3, precision: str = "fp32", teacher: str = "split") -> Workload:
+    """A tiny UNet with one block on each side; no caption is dropped, so that all providers see the same text.
+
+    Two calls of the teacher by default: the batched one is traced first, which takes seconds.
+    """
+    base = default_workload(CPU)
+    data = base.config.data.model_copy(update={"batch_size": batch_size, "caption_dropout": 0.0})
+    stages = [stage.model_copy(update={"teacher": teacher}) for stage in base.config.stages]
+    config = base.config.model_copy(update={"data": data, "precision": precision, "stages": stages})
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    unet_config = dict(tiny_unet(block_out_channels=(16,), attention_head_dim=2, **blocks).config)
+    return Workload("tiny", config, unet_config, (4, 8, 8), (TEXT_LENGTH, TEXT_WIDTH), CPU)
+
+
+def philox_draws(step: FastspStep) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """noise, t and t' as fastsp's step draws them for its first positions."""
+    seed, positions = step.training_step.seed, step.batch.positions
+    t = random_integers(seed, Stream.TIMESTEP, positions, 1000)
+    noise = random_normals(seed, Stream.NOISE, positions, (4, 8, 8))
+    return noise, t, draws.perceptual_timesteps(seed, positions, t, 1000)
+
+
+def gradient(unet) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in unet.parameters()])
+
+
+@pytest.mark.parametrize("teacher", ["split", "batched"])
+def test_all_self_perceptual_steps_have_the_same_loss_and_gradient(teacher):
+    workload = tiny_workload(teacher=teacher)
+    ours, printed, split = FastspStep(workload), Algorithm1(workload), Split(workload)
+    noise, t, t_prime = philox_draws(ours)
+    losses = [ours.loss(), printed.loss(noise, t, t_prime), split.loss(noise, t, t_prime)]
+    for loss in losses:
+        loss.backward()
+    gradients = [gradient(unet) for unet in (ours.training_step.unet, printed.unet, split.unet)]
+    assert losses[1] > 1e-6
+    for loss, grad in zip(losses[::2], gradients[::2], strict=True):
+        torch.testing.assert_close(loss, losses[1], rtol=1e-4, atol=0)
+        assert (grad - gradients[1]).norm() < 1e-3 * gradients[1].norm()
+    other = printed.loss(noise, t, (t_prime + 300) % 1000)
+    assert abs(other - losses[1]) > 1e-3 * losses[1], "another t' is another loss"
+
+
+def test_both_mse_steps_have_the_same_loss():
+    ours, theirs = FastspStep(tiny_workload(), "mse"), DiffusersMSE(tiny_workload())
+    noise, t, _ = philox_draws(ours)
+    torch.testing.assert_close(ours.loss(), theirs.loss(noise, t), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", EAGER)
+def test_a_step_trains(name, precision):
+    """Weights and their average change, and stay finite."""
+    torch.manual_seed(0)
+    steps = PROVIDERS[name].build(tiny_workload(precision=precision).with_settings(compile=False))
+    unet = steps.training_step.unet if isinstance(steps, FastspStep) else steps.unet
+    before = [p.detach().clone() for p in unet.parameters()]
+    for _ in range(2):
+        steps.step()
+    after = list(unet.parameters())
+    assert all(p.isfinite().all() for p in after)
+    assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) > 0.5 * len(after)
+    assert all(p.grad is None for p in after), "gradients do not outlive a step"
+
+
+def test_baseline_average_follows_the_weights():
+    steps = Algorithm1(tiny_workload(precision="bf16"))
+    start = [ema.clone() for ema in steps.update.emas]
+    steps.step()
+    decay = steps.update.ema_decay
+    for ema, first, master in zip(steps.update.emas, start, steps.update.masters, strict=True):
+        torch.testing.assert_close(ema, decay * first + (1 - decay) * master.detach())
+    assert all(
+        torch.equal(p, master.bfloat16()) for p, master in zip(steps.update.params, steps.update.masters, strict=True)
+    )
+
+
+def test_counted_operations_of_sd21():
+    """The figures of one forward, from its architecture alone: nothing of 866 M parameters is held."""
+    workload = replace(
+        tiny_workload(batch_size=2), unet_config=SD21_BASE_UNET, latent_shape=(4, 64, 64), text_shape=SD21_TEXT_SHAPE
+    )
+    mse = count_step(PROVIDERS["diffusers_mse"], workload).flops
+    assert mse == pytest.approx(2409e9, rel=0.002)
+
+
+def test_counted_operations():
+    """A truncated teacher does less than a whole one, and the batched one as much as two calls."""
+    workload = tiny_workload(batch_size=2, teacher="batched")
+    counts = {name: count_step(provider, workload) for name, provider in PROVIDERS.items()}
+    flops = {name: cost.flops for name, cost in counts.items()}
+    assert flops["algorithm1_eager"] == flops["algorithm1_compiled"] > 1.05 * flops["split_compiled"]
+    assert flops["fastsp_sp"] == pytest.approx(flops["split_compiled"], rel=0.02)
+    assert flops["fastsp_sp"] > 1.2 * flops["fastsp_mse"] == pytest.approx(1.2 * flops["diffusers_mse"])
+    assert all(cost.bytes > 0 for cost in counts.values())
+
+
+def test_phases_add_up_to_the_step():
+    workload = tiny_workload(batch_size=2)
+    phases = count_phases(workload)
+    assert tuple(phases) == PHASES == tuple(time_phases(workload, rounds=2))
+    total = sum(phase.flops for phase in phases.values())
+    assert total == count_step(PROVIDERS["fastsp_sp"], workload).flops
+    assert phases["update"].flops == phases["reprojection"].flops == 0 < phases["teacher"].flops
+    parameters = sum(p.numel() for p in workload.unet().parameters())
+    assert phases["update"].bytes * 2 > 32 * parameters, "weights, moments and average are read and written"
+
+
+def test_a_turn_adds_one_time_to_each():
+    entries = {name: prepare(name, PROVIDERS[name], tiny_workload(), print) for name in ("fastsp_sp", "fastsp_mse")}
+    take_turns(entries, CPU, rounds=3)
+    assert [len(entry.seconds) for entry in entries.values()] == [3, 3]
+    assert entries["fastsp_sp"].peak_bytes is None
+    p20, p50, p80 = quantiles([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (p20, p50, p80) == pytest.approx((1.8, 3.0, 4.2))
+
+
+def test_rows_have_the_contract_s_keys():
+    kept: list[int] = []
+    names = ("algorithm1_eager", "fastsp_sp")
+    rows = run(tiny_workload(), Plan(names, rounds=2), print, lambda rows: kept.append(len(rows)))
+    assert tuple(row["name"] for row in rows) == names
+    for row in rows:
+        assert row.keys() >= CONTRACT
+        assert row["mfu"] is None and row["peak_memory_gb"] is None and row["mfu_of_measured_matmul"] > 0
+        assert row["samples_per_s"] == pytest.approx(3e3 / row["ms_p50"])
+    assert [name for name, row in zip(names, rows, strict=True) if "phases" in row] == ["fastsp_sp"]
+    assert len(phase_lines(rows)) == 1 + len(PHASES)
+    assert kept[0] == len(names)
+
+
+def test_the_time_limit_names_what_is_left_out():
+    said: list[str] = []
+    assert run(tiny_workload(), Plan(EAGER, 1, time_limit_s=0.0), said.append) == []
+    assert sum("time limit" in line for line in said) == len(EAGER)
+
+
+def test_large_models_are_compared_two_by_two(monkeypatch):
+    workload = default_workload(CPU)
+    parameters = sum(p.numel() for p in workload.unet().parameters())
+    assert groups(EAGER, workload) == [EAGER]
+    memory = type("Properties", (), {"total_memory": 0})()
+    monkeypatch.setattr(bench_run.torch.cuda, "get_device_properties", lambda _device: memory)
+    on_gpu = workload.on("cuda")
+    memory.total_memory = 1000 * parameters
+    assert groups(EAGER, on_gpu) == [EAGER]
+    memory.total_memory = 50 * parameters
+    assert groups(EAGER, on_gpu) == [("fastsp_sp", name) for name in EAGER if name != "fastsp_sp"]
+
+
+def test_verdict_in_words():
+    def row(name: str, speed: float, gflop: float) -> dict:
+        return {"name": name, "speed_relative_to_fastsp_sp": speed, "gflop_per_sample": gflop}
+
+    rows = [row("algorithm1_eager", 0.5, 4.0), row("fastsp_sp", 1.0, 3.0), row("fastsp_mse", 1.4, 2.0)]
+    first, second = verdict(rows)
+    assert "2.00 times as fast as algorithm1_eager" in first and "1.33 times the operations" in first
+    assert "takes 1.40 times as long" in second and "1.50 times its operations" in second
+    rows[0]["speed_relative_to_fastsp_sp"] = 1.25
+    assert "slower (0.80 x) than algorithm1_eager" in verdict(rows)[0]
+    assert verdict(rows[:1]) == verdict(rows[1:2]) == []
+
+
+def test_the_default_on_a_cpu_is_the_quickstart():
+    ours, theirs = default_workload(CPU).config, load_config(QUICKSTART)
+    assert ours.data.batch_size == theirs.data.batch_size and ours.data.resolution == theirs.data.resolution
+    assert ours.precision == theirs.precision and ours.model == theirs.model
+    assert datasheet_flops_per_s(CPU, torch.float32) is None
+
+
+def test_what_is_not_installed_is_named():
+    assert missing(["torch", "no_such_package"]) == ["no_such_package"]
+
+
+def test_command_writes_json_and_picture(monkeypatch, capsys, tmp_path):
+    files = [tmp_path / "bench.json", tmp_path / "roofline.png"]
+    arguments = ["--only", "diffusers_mse", "--only", "fastsp_mse", "--batch-size", "2", "--rounds", "1"]
+    command = ["fastsp", "bench", *arguments, "--no-compile", "--json", str(files[0]), "--png", str(files[1])]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert not exit_.value.code
+    rows = json.loads(files[0].read_text())
+    assert [row["name"] for row in rows] == ["fastsp_mse", "diffusers_mse"] and rows[0]["batch_size"] == 2
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+    assert "diffusers_mse" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "magic"], "--only 'magic' is unknown: use one of algorithm1_eager"),
+        (["--only", "split_compiled", "--no-compile"], "--only split_compiled is compiled by its nature"),
+        (["--png", "picture.gif"], "--png picture.gif must end in .png"),
+        (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
+        (["--config", "missing.yaml"], "missing.yaml does not exist"),
+        (["--rounds", "0"], "Invalid value for '--rounds'"),
+    ],
+)
+def test_mistakes_are_one_line(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["fastsp", "bench", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    complaint = capsys.readouterr().err
+    assert exit_.value.code == 2 and complaint.count("\n") == 1 and message in complaint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [Algorithm1, Split])
+def test_compiled_steps_have_the_same_loss(build):
+    torch.manual_seed(0)
+    workload = tiny_workload()
+    eager, compiled = build(workload), build(workload, compiled=True)
+    given = eager.draws()
+    torch.testing.assert_close(compiled.loss(*given), eager.loss(*given), rtol=1e-4, atol=0)
+    compiled.step()
