@@ -71,6 +71,14 @@ class Ceilings:
     copy_bytes_per_s: float  # measured: read plus written, the best of some large copies
     datasheet_flops_per_s: float | None  # None: not in the table
 
+    def best(self, other: Ceilings) -> Ceilings:
+        """Of two measurements of one device: a shared machine is never faster than it is."""
+        return Ceilings(
+            max(self.matmul_flops_per_s, other.matmul_flops_per_s),
+            max(self.copy_bytes_per_s, other.copy_bytes_per_s),
+            self.datasheet_flops_per_s,
+        )
+
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Takes about a second."""
