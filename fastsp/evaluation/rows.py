@@ -55,12 +55,12 @@ class Comparison:
     """Self-perceptual minus control in one metric, at one setting.
 
     Attributes:
+        setting: that of the self-perceptual rows; the control's differs in the stage alone.
         outcome: "better" or "worse" if the interval excludes zero, "undecided" if not or if there is one seed only.
     """
 
     metric: str
-    conditional: bool
-    steps: int
+    setting: Setting
     self_perceptual: float
     control: float
     difference: Interval
@@ -95,12 +95,13 @@ def confidence_interval(values: list[float]) -> Interval:
 def compare(
     rows: list[dict[str, Any]], self_perceptual: str, control: str, metric: str = "fid", smaller_is_better: bool = True
 ) -> list[Comparison]:
-    """Self-perceptual against control without guidance, one comparison for every step count that both have.
+    """Self-perceptual against control, one comparison for every way of sampling that both have rows of.
 
     The difference is taken seed by seed, since both start from the same noise and captions; a seed that only one of
-    them has is left out. With captions first, then in the order of `rows`: the first step count configured leads.
+    them has is left out. Without guidance first, then guided, then without captions; else in the
+    order of `rows`, so that the first step count configured leads.
     """
-    groups = by_setting([row for row in rows if metric in row and row["guidance"] == 0])
+    groups = by_setting([row for row in rows if metric in row])
     comparisons = []
     for setting, ours in groups.items():
         if setting.stage != self_perceptual:
@@ -109,7 +110,7 @@ def compare(
         pairs = [(row[metric], theirs[row["seed"]]) for row in ours if row["seed"] in theirs]
         if pairs:
             comparisons.append(_comparison(metric, setting, pairs, smaller_is_better))
-    return sorted(comparisons, key=lambda c: not c.conditional)
+    return sorted(comparisons, key=lambda c: (not c.setting.conditional, c.setting.guidance != 0))
 
 
 def _comparison(metric: str, setting: Setting, pairs: list[tuple[float, float]], smaller_is_better: bool) -> Comparison:
@@ -118,4 +119,4 @@ def _comparison(metric: str, setting: Setting, pairs: list[tuple[float, float]],
     if difference.excludes_zero:
         outcome = "better" if (difference.mean < 0) == smaller_is_better else "worse"
     ours, theirs = (mean(pair[i] for pair in pairs) for i in (0, 1))
-    return Comparison(metric, setting.conditional, setting.steps, ours, theirs, difference, outcome)
+    return Comparison(metric, setting, ours, theirs, difference, outcome)

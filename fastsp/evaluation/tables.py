@@ -153,7 +153,7 @@ def _interval(metric: Metric, c: Comparison) -> str:
 
 
 def _sampling(comparison: Comparison) -> str:
-    return f"{comparison.steps} steps" + ("" if comparison.conditional else ", unconditional")
+    return _setting_words(comparison.setting) + ("" if comparison.setting.conditional else ", unconditional")
 
 
 # The scores

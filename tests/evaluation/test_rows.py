@@ -51,7 +51,16 @@ def test_seeds_are_paired() -> None:
 
 def test_larger_is_better_for_the_inception_score() -> None:
     fewer, more = compare(rows(sp=5, control=6), "sp", "mse_longer", "inception_score", smaller_is_better=False)[:2]
-    assert fewer.outcome == more.outcome == "better" and fewer.steps < more.steps
+    assert fewer.outcome == more.outcome == "better" and fewer.setting.steps < more.setting.steps
+
+
+def test_guided_rows_are_compared_where_the_control_has_them() -> None:
+    guided = {"guidance": 3.0, "rescale": 0.7}
+    made = [row("sp", s, 6.0 + s / 10, **guided) for s in range(3)]
+    assert not compare(made, "sp", "mse_longer")
+    made += [row("mse_longer", s, 5.0 + s / 9, **guided) for s in range(3)] + paired([1.0, 2.0], [2.0, 2.9])
+    plain, rescaled = compare(made, "sp", "mse_longer")
+    assert (plain.setting.guidance, rescaled.setting.guidance, rescaled.outcome) == (0.0, 3.0, "worse")
 
 
 def sentence(directory, evaluation: list[dict]) -> str:
