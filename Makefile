@@ -54,12 +54,12 @@ CACHE = $(abspath $(OUT))/cache
 GPU_ENV = PYTHONPATH=.:kernels TORCHINDUCTOR_CACHE_DIR=$(CACHE)/inductor TRITON_CACHE_DIR=$(CACHE)/triton
 NEED = PYTHONPATH=.:kernels $(PYTHON_GPU) -m fastsp.bench.need
 HAS_GPU = $(PYTHON_GPU) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch finds no GPU')"
-GPU_PACKAGES = torch triton diffusers transformers tokenizers pydantic yaml rich typer PIL nvidia.dali
+GPU_PACKAGES = torch triton diffusers transformers tokenizers pydantic yaml rich typer PIL
 
 gpu-test:
 	@echo "== tests that need a GPU; into $(OUT)/gpu-test.xml"
 	@mkdir -p $(OUT)
-	@$(NEED) xformers sklearn scipy peft accelerate webdataset || true
+	@$(NEED) nvidia.dali xformers sklearn scipy peft accelerate webdataset || true
 	@if $(NEED) $(GPU_PACKAGES) pytest && $(HAS_GPU); then $(GPU_ENV) timeout 530 $(PYTHON_GPU) -m pytest tests -m gpu \
 		--continue-on-collection-errors -p no:cacheprovider --durations=10 --junitxml=$(OUT)/gpu-test.xml; \
 	else echo "gpu-test: skipped"; fi
@@ -77,7 +77,7 @@ gpu-bench:
 gpu-train:
 	@echo "== about a minute of training: pictures in $(OUT)/train/samples"
 	@mkdir -p $(OUT)
-	@if $(NEED) $(GPU_PACKAGES) sklearn tensorboard && $(HAS_GPU); then \
+	@if $(NEED) $(GPU_PACKAGES) nvidia.dali sklearn tensorboard && $(HAS_GPU); then \
 		$(GPU_ENV) timeout 530 $(PYTHON_GPU) -m fastsp train --config configs/quickstart.yaml --resume \
 		run_dir=$(OUT)/train evaluation.enabled=false samples.every=200 \
 		stages.0.steps=800 stages.1.steps=200 stages.2.steps=200; \

@@ -12,6 +12,7 @@ Not covered: double backward, gradients to the conditioning, forward-mode differ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,10 +90,8 @@ class HalfBackward:
 
     def _program(self, sample: Tensor, conditioning: dict[str, Tensor]) -> Program:
         inputs = {"sample": sample, **conditioning}
-        device = sample.device.type
-        autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        layout = sample.stride()
-        key = (*((name, value.shape, value.dtype) for name, value in inputs.items()), layout, sample.device, autocast)
+        layout, device = sample.stride(), sample.device
+        key = (*((n, v.shape, v.dtype) for n, v in inputs.items()), layout, device, _autocast_dtype(device.type))
         if key not in self._programs:
             self._programs[key] = build(self.network, inputs, self.compile_options)
         return self._programs[key]
@@ -226,9 +225,16 @@ def _fake(value: Tensor, size: int) -> Tensor:
     return torch.empty((size, *value.shape[1:]), dtype=value.dtype, device=value.device, memory_format=layout)
 
 
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts to on this kind of device; None where it is off."""
+    available = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if available else None
+
+
 def _plain(like: Tensor) -> Any:
-    """The graphs hold the casts of autocast already."""
-    return torch.autocast(like.device.type, enabled=False)
+    """Without autocast: the graphs hold its casts already."""
+    on = _autocast_dtype(like.device.type) is not None
+    return torch.autocast(like.device.type, enabled=False) if on else nullcontext()
 
 
 def _results(graph: GraphModule) -> list[Any]:

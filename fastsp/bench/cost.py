@@ -9,12 +9,10 @@ less.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +45,7 @@ class Cost:
 def count_step(provider: Provider, workload: Workload) -> Cost:
     """Forward and backward of one sample. The update is left out: it does not grow with the batch."""
     step = provider.for_counting(workload)
-    with no_autocast_on_meta(), FusedAttention():
+    with FusedAttention():
         step.loss(*step.draws()).backward()  # a first call may trace, which is not to be counted
         with Meter() as meter:
             step.loss(*step.draws()).backward()
@@ -58,7 +56,7 @@ def count_phases(workload: Workload) -> dict[str, Cost]:
     """Each phase of fastsp's self-perceptual step, per sample; the update too, as a share of one."""
     workload = workload.on("meta").with_settings(compile=False, cuda_graph=False)
     provider = FastspStep(workload)
-    with no_autocast_on_meta(), FusedAttention():
+    with FusedAttention():
         provider.step()
         with Meter() as meter, marked(provider.training_step, meter.read) as readings:
             provider.step()
@@ -118,18 +116,6 @@ class FusedAttention(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def no_autocast_on_meta() -> Iterator[None]:
-    """Answers for the ``meta`` device what torch refuses to answer: autocast is never on there."""
-    enabled, dtype, autocast = torch.is_autocast_enabled, torch.get_autocast_dtype, torch.autocast
-    with (
-        mock.patch.object(torch, "is_autocast_enabled", lambda *on: on != ("meta",) and enabled(*on)),
-        mock.patch.object(torch, "get_autocast_dtype", lambda on: None if on == "meta" else dtype(on)),
-        mock.patch.object(torch, "autocast", lambda on, **how: nullcontext() if on == "meta" else autocast(on, **how)),
-    ):
-        yield
 
 
 def _attention_backward_flops(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

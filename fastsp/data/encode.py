@@ -21,29 +21,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastsp.data.batch import Batch
-from fastsp.data.latents import DTYPES, LatentsHeader, fingerprint, shard_path
+from fastsp.data.latents import DTYPES, LatentsHeader, encode_moments, fingerprint, shard_path
 from fastsp.data.source import Source
 from fastsp.errors import UserError
 
 SAMPLES_PER_SHARD = 1024
-
-
-def encode_moments(vae: Any, pixel_values: Tensor) -> Tensor:
-    """Mean and log variance of the VAE's posterior.
-
-    In the VAE's own dtype, which must not be float16: Stable Diffusion's overflows there.
-
-    Args:
-        vae: diffusers' `AutoencoderKL`.
-        pixel_values: (B, 3, H, W) in [-1, 1].
-
-    Returns:
-        (B, 2 C, h, w) float32, not scaled.
-    """
-    if vae.dtype == torch.float16:
-        raise ValueError("the VAE is in float16, where Stable Diffusion's gives NaN; use bfloat16 or float32")
-    with torch.no_grad():
-        return vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist.parameters.float()
 
 
 class LatentEncoder:

@@ -27,6 +27,24 @@ VERSION = 1
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+def encode_moments(vae: Any, pixel_values: Tensor) -> Tensor:
+    """Mean and log variance of the VAE's posterior.
+
+    In the VAE's own dtype, which must not be float16: Stable Diffusion's overflows there.
+
+    Args:
+        vae: diffusers' `AutoencoderKL`.
+        pixel_values: (B, 3, H, W) in [-1, 1].
+
+    Returns:
+        (B, 2 C, h, w) float32, not scaled.
+    """
+    if vae.dtype == torch.float16:
+        raise ValueError("the VAE is in float16, where Stable Diffusion's gives NaN; use bfloat16 or float32")
+    with torch.no_grad():
+        return vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist.parameters.float()
+
+
 def sample_latents(
     moments: Tensor, seed: int | Tensor, positions: Tensor, scaling_factor: float, shift_factor: float = 0.0
 ) -> Tensor:

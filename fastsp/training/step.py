@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from fastsp import draws
 from fastsp.config import Config, StageConfig
 from fastsp.data.batch import Batch
-from fastsp.data.encode import encode_moments
-from fastsp.data.latents import sample_latents
+from fastsp.data.latents import encode_moments, sample_latents
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
 from fastsp.models import TextToImageModel
 from fastsp.prediction import expand

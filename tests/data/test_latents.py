@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL
 from fastsp_kernels.philox import random_normals
 from safetensors.torch import load, save
 
-from fastsp.data.encode import LatentEncoder, encode_moments
-from fastsp.data.latents import fingerprint, sample_latents
+from fastsp.data.encode import LatentEncoder
+from fastsp.data.latents import encode_moments, fingerprint, sample_latents
 from fastsp.data.source import open_source
 from fastsp.errors import UserError
 
