@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from tiny import picture_folder, tiny_stable_diffusion
 
 from fastsp.__main__ import main
@@ -62,3 +63,22 @@ def test_microbatches_change_nothing_but_rounding(tmp_path, precision):
         seen[microbatch] = losses(tmp_path / f"run{microbatch}")
     tolerance = 1e-4 if precision == "fp32" else 5e-2
     torch.testing.assert_close(seen[6], seen[2], rtol=tolerance, atol=0)
+
+
+@pytest.mark.slow
+def test_unconditional_training_never_sees_a_caption(tmp_path):
+    """As if every caption were dropped: the same losses as with a dropout of 1, and pictures of the empty prompt."""
+    model, pictures = tiny_stable_diffusion(tmp_path / "model"), picture_folder(tmp_path / "pictures")
+    file = tmp_path / "config.yaml"
+    seen = {}
+    for name, override in {
+        "none": "data.unconditional=true",
+        "all": "data.caption_dropout=1.0",
+        "some": "seed=0",
+    }.items():
+        file.write_text(CONFIG.format(run=tmp_path / name, model=model, pictures=pictures))
+        train(load_config(file, [override, "stages.0.steps=3", "stages.1.steps=1"]))
+        seen[name] = losses(tmp_path / name)
+    torch.testing.assert_close(seen["none"], seen["all"], rtol=1e-6, atol=0)
+    assert seen["none"] != seen["some"]
+    assert Image.open(tmp_path / "none" / "samples" / "mse_final.png").text["prompts"].strip() == ""
