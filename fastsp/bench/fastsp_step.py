@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +11,7 @@ from torch import Tensor
 from fastsp.bench.workload import Workload
 from fastsp.data.batch import Batch
 from fastsp.models import TextToImageModel
-from fastsp.perceptual import cast
-from fastsp.training.optimizer import AdamWEMA
-from fastsp.training.step import Objective, TrainingStep
+from fastsp.training.step import TrainingStep, build_step
 
 
 class FastspStep:
@@ -57,22 +53,17 @@ class FastspStep:
 
 
 def build_training_step(workload: Workload, objective: str) -> TrainingStep:
-    """What :class:`fastsp.training.trainer.Trainer` builds for a stage."""
-    config, stage, schedule, device = workload.config, workload.stage(objective), workload.schedule(), workload.device
-
-    def placed(module: Any, dtype: torch.dtype) -> Any:
-        return cast(module, dtype).to(device).to(memory_format=torch.channels_last)
-
+    """What :class:`fastsp.training.trainer.Trainer` builds for a stage, by the same function."""
     initial = workload.unet()
-    ema_unet = placed(copy.deepcopy(initial), torch.float32).eval().requires_grad_(False)
-    teacher = initial if objective == "self_perceptual" else None  # of which Objective keeps a truncated copy
-    loss = placed(Objective(stage, schedule, "v_prediction", teacher), workload.dtype)
-    unet = placed(initial, workload.dtype).train()
-    if workload.compiles:
-        unet.compile()
-        if loss.self_perceptual is not None:
-            loss.self_perceptual.compile_teacher()
-    optimizer = AdamWEMA(unet, ema_unet, config.optimizer, config.ema)
-    nothing_to_encode = TextToImageModel(unet, text_encoder=None, tokenizer=None, scheduler=None)
-    empty = torch.zeros(1, *workload.text_shape, device=device)
-    return TrainingStep(config, stage, unet, loss, optimizer, schedule, nothing_to_encode, empty)
+    step, _ = build_step(
+        workload.config,
+        workload.stage(objective),
+        TextToImageModel(initial, text_encoder=None, tokenizer=None, scheduler=None),  # nothing to encode
+        workload.schedule(),
+        torch.zeros(1, *workload.text_shape, device=workload.device),
+        prediction_type="v_prediction",
+        initial=initial,
+        teacher=initial if objective == "self_perceptual" else None,
+        compiles=workload.compiles,
+    )
+    return step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastsp.data.batch import Batch
 from fastsp.data.latents import encode_moments, sample_latents
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
 from fastsp.models import TextToImageModel
+from fastsp.perceptual import cast
 from fastsp.prediction import expand
 from fastsp.schedule import NoiseSchedule
 from fastsp.training.optimizer import AdamWEMA, learning_rate
@@ -156,3 +158,40 @@ class TrainingStep:
         dropped = draws.dropped_captions(self.seed, positions, self.config.data.caption_dropout)
         empty = self.empty_hidden_states.to(states.dtype)
         return torch.where(expand(dropped, states), empty, states).to(self.dtype)
+
+
+def build_step(
+    config: Config,
+    stage: StageConfig,
+    model: TextToImageModel,
+    schedule: NoiseSchedule,
+    empty_hidden_states: Tensor,
+    *,
+    prediction_type: str,
+    initial: Any,
+    teacher: Any,
+    compiles: bool,
+) -> tuple[TrainingStep, Any]:
+    """The step of a stage and the float32 UNet of its moving average, on the device of ``empty_hidden_states``.
+
+    Args:
+        config, stage, model, schedule, empty_hidden_states: see :class:`TrainingStep`.
+        prediction_type: of the UNet.
+        initial: the UNet that the stage starts from; it becomes the online network.
+        teacher: of a self-perceptual stage, the UNet that the perceptual network is copied from; may be ``initial``.
+        compiles: hand online and perceptual network to ``torch.compile``.
+    """
+    device, dtype = empty_hidden_states.device, COMPUTE_DTYPES[config.precision]
+
+    def placed(module: Any, dtype: torch.dtype) -> Any:
+        return cast(module, dtype).to(device).to(memory_format=torch.channels_last)
+
+    ema_unet = placed(copy.deepcopy(initial), torch.float32).eval().requires_grad_(False)
+    objective = placed(Objective(stage, schedule, prediction_type, teacher), dtype)  # copies before `initial` is cast
+    unet = placed(initial, dtype).train()
+    if compiles:
+        unet.compile()
+        if objective.self_perceptual is not None:
+            objective.self_perceptual.compile_teacher()
+    optimizer = AdamWEMA(unet, ema_unet, config.optimizer, config.ema)
+    return TrainingStep(config, stage, unet, objective, optimizer, schedule, model, empty_hidden_states), ema_unet

@@ -16,14 +16,12 @@ from fastsp.data.latents import fingerprint
 from fastsp.data.source import Source, open_source
 from fastsp.errors import UserError
 from fastsp.models import load_model
-from fastsp.perceptual import cast
 from fastsp.training.checkpoint import Checkpoint, Progress, newest_whole, save_checkpoint
 from fastsp.training.interrupt import Interrupted, StopRequest
 from fastsp.training.monitor import Monitor
-from fastsp.training.optimizer import AdamWEMA
 from fastsp.training.run_directory import RunDirectory
 from fastsp.training.samples import SampleDrawer
-from fastsp.training.step import COMPUTE_DTYPES, Objective, TrainingStep
+from fastsp.training.step import TrainingStep, build_step
 
 
 def train(config: Config, resume: bool = False, console: Console | None = None) -> None:
@@ -50,7 +48,7 @@ class Trainer:
     def __init__(self, config: Config, run: RunDirectory, stop: StopRequest, console: Console) -> None:
         self.config, self.run, self.stop, self.console = config, run, stop, console
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        _refuse_unsupported(config, self.device)
+        _refuse_unsupported(config)
         model = config.model
         self.model = load_model(model.preset, model.pretrained, config.data.resolution, config.seed)
         self.model.latent_shape(config.data.resolution)  # refuses what the VAE cannot shrink
@@ -136,24 +134,18 @@ class Trainer:
 
     def _build(self, stage: StageConfig) -> tuple[TrainingStep, Any]:
         """The step of a stage and the UNet of its moving average, fresh from the stage's `init`."""
-        schedule, dtype = self.model.schedule, COMPUTE_DTYPES[self.config.precision]
-        initial = self._initial_unet(stage.init)
-        ema_unet = self._placed(copy.deepcopy(initial), torch.float32).eval().requires_grad_(False)
-        unet = self._placed(initial, dtype).train()
-        teacher = self._initial_unet(stage.perceptual_network) if stage.objective == "self_perceptual" else None
-        objective = self._placed(Objective(stage, schedule, self.model.prediction_type, teacher), dtype)
-        if self._compiles():
-            unet.compile()
-            if objective.self_perceptual is not None:
-                objective.self_perceptual.compile_teacher()
-        optimizer = AdamWEMA(unet, ema_unet, self.config.optimizer, self.config.ema)
-        empty = self.model.encode_prompts([""])
-        step = TrainingStep(self.config, stage, unet, objective, optimizer, schedule, self.model, empty)
-        return step, ema_unet
-
-    def _placed(self, module: Any, dtype: torch.dtype) -> Any:
-        """On the device, in ``dtype``, convolution weights channels_last."""
-        return cast(module, dtype).to(self.device).to(memory_format=torch.channels_last)
+        model = self.model
+        return build_step(
+            self.config,
+            stage,
+            model,
+            model.schedule,
+            model.encode_prompts([""]),
+            prediction_type=model.prediction_type,
+            initial=self._initial_unet(stage.init),
+            teacher=self._initial_unet(stage.perceptual_network) if stage.objective == "self_perceptual" else None,
+            compiles=self._compiles(),
+        )
 
     def _initial_unet(self, name: str | None) -> Any:
         """The weights that a stage name or a folder stands for; None: the model's own."""
@@ -207,8 +199,8 @@ def _device_name(device: torch.device) -> str:
     return f"the CPU ({torch.get_num_threads()} threads)"
 
 
-def _refuse_unsupported(config: Config, device: torch.device) -> None:
-    """Settings that ask for what this version, or this machine, does not have."""
+def _refuse_unsupported(config: Config) -> None:
+    """Settings that ask for what this version does not have."""
     if config.cuda_graph is True:
         raise UserError("cuda_graph: true is not supported by this version; use auto or false")
     if config.attention != "auto":
