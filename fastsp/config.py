@@ -101,10 +101,11 @@ class EMAConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When to save, and how many checkpoints stay."""
+    """When to save, and which checkpoints stay."""
 
     every: Positive = 500  # steps
-    keep: Positive = 3
+    keep: Positive = 3  # newest ones
+    keep_every: Positive | None = None  # steps of a stage: those saved at a multiple of it stay for good
 
 
 class LogConfig(Section):

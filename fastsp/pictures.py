@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from fastsp.files import new_file
+
 _MARGIN = 2
 _PAPER = 255
 _INK = 40
@@ -61,14 +63,13 @@ def grid(
 
 
 def save_png(picture: Image.Image, path: Path, **metadata: str) -> None:
-    """Write a PNG under a temporary name and rename it; ``metadata`` goes into its text chunks."""
+    """Write a PNG; ``metadata`` goes into its text chunks."""
     info = PngInfo()
     for key, value in metadata.items():
         info.add_itxt(key, value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, format="PNG", pnginfo=info)
-    temporary.replace(path)
+    with new_file(path) as unfinished:
+        picture.save(unfinished, format="PNG", pnginfo=info)
 
 
 def _clip(text: str, width: float, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:

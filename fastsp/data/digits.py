@@ -8,15 +8,13 @@ data set.
 from __future__ import annotations
 
 import io
-import os
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from fastsp.data.cache import cache_folder
 from fastsp.errors import UserError
+from fastsp.files import new_folder
 
 SPLITS = ("train", "heldout")
 VERSION = 1  # part of the folder's name; raise it when the bytes of the shards change
@@ -55,16 +53,12 @@ def write_shards(folder: Path, split: str) -> Path:
     """
     if split not in SPLITS:
         raise UserError(f"split of the digits is {split!r}; allowed: {', '.join(SPLITS)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder))
     samples = list(_samples(split))
-    for shard, start in enumerate(range(0, len(samples), SAMPLES_PER_SHARD)):
-        _write_tar(unfinished / f"{shard:06d}.tar", samples[start : start + SAMPLES_PER_SHARD], first_key=start)
-    unfinished.chmod(0o755)  # mkdtemp makes it private
     try:
-        unfinished.rename(folder / split)
+        with new_folder(folder / split, replace=False) as unfinished:
+            for shard, start in enumerate(range(0, len(samples), SAMPLES_PER_SHARD)):
+                _write_tar(unfinished / f"{shard:06d}.tar", samples[start : start + SAMPLES_PER_SHARD], first_key=start)
     except OSError:
-        shutil.rmtree(unfinished)
         if not (folder / split).is_dir():
             raise
     return folder / split
@@ -90,5 +84,3 @@ def _write_tar(path: Path, samples: list[tuple[bytes, str]], first_key: int) -> 
                 member = tarfile.TarInfo(f"{key:06d}.{suffix}")  # owner 0, time 0, mode 0644: no trace of the machine
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    with path.open("rb") as written:
-        os.fsync(written.fileno())

@@ -8,7 +8,6 @@ to `n * (r + 1) // W` of n.
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -24,6 +23,7 @@ from fastsp.data.batch import Batch
 from fastsp.data.latents import DTYPES, LatentsHeader, encode_moments, fingerprint, shard_path
 from fastsp.data.source import Source
 from fastsp.errors import UserError
+from fastsp.files import new_file
 
 SAMPLES_PER_SHARD = 1024
 
@@ -97,13 +97,9 @@ class LatentEncoder:
                 yield shard
 
     def _write_shard(self, path: Path, batches: Iterable[Batch]) -> None:
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        with tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with new_file(path) as unfinished, tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
             for batch in batches:
                 _add_samples(tar, batch, self._tensors(batch, DTYPES[self.header.dtype]))
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-        unfinished.replace(path)
 
     def _batches(self, first: int, last: int) -> Generator[Batch, None, None]:
         with closing(

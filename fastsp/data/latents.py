@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from fastsp_kernels.philox import Stream, random_normals
 from torch import Tensor
 
 from fastsp.errors import UserError
+from fastsp.files import write_file
 
 LATENT_SUFFIXES = ("safetensors",)
 HEADER = "latents.json"
@@ -138,9 +138,7 @@ class LatentsHeader:
                         f"{folder} holds latents with {key} = {existing[key]}, not {value}; use another folder"
                     )
             return
-        unfinished = folder / f".{HEADER}.{os.getpid()}"
-        unfinished.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(folder / HEADER)
+        write_file(folder / HEADER, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> LatentsHeader:

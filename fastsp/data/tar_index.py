@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tarfile
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastsp.data.cache import cache_folder
+from fastsp.files import new_file
 
 VERSION = 1
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
@@ -185,14 +184,12 @@ def _load(place: Path, signature: str, shards: Sequence[Path]) -> TarIndex | Non
 
 
 def _save(index: TarIndex, signature: str, place: Path) -> bool:
-    """Write the index under a name of its own, then rename it: readers see a whole file or none."""
+    """Write the index; false where that cannot be."""
+    metadata = {"signature": signature, "damaged": json.dumps(index.damaged)}
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        handle, unfinished = tempfile.mkstemp(prefix=f"{place.name}.", dir=place.parent)
-    except OSError:
+        with new_file(place) as unfinished:
+            save_file(index.columns, unfinished, metadata=metadata)
+    except (OSError, SafetensorError):
         return False
-    os.close(handle)
-    save_file(index.columns, unfinished, metadata={"signature": signature, "damaged": json.dumps(index.damaged)})
-    os.chmod(unfinished, 0o644)
-    os.replace(unfinished, place)
     return True

@@ -11,8 +11,7 @@ blended label (mixup, Zhang et al. 2018, arXiv 1710.09412).
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from fastsp.data.cache import cache_folder
 from fastsp.errors import UserError
 from fastsp.evaluation.features import FeatureModel
 from fastsp.evaluation.picture_set import Pictures
+from fastsp.files import new_file, write_file
 
 SIDE = 16  # pixels; pictures of other sizes are resampled to this
 MAX_CLASSES = 100
@@ -84,8 +84,9 @@ def caption_classifier(train: Pictures, heldout: Pictures, cache: Path | None = 
         "train_digest": train.digest(),
         "torch": torch.__version__,
     }
-    _write_atomically(weights.with_suffix(".json"), lambda path: path.write_text(json.dumps(facts, indent=2)))
-    _write_atomically(weights, lambda path: save_file(model.state_dict(), path))
+    write_file(weights.with_suffix(".json"), json.dumps(facts, indent=2))
+    with new_file(weights) as unfinished:
+        save_file(model.state_dict(), unfinished)
     return model
 
 
@@ -159,10 +160,3 @@ def _mixup(images: Tensor, targets: Tensor, generator: Generator) -> tuple[Tenso
     blended = torch.lerp(images[half:], images[:half], picture_share)
     labels = torch.lerp(targets[half:], targets[:half], label_share)
     return torch.cat([images[:half], blended]), torch.cat([targets[:half], labels])
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path` and rename: two processes that fill one cache never see half a file."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    write(partial)
-    partial.replace(path)

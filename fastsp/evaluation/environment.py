@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from fastsp.files import write_file
+
 PACKAGES = (
     "fastsp",
     "torch",
@@ -38,4 +40,4 @@ def write_environment(run_dir: Path) -> None:
     """Write `environment.json` into `run_dir`, unless the run began elsewhere and has one."""
     path = run_dir / "environment.json"
     if not path.exists():
-        path.write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+        write_file(path, json.dumps(environment(), indent=2) + "\n")

@@ -6,7 +6,6 @@ size, so that stages are compared sample by sample.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from fastsp.evaluation.plan import Planned, plan
 from fastsp.evaluation.reference import heldout_pictures, training_pictures
 from fastsp.evaluation.rows import REAL, setting_of
 from fastsp.evaluation.settings import EvaluationSettings
+from fastsp.files import write_file
 from fastsp.models import load_pipeline
 from fastsp.sampling import Guidance
 
@@ -161,10 +161,8 @@ class RowStore:
         if planned in self.rows:
             return False
         self.rows[planned] = compute(planned)
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         ordered = sorted(self.rows, key=lambda row: self._place.get(row, len(self._place)))  # the others last
-        partial.write_text(json.dumps([self.rows[row] for row in ordered], indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        write_file(self.path, json.dumps([self.rows[row] for row in ordered], indent=1) + "\n")
         return True
 
 

@@ -6,7 +6,6 @@ who won are written here or in the template beforehand: they follow from the com
 """
 
 import base64
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from markupsafe import Markup
 from fastsp.evaluation.charts import loss_curve
 from fastsp.evaluation.run_files import RunFiles, read_run
 from fastsp.evaluation.tables import Roles, find_roles, score_tables, verdict
+from fastsp.files import write_file
 
 MAX_STEP_GRIDS = 6  # of one stage; evenly chosen
 
@@ -28,9 +28,7 @@ def write_report(run_dir: Path) -> Path:
         UserError: no such directory, or a file of the run is broken.
     """
     path = run_dir / "report.html"
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(render(read_run(run_dir)), encoding="utf-8")
-    partial.replace(path)
+    write_file(path, render(read_run(run_dir)))
     return path
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +11,7 @@ import yaml
 
 from fastsp.config import Config
 from fastsp.errors import UserError
-from fastsp.training.checkpoint import commit_folder
+from fastsp.files import new_folder, remove_unfinished, write_file
 
 
 class RunDirectory:
@@ -44,8 +42,9 @@ class RunDirectory:
     def __enter__(self) -> Self:
         self.root.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked()
+        remove_unfinished(self.root)
         if not self.config_file.exists():
-            _write_atomically(self.config_file, self.config.dump())
+            write_file(self.config_file, self.config.dump())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,11 +61,8 @@ class RunDirectory:
 
     def replace_folder(self, folder: Path, write: Any) -> None:
         """Let ``write(path)`` fill a temporary folder, then give it its name."""
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        commit_folder(temporary, folder)
+        with new_folder(folder) as unfinished:
+            write(unfinished)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One line, in the file before the next step begins."""
@@ -80,7 +76,7 @@ class RunDirectory:
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if _global_step(line) <= global_step]
         if kept != lines:
-            _write_atomically(self.metrics_file, "".join(kept))
+            write_file(self.metrics_file, "".join(kept))
 
     def _check(self, resume: bool) -> None:
         if self.root.exists() and not self.root.is_dir():
@@ -124,12 +120,3 @@ def _differing_keys(old: Any, new: Any, path: str = "") -> list[str]:
     else:
         return [] if old == new else [f"{path} {old!r} -> {new!r}"]
     return [line for key, a, b in pairs for line in _differing_keys(a, b, f"{path}.{key}" if path else key)]
-
-
-def _write_atomically(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)

@@ -16,7 +16,8 @@ from fastsp.data.latents import fingerprint
 from fastsp.data.source import Source, open_source
 from fastsp.errors import UserError
 from fastsp.models import load_model
-from fastsp.training.checkpoint import Checkpoint, Progress, newest_whole, save_checkpoint
+from fastsp.training.checkpoint import Checkpoint, newest_whole, save_checkpoint
+from fastsp.training.checkpoint_folder import Progress
 from fastsp.training.interrupt import Interrupted, StopRequest
 from fastsp.training.monitor import Monitor
 from fastsp.training.run_directory import RunDirectory
@@ -110,8 +111,9 @@ class Trainer:
                     self.samples.draw(ema_unet, f"{stage.name}_step_{number:06d}")
                 if _due(number, self.config.checkpoint.every, stage.steps) or self.stop.signal_number:
                     progress = Progress(stage.name, number, steps_before + number)
-                    keep = self.config.checkpoint.keep
-                    save_checkpoint(self.run.checkpoints, progress, step.optimizer.state, keep)
+                    settings = self.config.checkpoint
+                    state = step.optimizer.state
+                    save_checkpoint(self.run.checkpoints, progress, state, settings.keep, settings.keep_every)
                 monitor.pause()
                 if self.stop.signal_number:
                     self.console.print(f"stopped after step {number} of {stage.name}; go on with --resume")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastsp.training import checkpoint as module
-from fastsp.training.checkpoint import Progress, newest_whole, save_checkpoint
+from fastsp.training.checkpoint import newest_whole, save_checkpoint
+from fastsp.training.checkpoint_folder import Progress
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -14,8 +15,8 @@ def state(value: float) -> dict[str, torch.Tensor]:
     return {"master.w": weights, "copy.w": weights.to(torch.bfloat16), "step_count": torch.tensor(7)}
 
 
-def save(root, step: int, keep: int = 5):
-    return save_checkpoint(root, Progress("mse", step, step), state(float(step)), keep)
+def save(root, step: int, keep: int = 5, keep_every: int | None = None):
+    return save_checkpoint(root, Progress("mse", step, step), state(float(step)), keep, keep_every)
 
 
 def test_round_trip_keeps_values_dtypes_and_layouts(tmp_path):
@@ -33,6 +34,21 @@ def test_keeps_the_newest(tmp_path):
     for step in (1, 2, 10):
         save(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000010"]
+
+
+def test_keeps_every_so_many_steps_for_good(tmp_path):
+    for step in range(5, 45, 5):
+        save(tmp_path, step, keep=2, keep_every=15)
+    kept = [15, 30, 35, 40]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in kept]
+
+
+def test_a_damaged_newer_one_costs_no_whole_one(tmp_path):
+    """A run that went on from step 1 saves step 2 while a broken step 3 is still there."""
+    save(tmp_path, 1)
+    (tmp_path / "step_00000003").mkdir()
+    save(tmp_path, 2, keep=1)
+    assert newest_whole(tmp_path)[0].progress.step == 2
 
 
 @pytest.mark.parametrize(

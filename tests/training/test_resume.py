@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastsp.training.checkpoint import newest_whole, write_manifest
+from fastsp.training.checkpoint import newest_whole
+from fastsp.training.checkpoint_folder import write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 80

@@ -1,0 +1,87 @@
+"""Files and folders that are whole or not there: written beside their place, made durable, given their name at the end.
+
+Whatever stops a process in between, nothing half-written ever stands under the final name, and what stood there before
+is still whole. What a killed process leaves behind matches :data:`UNFINISHED`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+UNFINISHED = ".*.tmp"
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file whole, in place of the one that may be there. Text becomes UTF-8."""
+    with new_file(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A path to write to. Leaving the context makes that file durable and renames it to ``path``.
+
+    The path is different every time, so that processes which write the same file do not meet.
+    """
+    unfinished = _unfinished(path)
+    try:
+        yield unfinished
+        _sync(unfinished)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path, replace: bool = True) -> Iterator[Path]:
+    """An empty folder to fill. Leaving the context makes all of it durable and renames it to ``path``.
+
+    Raises:
+        OSError: without ``replace``, a folder of that name has appeared; it stays.
+    """
+    unfinished = _unfinished(path)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        commit_folder(unfinished, path, replace)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def commit_folder(unfinished: Path, path: Path, replace: bool = True) -> None:
+    """Make a filled folder durable and rename it to ``path``; with ``replace``, in place of one that is there."""
+    for entry in [*unfinished.rglob("*"), unfinished]:
+        _sync(entry)
+    if replace:
+        shutil.rmtree(path, ignore_errors=True)
+    unfinished.rename(path)
+    _sync(path.parent)
+
+
+def remove_unfinished(root: Path) -> None:
+    """Remove what killed processes left anywhere below ``root``. Nobody else may be writing there."""
+    for path in list(root.rglob(UNFINISHED)):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

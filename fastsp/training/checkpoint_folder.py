@@ -1,0 +1,105 @@
+"""The folders of a run's checkpoints: their manifests, which of them are whole, which stay. No torch: `fastsp status`
+reads them too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: ``step`` updates of ``stage`` are done, ``global_step`` of the whole run."""
+
+    stage: str
+    step: int
+    global_step: int
+
+
+def folder_name(progress: Progress) -> str:
+    """Of the checkpoint."""
+    return f"step_{progress.global_step:08d}"
+
+
+def newest_first(root: Path) -> list[Path]:
+    """The checkpoint folders below ``root``, whole or not."""
+    folders = [path for path in root.glob("step_*") if path.name[5:].isdecimal() and path.is_dir()]
+    return sorted(folders, key=lambda folder: int(folder.name[5:]), reverse=True)
+
+
+def newest_whole_folder(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all there and unchanged, and why newer ones were passed over."""
+    passed_over: list[str] = []
+    for folder in newest_first(root):
+        reason = damage(folder)
+        if reason is None:
+            return folder, passed_over
+        passed_over.append(f"{folder.name}: {reason}")
+    return None, passed_over
+
+
+def remove_old(newest: Path, keep: int, keep_every: int | None) -> None:
+    """Remove the checkpoints before ``newest`` but ``keep - 1`` and those of every ``keep_every``-th step of a stage.
+
+    Later ones are left: they are damaged, or the run would have gone on from them.
+    """
+    folders = newest_first(newest.parent)
+    for folder in folders[folders.index(newest) + keep :]:
+        stays = keep_every and damage(folder, checksums=False) is None and progress_of(folder).step % keep_every == 0
+        if not stays:
+            shutil.rmtree(folder)
+
+
+def progress_of(folder: Path) -> Progress:
+    """Of a checkpoint that is whole."""
+    return Progress(**json.loads((folder / MANIFEST).read_text())["progress"])
+
+
+def damage(folder: Path, checksums: bool = True) -> str | None:
+    """What is wrong with a folder that has a manifest; None if it is whole.
+
+    Args:
+        checksums: read every file through; else compare the sizes alone.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files: dict[str, Any] = manifest["files"]
+        if manifest["format"] != _FORMAT:
+            return f"format {manifest['format']} is not {_FORMAT}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is missing or broken"
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["size"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {expected['size']}"
+        if checksums and _digest(file) != expected["sha256"]:
+            return f"{name} has changed (checksum)"
+    return None
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Write the manifest over all files of ``folder``."""
+    manifest = {"format": _FORMAT, **content, "files": dict(_described(folder))}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _described(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name != MANIFEST:
+            yield str(file.relative_to(folder)), {"size": file.stat().st_size, "sha256": _digest(file)}
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

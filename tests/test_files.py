@@ -1,0 +1,56 @@
+"""Files and folders are whole or not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastsp.files import new_file, new_folder, remove_unfinished, write_file
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "a.txt"
+    write_file(file, "ä")
+    with pytest.raises(KeyboardInterrupt), new_file(file) as unfinished:
+        unfinished.write_text("half")
+        assert file.read_bytes() == "ä".encode()
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["a.txt"] and file.read_text() == "ä"
+    write_file(file, b"\xff")
+    assert file.read_bytes() == b"\xff"
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "deep" / "folder"
+    with new_folder(folder) as unfinished:
+        (unfinished / "old").write_text("old")
+    with pytest.raises(OSError, match="planted"), new_folder(folder) as unfinished:
+        (unfinished / "new").write_text("half")
+        raise OSError("planted")
+    assert names(folder.parent) == ["folder"] and names(folder) == ["old"]
+    with new_folder(folder) as unfinished:
+        (unfinished / "new").write_text("new")
+    assert names(folder.parent) == ["folder"] and names(folder) == ["new"]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    file = tmp_path / "a"
+    with new_file(file) as one, new_file(file) as two:
+        one.write_text("one")
+        two.write_text("two")
+    assert file.read_text() == "one" and names(tmp_path) == ["a"]
+
+
+def test_what_a_kill_leaves_behind_is_removed(tmp_path):
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / ".a.png.0123abcd.tmp").write_text("half")
+    (tmp_path / ".step_00000007.0123abcd.tmp").mkdir()
+    (tmp_path / ".step_00000007.0123abcd.tmp" / "b").write_text("half")
+    (tmp_path / "results.tmp").write_text("mine")
+    remove_unfinished(tmp_path)
+    assert names(tmp_path) == [".hidden", "results.tmp"] and not names(tmp_path / ".hidden")
