@@ -80,6 +80,7 @@ class StageConfig(Section):
     distance: Distance = "mse"
     timestep_sampling: TimestepSampling = "uniform"
     teacher: Teacher = "batched"
+    normalize: bool = False  # divide the features' distance by their mean square: its scale is then the same everywhere
     mse_weight: Annotated[float, Field(ge=0.0)] = 0.0  # adds this much of the MSE objective to the self-perceptual one
 
 

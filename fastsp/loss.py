@@ -157,6 +157,9 @@ class SelfPerceptualLoss(_ScheduledLoss):
             (traced once for every new shape); ``split`` in two calls, for the same FLOPs.
         reduction: ``mean``, or ``none`` for one value a sample, (B,).
         dtype: of the perceptual network; None: the UNet's.
+        normalize: divide each layer's distance of a sample by the real features' own mean square (``mae``: mean
+            absolute value), so that the loss says how far the features are off in parts of their size, whatever the
+            network and t'. Ours, not the paper's: for sums with other losses.
 
     The module's parameters are all frozen; it stays in eval mode and follows the device of ``model_pred``.
 
@@ -176,8 +179,10 @@ class SelfPerceptualLoss(_ScheduledLoss):
         teacher: str = "batched",
         reduction: str = "mean",
         dtype: torch.dtype | None = None,
+        normalize: bool = False,
     ) -> None:
         super().__init__(scheduler, prediction_type, reduction)
+        self.normalize = normalize
         self.distance = choose("distance", distance, Distance)
         self.timestep_sampling = choose("timestep_sampling", timestep_sampling, TimestepSampling)
         self.teacher = choose("teacher", teacher, Teacher)
@@ -321,7 +326,14 @@ class SelfPerceptualLoss(_ScheduledLoss):
         return self.perceptual_network(pred, **conditioning), real_features
 
     def _distance(self, pred: Features, real: Features) -> Tensor:
-        """Each layer's mean squared (or absolute) difference of a sample, then the plain mean over layers. (B,)."""
-        difference = [(p.float() - r.float()).flatten(1) for p, r in zip(pred, real, strict=True)]
-        per_layer = [d.abs().mean(1) if self.distance == "mae" else d.square().mean(1) for d in difference]
+        """Each layer's distance within a sample, then the plain mean over layers. (B,) float32."""
+        pairs = [(p.float().flatten(1), r.float().flatten(1)) for p, r in zip(pred, real, strict=True)]
+        per_layer = [self._magnitude(p - r) for p, r in pairs]
+        if self.normalize:
+            sizes = [self._magnitude(r).clamp_min(torch.finfo(torch.float32).tiny) for _, r in pairs]
+            per_layer = [distance / size for distance, size in zip(per_layer, sizes, strict=True)]
         return torch.stack(per_layer).mean(0)
+
+    def _magnitude(self, features: Tensor) -> Tensor:
+        """Mean square (or absolute value) of a sample's features: (B, N) -> (B,)."""
+        return features.abs().mean(1) if self.distance == "mae" else features.square().mean(1)

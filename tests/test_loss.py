@@ -25,6 +25,7 @@ def algorithm_1(
     layers: str = "mid",
     distance: str = "mse",
     cheat_with_true_noise: bool = False,
+    normalize: bool = False,
 ) -> Tensor:
     """Equations (5) to (11) as printed, in float64, the whole UNet as teacher, features taken by hooks."""
 
@@ -65,7 +66,11 @@ def algorithm_1(
     losses = []
     for p, r in zip(predicted, real, strict=True):
         difference = p - r.detach()
-        losses.append((difference.abs() if distance == "mae" else difference**2).mean())
+        power = 1 if distance == "mae" else 2
+        per_sample = (difference.abs() ** power).flatten(1).mean(1)
+        if normalize:
+            per_sample = per_sample / (r.detach().abs() ** power).flatten(1).mean(1)
+        losses.append(per_sample.mean())
     return torch.stack(losses).mean()
 
 
@@ -113,6 +118,42 @@ def test_agrees_with_algorithm_1(kind, distance, prediction_type, layers, teache
     expected = algorithm_1(exact_online, exact_teacher, table, to_double(data), prediction_type, **options)
     assert relative_error(loss, expected) < 1e-5
     assert relative_error(gradient(loss, online), gradient(expected, exact_online)) < 1e-5
+
+
+@pytest.mark.parametrize("distance", ["mse", "mae"])
+@pytest.mark.parametrize("teacher_mode", ["batched", "split"])
+def test_normalized_and_mixed_with_mse(distance, teacher_mode):
+    """Each sample's distance over the size of its real features, layer by layer; and a sum with weighted MSE."""
+    online, teacher = tiny_unet(seed=1), tiny_unet(seed=2)
+    sched, data = scheduler(), batch()
+    options = {"layers": "encoder+mid", "distance": distance, "normalize": True}
+    criterion = SelfPerceptualLoss(teacher, sched, teacher=teacher_mode, **options)
+    denoising = DenoisingLoss(sched, min_snr_gamma=5.0)
+    loss = online_step(lambda *a, **k: denoising(*a, **k) + 0.3 * criterion(*a, **k), online, sched, data)
+
+    exact_online, exact_teacher = copy.deepcopy(online).double(), copy.deepcopy(teacher).double()
+    table, exact = sched.alphas_cumprod.double(), to_double(data)
+    perceptual = algorithm_1(exact_online, exact_teacher, table, exact, "v_prediction", **options)
+    alpha_bar = table[exact["timesteps"]].view(-1, 1, 1, 1)
+    a, s, snr = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), alpha_bar / (1 - alpha_bar)
+    noisy, target = a * exact["latents"] + s * exact["noise"], a * exact["noise"] - s * exact["latents"]
+    answer = exact_online(noisy, exact["timesteps"], exact["encoder_hidden_states"]).sample
+    expected = (snr.clamp(max=5.0) / (snr + 1) * (answer - target) ** 2).mean() + 0.3 * perceptual
+    assert relative_error(loss, expected) < 1e-5
+    assert relative_error(gradient(loss, online), gradient(expected, exact_online)) < 1e-5
+
+
+def test_normalized_loss_does_not_depend_on_the_size_of_the_features():
+    """A network whose mid-block feature is ten times as large: the plain loss is a hundred times as large."""
+    unet, data, pred = tiny_unet(), batch(), torch.randn(3, 4, 8, 8)
+    values = {}
+    for normalize in (False, True):
+        criterion = SelfPerceptualLoss(unet, scheduler(), teacher="split", normalize=normalize, reduction="none")
+        plain = criterion(pred, **data)
+        criterion.perceptual_network.unet.mid_block.register_forward_hook(lambda _m, _a, feature: 10 * feature)
+        values[normalize] = criterion(pred, **data) / plain
+    torch.testing.assert_close(values[False], torch.full((3,), 100.0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(values[True], torch.ones(3), rtol=1e-4, atol=0)
 
 
 def test_uses_the_predicted_noise():

@@ -51,6 +51,7 @@ class Objective(nn.Module):
                 distance=stage.distance,
                 teacher=stage.teacher,
                 reduction="none",
+                normalize=stage.normalize,
             )
 
     def forward(
