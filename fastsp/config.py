@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -212,6 +213,10 @@ class Config(Section):
             stage = self.stage(stage.init)
             steps += stage.steps
         return steps * self.data.batch_size
+
+    def compiles_on(self, device: torch.device) -> bool:
+        """Whether `compile` asks for it there; auto: on a GPU."""
+        return device.type == "cuda" if self.compile == "auto" else self.compile
 
     def stage(self, name: str) -> StageConfig:
         """The stage of that name."""

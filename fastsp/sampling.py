@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsp import prediction
+from fastsp.conditioning import Conditioning
 from fastsp.schedule import NoiseSchedule
 
 # (x_t, t) -> the model's answer, both halves of a guided batch in one call where there is guidance.
@@ -78,38 +80,24 @@ def ddim(
 
 
 def guided_denoiser(
-    unet: torch.nn.Module,
-    encoder_hidden_states: Tensor,
-    empty_hidden_states: Tensor,
-    guidance: Guidance,
-    added_cond_kwargs: dict[str, Tensor] | None = None,
-    empty_added_cond_kwargs: dict[str, Tensor] | None = None,
+    unet: Any, conditioning: Conditioning, empty: Conditioning, guidance: Guidance = NO_GUIDANCE
 ) -> Denoiser:
     """The UNet as a :data:`Denoiser`; with guidance, both conditions go through it in one batch.
 
     Args:
-        unet: diffusers' UNet.
-        encoder_hidden_states: c, (B, L, D).
-        empty_hidden_states: of the empty prompt, (B, L, D) or (1, L, D).
+        unet: diffusers' UNet, in any dtype.
+        conditioning: c, of B samples.
+        empty: of the empty prompt, of one sample or of B.
         guidance: scale and rescale.
-        added_cond_kwargs: SDXL's, each (B, ...).
-        empty_added_cond_kwargs: SDXL's of the empty prompt, each (B, ...).
     """
-    dtype = encoder_hidden_states.dtype
-
-    def call(x_t: Tensor, t: int, states: Tensor, added: dict[str, Tensor] | None) -> Tensor:
-        timesteps = torch.full((len(x_t),), t, device=x_t.device)
-        return unet(x_t.to(dtype), timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
-
-    if not guidance.active:
-        return lambda x_t, t: call(x_t, t, encoder_hidden_states, added_cond_kwargs)
-
-    states = torch.cat([encoder_hidden_states, empty_hidden_states.expand_as(encoder_hidden_states)])
-    added = None
-    if added_cond_kwargs is not None and empty_added_cond_kwargs is not None:
-        added = {key: torch.cat([value, empty_added_cond_kwargs[key]]) for key, value in added_cond_kwargs.items()}
+    if guidance.active:
+        conditioning = conditioning.with_empty(empty)
+    conditioning = conditioning.to(dtype=unet.dtype)
 
     def denoise(x_t: Tensor, t: int) -> Tensor:
-        return guidance.combine(*call(torch.cat([x_t, x_t]), t, states, added).float().chunk(2))
+        x_t = torch.cat([x_t, x_t]) if guidance.active else x_t
+        timesteps = torch.full((len(x_t),), t, device=x_t.device)
+        model_pred = unet(x_t.to(unet.dtype), timesteps, **conditioning.kwargs(), return_dict=False)[0]
+        return guidance.combine(*model_pred.float().chunk(2)) if guidance.active else model_pred
 
     return denoise

@@ -7,19 +7,21 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from tiny import tiny_stable_diffusion
 
 from fastsp.errors import UserError
 from fastsp.models import digits_model, digits_tokenizer, load_model, load_pipeline, tokenize
 from fastsp.pixel_pipeline import PixelTextToImagePipeline
+from fastsp.sampling import Guidance
 
+KINDS = ("sd15", "sd21", "sdxl")
 PROMPTS = ["a handwritten seven", "a handwritten two"]
 
 
 @pytest.fixture(scope="module")
-def stable_diffusion(tmp_path_factory):
-    return tiny_stable_diffusion(tmp_path_factory.mktemp("sd") / "pipeline")
+def pipelines(tmp_path_factory):
+    return {kind: tiny_stable_diffusion(tmp_path_factory.mktemp(kind) / "pipeline", kind) for kind in KINDS}
 
 
 def test_tokenizer_knows_the_captions_as_words_and_anything_as_bytes():
@@ -45,22 +47,57 @@ def test_preset_is_seeded_and_survives_its_folder(tmp_path):
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.pt"))
 
 
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
 @pytest.mark.parametrize("steps", [25, 50])
-def test_stable_diffusion_folder_samples_as_diffusers_does(stable_diffusion, tmp_path, steps):
-    model = load_pipeline(str(stable_diffusion))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_folder_samples_as_diffusers_does(pipelines, tmp_path, kind, steps, guidance):
+    model = load_model(None, str(pipelines[kind]), 16, 0)
     assert model.prediction_type == "v_prediction" and float(model.schedule.alphas_cumprod[-1]) == 0
-    assert model.latent_shape(16) == (4, 4, 4) and model.channels == 3
+    assert model.latent_shape(16) == (4, 4, 4) and model.channels == 3 and model.default_resolution == 16
     noise = torch.randn(2, 4, 4, 4)
-    ours = model.generate(PROMPTS, noise, steps)
+    ours = model.generate(PROMPTS, noise, steps, Guidance(guidance, 0.7))
     model.save(tmp_path)
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
-    theirs = pipeline(
-        PROMPTS, num_inference_steps=steps, guidance_scale=0.0, latents=noise, output_type="pt", height=16, width=16
+    assert torch.equal(load_pipeline(str(tmp_path)).generate(PROMPTS, noise, steps, Guidance(guidance, 0.7)), ours)
+    theirs = DiffusionPipeline.from_pretrained(tmp_path)(
+        PROMPTS,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        guidance_rescale=0.7,
+        latents=noise,
+        output_type="pt",
+        height=16,
+        width=16,
     ).images
     torch.testing.assert_close(ours / 2 + 0.5, theirs, rtol=0, atol=1e-3)
 
 
-def test_what_is_refused(stable_diffusion, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_untrained_folder_is_sampled_by_its_own_scheduler(pipelines, kind):
+    """An epsilon model is one, and SDXL's guidance starts from zeros where its folder says so."""
+    model = load_pipeline(str(pipelines[kind]))
+    assert model.prediction_type == ("v_prediction" if kind == "sd21" else "epsilon")
+    noise = torch.randn(2, 4, 4, 4)
+    pipeline = DiffusionPipeline.from_pretrained(pipelines[kind])
+    pipeline.scheduler = model.scheduler
+    assert model.zeros_for_empty_prompt == (kind == "sdxl")
+    options = {"guidance_scale": 3.0, "latents": noise, "output_type": "pt", "height": 16, "width": 16}
+    theirs = pipeline(PROMPTS, num_inference_steps=10, **options).images
+    torch.testing.assert_close(model.generate(PROMPTS, noise, 10, Guidance(3.0)) / 2 + 0.5, theirs, rtol=0, atol=1e-3)
+
+
+def test_sdxl_text_features_are_those_of_diffusers(pipelines):
+    model = load_pipeline(str(pipelines["sdxl"]))
+    ours, none = model.encode_prompts(PROMPTS), model.encode_no_prompt()
+    states, no_states, pooled, no_pooled = DiffusionPipeline.from_pretrained(pipelines["sdxl"]).encode_prompt(PROMPTS)
+    assert torch.equal(ours.encoder_hidden_states, states) and torch.equal(ours.text_embeds, pooled)
+    assert torch.equal(none.encoder_hidden_states, no_states[:1]) and torch.equal(none.text_embeds, no_pooled[:1])
+    trained = model.for_training()
+    assert torch.equal(trained.encode_no_prompt().text_embeds, model.encode_prompts([""]).text_embeds)
+
+
+def test_what_is_refused(pipelines, tmp_path):
+    stable_diffusion = pipelines["sd15"]
+
     def broken(name: str) -> str:
         return str(shutil.copytree(stable_diffusion, tmp_path / name))
 
@@ -89,8 +126,7 @@ def test_what_is_refused(stable_diffusion, tmp_path):
     with pytest.raises(UserError, match=r"cannot be loaded|width 24"):
         load_pipeline(folder)
 
-    folder = broken("xl")
-    index = tmp_path / "xl" / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"text_encoder_2": ["transformers", "CLIPTextModel"]}))
-    with pytest.raises(UserError, match="Stable Diffusion XL"):
-        load_pipeline(folder)
+    folder = shutil.copytree(pipelines["sdxl"], tmp_path / "xl")
+    shutil.rmtree(folder / "text_encoder_2")
+    with pytest.raises(UserError, match="lacks text_encoder_2"):
+        load_pipeline(str(folder))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import TEXT_LENGTH, TEXT_WIDTH, scheduler, tiny_unet
 
+from fastsp.conditioning import Conditioning
 from fastsp.sampling import Guidance, ddim, guided_denoiser
 from fastsp.schedule import NoiseSchedule
 
@@ -91,12 +92,13 @@ def test_guidance():
 def test_guided_denoiser_is_two_calls_in_one():
     unet = tiny_unet().eval()
     states, empty = torch.randn(2, TEXT_LENGTH, TEXT_WIDTH), torch.randn(1, TEXT_LENGTH, TEXT_WIDTH)
+    condition, none = Conditioning(states), Conditioning(empty)
     guidance = Guidance(4.0, 0.7)
     with torch.no_grad():
-        guided = guided_denoiser(unet, states, empty, guidance)(NOISE, 500)
+        guided = guided_denoiser(unet, condition, none, guidance)(NOISE, 500)
         t = torch.full((2,), 500)
         conditional = unet(NOISE, t, states).sample
         unconditional = unet(NOISE, t, empty.expand_as(states)).sample
-        plain = guided_denoiser(unet, states, empty, Guidance())(NOISE, 500)
+        plain = guided_denoiser(unet, condition, none)(NOISE, 500)
     torch.testing.assert_close(guided, guidance.combine(conditional, unconditional), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(plain, conditional)

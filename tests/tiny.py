@@ -6,9 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from fastsp.models import digits_tokenizer
 
@@ -86,42 +94,70 @@ def batch(kind: str = "sd", size: int = 3, seed: int = 1) -> dict[str, Any]:
     }
 
 
-def tiny_stable_diffusion(folder: Path) -> Path:
-    """A pipeline folder in Stable Diffusion's layout and classes, for 16x16 images (4x4 latents)."""
-    tokenizer = digits_tokenizer()
-    torch.manual_seed(3)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    vae = AutoencoderKL(
+def tiny_stable_diffusion(folder: Path, kind: str = "sd15") -> Path:
+    """A pipeline folder in the layout and classes of Stable Diffusion, for 16x16 images (4x4 latents).
+
+    Kinds: ``sd15`` (predicts epsilon, PNDM), ``sd21`` (predicts v, DDIM, linear projections) and ``sdxl`` (two text
+    encoders, pooled features and sizes, Euler).
+    """
+    parts: dict[str, Any] = {
+        "vae": _tiny_vae(scaling_factor=0.13 if kind == "sdxl" else 0.5),
+        "tokenizer": digits_tokenizer(),
+    }
+    noise = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    if kind == "sdxl":
+        parts["tokenizer_2"] = digits_tokenizer()
+        parts["tokenizer_2"].pad_token = "!"
+        StableDiffusionXLPipeline(
+            **parts,
+            unet=tiny_unet("sdxl", sample_size=4),
+            text_encoder=_tiny_text_encoder(CLIPTextModel, TEXT_WIDTH // 2, seed=3),
+            text_encoder_2=_tiny_text_encoder(CLIPTextModelWithProjection, TEXT_WIDTH // 2, seed=4),
+            scheduler=EulerDiscreteScheduler(**noise),
+        ).save_pretrained(folder)
+        return folder
+    StableDiffusionPipeline(
+        **parts,
+        unet=tiny_unet(sample_size=4, **({"use_linear_projection": True} if kind == "sd21" else {})),
+        text_encoder=_tiny_text_encoder(CLIPTextModel, TEXT_WIDTH, seed=3),
+        scheduler=DDIMScheduler(**noise, prediction_type="v_prediction", clip_sample=False, steps_offset=1)
+        if kind == "sd21"
+        else PNDMScheduler(**noise, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def _tiny_vae(scaling_factor: float) -> AutoencoderKL:
+    torch.manual_seed(5)
+    return AutoencoderKL(
         block_out_channels=(8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         norm_num_groups=4,
         latent_channels=4,
         sample_size=16,
-        scaling_factor=0.5,
+        scaling_factor=scaling_factor,
     )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=tiny_unet(sample_size=4),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+
+
+def _tiny_text_encoder(kind: Any, width: int, seed: int) -> Any:
+    tokenizer = digits_tokenizer()
+    torch.manual_seed(seed)
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            eos_token_id=tokenizer.eos_token_id,
+            projection_dim=POOLED_WIDTH,
+        )
     )
-    pipeline.save_pretrained(folder)
-    return folder
 
 
 def picture_folder(folder: Path, count: int = 24, size: int = 20) -> Path:

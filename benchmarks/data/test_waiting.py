@@ -40,7 +40,7 @@ def test_digits():
 
     def step(batch: Batch) -> None:
         assert batch.input_ids is not None
-        states = model.encode_ids(batch.input_ids)
+        states = model.encode_ids(batch.input_ids).encoder_hidden_states
         model.unet(batch.pixel_values, timesteps, states, return_dict=False)[0].square().mean().backward()
         model.unet.zero_grad()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsp.bench.workload import Workload
+from fastsp.conditioning import Conditioning
 from fastsp.data.batch import Batch
 from fastsp.models import TextToImageModel
 from fastsp.training.step import TrainingStep, build_step
@@ -30,7 +31,6 @@ class FastspStep:
         batch_size = workload.batch_size
         self.batch = Batch(
             positions=torch.arange(batch_size),
-            input_ids=None,
             weights=torch.ones(batch_size, device=workload.device),
             captions=("",) * batch_size,
             pixel_values=workload.latents(),  # without a VAE, what the step is given are the latents
@@ -60,7 +60,7 @@ def build_training_step(workload: Workload, objective: str) -> TrainingStep:
         workload.stage(objective),
         TextToImageModel(initial, text_encoder=None, tokenizer=None, scheduler=None),  # nothing to encode
         workload.schedule(),
-        torch.zeros(1, *workload.text_shape, device=workload.device),
+        Conditioning(torch.zeros(1, *workload.text_shape, device=workload.device)),
         prediction_type="v_prediction",
         initial=initial,
         teacher=initial if objective == "self_perceptual" else None,

@@ -65,8 +65,7 @@ class Workload:
     @property
     def compiles(self) -> bool:
         """Whether fastsp's own step is compiled: the trainer's rule."""
-        wanted = self.config.compile
-        return self.device.type == "cuda" if wanted == "auto" else wanted
+        return self.config.compiles_on(self.device)
 
     def unet(self) -> Any:
         """The UNet with its initial weights, float32, contiguous, on the device, in training mode."""

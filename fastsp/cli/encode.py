@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastsp.config import Config
+    from fastsp.models import TextToImageModel
 
 
 def encode(
@@ -27,23 +33,25 @@ def encode(
 
     from fastsp.config import load_config
     from fastsp.data.encode import LatentEncoder
-    from fastsp.data.latents import DTYPES
+    from fastsp.data.latents import DTYPES, fingerprint
     from fastsp.data.source import open_source
     from fastsp.errors import UserError
 
     settings = load_config(config, overrides or [])
-    data, folder = settings.data, settings.model.pretrained
+    data = settings.data
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     if data.source == "latents" or data.crop != "center" or data.flip:
         raise UserError("fastsp encode needs images: data.source other than latents, crop: center, flip: false")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
-    vae, tokenizer, encode_text = _parts(folder, device, text_features)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    model = _frozen_parts(settings, device)
     out.mkdir(parents=True, exist_ok=True)
     source = open_source(
         data,
-        tokenizer=tokenizer if text_features else None,
+        tokenizer=model.tokenizer if text_features else None,
+        tokenizer_2=model.tokenizer_2 if text_features else None,
         channels=3,
         seed=settings.seed,
         device=device,
@@ -52,10 +60,11 @@ def encode(
     )
     encoder = LatentEncoder(
         source,
-        vae,
-        vae_name=f"{folder}/vae",
+        model.vae,
+        vae_name=f"{settings.model.pretrained}/vae",
         resolution=data.resolution,
-        encode_text=encode_text,
+        encode_text=model.encode_ids if text_features else None,
+        text_sha256=fingerprint(*model.text_encoders) if text_features else None,
         dtype=dtype,
         batch_size=batch_size,
     )
@@ -64,24 +73,21 @@ def encode(
     typer.echo(f"{out}: {len(source)} samples" + (f", {rank} of {world_size} processes" if world_size > 1 else ""))
 
 
-def _parts(folder: str | None, device: Any, text_features: bool) -> tuple[Any, Any, Any]:
-    """VAE, tokenizer and text encoder of a pipeline folder. The VAE in float32: Stable Diffusion's overflows in
-    float16, and bfloat16 would cost the latents five bits."""
+def _frozen_parts(config: Config, device: torch.device) -> TextToImageModel:
+    """VAE and text encoders, in float32: Stable Diffusion's VAE overflows in float16, and bfloat16 would cost the
+    latents five bits."""
     import torch
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextModel, CLIPTokenizer
 
     from fastsp.errors import UserError
+    from fastsp.models import load_pipeline
 
-    if folder is None or not (Path(folder) / "vae").is_dir():
-        raise UserError(f"model.pretrained is {folder!r}; fastsp encode needs a pipeline folder with a vae")
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True).to(device).eval()
-    vae.requires_grad_(False)
-    if torch.device(device).type == "cuda":
+    name = config.model.pretrained
+    if name is None:
+        raise UserError(f"model.preset {config.model.preset!r} has no VAE; fastsp encode needs model.pretrained")
+    model = load_pipeline(name, with_unet=False)
+    if model.vae is None:
+        raise UserError(f"model.pretrained {name!r} has no VAE; there is nothing to encode with")
+    if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        vae.encoder.compile(mode="max-autotune-no-cudagraphs")
-    if not text_features:
-        return vae, None, None
-    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", use_safetensors=True).to(device)
-    return vae, tokenizer, lambda input_ids: text_encoder(input_ids.to(device))[0]
+    model.place(device, config.compiles_on(device))
+    return model

@@ -20,22 +20,26 @@ class Batch:
 
     positions: Tensor
     """(B,) int64 on the CPU: positions of the samples in the run, the counters of every random draw."""
-    input_ids: Tensor | None
-    """(B, L) int64: token ids of the captions, padded and truncated; None without a tokenizer."""
     weights: Tensor
     """(B,) float32: 1, or 0 for a sample that was rejected."""
     captions: tuple[str, ...]
     """The B captions as text."""
+    input_ids: Tensor | None = None
+    """(B, L) int64: token ids of the captions, padded and truncated; None without a tokenizer."""
+    input_ids_2: Tensor | None = None
+    """(B, L) int64: those of Stable Diffusion XL's second tokenizer."""
     pixel_values: Tensor | None = None
     """(B, C, H, W) float32 in [-1, 1] on the source's device; None for a source of latents."""
     moments: Tensor | None = None
     """(B, 2 C, H, W): mean and log variance of the VAE's posterior; None for a source of pixels."""
     text_features: Tensor | None = None
-    """(B, L, D): the text encoder's output, where it was computed beforehand; None: encode `input_ids`."""
+    """(B, L, D): the text encoders' features, where they were computed beforehand; None: encode `input_ids`."""
+    pooled_text_features: Tensor | None = None
+    """(B, P): Stable Diffusion XL's pooled ones beside them."""
     original_sizes: Tensor | None = None
-    """(B, 2) int64 on the CPU: height and width in pixels before resizing, upright (SDXL's micro-conditioning)."""
+    """(B, 2) int64: height and width in pixels before resizing, upright (SDXL's micro-conditioning)."""
     crop_offsets: Tensor | None = None
-    """(B, 2) int64 on the CPU: top and left of the crop, in pixels of the resized image."""
+    """(B, 2) int64: top and left of the crop, in pixels of the resized image."""
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -51,9 +55,9 @@ class Batch:
             yield self[start : start + size]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch with everything the networks read on `device`; positions and sizes stay on the CPU."""
-        names = ("input_ids", "weights", "pixel_values", "moments", "text_features")
-        moved = {name: value.to(device, non_blocking=True) for name, value in self._rows() if name in names}
+        """The batch with everything the networks read on `device`; positions stay on the CPU."""
+        stays = ("positions", "captions")
+        moved = {name: value.to(device, non_blocking=True) for name, value in self._rows() if name not in stays}
         return replace(self, **moved)
 
     def _rows(self) -> Iterator[tuple[str, Any]]:

@@ -55,17 +55,23 @@ class Tokenize:
     """Captions to token ids, padded and truncated to the length that the text encoder was trained with.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: of transformers; None: no ids.
+        tokenizer_2: Stable Diffusion XL's second one.
     """
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any = None, tokenizer_2: Any = None):
+        named = {"input_ids": tokenizer, "input_ids_2": tokenizer_2}
+        self.tokenizers = {name: tokenizer for name, tokenizer in named.items() if tokenizer is not None}
 
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        """(B, L) int64, L being the tokenizer's `model_max_length`."""
-        if not captions:
-            return torch.zeros(0, self.tokenizer.model_max_length, dtype=torch.int64)
-        encoded = self.tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length
-        )
-        return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """`Batch`'s `input_ids` and `input_ids_2`, as far as there are tokenizers: (B, L) int64, L being their
+        `model_max_length`."""
+        return {name: _ids(tokenizer, captions) for name, tokenizer in self.tokenizers.items()}
+
+
+def _ids(tokenizer: Any, captions: Sequence[str]) -> Tensor:
+    length = tokenizer.model_max_length
+    if not captions:
+        return torch.zeros(0, length, dtype=torch.int64)
+    encoded = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length)
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastsp.data.batch import Batch
 from fastsp.data.captions import Tokenize
-from fastsp.data.latents import LatentsHeader
+from fastsp.data.latents import TEXT_TENSORS, LatentsHeader
 from fastsp.data.pipeline import ImagePipeline
 from fastsp.data.samples import BadSample, EncodedSample, ReadStep
 
@@ -27,10 +27,10 @@ class ImageCollator:
 
     Args:
         pipeline: from image files to pixels.
-        tokenize: None: no `input_ids`.
+        tokenize: makes the captions' token ids.
     """
 
-    def __init__(self, pipeline: ImagePipeline, tokenize: Tokenize | None):
+    def __init__(self, pipeline: ImagePipeline, tokenize: Tokenize):
         self.pipeline, self.tokenize = pipeline, tokenize
 
     def __call__(self, step: ReadStep) -> tuple[Batch, dict[int, BadSample]]:
@@ -40,12 +40,12 @@ class ImageCollator:
         captions = _captions(step, bad)
         batch = Batch(
             positions=step.positions,
-            input_ids=self.tokenize(captions) if self.tokenize else None,
             weights=_weights(len(files), bad),
             captions=captions,
             pixel_values=pixels.values,
             original_sizes=pixels.original_sizes,
             crop_offsets=pixels.crop_offsets,
+            **self.tokenize(captions),
         )
         return batch, bad
 
@@ -57,11 +57,11 @@ class LatentCollator:
 
     Args:
         header: of the data set: every sample must have its shapes and dtype.
-        tokenize: None: no `input_ids`.
+        tokenize: makes the captions' token ids.
         pin: page-locked memory, for copies that do not wait.
     """
 
-    def __init__(self, header: LatentsHeader, tokenize: Tokenize | None, pin: bool):
+    def __init__(self, header: LatentsHeader, tokenize: Tokenize, pin: bool):
         self.placeholder = header.placeholder()
         self.tokenize, self.pin = tokenize, pin
 
@@ -72,13 +72,13 @@ class LatentCollator:
         captions = _captions(step, bad)
         batch = Batch(
             positions=step.positions,
-            input_ids=self.tokenize(captions) if self.tokenize else None,
             weights=_weights(len(rows), bad),
             captions=captions,
             moments=self._stack(tensors, "moments"),
-            text_features=self._stack(tensors, "text_features") if "text_features" in self.placeholder else None,
             original_sizes=self._stack(tensors, "original_size"),
             crop_offsets=self._stack(tensors, "crop_offset"),
+            **self.tokenize(captions),
+            **{name: self._stack(tensors, name) for name in TEXT_TENSORS if name in self.placeholder},
         )
         return batch, bad
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from fastsp.conditioning import Conditioning
 from fastsp.data.batch import Batch
 from fastsp.data.latents import DTYPES, LatentsHeader, encode_moments, fingerprint, shard_path
 from fastsp.data.source import Source
@@ -36,7 +37,8 @@ class LatentEncoder:
         vae: diffusers' `AutoencoderKL`, on its device, in float32 or bfloat16.
         vae_name: where it came from, for the header.
         resolution: of the source's images, in pixels.
-        encode_text: token ids (B, L) -> text features (B, L, D), to keep these too; None: captions alone.
+        encode_text: `TextToImageModel.encode_ids`, to keep the text features too; None: captions alone.
+        text_sha256: `fingerprint` of the text encoders, for the header.
         dtype: of what is written: "float16" (moments fit it, unlike the VAE's activations), "bfloat16" or "float32".
         batch_size: images at once; it must divide `samples_per_shard`.
         samples_per_shard: of the source; bad ones are left out.
@@ -52,7 +54,8 @@ class LatentEncoder:
         *,
         vae_name: str,
         resolution: int,
-        encode_text: Callable[[Tensor], Tensor] | None = None,
+        encode_text: Callable[..., Conditioning] | None = None,
+        text_sha256: str | None = None,
         dtype: str = "float16",
         batch_size: int = 16,
         samples_per_shard: int = SAMPLES_PER_SHARD,
@@ -68,9 +71,11 @@ class LatentEncoder:
             resolution=resolution,
             dtype=dtype,
             moments_shape=tuple(sample["moments"].shape[1:]),
-            text_shape=tuple(sample["text_features"].shape[1:]) if encode_text else None,
+            text_shape=_shape(sample, "text_features"),
             source_samples=len(source),
             samples_per_shard=samples_per_shard,
+            pooled_text_shape=_shape(sample, "pooled_text_features"),
+            text_sha256=text_sha256,
         )
 
     def write(self, folder: Path, rank: int = 0, world_size: int = 1) -> Iterator[int]:
@@ -117,9 +122,17 @@ class LatentEncoder:
         }
         if self.encode_text is not None:
             assert batch.input_ids is not None
-            with torch.no_grad():
-                tensors["text_features"] = self.encode_text(batch.input_ids).to("cpu", dtype)
+            ids = (batch.input_ids, batch.input_ids_2) if batch.input_ids_2 is not None else (batch.input_ids,)
+            features = self.encode_text(*ids).to("cpu", dtype)
+            tensors["text_features"] = features.encoder_hidden_states
+            if features.text_embeds is not None:
+                tensors["pooled_text_features"] = features.text_embeds
         return tensors
+
+
+def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
+    """Of one sample."""
+    return tuple(tensors[name].shape[1:]) if name in tensors else None
 
 
 def _consecutive(shards: Sequence[int]) -> Iterator[range]:

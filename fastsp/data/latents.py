@@ -3,7 +3,8 @@
 A data set of latents is a folder with `latents.json`, the header, and tars `00000.tar`, `00001.tar`, ... in WebDataset
 layout. Each sample is `KEY.safetensors` and `KEY.txt`, its caption. The tensors are `moments` (2 C, H, W), mean and log
 variance of the VAE's posterior, `original_size` (2,) and `crop_offset` (2,) int64 and, if asked for, `text_features`
-(L, D). The moments are as the VAE gives them: the scaling factor is applied when a latent is drawn.
+(L, D) and Stable Diffusion XL's `pooled_text_features` (P,). The moments are as the VAE gives them: the scaling factor
+is applied when a latent is drawn.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fastsp.errors import UserError
 from fastsp.files import write_file
 
 LATENT_SUFFIXES = ("safetensors",)
+TEXT_TENSORS = ("text_features", "pooled_text_features")
 HEADER = "latents.json"
 VERSION = 1
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -67,10 +69,10 @@ def sample_latents(
     return (mean + (log_variance.clamp(-30.0, 20.0) / 2).exp() * normals - shift_factor) * scaling_factor
 
 
-def fingerprint(module: torch.nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and values of a module's parameters and buffers."""
+def fingerprint(*modules: torch.nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and values of the modules' parameters and buffers."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in (item for module in modules for item in sorted(module.state_dict().items())):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -95,6 +97,10 @@ class LatentsHeader:
     source_samples: int
     """Samples that were to be encoded; bad ones are left out."""
     samples_per_shard: int
+    pooled_text_shape: tuple[int, ...] | None = None
+    """(P,) of Stable Diffusion XL's pooled text features."""
+    text_sha256: str | None = None
+    """`fingerprint` of the text encoders, where there are text features."""
     version: int = VERSION
 
     @property
@@ -106,9 +112,10 @@ class LatentsHeader:
         """A sample of zeros, in the shapes and dtypes of every sample."""
         dtype, pair = DTYPES[self.dtype], torch.zeros(2, dtype=torch.int64)
         tensors = {"moments": torch.zeros(self.moments_shape, dtype=dtype), "original_size": pair, "crop_offset": pair}
-        return tensors | ({"text_features": torch.zeros(self.text_shape, dtype=dtype)} if self.text_shape else {})
+        shapes = zip(TEXT_TENSORS, (self.text_shape, self.pooled_text_shape), strict=True)
+        return tensors | {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes if shape is not None}
 
-    def check(self, config: Any, vae_sha256: str | None) -> None:
+    def check(self, config: Any, vae_sha256: str | None, text_sha256: str | None) -> None:
         """Refuse a configuration that these latents do not fit.
 
         Raises:
@@ -122,6 +129,8 @@ class LatentsHeader:
             raise UserError("data.source is 'latents', cropped when encoded; allowed: crop: center and flip: false")
         if vae_sha256 is not None and vae_sha256 != self.vae_sha256:
             raise UserError(f"the latents in {config.path} come from another VAE than the model's: {self.vae}")
+        if None not in (text_sha256, self.text_sha256) and text_sha256 != self.text_sha256:
+            raise UserError(f"the text features in {config.path} come from other text encoders than the model's")
 
     def save(self, folder: Path) -> None:
         """Write it, or see that the folder already has the same.
@@ -154,8 +163,8 @@ class LatentsHeader:
             )
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            fields["moments_shape"] = tuple(fields["moments_shape"])
-            fields["text_shape"] = tuple(fields["text_shape"]) if fields["text_shape"] else None
+            for name, value in fields.items():
+                fields[name] = tuple(value) if isinstance(value, list) else value
             header = cls(**fields)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error

@@ -78,12 +78,14 @@ def open_source(
     config: DataConfig,
     *,
     tokenizer: Any,
+    tokenizer_2: Any = None,
     channels: int,
     seed: int,
     device: torch.device | str = "cpu",
     bad_samples_file: Path | None = None,
     shuffle: bool = True,
     vae_sha256: str | None = None,
+    text_sha256: str | None = None,
 ) -> Source:
     """Open the data that a configuration names.
 
@@ -97,6 +99,7 @@ def open_source(
     Args:
         config: the `data` section; only attributes are read.
         tokenizer: of transformers; None: no `input_ids`.
+        tokenizer_2: Stable Diffusion XL's second one; None: no `input_ids_2`.
         channels: of the images, 1 (grey) or 3 (RGB).
         seed: of the run: order, crops and flips.
         device: where images are decoded and `pixel_values` lie. Everything else is on the CPU, see `Batch.to`.
@@ -104,6 +107,7 @@ def open_source(
             `source.bad_samples`.
         shuffle: a new order every epoch; else that of the data set.
         vae_sha256: of a source of latents, the `fingerprint` of the VAE that they must come from; None: any.
+        text_sha256: the same of the text encoders, where the latents have text features beside them.
 
     Raises:
         UserError: a path that is missing or holds nothing, an unknown source, split or crop, latents that do not fit.
@@ -113,14 +117,16 @@ def open_source(
     if config.crop not in CROPS:
         raise UserError(f"data.crop is {config.crop!r}; allowed: {', '.join(CROPS)}")
     reader = _open_reader(config)
+    header = LatentsHeader.load(config.path) if config.source == "latents" else None
+    if header is not None:
+        header.check(config, vae_sha256, text_sha256)
     bad_samples = BadSampleLog(bad_samples_file, config.max_bad_fraction, len(reader))
     for shard, reason in reader.damaged:
         bad_samples.add(shard, reason)
-    tokenize = Tokenize(tokenizer) if tokenizer is not None else None
     return Source(
         reader,
         order=SampleOrder(len(reader), seed) if shuffle else (lambda positions: positions % len(reader)),
-        open_collator=_collator(config, tokenize, channels, seed, torch.device(device), vae_sha256),
+        open_collator=_collator(config, Tokenize(tokenizer, tokenizer_2), channels, seed, torch.device(device), header),
         bad_samples=bad_samples,
         workers=config.workers,
         prefetch=config.prefetch,
@@ -144,16 +150,14 @@ def _open_reader(config: DataConfig) -> SampleReader:
 
 def _collator(
     config: DataConfig,
-    tokenize: Tokenize | None,
+    tokenize: Tokenize,
     channels: int,
     seed: int,
     device: torch.device,
-    vae_sha256: str | None,
+    header: LatentsHeader | None,
 ) -> Callable[[int], Collator]:
     """What makes, in the thread that uses it, the collator for batches up to a size."""
-    if config.source == "latents":
-        header = LatentsHeader.load(config.path)
-        header.check(config, vae_sha256)
+    if header is not None:
         return lambda batch_size: LatentCollator(header, tokenize, pin=device.type == "cuda")
     return lambda batch_size: ImageCollator(
         ImagePipeline(

@@ -83,7 +83,7 @@ class Evaluation:
         self.config, self.settings, self.device = config, settings, device
         with _quiet_loading():
             self.model = load_pipeline(str(Path(config.run_dir) / "final"))
-        self.model.text_encoder.to(device)
+        self.model.place(device)
         self.heldout = heldout_pictures(config.data, self.model.channels, settings.heldout)
         self.train = training_pictures(config.data, self.model.channels)
         features = feature_model(settings.features, self.train, self.heldout).to(device)

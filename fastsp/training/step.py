@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,13 +11,13 @@ from fastsp_kernels import diffuse_seeded
 from torch import Tensor, nn
 
 from fastsp import draws
+from fastsp.conditioning import Conditioning, time_ids
 from fastsp.config import Config, StageConfig
 from fastsp.data.batch import Batch
 from fastsp.data.latents import encode_moments, sample_latents
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
 from fastsp.models import TextToImageModel
 from fastsp.perceptual import cast
-from fastsp.prediction import expand
 from fastsp.schedule import NoiseSchedule
 from fastsp.training.optimizer import AdamWEMA, learning_rate
 
@@ -60,7 +60,7 @@ class Objective(nn.Module):
         target: Tensor,
         latents: Tensor,
         timesteps: Tensor,
-        encoder_hidden_states: Tensor,
+        conditioning: Conditioning,
         seed: Tensor,
         positions: Tensor,
     ) -> Tensor:
@@ -70,7 +70,7 @@ class Objective(nn.Module):
         criterion, num_train_timesteps = self.self_perceptual, len(self.self_perceptual.schedule)
         t = draws.perceptual_timesteps(seed, positions, timesteps, num_train_timesteps, self.timestep_sampling)
         inputs = criterion.teacher_inputs(model_pred, latents, timesteps, t, seed=seed, positions=positions)
-        loss = criterion.between(inputs, t, encoder_hidden_states)
+        loss = criterion.between(inputs, t, **conditioning.kwargs())
         if self.mse_weight:
             loss = loss + self.mse_weight * self.denoising.against(model_pred, target, timesteps)
         return loss
@@ -87,7 +87,7 @@ class TrainingStep:
         optimizer: of ``unet``.
         schedule: the noise schedule.
         model: the pipeline's frozen parts: text encoder, and VAE if there is one.
-        empty_hidden_states: features of the empty prompt, (1, L, D): what a dropped caption becomes.
+        empty: features of the empty prompt, of one sample, on the device: what a dropped caption becomes.
     """
 
     def __init__(
@@ -99,14 +99,14 @@ class TrainingStep:
         optimizer: AdamWEMA,
         schedule: NoiseSchedule,
         model: TextToImageModel,
-        empty_hidden_states: Tensor,
+        empty: Conditioning,
     ) -> None:
         self.config, self.stage = config, stage
         self.unet, self.objective, self.optimizer = unet, objective, optimizer
-        device = empty_hidden_states.device
+        device = empty.encoder_hidden_states.device
         self.schedule = schedule.to(device)
         self.seed = torch.tensor(config.seed, device=device)
-        self.model, self.empty_hidden_states = model, empty_hidden_states
+        self.model, self.empty = model, empty
         self.dtype = COMPUTE_DTYPES[config.precision]
 
     def __call__(self, batch: Batch, number: int) -> StepResult:
@@ -123,7 +123,7 @@ class TrainingStep:
     def microbatch_loss(self, batch: Batch) -> Tensor:
         """The microbatch's share of the loss: the divisor is the whole nominal batch, a rejected sample counts 0."""
         positions = batch.positions.to(self.seed.device)
-        latents, states = self.latents(batch, positions), self.conditioning(batch, positions)
+        latents, conditioning = self.latents(batch, positions), self.conditioning(batch, positions)
         noisy_latents, target, timesteps = diffuse_seeded(
             latents,
             self.seed,
@@ -134,8 +134,8 @@ class TrainingStep:
             dtype=self.dtype,
             memory_format=torch.channels_last,
         )
-        model_pred = self.unet(noisy_latents, timesteps, states, return_dict=False)[0]
-        losses = self.objective(model_pred, target, latents, timesteps, states, self.seed, positions)
+        model_pred = self.unet(noisy_latents, timesteps, **conditioning.kwargs(), return_dict=False)[0]
+        losses = self.objective(model_pred, target, latents, timesteps, conditioning, self.seed, positions)
         return (batch.weights * losses).sum() / self.config.data.batch_size
 
     def latents(self, batch: Batch, positions: Tensor) -> Tensor:
@@ -150,15 +150,20 @@ class TrainingStep:
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return sample_latents(moments, self.seed, positions, vae.config.scaling_factor, shift)
 
-    def conditioning(self, batch: Batch, positions: Tensor) -> Tensor:
-        """Text features (B, L, D) in the compute dtype, the empty prompt's where the caption is dropped."""
-        states = batch.text_features
-        if states is None:
+    def conditioning(self, batch: Batch, positions: Tensor) -> Conditioning:
+        """Text features in the compute dtype, the empty prompt's where the caption is dropped; sizes for SDXL."""
+        if batch.text_features is not None:
+            conditioning = Conditioning(batch.text_features, batch.pooled_text_features)
+        else:
             assert batch.input_ids is not None
-            states = self.model.encode_ids(batch.input_ids)
+            conditioning = self.model.encode_ids(batch.input_ids, batch.input_ids_2)
         dropped = draws.dropped_captions(self.seed, positions, self.config.data.caption_dropout)
-        empty = self.empty_hidden_states.to(states.dtype)
-        return torch.where(expand(dropped, states), empty, states).to(self.dtype)
+        conditioning = conditioning.where(dropped, self.empty).to(dtype=self.dtype)
+        if conditioning.text_embeds is None:
+            return conditioning
+        assert batch.original_sizes is not None and batch.crop_offsets is not None
+        target_sizes = torch.full_like(batch.original_sizes, self.config.data.resolution)
+        return replace(conditioning, time_ids=time_ids(batch.original_sizes, batch.crop_offsets, target_sizes))
 
 
 def build_step(
@@ -166,23 +171,23 @@ def build_step(
     stage: StageConfig,
     model: TextToImageModel,
     schedule: NoiseSchedule,
-    empty_hidden_states: Tensor,
+    empty: Conditioning,
     *,
     prediction_type: str,
     initial: Any,
     teacher: Any,
     compiles: bool,
 ) -> tuple[TrainingStep, Any]:
-    """The step of a stage and the float32 UNet of its moving average, on the device of ``empty_hidden_states``.
+    """The step of a stage and the float32 UNet of its moving average, on the device of ``empty``.
 
     Args:
-        config, stage, model, schedule, empty_hidden_states: see :class:`TrainingStep`.
+        config, stage, model, schedule, empty: see :class:`TrainingStep`.
         prediction_type: of the UNet.
         initial: the UNet that the stage starts from; it becomes the online network.
         teacher: of a self-perceptual stage, the UNet that the perceptual network is copied from; may be ``initial``.
         compiles: hand online and perceptual network to ``torch.compile``.
     """
-    device, dtype = empty_hidden_states.device, COMPUTE_DTYPES[config.precision]
+    device, dtype = empty.encoder_hidden_states.device, COMPUTE_DTYPES[config.precision]
 
     def placed(module: Any, dtype: torch.dtype) -> Any:
         return cast(module, dtype).to(device).to(memory_format=torch.channels_last)
@@ -195,4 +200,4 @@ def build_step(
         if objective.self_perceptual is not None:
             objective.self_perceptual.compile_teacher()
     optimizer = AdamWEMA(unet, ema_unet, config.optimizer, config.ema)
-    return TrainingStep(config, stage, unet, objective, optimizer, schedule, model, empty_hidden_states), ema_unet
+    return TrainingStep(config, stage, unet, objective, optimizer, schedule, model, empty), ema_unet

@@ -15,7 +15,7 @@ from fastsp.config import Config, StageConfig
 from fastsp.data.latents import fingerprint
 from fastsp.data.source import Source, open_source
 from fastsp.errors import UserError
-from fastsp.models import load_model
+from fastsp.models import TextToImageModel, load_model
 from fastsp.training.checkpoint import Checkpoint, newest_whole, save_checkpoint
 from fastsp.training.checkpoint_folder import Progress
 from fastsp.training.interrupt import Interrupted, StopRequest
@@ -55,17 +55,16 @@ class Trainer:
         self.model.latent_shape(config.data.resolution)  # refuses what the VAE cannot shrink
         if config.data.source == "latents" and self.model.vae is None:
             raise UserError("data.source: 'latents' needs a model with a VAE; this one works on pixels")
-        for frozen in (self.model.text_encoder, self.model.vae):
-            if frozen is not None:
-                frozen.to(self.device)
+        self.model.place(self.device, config.compiles_on(self.device))
         self.source: Source = open_source(
             config.data,
             tokenizer=self.model.tokenizer,
+            tokenizer_2=self.model.tokenizer_2,
             channels=self.model.channels,
             seed=config.seed,
             device=self.device,
             bad_samples_file=run.bad_samples_file,
-            vae_sha256=fingerprint(self.model.vae) if config.data.source == "latents" else None,
+            **_fingerprints(self.model) if config.data.source == "latents" else {},
         )
         parameters = sum(p.numel() for p in self.model.unet.parameters())
         console.print(
@@ -142,11 +141,11 @@ class Trainer:
             stage,
             model,
             model.schedule,
-            model.encode_prompts([""]),
+            model.encode_no_prompt(),
             prediction_type=model.prediction_type,
             initial=self._initial_unet(stage.init),
             teacher=self._initial_unet(stage.perceptual_network) if stage.objective == "self_perceptual" else None,
-            compiles=self._compiles(),
+            compiles=self.config.compiles_on(self.device),
         )
 
     def _initial_unet(self, name: str | None) -> Any:
@@ -180,9 +179,10 @@ class Trainer:
         with closing(self.source.batches(last_position=count, batch_size=count)) as batches:
             return list(next(batches).captions)
 
-    def _compiles(self) -> bool:
-        wanted = self.config.compile
-        return self.device.type == "cuda" if wanted == "auto" else wanted
+
+def _fingerprints(model: TextToImageModel) -> dict[str, Any]:
+    """What latents, and the text features beside them, must have been encoded with."""
+    return {"vae_sha256": fingerprint(model.vae), "text_sha256": fingerprint(*model.text_encoders)}
 
 
 def _due(number: int, every: int, last: int) -> bool:

@@ -2,7 +2,7 @@
 
 import typer
 from data.helpers import Config, encode, photo, write_tar
-from diffusers import AutoencoderKL
+from tiny import tiny_stable_diffusion
 from typer.testing import CliRunner
 
 from fastsp.cli.encode import encode as command
@@ -26,16 +26,15 @@ def run(folder, *arguments):
 
 
 def test_encode(tmp_path):
-    blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     members = [
         (f"{index}.{suffix}", content)
         for index in range(5)
         for suffix, content in (("jpg", encode(photo(index, 40, 50))), ("txt", b"a photograph"))
     ]
     write_tar(tmp_path / "images.tar", members)
-    assert "pipeline folder with a vae" in str(run(tmp_path).exception)
-    AutoencoderKL(latent_channels=4, **blocks, **kinds).save_pretrained(tmp_path / "model" / "vae")
+    assert "no diffusers pipeline folder" in str(run(tmp_path).exception)
+    assert "'digits' has no VAE" in str(run(tmp_path, "model={preset: digits}").exception)
+    tiny_stable_diffusion(tmp_path / "model")
     result = run(tmp_path)
     assert result.exit_code == 0 and "shard 0 of 1" in result.output, result.exception
     config = Config(source="latents", path=str(tmp_path / "latents"), resolution=32)

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from fastsp_kernels.philox import random_normals
 from safetensors.torch import load, save
 
+from fastsp.conditioning import Conditioning
 from fastsp.data.encode import LatentEncoder
 from fastsp.data.latents import encode_moments, fingerprint, sample_latents
 from fastsp.data.source import open_source
@@ -44,8 +45,9 @@ def open_images(tar, **options):
     return open_source(config, tokenizer=ByteTokenizer(), channels=3, seed=5, **options)
 
 
-def encode_text(input_ids):
-    return input_ids[..., None].float() / torch.tensor([256.0, 128.0])
+def encode_text(input_ids, input_ids_2=None):
+    features = input_ids[..., None].float() / torch.tensor([256.0, 128.0])
+    return Conditioning(features, None if input_ids_2 is None else input_ids_2[:, :3].float() / 256)
 
 
 def encoder(tar, vae, **options):
@@ -82,7 +84,9 @@ def test_training_sees_what_encoding_on_the_fly_would_give(images, vae, tmp_path
         on_the_fly = sample_latents(encode_moments(vae, expected.pixel_values), 5, expected.positions, 0.18215)
         assert latents.shape == (len(batch), 4, 16, 16)
         assert (latents - on_the_fly).abs().max() < tolerance
-        assert torch.allclose(batch.text_features.float(), encode_text(expected.input_ids), atol=tolerance)
+        assert torch.allclose(
+            batch.text_features.float(), encode_text(expected.input_ids).encoder_hidden_states, atol=tolerance
+        )
 
 
 def test_posterior():

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from tiny import picture_folder, tiny_stable_diffusion
 
+from fastsp import draws
 from fastsp.__main__ import main
 from fastsp.config import load_config
+from fastsp.data.source import open_source
+from fastsp.models import load_model
+from fastsp.training.step import build_step
 from fastsp.training.trainer import train
 
 CONFIG = """
@@ -33,17 +38,20 @@ def losses(run) -> list[float]:
 
 
 @pytest.mark.slow
-def test_pictures_and_their_latents_train_alike(tmp_path, monkeypatch, capsys):
-    model, pictures = tiny_stable_diffusion(tmp_path / "model"), picture_folder(tmp_path / "pictures")
+@pytest.mark.parametrize(("kind", "text"), [("sd15", []), ("sdxl", ["--text-features"])])
+def test_pictures_and_their_latents_train_alike(tmp_path, monkeypatch, capsys, kind, text):
+    model, pictures = tiny_stable_diffusion(tmp_path / "model", kind), picture_folder(tmp_path / "pictures")
     file = tmp_path / "config.yaml"
     file.write_text(CONFIG.format(run=tmp_path / "run", model=model, pictures=pictures))
     train(load_config(file))
     assert len(losses(tmp_path / "run")) == 10 and all(loss > 0 for loss in losses(tmp_path / "run"))
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "final", safety_checker=None)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run" / "final")
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert type(pipeline) is (StableDiffusionXLPipeline if kind == "sdxl" else StableDiffusionPipeline)
+    assert not pipeline.config.get("force_zeros_for_empty_prompt"), "no prompt is the empty prompt, as it was trained"
 
     arguments = ["encode", "--config", str(file), "--out", str(tmp_path / "latents"), "--batch-size", "8"]
-    monkeypatch.setattr(sys, "argv", ["fastsp", *arguments, "--dtype", "float32"])
+    monkeypatch.setattr(sys, "argv", ["fastsp", *arguments, "--dtype", "float32", *text])
     with pytest.raises(SystemExit) as exit_:
         main()
     assert not exit_.value.code, capsys.readouterr().err
@@ -82,3 +90,36 @@ def test_unconditional_training_never_sees_a_caption(tmp_path):
     torch.testing.assert_close(seen["none"], seen["all"], rtol=1e-6, atol=0)
     assert seen["none"] != seen["some"]
     assert Image.open(tmp_path / "none" / "samples" / "mse_final.png").text["prompts"].strip() == ""
+
+
+def test_sdxl_conditioning_of_a_batch(tmp_path):
+    """Both encoders' features, the empty prompt's where a caption is dropped, and each sample's own sizes."""
+    folder, pictures = tiny_stable_diffusion(tmp_path / "model", "sdxl"), picture_folder(tmp_path / "pictures", 8)
+    Image.new("RGB", (40, 24)).save(pictures / "000.png")  # wider than high: cut at the sides
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG.format(run=tmp_path / "run", model=folder, pictures=pictures))
+    config = load_config(file, ["data.caption_dropout=0.5", "data.batch_size=8", "data.microbatch=null"])
+    model = load_model(None, str(folder), 16, 0)
+    source = open_source(config.data, tokenizer=model.tokenizer, tokenizer_2=model.tokenizer_2, channels=3, seed=0)
+    with closing(source.batches(batch_size=8)) as batches:
+        batch = next(batches)
+    step, _ = build_step(
+        config,
+        config.stages[0],
+        model,
+        model.schedule,
+        model.encode_no_prompt(),
+        prediction_type=model.prediction_type,
+        initial=model.unet,
+        teacher=None,
+        compiles=False,
+    )
+    conditioning = step.conditioning(batch, batch.positions)
+    dropped = draws.dropped_captions(0, batch.positions, 0.5)
+    assert 0 < dropped.sum() < 8
+    expected = model.encode_prompts(["" if lost else text for text, lost in zip(batch.captions, dropped, strict=True)])
+    torch.testing.assert_close(conditioning.encoder_hidden_states, expected.encoder_hidden_states)
+    torch.testing.assert_close(conditioning.text_embeds, expected.text_embeds)
+    wide = [24, 40, 0, 5, 16, 16]  # 27 pixels wide when 16 are left of the height
+    rows = conditioning.time_ids.int().tolist()
+    assert sorted(rows) == sorted([wide, *[[20, 20, 0, 0, 16, 16]] * 7]), rows

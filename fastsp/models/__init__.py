@@ -1,0 +1,36 @@
+"""Text-to-image models in diffusers' and transformers' classes: from a preset, from a folder, to a folder."""
+
+from __future__ import annotations
+
+from fastsp.errors import UserError
+from fastsp.models.digits import digits_model, digits_tokenizer
+from fastsp.models.model import TextToImageModel, tokenize
+from fastsp.models.pretrained import load_pipeline
+from fastsp.models.schedulers import ddim_scheduler, trained_scheduler
+
+PRESETS = ("digits",)
+
+__all__ = [
+    "PRESETS",
+    "TextToImageModel",
+    "ddim_scheduler",
+    "digits_model",
+    "digits_tokenizer",
+    "load_model",
+    "load_pipeline",
+    "tokenize",
+    "trained_scheduler",
+]
+
+
+def load_model(preset: str | None, pretrained: str | None, resolution: int, seed: int) -> TextToImageModel:
+    """The model that a configuration trains: a preset with seeded random weights, or a pipeline folder.
+
+    Raises:
+        UserError: neither or both given, an unknown preset, a folder that is no pipeline.
+    """
+    if pretrained is not None:
+        return load_pipeline(pretrained).for_training()
+    if preset != "digits":
+        raise UserError(f"model.preset {preset!r} is unknown: use one of {', '.join(PRESETS)}")
+    return digits_model(resolution, seed)

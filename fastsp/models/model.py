@@ -1,0 +1,205 @@
+"""The parts of a text-to-image pipeline, and what a run does with them: encode, sample, decode, save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from fastsp.conditioning import Conditioning, time_ids
+from fastsp.errors import UserError
+from fastsp.models.schedulers import trained_scheduler
+from fastsp.sampling import NO_GUIDANCE, Guidance, ddim, guided_denoiser
+from fastsp.schedule import NoiseSchedule
+
+
+@dataclass
+class TextToImageModel:
+    """What a run needs of a pipeline. Pixel-space models have no VAE: their latents are the pixels in [-1, 1].
+
+    Stable Diffusion XL has a second text encoder, and a UNet that takes pooled features and sizes.
+    """
+
+    unet: Any
+    text_encoder: Any
+    tokenizer: Any
+    scheduler: Any
+    vae: Any = None
+    text_encoder_2: Any = None
+    tokenizer_2: Any = None
+    zeros_for_empty_prompt: bool = False
+    """Guidance starts from zeros, as SDXL folders ask for by ``force_zeros_for_empty_prompt``, and not from the
+    features of the empty prompt, which is what fastsp trains and writes."""
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return NoiseSchedule.of(self.scheduler)
+
+    @property
+    def prediction_type(self) -> str:
+        return self.scheduler.config.prediction_type
+
+    @property
+    def channels(self) -> int:
+        """Of the images: 1 (grey) or 3."""
+        return self.unet.config.in_channels if self.vae is None else self.vae.config.in_channels
+
+    @property
+    def shrink(self) -> int:
+        """By how much the VAE shrinks an image's side."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def default_resolution(self) -> int:
+        """Side in pixels of the images that the UNet was made for."""
+        return self.unet.config.sample_size * self.shrink
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of a square image of ``resolution`` pixels.
+
+        Raises:
+            UserError: the VAE cannot halve ``resolution`` as often as it does.
+        """
+        if resolution % self.shrink:
+            raise UserError(f"data.resolution {resolution} must be a multiple of {self.shrink}: the VAE shrinks by it")
+        return (self.unet.config.in_channels, resolution // self.shrink, resolution // self.shrink)
+
+    @property
+    def text_encoders(self) -> tuple[Any, ...]:
+        """One, or Stable Diffusion XL's two."""
+        return tuple(encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None)
+
+    def frozen_parts(self) -> Iterator[Any]:
+        """Text encoders and VAE: what no stage trains."""
+        yield from (*self.text_encoders, *([self.vae] if self.vae is not None else []))
+
+    def place(self, device: torch.device | str, compiles: bool = False) -> None:
+        """Move the frozen parts to ``device``; compile what training calls of them: text encoders, the VAE's encoder.
+
+        They stay float32: Stable Diffusion's VAEs overflow in float16, and ``final/`` holds them as they were.
+        """
+        for part in self.frozen_parts():
+            part.to(device)
+        if self.vae is not None:
+            self.vae.to(memory_format=torch.channels_last)
+        if compiles:
+            for part in self.frozen_parts():
+                (part.encoder if part is self.vae else part).compile()
+
+    def for_training(self) -> TextToImageModel:
+        """As fastsp trains it: v-prediction, zero terminal SNR, trailing timesteps; no prompt is the empty prompt.
+
+        An epsilon model is so put to v-prediction, which its first stage has to teach it by MSE, as the paper's does.
+        """
+        scheduler = trained_scheduler(self.scheduler.config)
+        return replace(self, scheduler=scheduler, zeros_for_empty_prompt=False)
+
+    @torch.no_grad()
+    def encode_ids(self, input_ids: Tensor, input_ids_2: Tensor | None = None) -> Conditioning:
+        """Token ids (B, L), of each tokenizer, -> text features, without sizes.
+
+        Stable Diffusion 1.x and 2.x take the encoder's last state. Stable Diffusion XL takes the last but one of both
+        encoders, side by side, and the second one's pooled features (Podell et al., arXiv 2307.01952, section 2.1).
+        """
+        input_ids = input_ids.to(self.text_encoder.device)
+        if self.text_encoder_2 is None:
+            return Conditioning(self.text_encoder(input_ids)[0])
+        assert input_ids_2 is not None
+        first = self.text_encoder(input_ids, output_hidden_states=True)
+        second = self.text_encoder_2(input_ids_2.to(self.text_encoder_2.device), output_hidden_states=True)
+        states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        return Conditioning(states, second.text_embeds)
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Texts -> text features, without sizes; padded and truncated to the tokenizers' length."""
+        ids = tokenize(self.tokenizer, prompts)
+        return self.encode_ids(ids, None if self.tokenizer_2 is None else tokenize(self.tokenizer_2, prompts))
+
+    def encode_no_prompt(self) -> Conditioning:
+        """What guidance starts from, for one sample: the empty prompt's features, or zeros."""
+        empty = self.encode_prompts([""])
+        if not self.zeros_for_empty_prompt or empty.text_embeds is None:
+            return empty
+        return Conditioning(torch.zeros_like(empty.encoder_hidden_states), torch.zeros_like(empty.text_embeds))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> images (B, C, H, W) in [-1, 1], float32."""
+        if self.vae is not None:
+            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+            latents = self.vae.decode(latents.float() / self.vae.config.scaling_factor + shift).sample
+        return latents.float().clamp(-1.0, 1.0)
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: list[str], noise: Tensor, num_steps: int, guidance: Guidance = NO_GUIDANCE
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Deterministic DDIM from ``noise``: yields ``(x_next, x0^)`` after each step.
+
+        Args:
+            prompts: B texts; empty ones sample without condition.
+            noise: x_T, (B, C, H, W) float32.
+            num_steps: DDIM steps, 1 .. T.
+            guidance: scale and rescale.
+        """
+        conditioning = self._with_own_size(self.encode_prompts(prompts), noise)
+        empty = self.encode_no_prompt() if guidance.active else conditioning
+        denoise = guided_denoiser(self.unet, conditioning, empty, guidance)
+        schedule = self.schedule.to(noise.device)
+        yield from ddim(denoise, schedule, noise, num_steps, self.prediction_type)
+
+    def generate(self, prompts: list[str], noise: Tensor, num_steps: int, guidance: Guidance = NO_GUIDANCE) -> Tensor:
+        """The images at the end of :meth:`sample`, (B, C, H, W) float32 in [-1, 1]."""
+        for x_t, _ in self.sample(prompts, noise, num_steps, guidance):
+            latents = x_t
+        return self.decode(latents)
+
+    def _with_own_size(self, conditioning: Conditioning, latents: Tensor) -> Conditioning:
+        """For SDXL: an image that was never resized or cropped, as diffusers' pipeline has it by default."""
+        if conditioning.text_embeds is None:
+            return conditioning
+        size = torch.tensor(latents.shape[-2:], device=latents.device) * self.shrink
+        sizes = size.expand(len(latents), 2)
+        return replace(conditioning, time_ids=time_ids(sizes, torch.zeros_like(sizes), sizes))
+
+    def pipeline(self) -> DiffusionPipeline:
+        """The same parts as a diffusers pipeline."""
+        if self.vae is None:
+            from fastsp.pixel_pipeline import PixelTextToImagePipeline  # which samples through this class
+
+            return PixelTextToImagePipeline(self.unet, self.text_encoder, self.tokenizer, self.scheduler)
+        # Here, for they take seconds to import and warn of a missing torchvision.
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+        parts = {
+            "vae": self.vae,
+            "text_encoder": self.text_encoder,
+            "tokenizer": self.tokenizer,
+            "unet": self.unet,
+            "scheduler": self.scheduler,
+        }
+        if self.text_encoder_2 is None:
+            checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            return StableDiffusionPipeline(**parts, **checker)
+        return StableDiffusionXLPipeline(
+            **parts,
+            text_encoder_2=self.text_encoder_2,
+            tokenizer_2=self.tokenizer_2,
+            force_zeros_for_empty_prompt=self.zeros_for_empty_prompt,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write a diffusers pipeline folder, safetensors only."""
+        self.pipeline().save_pretrained(folder, safe_serialization=True)
+
+
+def tokenize(tokenizer: Any, prompts: list[str]) -> Tensor:
+    """Texts -> token ids (B, L) int64, padded and truncated to ``tokenizer.model_max_length``."""
+    return tokenizer(
+        prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids
