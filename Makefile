@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 OUT ?= out
 
-.PHONY: quickstart results test lint unit bench gpu-test gpu-bench gpu-train clean
+.PHONY: quickstart results test test-all lint unit slow bench gpu-test gpu-bench gpu-train clean
 
 quickstart: $(VENV)/.train
 	@echo "== training and evaluating: configs/quickstart.yaml (goes on where it stopped)"
@@ -20,6 +20,8 @@ results: $(VENV)/.train
 
 test: lint unit
 
+test-all: lint unit slow
+
 lint: $(VENV)/.test
 	@echo "== ruff, mypy"
 	$(BIN)/ruff check .
@@ -27,8 +29,12 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 unit: $(VENV)/.test
-	@echo "== tests, the slow ones too"
-	$(PYTEST) -n 2 --dist worksteal --durations=10
+	@echo "== tests, without the slow ones"
+	$(PYTEST) -n 2 --dist worksteal --durations=10 -m "not gpu and not slow"
+
+slow: $(VENV)/.test
+	@echo "== the slow tests"
+	$(PYTEST) -n 2 --dist worksteal --durations=10 -m "slow and not gpu"
 
 $(VENV)/.train: pyproject.toml constraints.txt
 	@echo "== installing fastsp[train] into $(VENV)"
