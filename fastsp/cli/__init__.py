@@ -5,6 +5,7 @@ import typer
 from fastsp.cli import data
 from fastsp.cli.bench import bench
 from fastsp.cli.encode import encode
+from fastsp.cli.export import export
 from fastsp.cli.sample import sample
 from fastsp.cli.train import train
 
@@ -18,5 +19,6 @@ app = typer.Typer(
 app.command()(train)
 app.command()(sample)
 app.command()(encode)
+app.command()(export)
 app.command()(bench)
 app.add_typer(data.app, name="data")

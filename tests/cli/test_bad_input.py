@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from fastsp.__main__ import main
 from fastsp.config import load_config
 from fastsp.training.run_directory import RunDirectory
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
-
-
-@pytest.fixture
-def fails(monkeypatch, capsys):
-    """Run the command line; returns its one line of complaint."""
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["fastsp", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        assert exit_.value.code == 2
-        assert captured.err.startswith("fastsp: ") and captured.err.count("\n") == 1, captured.err
-        return captured.err
-
-    return run
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -1,0 +1,52 @@
+"""`fastsp export`: a trained model for diffusers, ComfyUI, A1111, Forge and InvokeAI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    run: Annotated[Path, typer.Option("--run", help="The run_dir of a finished run.", metavar="DIR")],
+    out: Annotated[Path, typer.Option("--out", help="The diffusers folder to write.", metavar="DIR")],
+    single_file: Annotated[
+        Path | None,
+        typer.Option("--single-file", help="Write one file in the original layout too.", metavar="FILE.safetensors"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, fp16 or bf16.")] = "fp32",
+    stage: Annotated[str | None, typer.Option(help="Whose weights; by default the run's final stage.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+) -> None:
+    """Export the EMA weights of a run: a diffusers folder with a model card, and one file for user interfaces.
+
+    Example: fastsp export --run runs/sd21 --out exported --single-file exported.safetensors --dtype fp16
+    """
+    from fastsp.errors import UserError
+    from fastsp.export.export import DTYPES, export_run
+
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if single_file is not None and single_file.suffix != ".safetensors":
+        raise UserError(f"--single-file {single_file} must end in .safetensors")
+    _check_folder(out, force)
+    for file in (single_file, single_file and single_file.with_suffix(".yaml")):
+        if file is not None and (file.is_dir() or (file.exists() and not force)):
+            raise UserError(f"--single-file: {file} is there already; --force replaces files, or choose another name")
+    for path in export_run(run, out, single_file, dtype, stage):
+        typer.echo(f"wrote {path}")
+
+
+def _check_folder(out: Path, force: bool) -> None:
+    """A folder is replaced only if it is a pipeline, and only if that is wished."""
+    from fastsp.errors import UserError
+
+    if out.is_file():
+        raise UserError(f"--out {out} is a file; a folder is written")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / "model_index.json").is_file():
+        raise UserError(f"--out {out} is not empty and holds no pipeline; choose another folder")
+    if not force:
+        raise UserError(f"--out {out} holds a pipeline already; --force replaces it, or choose another folder")

@@ -1,0 +1,1 @@
+"""A run's model in the layouts that other programs read."""

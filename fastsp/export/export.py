@@ -1,0 +1,85 @@
+"""A finished run as a folder for diffusers and a single file for everything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import UNet2DConditionModel
+
+from fastsp.errors import UserError
+from fastsp.evaluation.run_files import RunFiles, read_run
+from fastsp.export.layout import family_of
+from fastsp.export.model_card import model_card
+from fastsp.export.original_config import original_config
+from fastsp.export.single_file import save_single_file
+from fastsp.files import new_folder, write_file
+from fastsp.models import load_pipeline
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def export_run(
+    run_dir: Path, out: Path, single_file: Path | None = None, dtype: str = "fp32", stage: str | None = None
+) -> list[Path]:
+    """Write the EMA weights of a run's final stage, or of another one, where other programs can read them.
+
+    What is there under these names is replaced; the caller asks first.
+
+    Args:
+        run_dir: of a finished run.
+        out: the folder to write: a diffusers pipeline and the model card.
+        single_file: a `.safetensors` file in the original layout, and beside it the `.yaml` that A1111 reads.
+        dtype: of the weights, a name of :data:`DTYPES`; fp32 loses nothing.
+        stage: whose weights; None: the one the run's configuration calls final.
+
+    Returns:
+        What was written, folders and files.
+
+    Raises:
+        UserError: no finished run, no such stage, or a model that has no original layout.
+    """
+    run = read_run(run_dir)
+    pipeline, chosen = _pipeline(run, stage)
+    if single_file is not None:
+        family_of(pipeline)  # refuses before anything is written
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(DTYPES[dtype])
+    kind = type(pipeline).__name__
+    card = model_card(run.config, chosen, run.rows, run.environment, kind, single_file is not None)
+    written = [out]
+    with new_folder(out) as unfinished:
+        pipeline.save_pretrained(unfinished, safe_serialization=True)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+    if single_file is not None:
+        save_single_file(pipeline, single_file, DTYPES[dtype], single_file.stem)
+        written.append(single_file)
+        described = original_config(pipeline)
+        if described is not None:
+            beside = single_file.with_suffix(".yaml")
+            write_file(beside, yaml.safe_dump(described, sort_keys=False))
+            written.append(beside)
+    return written
+
+
+def _pipeline(run: RunFiles, stage: str | None) -> tuple[Any, str]:
+    """The diffusers pipeline of a stage, and the stage's name."""
+    final = run.directory / "final"
+    if not (final / "model_index.json").is_file():
+        raise UserError(f"--run {run.directory} holds no finished run: it has no final/; train it first")
+    if not run.stages:
+        raise UserError(f"--run {run.directory} has no config.yaml, or none that names stages")
+    names = [entry["name"] for entry in run.stages]
+    last = run.config.get("final") or names[-1]
+    if stage is not None and stage not in names:
+        raise UserError(f"--stage {stage!r} is no stage of {run.directory}; allowed: {', '.join(names)}")
+    model = load_pipeline(str(final))
+    if stage is not None and stage != last:
+        folder = run.directory / "stages" / stage
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--run {run.directory} lacks stages/{stage}: that stage has not been finished")
+        model.unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True)
+    return model.pipeline(), stage or last
