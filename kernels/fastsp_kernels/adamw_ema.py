@@ -16,6 +16,7 @@ Not covered: sparse or complex parameters, AMSGrad, float16 gradients with loss 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,40 @@ CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 TUNING_ELEMENTS = 1 << 24  # well beyond the cache of any GPU
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """What is the same for all parameters; see :func:`adamw_ema`. ``step`` counts this update already."""
+
+    learning_rate: Tensor
+    ema_decay: Tensor
+    gradient_norm: Tensor
+    step: Tensor
+    max_norm: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+    def clip(self) -> Tensor:
+        """What gradients are multiplied by, 0-d float64."""
+        return (self.max_norm / (self.gradient_norm.double() + CLIP_EPSILON)).clamp(max=1.0)
+
+    def factors(self) -> Tensor:
+        """Finite or not, clip, weight decay, step size, root of the second bias correction, weight of the average:
+        (6,) float64, on the device."""
+        learning_rate, step = self.learning_rate.double(), self.step.double()
+        return torch.stack(
+            (
+                torch.isfinite(self.gradient_norm).double(),
+                self.clip(),
+                1 - learning_rate * self.weight_decay,
+                learning_rate / (1 - self.beta1**step),
+                (1 - self.beta2**step).sqrt(),
+                1 - self.ema_decay.double(),
+            )
+        )
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
@@ -117,18 +152,9 @@ def _adamw_ema(
     finite = torch.isfinite(gradient_norm)
     step += finite
     skipped += ~finite
-    factors = torch.stack(
-        (
-            finite.double(),
-            (max_norm / (gradient_norm.double() + CLIP_EPSILON)).clamp(max=1.0),
-            1 - learning_rate.double() * weight_decay,
-            learning_rate.double() / (1 - beta1 ** step.double()),
-            (1 - beta2 ** step.double()).sqrt(),
-            1 - ema_decay.double(),
-        )
-    )
     run = _update_triton if uses_triton(masters[0]) else _update_reference
-    run((masters, gradients, exp_avgs, exp_avg_sqs, emas, copies), factors, beta1, beta2, eps)
+    scalars = Scalars(learning_rate, ema_decay, gradient_norm, step, max_norm, beta1, beta2, eps, weight_decay)
+    run((masters, gradients, exp_avgs, exp_avg_sqs, emas, copies), scalars)
 
 
 @_adamw_ema.register_fake
@@ -136,35 +162,42 @@ def _adamw_ema_fake(*arguments: object) -> None:
     """Everything is in place: there is no output."""
 
 
-def _update_reference(lists: Lists, factors: Tensor, beta1: float, beta2: float, eps: float) -> None:
-    """`factors`: (6,) float64, see `_adamw_ema`. Reads them on the host."""
+def _update_reference(lists: Lists, scalars: Scalars) -> None:
+    """torch's fused AdamW, then the average. Reads the scalars on the host, which on a CPU is nothing to wait for."""
     masters, gradients, exp_avgs, exp_avg_sqs, emas, copies = lists
-    finite, clip, shrink, step_size, root_correction, ema_weight = factors.tolist()
-    if not finite:
+    if not torch.isfinite(scalars.gradient_norm):
         return
-    gradients = list(torch._foreach_mul([gradient.float() for gradient in gradients], clip))
-    first, second = [m.float() for m in exp_avgs], [v.float() for v in exp_avg_sqs]  # themselves where float32
-    torch._foreach_lerp_(first, gradients, 1 - beta1)
-    torch._foreach_mul_(second, beta2)
-    torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
-    torch._foreach_mul_(masters, shrink)
-    denominators = torch._foreach_sqrt(second)
-    torch._foreach_div_(denominators, root_correction)
-    torch._foreach_add_(denominators, eps)
-    torch._foreach_addcdiv_(masters, first, denominators, -step_size)
-    torch._foreach_lerp_(emas, masters, ema_weight)
+    clip = float(scalars.clip())
+    gradients = [gradient.float() for gradient in gradients]  # themselves where float32, as the next two
+    first, second = [m.float() for m in exp_avgs], [v.float() for v in exp_avg_sqs]
+    torch._fused_adamw_(
+        masters,
+        gradients if clip == 1 else list(torch._foreach_mul(gradients, clip)),
+        first,
+        second,
+        [],
+        [scalars.step.float()] * len(masters),
+        lr=float(scalars.learning_rate),
+        beta1=scalars.beta1,
+        beta2=scalars.beta2,
+        weight_decay=scalars.weight_decay,
+        eps=scalars.eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    torch._foreach_lerp_(emas, masters, 1 - float(scalars.ema_decay))
     for stored, values in ((exp_avgs, first), (exp_avg_sqs, second), (copies, masters)):
         if stored and stored[0].dtype != torch.float32:
             torch._foreach_copy_(stored, values)
 
 
-def _update_triton(lists: Lists, factors: Tensor, beta1: float, beta2: float, eps: float) -> None:
-    """`factors`: (6,) float64, see `_adamw_ema`."""
+def _update_triton(lists: Lists, scalars: Scalars) -> None:
+    factors = scalars.factors()
     kind = (*(tensors[0].dtype for tensors in lists if tensors), are_aligned(lists), factors.device)
     if kind not in _tuned and not INTERPRETED:
-        _launch(_scratch(lists), are_aligned(lists), factors, beta1, beta2, eps)
+        _launch(_scratch(lists), are_aligned(lists), factors, scalars)
         _tuned.add(kind)
-    _launch(lists, are_aligned(lists), factors, beta1, beta2, eps)
+    _launch(lists, are_aligned(lists), factors, scalars)
 
 
 _address_tables = AddressTables()
@@ -180,7 +213,7 @@ def _scratch(lists: Lists) -> Lists:
     return masters, gradients, exp_avgs, exp_avg_sqs, emas, copies
 
 
-def _launch(lists: Lists, aligned: bool, factors: Tensor, beta1: float, beta2: float, eps: float) -> None:
+def _launch(lists: Lists, aligned: bool, factors: Tensor, scalars: Scalars) -> None:
     masters, gradients, exp_avgs, exp_avg_sqs, _, copies = lists
     chunks = chunk_table(tuple(master.numel() for master in masters), factors.device)
     with torch.cuda.device_of(factors):
@@ -189,10 +222,10 @@ def _launch(lists: Lists, aligned: bool, factors: Tensor, beta1: float, beta2: f
             chunks,
             factors,
             len(masters),
-            1 - beta1,
-            beta2,
-            1 - beta2,
-            eps,
+            1 - scalars.beta1,
+            scalars.beta2,
+            1 - scalars.beta2,
+            scalars.eps,
             GRADIENT=_triton_dtype(gradients),
             FIRST=_triton_dtype(exp_avgs),
             SECOND=_triton_dtype(exp_avg_sqs),

@@ -58,6 +58,7 @@ def philox_4x32_10(
     Returns:
         Four int64 tensors holding u32.
     """
+    c0, c2 = c0 & MASK, c2 & MASK  # no index to inductor, which would compute its products in int32
     for _ in range(ROUNDS):
         high0, low0 = _multiply_high_low(MULTIPLIERS[0], c0)
         high1, low1 = _multiply_high_low(MULTIPLIERS[1], c2)
@@ -158,13 +159,13 @@ def _split(value: Words) -> tuple[Words, Words]:
 
 
 def _multiply_high_low(multiplier: int, word: Words) -> tuple[Words, Words]:
-    """The high and the low word of a 32 x 32 bit product, by 16-bit halves.
+    """The high and the low word of a 32 x 32 bit product, for a multiplier of at least 2^31.
 
-    The whole product would overflow int64, which eager PyTorch wraps but compiled C++ may treat as impossible.
+    The product itself would overflow int64, which eager PyTorch wraps but compiled C++ may treat as impossible. That of
+    `multiplier - 2^32` fits, and falls short of it by `word * 2^32`: the same low word, a high word short by `word`.
     """
-    lower = (word & 0xFFFF) * multiplier
-    upper = (word >> 16) * multiplier + (lower >> 16)
-    return upper >> 16, (upper & 0xFFFF) << 16 | lower & 0xFFFF
+    product = word * (multiplier - (1 << 32))
+    return (product >> 32) + word, product & MASK
 
 
 # The same, as functions that Triton kernels call. Streams are compile-time integers, seed and position int64 scalars.
