@@ -7,6 +7,7 @@ the wrong setting. Units and defaults stand beside the keys.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,6 +109,7 @@ class CheckpointConfig(Section):
     every: Positive = 500  # steps
     keep: Positive = 3  # newest ones
     keep_every: Positive | None = None  # steps of a stage: those saved at a multiple of it stay for good
+    asynchronous: bool = True  # write while the training goes on; a step waits only for a copy to the CPU
 
 
 class LogConfig(Section):
@@ -221,6 +223,11 @@ class Config(Section):
     def stage(self, name: str) -> StageConfig:
         """The stage of that name."""
         return next(stage for stage in self.stages if stage.name == name)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of :meth:`dump`, in hexadecimal."""
+        return hashlib.sha256(self.dump().encode()).hexdigest()
 
     def dump(self) -> str:
         """The whole configuration as YAML, defaults included: what `config.yaml` of a run holds."""

@@ -28,7 +28,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
     The path is different every time, so that processes which write the same file do not meet.
     """
-    unfinished = _unfinished(path)
+    unfinished = unfinished_path(path)
     try:
         yield unfinished
         _sync(unfinished)
@@ -46,7 +46,7 @@ def new_folder(path: Path, replace: bool = True) -> Iterator[Path]:
     Raises:
         OSError: without ``replace``, a folder of that name has appeared; it stays.
     """
-    unfinished = _unfinished(path)
+    unfinished = unfinished_path(path)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
@@ -75,7 +75,8 @@ def remove_unfinished(root: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _unfinished(path: Path) -> Path:
+def unfinished_path(path: Path) -> Path:
+    """Beside ``path``, another one every time: where to write what becomes ``path`` by a rename."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 

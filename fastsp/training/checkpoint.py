@@ -1,31 +1,45 @@
 """Checkpoints that are whole or not there: written beside their place, checked, committed by one rename.
 
-Tensors go through `torch.distributed.checkpoint` and its safetensors writer; everything else is one JSON manifest with
-the size and checksum of every file. No pickles.
+Tensors go through `torch.distributed.checkpoint` and its safetensors format; everything else is one JSON manifest with
+the size and checksum of every file. No pickles. Every rank writes its own part, in a thread: a step waits only until
+the tensors are copied to the CPU.
 """
 
 from __future__ import annotations
 
+import platform
+import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
+from typing import Self
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
-from fastsp.files import new_folder
+from fastsp.config import CheckpointConfig
+from fastsp.files import commit_folder, unfinished_path
 from fastsp.training.checkpoint_folder import (
+    Files,
     Progress,
+    describe,
     folder_name,
     newest_whole_folder,
     progress_of,
     remove_old,
     write_manifest,
 )
+from fastsp.training.distributed import Ranks
+
+# One process without a group is meant to be so. (For the whole process: `catch_warnings` is not for threads.)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+_FILE_BYTES = 2 << 30  # of a file, about: the writer holds one file at a time in memory
 
 
 @dataclass(frozen=True)
@@ -36,30 +50,130 @@ class Checkpoint:
     progress: Progress
 
     def load_into(self, state: dict[str, Tensor]) -> None:
-        """Read every tensor of ``state`` in place.
+        """Read every tensor of ``state`` in place; of a sharded one (DTensor) the local shard.
+
+        Every rank reads what it needs by itself, however many ranks have written.
 
         Raises:
             KeyError: the checkpoint lacks one of them.
         """
-        with _single_process():
-            dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(self.folder)), no_dist=True)
+        dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(self.folder)), no_dist=True)
 
 
-def save_checkpoint(
-    root: Path, progress: Progress, state: dict[str, Tensor], keep: int, keep_every: int | None = None
-) -> Path:
-    """Write ``root/step_*`` and remove all but the newest ``keep`` and every ``keep_every``-th step of a stage.
+class CheckpointWriter:
+    """Saves checkpoints in the background, one at a time. All ranks call the same methods in the same order.
 
-    Until the rename at the end, nothing under the final name exists and no older checkpoint is touched.
+    Args:
+        root: where the folders go, on a file system that all ranks share.
+        settings: which ones stay, and whether to wait for them.
+        config_digest: of the run's configuration, for the manifest.
+        ranks: who takes part.
     """
-    final = root / folder_name(progress)
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-    with new_folder(final) as unfinished:
-        with _single_process():
-            dcp.save(contiguous, storage_writer=HuggingFaceStorageWriter(str(unfinished)), no_dist=True)
-        write_manifest(unfinished, {"progress": asdict(progress), "torch": torch.__version__})
-    remove_old(final, keep, keep_every)
-    return final
+
+    def __init__(self, root: Path, settings: CheckpointConfig, config_digest: str, ranks: Ranks) -> None:
+        self.root, self.settings, self.ranks = root, settings, ranks
+        self.facts = {
+            "config": config_digest,
+            "world_size": ranks.world_size,
+            "versions": {"fastsp": version("fastsp"), "torch": torch.__version__, "python": platform.python_version()},
+        }
+        self._staged: dict[str, Tensor] = {}  # kept from save to save: pinning memory takes long
+        self._thread: Thread | None = None
+        self._failure: Exception | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or self.ranks.world_size == 1:  # after a failure of another rank, nobody is to be waited for
+            self.wait()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save in flight has failed; :meth:`wait` raises why."""
+        return self._failure is not None
+
+    def save(self, progress: Progress, state: dict[str, Tensor]) -> None:
+        """Begin to write ``root/step_*``. Returns when the tensors may change again.
+
+        Until the rename at the end, nothing under the final name exists and no older checkpoint is touched.
+
+        Raises:
+            Exception: what the save before failed with, or without ``checkpoint.asynchronous`` this one.
+        """
+        self.wait()
+        part = self._stage(_part_of(state, self.ranks))
+        self._thread = Thread(
+            target=self._run, args=(progress, part, _file_indices(state)), name="fastsp-save", daemon=True
+        )
+        self._thread.start()
+        if not self.settings.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save in flight is committed.
+
+        Raises:
+            Exception: what it failed with.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, failure, self._failure = None, self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _stage(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in CPU memory, contiguous as the format wants them."""
+        staged = {}
+        for name, tensor in part.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            copy = self._staged.get(name)
+            if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
+                copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+                self._staged[name] = copy
+            staged[name] = copy.copy_(local.detach(), non_blocking=True)
+            if isinstance(tensor, DTensor):
+                assert self.ranks.cpu_mesh is not None
+                staged[name] = DTensor.from_local(
+                    copy, self.ranks.cpu_mesh, tensor.placements, shape=tensor.shape, stride=_contiguous(tensor.shape)
+                )
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return staged
+
+    def _run(self, progress: Progress, part: dict[str, Tensor], file_indices: dict[str, int]) -> None:
+        try:
+            self._write(progress, part, file_indices)
+        except Exception as error:
+            self._failure = error
+
+    def _write(self, progress: Progress, part: dict[str, Tensor], file_indices: dict[str, int]) -> None:
+        """All ranks write into one unfinished folder; when all are done, rank 0 gives it its name."""
+        final, ranks = self.root / folder_name(progress), self.ranks
+
+        def prepare() -> Path:
+            unfinished = unfinished_path(final)
+            if ranks.is_main:
+                unfinished.mkdir(parents=True)
+            return unfinished
+
+        def commit(files: Files) -> None:
+            write_manifest(unfinished, {"progress": asdict(progress), **self.facts}, files)
+            commit_folder(unfinished, final)
+            remove_old(final, self.settings.keep, self.settings.keep_every)
+
+        unfinished = ranks.together(prepare, ranks.saving)[0]
+        try:
+            writer = HuggingFaceStorageWriter(str(unfinished), file_indices, save_distributed=True)
+            dcp.save(part, storage_writer=writer, process_group=ranks.saving, no_dist=ranks.world_size == 1)
+            own = f"shard-{ranks.rank + 1:05d}-*"
+            described = ranks.together(lambda: describe(unfinished, own), ranks.saving)
+            files = {name: facts for part in described for name, facts in part.items()}
+            ranks.together(lambda: commit(files) if ranks.is_main else None, ranks.saving)
+        except BaseException:
+            if ranks.is_main:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
 def newest_whole(root: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -68,9 +182,22 @@ def newest_whole(root: Path) -> tuple[Checkpoint | None, list[str]]:
     return (Checkpoint(folder, progress_of(folder)) if folder else None), passed_over
 
 
-@contextmanager
-def _single_process() -> Iterator[None]:
-    """Without the warning that there is no process group, which is meant to be so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _part_of(state: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """What this rank writes: its shards of the sharded tensors, and of those that every rank has an even share."""
+    replicated = [name for name, tensor in state.items() if not isinstance(tensor, DTensor)]
+    replicated.sort(key=lambda name: state[name].nbytes)
+    own = set(replicated[ranks.rank :: ranks.world_size])
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, DTensor) or name in own}
+
+
+def _file_indices(state: dict[str, Tensor]) -> dict[str, int]:
+    """For every tensor the number of the file that it goes to, from 1; the same on all ranks."""
+    indices, total = {}, 0
+    for name, tensor in state.items():
+        total += tensor.nbytes
+        indices[name] = 1 + total // _FILE_BYTES
+    return indices
+
+
+def _contiguous(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()

@@ -7,13 +7,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
+
+Files = dict[str, dict[str, Any]]  # of a manifest: path in the folder -> size in bytes, sha256
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,19 @@ def damage(folder: Path, checksums: bool = True) -> str | None:
     return None
 
 
-def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write the manifest over all files of ``folder``."""
-    manifest = {"format": _FORMAT, **content, "files": dict(_described(folder))}
+def write_manifest(folder: Path, content: dict[str, Any], files: Files | None = None) -> None:
+    """Write the manifest over ``files``; None: over all files of ``folder``."""
+    manifest = {"format": _FORMAT, **content, "files": describe(folder) if files is None else files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
-def _described(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and file.name != MANIFEST:
-            yield str(file.relative_to(folder)), {"size": file.stat().st_size, "sha256": _digest(file)}
+def describe(folder: Path, pattern: str = "*") -> Files:
+    """Size and checksum of the files of ``folder`` that match."""
+    return {
+        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": _digest(file)}
+        for file in sorted(folder.rglob(pattern))
+        if file.is_file() and file.name != MANIFEST
+    }
 
 
 def _digest(file: Path) -> str:

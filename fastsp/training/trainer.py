@@ -16,8 +16,9 @@ from fastsp.data.latents import fingerprint
 from fastsp.data.source import Source, open_source
 from fastsp.errors import UserError
 from fastsp.models import TextToImageModel, load_model
-from fastsp.training.checkpoint import Checkpoint, newest_whole, save_checkpoint
+from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
 from fastsp.training.checkpoint_folder import Progress
+from fastsp.training.distributed import Ranks
 from fastsp.training.interrupt import Interrupted, StopRequest
 from fastsp.training.monitor import Monitor
 from fastsp.training.run_directory import RunDirectory
@@ -102,17 +103,18 @@ class Trainer:
             batch_size=batch_size,
         )
         monitor = Monitor(self.run, self.config, stage, done, steps_before, self.console)
-        with closing(batches), monitor:
+        settings = self.config.checkpoint
+        writer = CheckpointWriter(self.run.checkpoints, settings, self.config.digest, Ranks())
+        with closing(batches), monitor, writer:
             for number, batch in enumerate(batches, start=done + 1):
                 result = step(batch.to(self.device), number)
                 monitor.after_step(number, result, len(self.source.bad_samples))
                 if _due(number, self.config.samples.every, stage.steps):
                     self.samples.draw(ema_unet, f"{stage.name}_step_{number:06d}")
-                if _due(number, self.config.checkpoint.every, stage.steps) or self.stop.signal_number:
-                    progress = Progress(stage.name, number, steps_before + number)
-                    settings = self.config.checkpoint
-                    state = step.optimizer.state
-                    save_checkpoint(self.run.checkpoints, progress, state, settings.keep, settings.keep_every)
+                if _due(number, settings.every, stage.steps) or self.stop.signal_number:
+                    writer.save(Progress(stage.name, number, steps_before + number), step.optimizer.state)
+                if writer.failed or self.stop.signal_number:
+                    writer.wait()
                 monitor.pause()
                 if self.stop.signal_number:
                     self.console.print(f"stopped after step {number} of {stage.name}; go on with --resume")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import threading
+import time
+
 import pytest
 import torch
 
+from fastsp.config import CheckpointConfig
 from fastsp.training import checkpoint as module
-from fastsp.training.checkpoint import newest_whole, save_checkpoint
-from fastsp.training.checkpoint_folder import Progress
+from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
+from fastsp.training.checkpoint_folder import MANIFEST, Progress, folder_name
+from fastsp.training.distributed import Ranks
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -16,7 +23,10 @@ def state(value: float) -> dict[str, torch.Tensor]:
 
 
 def save(root, step: int, keep: int = 5, keep_every: int | None = None):
-    return save_checkpoint(root, Progress("mse", step, step), state(float(step)), keep, keep_every)
+    progress, settings = Progress("mse", step, step), CheckpointConfig(keep=keep, keep_every=keep_every)
+    with CheckpointWriter(root, settings, "digest", Ranks()) as writer:
+        writer.save(progress, state(float(step)))
+    return root / folder_name(progress)
 
 
 def test_round_trip_keeps_values_dtypes_and_layouts(tmp_path):
@@ -81,6 +91,45 @@ def test_a_failure_while_saving_leaves_the_older_one_whole(tmp_path, monkeypatch
         save(tmp_path, 2, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert newest_whole(tmp_path)[0].progress.step == 1
+
+
+def test_saving_goes_on_behind_the_training(tmp_path, monkeypatch):
+    """`save` returns when the tensors may change; the next one waits for it; a failure is told at the next call."""
+    may_commit = threading.Event()
+    commit = module.commit_folder
+    monkeypatch.setattr(module, "commit_folder", lambda *args: may_commit.wait(30) and commit(*args))
+    tensors = state(1.0)
+    writer = CheckpointWriter(tmp_path, CheckpointConfig(), "digest", Ranks())
+    writer.save(Progress("mse", 1, 1), tensors)
+    for tensor in tensors.values():
+        tensor.fill_(5)  # the training goes on
+    assert newest_whole(tmp_path) == (None, [])
+    may_commit.set()
+    writer.save(Progress("mse", 2, 2), tensors)
+    first = newest_whole(tmp_path)[0]
+    loaded = {name: torch.zeros_like(value) for name, value in state(1.0).items()}
+    Checkpoint(tmp_path / "step_00000001", first.progress).load_into(loaded)
+    assert all(torch.equal(loaded[name], value) for name, value in state(1.0).items())
+    writer.wait()
+    assert newest_whole(tmp_path)[0].progress.step == 2
+
+    monkeypatch.setattr(module, "commit_folder", lambda *_: os.listdir(tmp_path / "nowhere"))
+    writer.save(Progress("mse", 3, 3), tensors)
+    deadline = time.monotonic() + 30
+    while not writer.failed:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(FileNotFoundError):
+        writer.save(Progress("mse", 4, 4), tensors)
+    assert not writer.failed and newest_whole(tmp_path)[0].progress.step == 2
+
+
+def test_the_manifest_says_what_was_saved_by_what(tmp_path):
+    manifest = json.loads((save(tmp_path, 3) / MANIFEST).read_text())
+    assert manifest["progress"] == {"stage": "mse", "step": 3, "global_step": 3}
+    assert manifest["config"] == "digest" and manifest["world_size"] == 1
+    assert manifest["versions"]["torch"] == torch.__version__ and set(manifest["versions"]) >= {"fastsp", "python"}
+    assert all(set(facts) == {"size", "sha256"} for facts in manifest["files"].values())
 
 
 def test_what_a_kill_leaves_behind_is_no_checkpoint(tmp_path):

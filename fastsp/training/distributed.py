@@ -1,0 +1,180 @@
+"""The processes of a run: who they are, what they agree on, what happens when one of them is missing.
+
+`torchrun` starts them; `torch.distributed` joins them. Without `torchrun` there is one process and no group, and all of
+this costs nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+
+T = TypeVar("T")
+
+_SAVING_TIMEOUT = timedelta(hours=1)  # a slow disk is no hung process
+_GRACE_SECONDS = 5.0  # after a timeout: time for the others to notice it too
+_generations = itertools.count()  # of process groups in this process: each has its own keys in the store
+
+
+class RankError(RuntimeError):
+    """Another process failed or hangs. The message names it."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among those of the run.
+
+    Two groups of gloo on the CPU stand beside the one that moves gradients: one for what the main threads agree on at
+    the border of two steps, one for the threads that save. No two threads ever share a group.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    control: Any = None
+    saving: Any = None
+    store: Any = None
+    cpu_mesh: DeviceMesh | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes. Never a collective within `if is_main`."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.world_size > 1:
+            dist.barrier(self.control)
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on all ranks."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def exchange(self, values: Sequence[int]) -> Tensor:
+        """Every rank's values, (world_size, len(values)) int64 on the CPU; the GPU is not waited for."""
+        own = torch.tensor(values, dtype=torch.int64)
+        gathered = own.repeat(self.world_size, 1)
+        if self.world_size > 1:
+            dist.all_gather(list(gathered.unbind()), own, group=self.control)
+        return gathered
+
+    def together(self, work: Callable[[], T], group: Any = None) -> list[T]:
+        """Let every rank do its share: all of the results on all ranks, or an error on all ranks.
+
+        Args:
+            work: this rank's share.
+            group: `control` if None.
+
+        Raises:
+            RankError: the work of another rank failed. Where it failed, what it raised.
+        """
+        if self.world_size == 1:
+            return [work()]
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        outcomes: list[Any] = [None] * self.world_size
+        said = f"{type(failure).__name__}: {failure}" if failure else None
+        dist.all_gather_object(outcomes, (result, said), group=group or self.control)
+        if failure is not None:
+            raise failure
+        for rank, (_, error_text) in enumerate(outcomes):
+            if error_text is not None:
+                raise RankError(f"rank {rank} failed: {error_text}")
+        return [result for result, _ in outcomes]
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 goes through the block before all others: what it refuses is said once, what it downloads is there."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    @contextmanager
+    def naming_the_missing(self) -> Iterator[None]:
+        """Turn the timeout of a collective into an error that names the ranks which did not take part.
+
+        A collective that times out here does so on every rank that waits in it, or they lose their connection to the
+        one that gave up first. Each of them leaves a note in the store; who leaves none is the one that hangs.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.store is not None:
+                self.store.set(f"failed/{self.rank}", type(error).__name__)
+                if _is_timeout(error) and (missing := self._missing()):
+                    names = ", ".join(str(rank) for rank in missing)
+                    raise RankError(f"rank {names} hangs: no answer to rank {self.rank} in time") from error
+            raise
+
+    def _missing(self) -> list[int]:
+        """The ranks that have not failed after a while."""
+        time.sleep(_GRACE_SECONDS)
+        return [rank for rank in range(self.world_size) if not self.store.check([f"failed/{rank}"])]
+
+
+@contextmanager
+def process_group(timeout_seconds: float) -> Iterator[Ranks]:
+    """Join the processes that `torchrun` started; without it, this process is alone.
+
+    Collectives on the CPU end with an error after the timeout. NCCL's watchdog waits twice as long: at a hang the
+    exchange between two steps, which can tell who is missing, is to speak first.
+
+    Args:
+        timeout_seconds: that a process may wait for the others.
+    """
+    world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        yield Ranks(device=device)
+        return
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"fastsp/{next(_generations)}", store)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=2 * timeout if cuda else timeout,
+        device_id=device if cuda else None,
+    )
+    ranks = Ranks(
+        rank,
+        world_size,
+        device,
+        control=dist.new_group(backend="gloo", timeout=timeout),
+        saving=dist.new_group(backend="gloo", timeout=_SAVING_TIMEOUT),
+        store=store,
+        cpu_mesh=init_device_mesh("cpu", (world_size,)),
+    )
+    with ranks.naming_the_missing():
+        yield ranks
+    dist.destroy_process_group()  # not after a failure: it would wait for the others
+
+
+def _is_timeout(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("timed out" in text or "timeout" in text)
