@@ -40,12 +40,15 @@ class ModelConfig(Section):
     """Where the model comes from: exactly one of the two."""
 
     preset: Literal["digits"] | None = None
-    pretrained: str | None = None  # a diffusers pipeline folder
+    pretrained: str | None = None  # a diffusers folder, a hub id, or a .safetensors file in Stable Diffusion's layout
+    config: str | None = None  # of such a file: a folder or hub id with its tokenizer; None: diffusers' choice
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
         if (self.preset is None) == (self.pretrained is None):
             raise ValueError("give either preset or pretrained")
+        if self.config is not None and self.pretrained is None:
+            raise ValueError("config goes with pretrained")
         return self
 
 
@@ -194,7 +197,7 @@ class Config(Section):
         if stage.perceptual_network is None:
             stage.perceptual_network = stage.init or self.model.pretrained
         network = stage.perceptual_network
-        if network is None or not (network in seen or Path(network).is_dir()):
+        if network is None or not (network in seen or network == self.model.pretrained or Path(network).is_dir()):
             raise ValueError(
                 f"{where}.perceptual_network: {network!r} is neither an earlier stage nor a folder; {_earlier(seen)}"
             )

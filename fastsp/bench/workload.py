@@ -133,7 +133,7 @@ def workload_of(file: Path, device: torch.device) -> Workload:
     """
     config = load_config(file)
     data = config.data
-    model = load_model(config.model.preset, config.model.pretrained, data.resolution, config.seed)
+    model = load_model(config.model.preset, config.model.pretrained, data.resolution, config.seed, config.model.config)
     if model.prediction_type != "v_prediction":
         raise UserError(
             f"{file}: the model predicts {model.prediction_type!r}; fastsp bench compares v_prediction only"

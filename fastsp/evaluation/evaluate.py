@@ -7,8 +7,7 @@ size, so that stages are compared sample by sample.
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from diffusers import UNet2DConditionModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from fastsp import draws
 from fastsp.config import Config
@@ -81,8 +79,7 @@ class Evaluation:
 
     def __init__(self, config: Config, settings: EvaluationSettings, device: torch.device) -> None:
         self.config, self.settings, self.device = config, settings, device
-        with _quiet_loading():
-            self.model = load_pipeline(str(Path(config.run_dir) / "final"))
+        self.model = load_pipeline(str(Path(config.run_dir) / "final"))
         self.model.place(device)
         self.heldout = heldout_pictures(config.data, self.model.channels, settings.heldout)
         self.train = training_pictures(config.data, self.model.channels)
@@ -189,18 +186,6 @@ def _progress(console: Console) -> Progress:
         console=console,
         disable=not console.is_terminal,
     )
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Without transformers' bar for a text encoder that is loaded in a moment."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _plain_line(row: Row, planned: Planned, place: str) -> str:

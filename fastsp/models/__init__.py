@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastsp.errors import UserError
 from fastsp.models.digits import digits_model, digits_tokenizer
 from fastsp.models.model import TextToImageModel, tokenize
-from fastsp.models.pretrained import load_pipeline
+from fastsp.models.pretrained import load_pipeline, load_unet
 from fastsp.models.schedulers import ddim_scheduler, trained_scheduler
 
 PRESETS = ("digits",)
@@ -18,19 +18,22 @@ __all__ = [
     "digits_tokenizer",
     "load_model",
     "load_pipeline",
+    "load_unet",
     "tokenize",
     "trained_scheduler",
 ]
 
 
-def load_model(preset: str | None, pretrained: str | None, resolution: int, seed: int) -> TextToImageModel:
+def load_model(
+    preset: str | None, pretrained: str | None, resolution: int, seed: int, config: str | None = None
+) -> TextToImageModel:
     """The model that a configuration trains: a preset with seeded random weights, or a pipeline folder.
 
     Raises:
         UserError: neither or both given, an unknown preset, a folder that is no pipeline.
     """
     if pretrained is not None:
-        return load_pipeline(pretrained).for_training()
+        return load_pipeline(pretrained, config).for_training()
     if preset != "digits":
         raise UserError(f"model.preset {preset!r} is unknown: use one of {', '.join(PRESETS)}")
     return digits_model(resolution, seed)

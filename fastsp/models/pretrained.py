@@ -1,81 +1,180 @@
-"""Pipelines that are loaded: folders in diffusers' layout, safetensors only."""
+"""Pipelines that are loaded: a folder in diffusers' layout, a hub id or a single file; safetensors only."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from fastsp.errors import UserError
+from fastsp.models.hub import VARIANTS, download_pipeline, is_hub_id
 from fastsp.models.model import TextToImageModel
+from fastsp.models.quiet import quiet_libraries
 from fastsp.models.schedulers import loaded_scheduler
+from fastsp.models.single_file import load_single_file
 
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixelTextToImagePipeline")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _PARTS = ("unet", "text_encoder", "tokenizer", "scheduler")
 _OPTIONAL_PARTS = ("vae", "text_encoder_2", "tokenizer_2")  # latents; Stable Diffusion XL
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last one has the safety checker
+T = TypeVar("T")
 
 
-def load_pipeline(folder: str, with_unet: bool = True) -> TextToImageModel:
-    """A pipeline folder in diffusers' layout, in float32, safetensors only.
+def load_pipeline(name: str, config: str | None = None, with_unet: bool = True) -> TextToImageModel:
+    """A Stable Diffusion 1.x, 2.x or XL pipeline, or a pixel-space one of fastsp's, in float32 on the CPU.
 
     Args:
-        folder: with ``model_index.json``.
+        name: a folder in diffusers' layout, a hub id, or a ``.safetensors`` file in Stable Diffusion's own layout.
+        config: for such a file, a folder or hub id with tokenizer and configuration; None: diffusers' choice.
         with_unet: load the UNet too; else it is None.
 
     Raises:
-        UserError: no such folder, no ``model_index.json``, or a part that is missing or does not fit.
+        UserError: it is not there, is of another kind, or lacks a part; a part does not fit the others; pickled
+            weights; code beside the weights.
     """
-    root = Path(folder)
-    if not (root / "model_index.json").is_file():
-        raise UserError(f"{folder} is no diffusers pipeline folder: it has no model_index.json")
-    index = json.loads((root / "model_index.json").read_text())
-    has = {part for part in _OPTIONAL_PARTS if (index.get(part) or [None])[0] is not None}
-    missing = [part for part in (*_PARTS, *sorted(has)) if not (root / part).is_dir()]
-    if missing:
-        raise UserError(f"{folder} lacks {', '.join(missing)}: a pipeline folder holds one folder for each part")
-    is_xl = "text_encoder_2" in has
-    model = TextToImageModel(
-        unet=_load_part(UNet2DConditionModel, root / "unet") if with_unet else None,
-        text_encoder=_frozen(CLIPTextModel, root / "text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer"),
-        scheduler=loaded_scheduler(DDIMScheduler.load_config(root / "scheduler")),
-        vae=_frozen(AutoencoderKL, root / "vae") if "vae" in has else None,
-        text_encoder_2=_frozen(CLIPTextModelWithProjection, root / "text_encoder_2") if is_xl else None,
-        tokenizer_2=CLIPTokenizer.from_pretrained(root / "tokenizer_2") if is_xl else None,
-        zeros_for_empty_prompt=is_xl and bool(index.get("force_zeros_for_empty_prompt", True)),
-    )
-    if with_unet:
-        _check_widths(model, folder)
+    path = Path(name).expanduser()
+    if path.suffix in PICKLES:
+        raise UserError(f"{name} is a pickle, which can run code: fastsp reads safetensors alone; convert it first")
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(f"{name} is neither a pipeline folder nor a .safetensors file")
+        model = load_single_file(path, config)
+    elif path.exists() or not is_hub_id(name):
+        model = _load_folder(path, name, with_unet)
+    else:
+        model = _load_folder(download_pipeline(name), name, with_unet)
+    for part in model.frozen_parts():
+        part.eval().requires_grad_(False)
+    if model.unet is not None:
+        _check_fit(model, name)
     return model
 
 
-def _frozen(kind: Any, folder: Path) -> Any:
-    return _load_part(kind, folder).eval().requires_grad_(False)
+def load_unet(folder: Path) -> Any:
+    """The UNet of a pipeline folder, or of a folder with a UNet alone; float32.
+
+    Raises:
+        UserError: there is none, or it cannot be loaded.
+    """
+    part = folder if (folder / "config.json").is_file() else folder / "unet"
+    if not (part / "config.json").is_file():
+        raise UserError(f"{folder} holds no UNet: there is no config.json in it, nor in its unet/")
+    return _load_part(UNet2DConditionModel, part)
+
+
+def _load_folder(root: Path, name: str, with_unet: bool) -> TextToImageModel:
+    index = _read_index(root, name)
+    has = {part for part in _OPTIONAL_PARTS if (index.get(part) or [None])[0] is not None}
+    missing = [part for part in (*_PARTS, *sorted(has)) if not (root / part).is_dir()]
+    if missing:
+        raise UserError(f"{name} lacks {', '.join(missing)}: a pipeline folder holds one folder for each part")
+    is_xl = "text_encoder_2" in has
+    return TextToImageModel(
+        unet=_load_part(UNet2DConditionModel, root / "unet") if with_unet else None,
+        text_encoder=_load_part(CLIPTextModel, root / "text_encoder"),
+        tokenizer=_load_tokenizer(root / "tokenizer"),
+        scheduler=loaded_scheduler(_read_json(root / "scheduler" / "scheduler_config.json"), name),
+        vae=_load_part(AutoencoderKL, root / "vae") if "vae" in has else None,
+        text_encoder_2=_load_part(CLIPTextModelWithProjection, root / "text_encoder_2") if is_xl else None,
+        tokenizer_2=_load_tokenizer(root / "tokenizer_2") if is_xl else None,
+        zeros_for_empty_prompt=is_xl and bool(index.get("force_zeros_for_empty_prompt", True)),
+    )
+
+
+def _read_index(root: Path, name: str) -> dict[str, Any]:
+    """``model_index.json``: the pipeline's class, and the library and class of each part."""
+    if not (root / "model_index.json").is_file():
+        raise UserError(f"{name} is no diffusers pipeline folder: it has no model_index.json")
+    index = _read_json(root / "model_index.json")
+    kind = index.get("_class_name")
+    if kind not in PIPELINES:
+        raise UserError(f"{name} is of the kind {kind!r}: fastsp loads {', '.join(PIPELINES)}")
+    for part, value in index.items():
+        if isinstance(value, list) and value[0] is not None and value[0] not in _LIBRARIES:
+            raise UserError(f"{name}: its {part} is code of its own ({value[0]}), which fastsp does not run")
+    return index
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object")
+    return content
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer. Without its vocabulary, transformers would make one that knows no word."""
+    if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
+        raise UserError(f"{folder} has neither tokenizer.json nor vocab.json")
+    return _or_user_error(folder, lambda: CLIPTokenizer.from_pretrained(folder))
 
 
 def _load_part(kind: Any, folder: Path) -> Any:
-    """A part of a pipeline in float32, from safetensors alone.
+    """A network in float32, from safetensors alone, every tensor of it.
 
     Raises:
         UserError: there are none, only pickles perhaps, or they do not fit.
     """
+    options = {
+        "use_safetensors": True,
+        "variant": _variant(folder),
+        "torch_dtype": torch.float32,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": issubclass(kind, PreTrainedModel),  # else it names none; diffusers' models do
+    }
+    module, info = _or_user_error(folder, lambda: kind.from_pretrained(folder, **options))
+    for keys, fault in ((info["missing_keys"], "are missing"), (info["mismatched_keys"], "have another shape")):
+        if keys:
+            raise UserError(f"{folder} lacks weights: {len(keys)} tensors {fault}, such as {sorted(map(str, keys))[0]}")
+    return module
+
+
+def _variant(folder: Path) -> str | None:
+    """Of the weights that are there: plain ones before half precision."""
+    for variant in VARIANTS:
+        suffixes = [".safetensors", ".safetensors.index.json"]
+        names = [f"{stem}{suffix}" for stem in ("model", "diffusion_pytorch_model") for suffix in suffixes]
+        if variant is not None:
+            names = [name.replace(".safetensors", f".{variant}.safetensors", 1) for name in names]
+            names += [name.replace(f"{variant}.safetensors.index", f"safetensors.index.{variant}") for name in names]
+        if any((folder / name).is_file() for name in names):
+            return variant
+    return None
+
+
+def _or_user_error(folder: Path, load: Callable[[], T]) -> T:
+    """What ``load`` gives; the libraries' errors as one line."""
     try:
-        return kind.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        with quiet_libraries():
+            return load()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{folder} cannot be loaded (fastsp reads safetensors alone): {reason}") from None
 
 
-def _check_widths(model: TextToImageModel, folder: str) -> None:
-    """The text encoders' features must be as wide as the UNet takes them."""
-    width = model.text_encoder.config.hidden_size
-    if model.text_encoder_2 is not None:
-        width += model.text_encoder_2.config.hidden_size
-    if model.unet.config.cross_attention_dim != width:
+def _check_fit(model: TextToImageModel, name: str) -> None:
+    """The parts must fit each other: text features in width, latents in channels."""
+    config = model.unet.config
+    width = sum(encoder.config.hidden_size for encoder in model.text_encoders)
+    if config.cross_attention_dim != width:
         raise UserError(
-            f"{folder}: the UNet takes text features of width {model.unet.config.cross_attention_dim}, "
+            f"{name}: the UNet takes text features of width {config.cross_attention_dim}, "
             f"the text encoder{'s give' if model.text_encoder_2 is not None else ' gives'} {width}"
         )
+    if model.vae is not None and config.in_channels != model.vae.config.latent_channels:
+        raise UserError(
+            f"{name}: the UNet takes {config.in_channels} channels, the VAE's latents have "
+            f"{model.vae.config.latent_channels}; fastsp trains text-to-image models"
+        )
+    if model.text_encoder_2 is not None and config.addition_embed_type != "text_time":
+        raise UserError(f"{name}: the UNet takes no pooled text features, as Stable Diffusion XL's does")

@@ -6,16 +6,30 @@ from typing import Any
 
 from diffusers import DDIMScheduler
 
+from fastsp.errors import UserError
 from fastsp.schedule import BETA_END, BETA_START, NUM_TRAIN_TIMESTEPS
 
 _BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
 _MEANING = ("prediction_type", "rescale_betas_zero_snr")  # of the model's answers
 
 
-def loaded_scheduler(config: Any) -> DDIMScheduler:
-    """A folder's scheduler, of any class, as fastsp samples: its noise and prediction type; trailing DDIM."""
+def loaded_scheduler(config: Any, name: str) -> DDIMScheduler:
+    """A folder's scheduler, of any class, as fastsp samples: its noise and prediction type; trailing DDIM.
+
+    Args:
+        config: of the scheduler.
+        name: of the model, for people.
+
+    Raises:
+        UserError: it has no schedule of betas, or one that diffusers' DDIM does not know.
+    """
+    if config.get("beta_schedule") is None and config.get("trained_betas") is None:
+        raise UserError(f"{name}: the scheduler {config.get('_class_name')} has no beta_schedule: fastsp needs one")
     defaults = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
-    return ddim_scheduler(**defaults | _taken(config, (*_BETAS, *_MEANING)))
+    try:
+        return ddim_scheduler(**defaults | _taken(config, (*_BETAS, *_MEANING)))
+    except NotImplementedError:
+        raise UserError(f"{name}: the scheduler's beta_schedule {config['beta_schedule']!r} is unknown") from None
 
 
 def trained_scheduler(config: Any) -> DDIMScheduler:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from rich.console import Console
 
 from fastsp.config import Config, StageConfig
 from fastsp.data.latents import fingerprint
 from fastsp.data.source import Source, open_source
 from fastsp.errors import UserError
-from fastsp.models import TextToImageModel, load_model
+from fastsp.models import TextToImageModel, load_model, load_unet
 from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
 from fastsp.training.checkpoint_folder import Progress
 from fastsp.training.distributed import Ranks
@@ -52,7 +51,7 @@ class Trainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         _refuse_unsupported(config)
         model = config.model
-        self.model = load_model(model.preset, model.pretrained, config.data.resolution, config.seed)
+        self.model = load_model(model.preset, model.pretrained, config.data.resolution, config.seed, model.config)
         self.model.latent_shape(config.data.resolution)  # refuses what the VAE cannot shrink
         if config.data.source == "latents" and self.model.vae is None:
             raise UserError("data.source: 'latents' needs a model with a VAE; this one works on pixels")
@@ -151,17 +150,11 @@ class Trainer:
         )
 
     def _initial_unet(self, name: str | None) -> Any:
-        """The weights that a stage name or a folder stands for; None: the model's own."""
-        if name is None:
+        """The weights that a stage name or a folder stands for; None, or the model's name: the model's own."""
+        if name in (None, self.config.model.pretrained):
             return copy.deepcopy(self.model.unet)
         is_stage = any(stage.name == name for stage in self.config.stages)
-        return self._load_unet(self.run.stage_folder(name) if is_stage else Path(name))
-
-    def _load_unet(self, folder: Path) -> Any:
-        folder = folder if (folder / "config.json").is_file() else folder / "unet"
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder.parent} holds no UNet: there is no config.json in it, nor in its unet/")
-        return UNet2DConditionModel.from_pretrained(folder, use_safetensors=True)
+        return load_unet(self.run.stage_folder(name) if is_stage else Path(name))
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """Find the newest whole checkpoint and say which."""

@@ -1,0 +1,29 @@
+"""Silence of the libraries that load and save: what is wrong, fastsp says itself, and in one line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without notices and bars of diffusers and transformers."""
+    levels = {name: logging.getLogger(name).level for name in ("diffusers", "transformers")}
+    shown = transformers_logging.is_progress_bar_enabled()
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        diffusers_logging.enable_progress_bar()
+        if shown:
+            transformers_logging.enable_progress_bar()
