@@ -16,7 +16,7 @@ def main() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         from fastsp.cli import app
-        from fastsp.errors import UserError
+        from fastsp.errors import RunFailed, UserError
     except ModuleNotFoundError as error:
         sys.exit(_fail(f"{_NEEDS} ({error.name} is missing)"))
 
@@ -24,6 +24,9 @@ def main() -> None:
         sys.exit(app(standalone_mode=False))
     except UserError as error:
         sys.exit(_fail(str(error)))
+    except RunFailed as error:
+        _fail(str(error))
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

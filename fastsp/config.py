@@ -98,6 +98,7 @@ class OptimizerConfig(Section):
     grad_clip: Annotated[float, Field(gt=0.0)] | None = 1.0  # largest norm of the whole gradient
     warmup_steps: NonNegative = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # the last two go down to zero at the stage's end
+    max_skipped: Positive = 20  # updates in a row whose gradient is not finite; then the run stops
 
 
 class EMAConfig(Section):
@@ -115,10 +116,22 @@ class CheckpointConfig(Section):
     asynchronous: bool = True  # write while the training goes on; a step waits only for a copy to the CPU
 
 
+class WandbConfig(Section):
+    """The Weights & Biases run that a run is logged to; a resumed run goes on with its own."""
+
+    project: str
+    entity: str | None = None
+    name: str | None = None  # None: the run directory's
+    group: str | None = None
+    tags: list[str] = []
+    mode: Literal["online", "offline"] = "online"
+
+
 class LogConfig(Section):
-    """How often a line goes to `metrics.jsonl` and TensorBoard."""
+    """How often a line goes to `metrics.jsonl` and TensorBoard, and where else."""
 
     every: Positive = 10  # steps
+    wandb: WandbConfig | None = None
 
 
 class SamplesConfig(Section):
@@ -222,6 +235,10 @@ class Config(Section):
     def compiles_on(self, device: torch.device) -> bool:
         """Whether `compile` asks for it there; auto: on a GPU."""
         return device.type == "cuda" if self.compile == "auto" else self.compile
+
+    def steps_before(self, stage: StageConfig) -> int:
+        """Updates of the stages that come before a stage in the run."""
+        return sum(earlier.steps for earlier in self.stages[: self.stages.index(stage)])
 
     def stage(self, name: str) -> StageConfig:
         """The stage of that name."""

@@ -22,14 +22,14 @@ def train(
     from rich.console import Console
 
     from fastsp.config import load_config
+    from fastsp.evaluation.report import write_report
     from fastsp.training.trainer import train as run_stages
 
     console = Console()
     loaded = load_config(config, overrides or [])
-    run_stages(loaded, resume=resume, console=console)
+    run_stages(loaded, resume=resume, console=console, report=write_report)
     if loaded.evaluation.enabled:
         from fastsp.evaluation.evaluate import evaluate_run
-        from fastsp.evaluation.report import write_report
 
         evaluate_run(loaded, loaded.evaluation, console=console)
         console.print(f"{write_report(Path(loaded.run_dir))} says what the self-perceptual loss did")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 from pathlib import Path
+from typing import BinaryIO
 
 from fastsp.errors import UserError
 
@@ -28,7 +29,7 @@ class BadSampleLog:
         self.max_fraction = max_fraction
         self.min_positions = min(size, MIN_POSITIONS)
         self.reasons: dict[str, str] = {}
-        self._named: set[str | None] = set()  # by any process, as far as the file was read
+        self._named: dict[str, int] = {}  # by any process, as far as the file was read: the first position
         self._read_up_to = 0  # bytes
         self._delivered = 0
         self._rejected = 0
@@ -37,12 +38,21 @@ class BadSampleLog:
         """Bad samples met by this process, each counted once."""
         return len(self.reasons)
 
+    def met_before(self, position: int) -> int:
+        """Bad samples that this run has met below a position, in any process and before a resume too."""
+        if self.path is not None and self.path.exists():
+            with self.path.open("rb") as file:
+                self._read(file)
+        return sum(first < position for first in self._named.values())
+
     def add(self, sample: str, reason: str, position: int | None = None) -> None:
         """Name a bad sample, if it has not been."""
         if sample in self.reasons:
             return
         self.reasons[sample] = reason
-        if self.path is not None:
+        if self.path is None:
+            self._named[sample] = -1 if position is None else position
+        else:
             self._append({"sample": sample, "reason": reason, "position": position})
 
     def count(self, delivered: int, rejected: int) -> None:
@@ -66,18 +76,24 @@ class BadSampleLog:
         assert self.path is not None
         with self.path.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(self._read_up_to)
-            lines = file.readlines()
-            self._named.update(map(_sample, lines))
+            torn = self._read(file)
             if record["sample"] not in self._named:
-                torn = bool(lines) and not lines[-1].endswith(b"\n")
                 file.write(b"\n" * torn + json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            self._read_up_to = file.tell()
 
+    def _read(self, file: BinaryIO) -> bool:
+        """Take in the lines since the last time; true if the file ends in a torn one."""
+        file.seek(self._read_up_to)
+        content = file.read()
+        complete = content.rfind(b"\n") + 1
+        for line in content[:complete].splitlines():
+            self._take(line)
+        self._read_up_to += complete
+        return complete < len(content)
 
-def _sample(line: bytes) -> str | None:
-    """The sample that a line of the file names; None for the torn last line of a run that was killed."""
-    try:
-        return json.loads(line).get("sample")
-    except ValueError:
-        return None
+    def _take(self, line: bytes) -> None:
+        """A line of the file; that of a run which was killed in the midst of it says nothing."""
+        try:
+            record = json.loads(line)
+            self._named.setdefault(record["sample"], -1 if record["position"] is None else record["position"])
+        except (ValueError, KeyError, TypeError):
+            return

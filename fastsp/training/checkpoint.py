@@ -79,7 +79,7 @@ class CheckpointWriter:
         }
         self._staged: dict[str, Tensor] = {}  # kept from save to save: pinning memory takes long
         self._thread: Thread | None = None
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -144,7 +144,7 @@ class CheckpointWriter:
     def _run(self, progress: Progress, part: dict[str, Tensor], file_indices: dict[str, int]) -> None:
         try:
             self._write(progress, part, file_indices)
-        except Exception as error:
+        except BaseException as error:  # torch's CheckpointException is no Exception
             self._failure = error
 
     def _write(self, progress: Progress, part: dict[str, Tensor], file_indices: dict[str, int]) -> None:

@@ -35,3 +35,5 @@ class StopRequest:
         if self.signal_number is not None:
             os._exit(128 + number)
         self.signal_number = number
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nstopping after this step, with everything saved; once more to stop at once\n")

@@ -1,18 +1,24 @@
-"""What a person sees of a run: the progress display, `metrics.jsonl`, TensorBoard."""
+"""What a person sees of a run while it trains: the progress display and, at the log interval, its figures."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Self
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from fastsp.config import Config, StageConfig
+from fastsp.data.bad_samples import BadSampleLog
+from fastsp.data.batch import Batch
+from fastsp.training.faults import check_skipped
 from fastsp.training.run_directory import RunDirectory
 from fastsp.training.step import StepResult
+from fastsp.training.trackers import Trackers
 
 # Without a terminal there is no bar: a line is printed this often.
 _PLAIN_SECONDS = 10.0
@@ -23,25 +29,27 @@ class Monitor:
 
     Args:
         run: where the metrics go.
+        trackers: where they go too.
         config: for the intervals.
         stage: the stage.
         first_step: updates that a resumed stage has behind it.
-        steps_before: updates of the stages before.
+        bad_samples: of the source.
         console: where to print.
     """
 
     def __init__(
         self,
         run: RunDirectory,
+        trackers: Trackers,
         config: Config,
         stage: StageConfig,
         first_step: int,
-        steps_before: int,
+        bad_samples: BadSampleLog,
         console: Console,
     ) -> None:
-        self.run, self.config, self.stage, self.console = run, config, stage, console
-        self.steps_before = steps_before
-        self.writer = SummaryWriter(str(run.tensorboard), purge_step=steps_before + first_step + 1)
+        self.run, self.trackers, self.config, self.stage, self.console = run, trackers, config, stage, console
+        self.steps_before, self.first_position = config.steps_before(stage), config.first_position(stage)
+        self.bad_samples = bad_samples
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -55,6 +63,7 @@ class Monitor:
         )
         self.task: TaskID = self.bar.add_task(stage.name, total=stage.steps, completed=first_step, figures="")
         self.logged_at = self.printed_at = time.monotonic()
+        self.seconds_waited = 0.0  # for batches, since the last log
         self.steps_since_log = 0
 
     def __enter__(self) -> Self:
@@ -63,40 +72,64 @@ class Monitor:
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
-        self.writer.close()
 
-    def after_step(self, step: int, result: StepResult, bad_samples: int) -> None:
-        """Count a step; at the log interval read its figures and write them down."""
+    def watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; the time that the loop waits for each is counted."""
+        iterator = iter(batches)
+        while True:
+            began = time.monotonic()
+            batch = next(iterator, None)
+            self.seconds_waited += time.monotonic() - began
+            if batch is None:
+                return
+            yield batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training, such as sampling: its time is left out of every figure."""
+        began = time.monotonic()
+        yield
+        self.logged_at += time.monotonic() - began
+
+    def after_step(self, step: int, result: StepResult) -> None:
+        """Count a step; at the log interval read its figures and write them down.
+
+        Raises:
+            Diverged: too many updates in a row were skipped.
+        """
         self.steps_since_log += 1
         self.bar.update(self.task, completed=step)
         if step % self.config.log.every and step != self.stage.steps:
             return
-        seconds, self.logged_at = time.monotonic() - self.logged_at, time.monotonic()
-        seconds_per_step, self.steps_since_log = max(seconds, 1e-9) / self.steps_since_log, 0
-        figures = {
-            "loss": float(result.loss),
+        loss = float(result.loss)  # waits for the device: the time is taken after it
+        seconds = max(time.monotonic() - self.logged_at, 1e-9)
+        figures: dict[str, float] = {
+            "loss": loss,
             "grad_norm": float(result.grad_norm),
             "learning_rate": result.learning_rate,
-            "samples_per_s": self.config.data.batch_size / seconds_per_step,
+            "samples_per_s": self.config.data.batch_size * self.steps_since_log / seconds,
+            "data_wait": min(1.0, self.seconds_waited / seconds),
+            "skipped": int(result.skipped),
+            "bad_samples": self.bad_samples.met_before(self.first_position + step * self.config.data.batch_size),
         }
+        if torch.cuda.is_available():
+            figures["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        seconds_left = (self.stage.steps - step) * seconds / self.steps_since_log
+        self.logged_at, self.seconds_waited, self.steps_since_log = time.monotonic(), 0.0, 0
         self._write(step, figures)
-        self._show(step, figures, bad_samples, seconds_left=(self.stage.steps - step) * seconds_per_step)
-
-    def pause(self) -> None:
-        """Leave out of samples/s what is no training: call it after sampling or saving."""
-        if self.steps_since_log == 0:
-            self.logged_at = time.monotonic()
+        self._show(step, figures, seconds_left)
+        check_skipped(self.config, self.stage, step, int(result.skipped_in_a_row))
 
     def _write(self, step: int, figures: dict[str, float]) -> None:
         global_step = self.steps_before + step
         self.run.append_metrics({"stage": self.stage.name, "step": step, "global_step": global_step, **figures})
-        for name, value in figures.items():
-            self.writer.add_scalar(name, value, global_step)
+        self.trackers.write(figures, self.stage.name, global_step)
 
-    def _show(self, step: int, figures: dict[str, float], bad_samples: int, seconds_left: float) -> None:
+    def _show(self, step: int, figures: dict[str, float], seconds_left: float) -> None:
         text = f"loss {figures['loss']:.4f}  {figures['samples_per_s']:.3g} samples/s"
-        if bad_samples:
-            text += f"  {bad_samples} bad"
+        for name, word in (("skipped", "skipped"), ("bad_samples", "bad")):
+            if figures[name]:
+                text += f"  {figures[name]} {word}"
         self.bar.update(self.task, figures=text)
         now = time.monotonic()
         if not self.console.is_terminal and (now - self.printed_at > _PLAIN_SECONDS or step == self.stage.steps):

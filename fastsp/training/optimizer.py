@@ -54,6 +54,7 @@ class AdamWEMA:
         self.learning_rate = torch.zeros((), device=device)
         self.step_count = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self._names: tuple[str, ...] = names
 
     @property
@@ -65,7 +66,12 @@ class AdamWEMA:
             for kind, group in kinds.items()
             for name, tensor in zip(self._names, group, strict=True)
         }
-        return {**tensors, "step_count": self.step_count, "skipped": self.skipped}
+        counters = {
+            "step_count": self.step_count,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+        return {**tensors, **counters}
 
     def after_loading(self) -> None:
         """Make the half precision weights follow the master weights that were loaded in place."""
@@ -110,4 +116,5 @@ class AdamWEMA:
             eps=self.config.eps,
             weight_decay=self.config.weight_decay,
         )
+        self.skipped_in_a_row.add_(1).mul_(~norm.isfinite())
         return norm

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any, Self
 
@@ -94,12 +96,17 @@ class RunDirectory:
             raise UserError(f"run_dir {self.root} holds a run with another configuration: {'; '.join(differing)}")
 
     def _locked(self) -> Any:
-        stream = (self.root / ".lock").open("w")
+        stream = (self.root / ".lock").open("a+")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            stream.seek(0)
+            holder = stream.read() or "another process"
             stream.close()
-            raise UserError(f"run_dir {self.root} is in use by another process") from None
+            raise UserError(f"run_dir {self.root} is in use by {holder}") from None
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+        stream.flush()
         return stream
 
 

@@ -31,6 +31,8 @@ class StepResult:
     loss: Tensor  # 0-d float32, mean over the nominal batch
     grad_norm: Tensor  # 0-d float32, before clipping
     learning_rate: float
+    skipped: Tensor  # 0-d int64, updates of the stage so far whose gradient was not finite
+    skipped_in_a_row: Tensor  # 0-d int64, those since the last good one
 
 
 class Objective(nn.Module):
@@ -118,7 +120,8 @@ class TrainingStep:
             self.optimizer.accumulate()
             loss += part.detach()
         rate = learning_rate(self.config.optimizer, self.stage.learning_rate, number, self.stage.steps)
-        return StepResult(loss, self.optimizer.update(rate), rate)
+        optimizer = self.optimizer
+        return StepResult(loss, optimizer.update(rate), rate, optimizer.skipped, optimizer.skipped_in_a_row)
 
     def microbatch_loss(self, batch: Batch) -> Tensor:
         """The microbatch's share of the loss: the divisor is the whole nominal batch, a rejected sample counts 0."""

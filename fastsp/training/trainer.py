@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,38 +19,55 @@ from fastsp.models import TextToImageModel, load_model, load_unet
 from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
 from fastsp.training.checkpoint_folder import Progress
 from fastsp.training.distributed import Ranks
+from fastsp.training.faults import explained
 from fastsp.training.interrupt import Interrupted, StopRequest
 from fastsp.training.monitor import Monitor
 from fastsp.training.run_directory import RunDirectory
 from fastsp.training.samples import SampleDrawer
-from fastsp.training.step import TrainingStep, build_step
+from fastsp.training.step import StepResult, TrainingStep, build_step
+from fastsp.training.trackers import Trackers, check_installed
 
 
-def train(config: Config, resume: bool = False, console: Console | None = None) -> None:
+def train(
+    config: Config,
+    resume: bool = False,
+    console: Console | None = None,
+    report: Callable[[Path], object] | None = None,
+) -> None:
     """Train all stages of a configuration and write ``final/``.
 
     Args:
         config: of the run.
         resume: go on with the run in ``config.run_dir`` from its newest whole checkpoint.
         console: where to print; None: standard output.
+        report: called with the run directory whenever there are new pictures; it may fail.
 
     Raises:
         UserError: the run directory is not to be had, the model or the data cannot be loaded.
         Interrupted: by SIGINT or SIGTERM, after saving.
+        RunFailed: the disk is full, or the gradient stays not finite.
     """
     run, stop = RunDirectory(config, resume), StopRequest()
-    trainer = Trainer(config, run, stop, console or Console())  # fails before anything is written
-    with run, stop:
+    trainer = Trainer(config, run, stop, console or Console(), report)  # fails before anything is written
+    with explained(run), run, stop:
         trainer.train(resume)
 
 
 class Trainer:
     """One process's share of a run. Made and used by :func:`train`."""
 
-    def __init__(self, config: Config, run: RunDirectory, stop: StopRequest, console: Console) -> None:
-        self.config, self.run, self.stop, self.console = config, run, stop, console
+    def __init__(
+        self,
+        config: Config,
+        run: RunDirectory,
+        stop: StopRequest,
+        console: Console,
+        report: Callable[[Path], object] | None = None,
+    ) -> None:
+        self.config, self.run, self.stop, self.console, self.report = config, run, stop, console, report
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         _refuse_unsupported(config)
+        check_installed(config)
         model = config.model
         self.model = load_model(model.preset, model.pretrained, config.data.resolution, config.seed, model.config)
         self.model.latent_shape(config.data.resolution)  # refuses what the VAE cannot shrink
@@ -78,20 +96,22 @@ class Trainer:
         checkpoint = self._newest_checkpoint() if resume else None
         reached = checkpoint.progress.global_step if checkpoint else 0
         self.run.rewind_metrics(reached)
-        steps_before = 0
-        for stage in self.config.stages:
-            done = min(max(reached - steps_before, 0), stage.steps)
-            if done < stage.steps or not self.run.stage_folder(stage.name).is_dir():
-                self.train_stage(stage, done, steps_before, checkpoint)
-            steps_before += stage.steps
+        with Trackers(self.run, self.config, reached) as trackers:
+            for stage in self.config.stages:
+                done = min(max(reached - self.config.steps_before(stage), 0), stage.steps)
+                if done < stage.steps or not self.run.stage_folder(stage.name).is_dir():
+                    self.train_stage(stage, done, checkpoint, trackers)
         self.finish()
+        self._stop_if_asked("everything")
 
-    def train_stage(self, stage: StageConfig, done: int, steps_before: int, checkpoint: Checkpoint | None) -> None:
+    def train_stage(self, stage: StageConfig, done: int, checkpoint: Checkpoint | None, trackers: Trackers) -> None:
         """One stage, from update ``done`` on (what the checkpoint holds), to the EMA weights in its folder."""
         self.console.print(_headline(stage, done))
         step, ema_unet = self._build(stage)
         if done:
-            assert checkpoint is not None and checkpoint.progress.stage == stage.name
+            assert checkpoint is not None
+            if checkpoint.progress.stage != stage.name:
+                raise UserError(f"{self.run.stage_folder(stage.name)} is missing, the weights of a finished stage")
             checkpoint.load_into(step.optimizer.state)
             step.optimizer.after_loading()
         batch_size = self.config.data.batch_size
@@ -101,25 +121,26 @@ class Trainer:
             last_position=first + stage.steps * batch_size,
             batch_size=batch_size,
         )
-        monitor = Monitor(self.run, self.config, stage, done, steps_before, self.console)
-        settings = self.config.checkpoint
+        monitor = Monitor(self.run, trackers, self.config, stage, done, self.source.bad_samples, self.console)
+        settings, steps_before = self.config.checkpoint, self.config.steps_before(stage)
         writer = CheckpointWriter(self.run.checkpoints, settings, self.config.digest, Ranks())
         with closing(batches), monitor, writer:
-            for number, batch in enumerate(batches, start=done + 1):
+            for number, batch in enumerate(monitor.watched(batches), start=done + 1):
                 result = step(batch.to(self.device), number)
-                monitor.after_step(number, result, len(self.source.bad_samples))
+                monitor.after_step(number, result)
                 if _due(number, self.config.samples.every, stage.steps):
-                    self.samples.draw(ema_unet, f"{stage.name}_step_{number:06d}")
-                if _due(number, settings.every, stage.steps) or self.stop.signal_number:
-                    writer.save(Progress(stage.name, number, steps_before + number), step.optimizer.state)
+                    with monitor.paused():
+                        self.samples.draw(ema_unet, f"{stage.name}_step_{number:06d}")
+                        self._refresh_report()
+                if self._saves(number, stage, result):
+                    with monitor.paused():
+                        writer.save(Progress(stage.name, number, steps_before + number), step.optimizer.state)
                 if writer.failed or self.stop.signal_number:
                     writer.wait()
-                monitor.pause()
-                if self.stop.signal_number:
-                    self.console.print(f"stopped after step {number} of {stage.name}; go on with --resume")
-                    raise Interrupted(self.stop.signal_number)
+                self._stop_if_asked(f"step {number} of {stage.name}")
         self.samples.draw(ema_unet, f"{stage.name}_final")
         self.run.finish_stage(stage.name, ema_unet)
+        self._refresh_report()
 
     def finish(self) -> None:
         """``final/`` from the chosen stage, and the stages side by side from equal noise."""
@@ -167,6 +188,27 @@ class Trainer:
             progress = checkpoint.progress
             self.console.print(f"resuming {checkpoint.folder.name}: step {progress.step} of {progress.stage}")
         return checkpoint
+
+    def _saves(self, number: int, stage: StageConfig, result: StepResult) -> bool:
+        """Whether to save after a step. Within a row of skipped updates only where it must be, so that a run which is
+        ended by them goes on from before them."""
+        if self.stop.signal_number or number == stage.steps:
+            return True
+        return number % self.config.checkpoint.every == 0 and not int(result.skipped_in_a_row)
+
+    def _stop_if_asked(self, done: str) -> None:
+        if self.stop.signal_number:
+            self.console.print(f"stopped after {done}; go on with --resume")
+            raise Interrupted(self.stop.signal_number)
+
+    def _refresh_report(self) -> None:
+        """A report that fails is no reason to stop; it is said once."""
+        if self.report is not None:
+            try:
+                self.report(self.run.root)
+            except Exception as error:
+                self.console.print(f"the report is not refreshed any more: {type(error).__name__}: {error}")
+                self.report = None
 
     def _some_captions(self) -> list[str]:
         """Captions of the first samples of the run, for the pictures."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_run_directory_in_use(fails, tmp_path):
     run_dir = tmp_path / "run"
     with RunDirectory(load_config(QUICKSTART, [f"run_dir={run_dir}"])):
         message = fails("train", "--config", QUICKSTART, f"run_dir={run_dir}", "--resume")
-    assert "is in use by another process" in message
+    assert f"is in use by process {os.getpid()} on " in message
 
 
 def test_sampling(fails, tmp_path):

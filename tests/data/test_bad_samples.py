@@ -34,6 +34,24 @@ def test_a_torn_last_line_does_not_stop_the_next_run(tmp_path):
     assert path.read_text().splitlines()[-1].startswith('{"sample": "b", "reason": "empty"')
 
 
+@pytest.mark.parametrize("name", ["bad_samples.jsonl", None])
+def test_how_many_were_met_is_a_function_of_the_position(tmp_path, name):
+    """So that a run which goes on counts as the straight one; a damaged shard, known at once, counts always."""
+    path = tmp_path / name if name else None
+    log = BadSampleLog(path, 0.5, 100)
+    assert log.met_before(1000) == 0
+    log.add("shard.tar", "damaged")
+    for sample, position in (("a", 0), ("b", 7), ("c", 20)):
+        log.add(sample, "empty", position)
+    log.add("a", "empty", 30)
+    assert [log.met_before(position) for position in (0, 1, 7, 8, 21)] == [1, 2, 2, 3, 4]
+    if path is not None:
+        again = BadSampleLog(path, 0.5, 100)
+        assert again.met_before(8) == 3
+        log.add("d", "empty", 25)
+        assert again.met_before(26) == 5
+
+
 def test_the_fraction_is_of_at_least_an_epoch_or_1000_samples():
     log = BadSampleLog(None, 0.01, size=5000)
     log.add("a", "empty")

@@ -75,9 +75,15 @@ def test_bfloat16_weights_follow_float32_masters():
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
     unet, _, optimizer = make(torch.float32)
     before = {name: tensor.clone() for name, tensor in optimizer.state.items()}
-    gradients(unet, 0)
-    next(unet.parameters()).grad[0] = float("nan")
-    optimizer.accumulate()
-    assert not torch.isfinite(optimizer.update(1e-3))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.state.items() if name != "skipped")
-    assert int(optimizer.skipped) == 1
+    counters = []
+    for seed, broken in enumerate((float("nan"), float("inf"), None, float("nan"))):
+        gradients(unet, seed)
+        if broken:
+            next(unet.parameters()).grad[0] = broken
+        optimizer.accumulate()
+        assert torch.isfinite(optimizer.update(1e-3)) == (broken is None)
+        counters.append((int(optimizer.skipped), int(optimizer.skipped_in_a_row), int(optimizer.step_count)))
+        if seed < 2:
+            changed = [name for name, tensor in optimizer.state.items() if not torch.equal(tensor, before[name])]
+            assert changed == ["skipped", "skipped_in_a_row"]
+    assert counters == [(1, 1, 0), (2, 2, 0), (2, 0, 1), (3, 1, 1)]

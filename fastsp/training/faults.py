@@ -1,0 +1,104 @@
+"""What can end a run from outside its code, told in one line that says what is left and how to go on."""
+
+from __future__ import annotations
+
+import errno
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from fastsp.config import Config, StageConfig
+from fastsp.errors import RunFailed
+from fastsp.training.checkpoint_folder import damage, newest_first, progress_of
+from fastsp.training.run_directory import RunDirectory
+
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than is allowed here",
+}
+
+
+class Diverged(Exception):  # noqa: N818
+    """The gradient stays not finite. :func:`explained` says what is left."""
+
+
+@contextmanager
+def explained(run: RunDirectory) -> Iterator[None]:
+    """Around the whole run: turn :class:`Diverged`, and errors that mean a full disk, into one line.
+
+    Raises:
+        RunFailed: in their place. Every other error passes.
+    """
+    hook = threading.excepthook
+    threading.excepthook = lambda args: None if no_room(args.exc_value) else hook(args)  # TensorBoard's writer
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Diverged):
+            reason, advice = (
+                str(error),
+                (
+                    "look at these samples, or go on with --resume --allow-changes and a lower learning rate or "
+                    "precision=fp32"
+                ),
+            )
+        elif full := no_room(error):
+            reason, advice = full, "make room and go on with --resume"
+        else:
+            raise
+        raise RunFailed(f"{run.root}: {reason}; {_last_good(run)}; {advice}") from error
+    finally:
+        threading.excepthook = hook
+
+
+def no_room(error: BaseException | None) -> str | None:
+    """How an error says that nothing more can be written; None if it says something else."""
+    seen: set[int] = set()
+    pending = [error]
+    while pending:
+        error = pending.pop()
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        number = error.errno if isinstance(error, OSError) else None
+        if type(error).__name__ == "SafetensorError" and (told := re.search(r"os error (\d+)", str(error))):
+            number = int(told[1])
+        if number in _NO_ROOM:
+            return _NO_ROOM[number]
+        if isinstance(error, CheckpointException):
+            pending += [failure for failure, _ in error.failures.values()]
+        pending += [error.__cause__, error.__context__]
+    return None
+
+
+def check_skipped(config: Config, stage: StageConfig, step: int, in_a_row: int) -> None:
+    """End a run whose gradient stays not finite.
+
+    Args:
+        step: of the stage, the latest.
+        in_a_row: the latest updates that were skipped, without a good one between them.
+
+    Raises:
+        Diverged: they are ``optimizer.max_skipped`` or more.
+    """
+    if in_a_row < config.optimizer.max_skipped:
+        return
+    first, size = config.first_position(stage), config.data.batch_size
+    positions = f"{first + (step - in_a_row) * size} to {first + step * size - 1}"
+    raise Diverged(
+        f"{in_a_row} updates in a row were skipped, their gradient is not finite: steps {step - in_a_row + 1} to "
+        f"{step} of stage {stage.name}, sample positions {positions}"
+    )
+
+
+def _last_good(run: RunDirectory) -> str:
+    """The newest checkpoint, in words."""
+    for folder in newest_first(run.checkpoints):
+        if damage(folder, checksums=False) is None:
+            progress = progress_of(folder)
+            return f"the last good checkpoint is {folder} (step {progress.step} of {progress.stage})"
+    return "there is no checkpoint yet"

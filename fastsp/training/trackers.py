@@ -1,0 +1,90 @@
+"""Where a run's figures go besides `metrics.jsonl`: TensorBoard always, Weights & Biases when configured."""
+
+from __future__ import annotations
+
+import uuid
+from importlib.util import find_spec
+from typing import Any, Self
+
+from torch.utils.tensorboard import SummaryWriter
+
+from fastsp.config import Config
+from fastsp.errors import UserError
+from fastsp.files import write_file
+from fastsp.training.run_directory import RunDirectory
+
+
+def check_installed(config: Config) -> None:
+    """See that what the configuration asks for is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    if config.log.wandb is not None and find_spec("wandb") is None:
+        raise UserError(
+            "log.wandb is set, but wandb is not installed: pip install 'fastsp[wandb]', or leave log.wandb out"
+        )
+
+
+class Trackers:
+    """The trackers of one process, open as a context manager.
+
+    Args:
+        run: where the files go.
+        config: of the run.
+        reached: updates of the run that are behind; what TensorBoard shows of later ones is dropped.
+
+    Raises:
+        UserError: Weights & Biases does not take the run.
+    """
+
+    def __init__(self, run: RunDirectory, config: Config, reached: int) -> None:
+        self._wandb = _wandb_run(run, config) if config.log.wandb else None
+        self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=reached + 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+        self._tensorboard.close()
+
+    def write(self, figures: dict[str, float], stage: str, global_step: int) -> None:
+        """The figures of one logged step."""
+        for name, value in figures.items():
+            self._tensorboard.add_scalar(name, value, global_step)
+        if self._wandb is not None:
+            self._wandb.log({**figures, "stage": stage, "global_step": global_step})
+
+
+def _wandb_run(run: RunDirectory, config: Config) -> Any:
+    """The Weights & Biases run, the same one after a resume.
+
+    Its own step counter cannot go back to a checkpoint, so the figures are drawn over `global_step`, which can.
+    """
+    import wandb
+
+    settings = config.log.wandb
+    assert settings is not None
+    identity = run.root / "wandb_id"
+    if not identity.exists():
+        write_file(identity, uuid.uuid4().hex[:16])
+    try:
+        tracked = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            name=settings.name or run.root.resolve().name,
+            group=settings.group,
+            tags=settings.tags,
+            mode=settings.mode,
+            id=identity.read_text(),
+            resume="allow",
+            dir=str(run.root),
+            config=config.model_dump(mode="json"),
+        )
+    except wandb.Error as error:
+        raise UserError(f"log.wandb: {error}") from error
+    tracked.define_metric("global_step")
+    tracked.define_metric("*", step_metric="global_step")
+    return tracked
