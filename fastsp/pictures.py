@@ -1,20 +1,24 @@
-"""Tensors to pictures: single images, and captioned grids."""
+"""Tensors to pictures: single images, and grids with titles and captions."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from fastsp.files import new_file
+from fastsp.lettering import font_for, one_line, wrap
 
 _MARGIN = 2
-_PAPER = 255
-_INK = 40
+_PAPER = (255,) * 3
+_INK = (40,) * 3
+_LINE = 1.25  # height of a line of text, in sizes of its font
+_MAX_ROW_TITLE = 260  # pixels
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -25,55 +29,87 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def grid(
-    images: Tensor,
+    images: Tensor | Sequence[Image.Image],
     columns: int | None = None,
-    row_titles: list[str] | None = None,
-    column_titles: list[str] | None = None,
+    row_titles: Sequence[str] | None = None,
+    column_titles: Sequence[str] | None = None,
+    captions: Sequence[str] | None = None,
     min_size: int = 48,
+    max_size: int | None = None,
 ) -> Image.Image:
-    """A grid of images, small ones enlarged to at least ``min_size`` pixels without smoothing.
+    """A grid of images of one size, row by row. Titles and captions are wrapped, and clipped where there is no room.
 
     Args:
-        images: (N, C, H, W) in [-1, 1], row by row.
+        images: (N, C, H, W) in [-1, 1], or PIL images.
         columns: None for a nearly square grid.
         row_titles: one for each row, at its left.
         column_titles: one for each column, above it.
-        min_size: pixels of a cell's side.
+        captions: one for each image, below it.
+        min_size: pixels of a cell's side; smaller images are enlarged by a whole factor, without smoothing.
+        max_size: larger ones are shrunk to it; None: never.
     """
-    pictures = [picture.convert("RGB") for picture in to_pil(images)]
+    pictures = [_sized(p, min_size, max_size) for p in (to_pil(images) if isinstance(images, Tensor) else images)]
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     rows = math.ceil(len(pictures) / columns)
-    scale = max(1, math.ceil(min_size / pictures[0].width))
-    width, height = (side * scale + _MARGIN for side in pictures[0].size)
-    font = ImageFont.load_default(13)
-    left = _MARGIN + max((round(font.getlength(title)) + 10 for title in row_titles or []), default=0)
-    top = _MARGIN + (20 if column_titles else 0)
-    canvas = Image.new("RGB", (left + columns * width, top + rows * height), (_PAPER,) * 3)
-    draw = ImageDraw.Draw(canvas)
+    width, height = pictures[0].size
+    size = min(max(13, width // 28), 20)
+    above = _Texts(column_titles, width, size, max_lines=3)
+    below = _Texts(captions, width, size, max_lines=3)
+    beside = _Texts(row_titles, _MAX_ROW_TITLE, size, max_lines=max(1, int(height / size / _LINE)))
+    left, top = _MARGIN + beside.width, _MARGIN + above.height
+    cell = width + _MARGIN, height + below.height + _MARGIN
+    canvas = Image.new("RGB", (left + columns * cell[0], top + rows * cell[1]), _PAPER)
     for index, picture in enumerate(pictures):
         row, column = divmod(index, columns)
-        cell = picture.resize((width - _MARGIN, height - _MARGIN), Image.Resampling.NEAREST)
-        canvas.paste(cell, (left + column * width, top + row * height))
-    for row, title in enumerate(row_titles or []):
-        draw.text((4, top + row * height + height // 2 - 8), title, fill=(_INK,) * 3, font=font)
-    for column, title in enumerate(column_titles or []):
-        clipped = _clip(title, width - 4, font)
-        draw.text((left + column * width + 2, 2), clipped, fill=(_INK,) * 3, font=font)
+        place = left + column * cell[0], top + row * cell[1]
+        canvas.paste(picture, place)
+        below.draw(canvas, index, (place[0], place[1] + height))
+    for row in range(len(row_titles or ())):
+        middle = (height - beside.text_height(row)) // 2
+        beside.draw(canvas, row, (_MARGIN, top + row * cell[1] + max(0, middle)))
+    for column in range(len(column_titles or ())):
+        above.draw(canvas, column, (left + column * cell[0], _MARGIN))
     return canvas
 
 
 def save_png(picture: Image.Image, path: Path, **metadata: str) -> None:
-    """Write a PNG; ``metadata`` goes into its text chunks."""
+    """Write a PNG whole or not at all; ``metadata`` goes into its text chunks, as UTF-8."""
     info = PngInfo()
     for key, value in metadata.items():
-        info.add_itxt(key, value)
+        info.add_itxt(key, value.encode("utf-8", "replace").decode("utf-8").replace("\0", ""))
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as unfinished:
         picture.save(unfinished, format="PNG", pnginfo=info)
 
 
-def _clip(text: str, width: float, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    """``text``, shortened with an ellipsis until it fits ``width`` pixels."""
-    while text and font.getlength(text) > width:
-        text = text[:-2].rstrip("… ") + "…" if len(text) > 2 else ""
-    return text
+class _Texts:
+    """Wrapped texts of one kind, and the room that they take: ``height`` of the highest, ``width`` of the widest."""
+
+    def __init__(self, texts: Sequence[str] | None, width: int, size: int, max_lines: int) -> None:
+        self._line = round(size * _LINE)
+        self._fonts = [font_for(one_line(text), size) for text in texts or ()]
+        self._lines = [
+            wrap(text, width - 4, font, max_lines) for text, font in zip(texts or (), self._fonts, strict=True)
+        ]
+        lengths = [font.getlength(line) for lines, font in zip(self._lines, self._fonts, strict=True) for line in lines]
+        self.height = max((self.text_height(index) for index in range(len(self._lines))), default=0)
+        self.width = math.ceil(max(lengths)) + 10 if lengths else 0
+
+    def text_height(self, index: int) -> int:
+        return len(self._lines[index]) * self._line + 4 if self._lines[index] else 0
+
+    def draw(self, canvas: Image.Image, index: int, place: tuple[int, int]) -> None:
+        for number, line in enumerate(self._lines[index] if self._lines else ()):
+            at = place[0] + 2, place[1] + number * self._line + 1
+            ImageDraw.Draw(canvas).text(at, line, fill=_INK, font=self._fonts[index])
+
+
+def _sized(picture: Image.Image, min_size: int, max_size: int | None) -> Image.Image:
+    picture = picture.convert("RGB")
+    if picture.width < min_size:
+        scale = math.ceil(min_size / picture.width)
+        return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    if max_size is not None and picture.width > max_size:
+        height = max(1, round(picture.height * max_size / picture.width))
+        return picture.resize((max_size, height), Image.Resampling.LANCZOS)
+    return picture

@@ -1,47 +1,182 @@
-"""`fastsp sample`: pictures from a trained model."""
+"""`fastsp sample`: pictures from trained models."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from fastsp.generation import Sampling
+
+_TRAJECTORY_SIZE = 192  # pixels of a picture's side where there is one for every step
+
 
 def sample(
-    model: Annotated[Path, typer.Option("--model", help="A pipeline folder, such as a run's final/.", metavar="DIR")],
+    model: Annotated[
+        list[str],
+        typer.Option("--model", help="A pipeline folder, such as a run's final/, or a run's stages/NAME; repeatable."),
+    ],
     out: Annotated[Path, typer.Option("--out", help="The grid to write.", metavar="FILE.png")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A text; may be given several times.")] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="A file with one text in a line.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="DDIM steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=0.0, help="Classifier-free guidance; 0: none.")] = 0.0,
     rescale: Annotated[float, typer.Option(min=0.0, max=1.0, help="Rescale of the guidance (phi).")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the initial noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the initial noise.")] = 0,
+    resolution: Annotated[int | None, typer.Option(min=1, help="Side in pixels; by default the model's own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once; changes memory and speed.")] = 16,
+    trajectory: Annotated[bool, typer.Option("--trajectory", help="Show x0^ after every step (Figure 6).")] = False,
+    singles: Annotated[
+        Path | None, typer.Option("--singles", help="Write each picture by itself too.", metavar="DIR")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
-    """Sample one picture for each prompt and write them as one PNG grid. Equal seeds give equal initial noise.
+    """Draw pictures and write them as one PNG grid. Equal seeds give equal initial noise, whatever the model.
 
-    Example: fastsp sample --model runs/quickstart/final --prompt "a handwritten seven" --out seven.png
+    Several models give one row each (the paper's Figure 1). The files carry prompt and settings in their metadata.
+
+    Example: fastsp sample --model runs/quickstart/final --prompt "a handwritten seven" --count 4 --out seven.png
+
+    Example: fastsp sample --model runs/a/stages/mse --model runs/a/stages/sp --prompts captions.txt --out compared.png
     """
-    import torch
-
-    from fastsp import draws
     from fastsp.errors import UserError
-    from fastsp.models import load_pipeline
-    from fastsp.pictures import grid, save_png
+    from fastsp.generation import Sampling
     from fastsp.sampling import Guidance
 
-    texts = [*(prompt or []), *(_lines(prompts) if prompts else [])]
+    texts = [text for text in [*(prompt or []), *(_lines(prompts) if prompts else [])] for _ in range(count)]
     if not texts:
         raise UserError("there is nothing to sample: give --prompt TEXT or --prompts FILE")
+    if trajectory and singles is not None:
+        raise UserError("--singles goes with final pictures, --trajectory with those on the way: give one of them")
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png")
-    pipeline = load_pipeline(str(model))
-    shape = pipeline.latent_shape(pipeline.unet.config.sample_size)
-    noise = draws.evaluation_noise(seed, torch.arange(len(texts)), shape)
-    images = pipeline.generate(texts, noise, steps, Guidance(guidance, rescale))
-    facts = {"model": model, "steps": steps, "guidance": guidance, "rescale": rescale, "seed": seed}
-    save_png(grid(images), out, prompts="\n".join(texts), **{key: str(value) for key, value in facts.items()})
-    typer.echo(f"{out}: {len(texts)} pictures in {steps} DDIM steps")
+    titles = short_names(model)
+    files = _single_files(singles, titles, len(texts))
+    _refuse_existing([out, *(file for row in files for file in row)], force)
+    settings = Sampling(steps, Guidance(guidance, rescale), seed, resolution, batch_size)
+    rows = list(_pictures(model, texts, settings, files, trajectory))
+    _write_grid(rows, titles, texts, settings, trajectory, out, model)
+    typer.echo(f"{out}: {len(texts) * len(model)} pictures in {steps} DDIM steps")
+    if singles is not None:
+        typer.echo(f"{singles}: the same pictures one by one")
+
+
+def short_names(models: Sequence[str]) -> list[str]:
+    """Names for the rows: of each path the part that tells it from the others, without an end that all share."""
+    parts = [[part for part in Path(name).parts if part != "/"] or [name] for name in models]
+    while len(parts) > 1 and all(len(path) > 1 for path in parts) and len({path[-1] for path in parts}) == 1:
+        parts = [path[:-1] for path in parts]
+    names = [path[-1] for path in parts]
+    return names if len(set(names)) == len(names) else list(models)
+
+
+def parameters(prompt: str, settings: Sampling, index: int, model: str, size: tuple[int, int]) -> dict[str, str]:
+    """Metadata of one picture: plain keys, and the text under `parameters` that A1111 and its kin read."""
+    guidance = settings.guidance
+    line = {
+        "Steps": settings.steps,
+        "Sampler": "DDIM",
+        "Schedule type": "SGM Uniform",  # their name of trailing timesteps
+        "CFG scale": f"{guidance.scale if guidance.active else 1:g}",
+        "Seed": settings.seed,
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": model,
+    }
+    return {
+        "parameters": f"{prompt}\n" + ", ".join(f"{key}: {value}" for key, value in line.items()),
+        "prompt": prompt,
+        **_facts(settings, model),
+        "index": str(index),  # of the initial noise, among those of the seed
+    }
+
+
+def _facts(settings: Sampling, model: str) -> dict[str, str]:
+    guidance = settings.guidance
+    facts = {"steps": settings.steps, "guidance": guidance.scale, "rescale": guidance.rescale, "seed": settings.seed}
+    return {"model": model, **{key: str(value) for key, value in facts.items()}}
+
+
+def _pictures(
+    models: Sequence[str], texts: list[str], settings: Sampling, files: list[list[Path]], trajectory: bool
+) -> Iterator[list[Image]]:
+    """Of each model its pictures in the order of ``texts``; with ``trajectory`` those of every step in their place."""
+    from fastsp.cli.progress import steps_bar
+    from fastsp.errors import UserError
+    from fastsp.generation import generate, load_for_sampling, num_batches, trajectories
+    from fastsp.pictures import save_png, to_pil
+
+    size = None
+    total = len(models) * num_batches(len(texts), settings.batch_size) * settings.steps
+    with steps_bar("sampling", total) as advance:
+        for place, name in enumerate(models):
+            model = load_for_sampling(name)
+            side = settings.resolution or model.default_resolution
+            if size is not None and side != size:
+                raise UserError(f"--model {name} makes pictures of {side} px, the others of {size}: give --resolution")
+            size = side
+            pictures: list[Image] = []
+            draw = trajectories if trajectory else generate
+            for indices, images in draw(model, texts, settings, after_step=advance):
+                batch = to_pil(images.flatten(0, -4))
+                for index, picture in zip(indices, batch if files else (), strict=False):
+                    facts = parameters(texts[index], settings, index, name, picture.size)
+                    save_png(picture, files[place][index], **facts)
+                pictures += [_thumbnail(p) for p in batch] if trajectory else batch
+            yield pictures
+
+
+def _write_grid(
+    rows: list[list[Image]],
+    titles: list[str],
+    texts: list[str],
+    settings: Sampling,
+    trajectory: bool,
+    out: Path,
+    models: Sequence[str],
+) -> None:
+    """One model: a captioned square; several: a row each; a trajectory: a row for every picture, a column a step."""
+    from fastsp.pictures import grid, save_png
+
+    layout: dict[str, Any] = {"captions": texts, "min_size": 128}
+    if trajectory:
+        named = [f"{title}: {text}" if len(titles) > 1 else text for title in titles for text in texts]
+        numbers = [str(step + 1) for step in range(settings.steps)]
+        layout = {"columns": settings.steps, "row_titles": named, "column_titles": numbers, "min_size": 48}
+    elif len(rows) > 1:
+        layout = {"columns": len(texts), "row_titles": titles, "column_titles": texts, "min_size": 128}
+    picture = grid([picture for row in rows for picture in row], **layout)
+    save_png(picture, out, prompts="\n".join(texts), **_facts(settings, "\n".join(models)))
+
+
+def _thumbnail(picture: Image) -> Image:
+    """A step of a trajectory, shrunk: there are many."""
+    picture.thumbnail((_TRAJECTORY_SIZE, _TRAJECTORY_SIZE))
+    return picture
+
+
+def _single_files(singles: Path | None, titles: list[str], count: int) -> list[list[Path]]:
+    """A file for every picture of every model; in a folder for each model where there are several."""
+    if singles is None:
+        return []
+    names = [title.replace("/", "_").replace("\\", "_") for title in titles]
+    folders = [singles / name for name in names] if len(names) > 1 else [singles]
+    return [[folder / f"{index:05d}.png" for index in range(count)] for folder in folders]
+
+
+def _refuse_existing(files: list[Path], force: bool) -> None:
+    from fastsp.errors import UserError
+
+    for file in files:
+        if file.is_dir():
+            raise UserError(f"{file} is a folder; a file is written there")
+        if file.exists() and not force:
+            raise UserError(f"{file} is there already; --force replaces it, or choose another name")
 
 
 def _lines(file: Path) -> list[str]:
@@ -50,4 +185,8 @@ def _lines(file: Path) -> list[str]:
 
     if not file.is_file():
         raise UserError(f"--prompts {file} does not exist")
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"--prompts {file} is not UTF-8 text") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -6,8 +6,15 @@ import sys
 from collections.abc import Callable
 
 import pytest
+from transformers.utils import logging
 
 from fastsp.__main__ import main
+
+
+@pytest.fixture(autouse=True)
+def _no_bars() -> None:
+    """As the command line asks for by the environment, which has to be set before the first import."""
+    logging.disable_progress_bar()
 
 
 @pytest.fixture

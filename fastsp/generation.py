@@ -1,0 +1,114 @@
+"""Pictures of a model in batches: picture i from prompt i and noise i, whatever the model and the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from fastsp import draws
+from fastsp.errors import UserError
+from fastsp.models import TextToImageModel, load_pipeline
+from fastsp.sampling import NO_GUIDANCE, Guidance
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn.
+
+    Attributes:
+        steps: of DDIM, 1 .. T.
+        guidance: scale and rescale.
+        seed: of the initial noise.
+        resolution: side in pixels; None: what the UNet was made for.
+        batch_size: pictures drawn at once; what they show does not depend on it, but for the rounding of sums.
+    """
+
+    steps: int = 25
+    guidance: Guidance = NO_GUIDANCE
+    seed: int = 0
+    resolution: int | None = None
+    batch_size: int = 16
+
+
+def load_for_sampling(name: str) -> TextToImageModel:
+    """A model to sample: on a GPU with its UNet in bfloat16, else on the CPU in float32.
+
+    Args:
+        name: what :func:`fastsp.models.load_pipeline` takes, or a stage of a run, as in ``runs/quickstart/stages/mse``:
+            that UNet, the run's other parts.
+    """
+    folder = Path(name)
+    run = folder.parent.parent
+    if (folder / "config.json").is_file() and (run / "final" / "model_index.json").is_file():
+        model = load_pipeline(str(run / "final"), with_unet=False)
+        model.unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True)
+    else:
+        model = load_pipeline(name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.place(device)
+    model.unet.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    if device.type == "cuda":
+        model.unet.to(torch.bfloat16)
+    return model
+
+
+def generate(
+    model: TextToImageModel,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    first: int = 0,
+    after_step: Callable[[], Any] = lambda: None,
+) -> Iterator[tuple[range, Tensor]]:
+    """Draw picture i from prompt i and noise i: batches of their indices and pictures, on the CPU.
+
+    Args:
+        model: on its device.
+        prompts: one for each picture.
+        sampling: how.
+        first: index of the first picture to draw, the start of a batch.
+        after_step: called after every DDIM step of a batch.
+
+    Yields:
+        Indices, and (B, C, H, W) float32 in [-1, 1].
+    """
+    for indices, walk in _walks(model, prompts, sampling, first):
+        for x_t, _ in walk:
+            latents = x_t
+            after_step()
+        yield indices, model.decode(latents).cpu()
+
+
+def trajectories(
+    model: TextToImageModel, prompts: Sequence[str], sampling: Sampling, after_step: Callable[[], Any] = lambda: None
+) -> Iterator[tuple[range, Tensor]]:
+    """The pictures of x0^ after every step (the paper's Figure 6): batches (B, steps, C, H, W), else as `generate`."""
+    for indices, walk in _walks(model, prompts, sampling, 0):
+        frames = []
+        for _, sample in walk:
+            frames.append(model.decode(sample).cpu())
+            after_step()
+        yield indices, torch.stack(frames, dim=1)
+
+
+def num_batches(count: int, batch_size: int) -> int:
+    return -(-count // batch_size)
+
+
+def _walks(
+    model: TextToImageModel, prompts: Sequence[str], sampling: Sampling, first: int
+) -> Iterator[tuple[range, Iterator[tuple[Tensor, Tensor]]]]:
+    """For each batch its indices, and the steps of its way from noise to picture."""
+    if sampling.steps > len(model.schedule):
+        raise UserError(f"--steps {sampling.steps}: the model knows {len(model.schedule)} timesteps; take no more")
+    shape = model.latent_shape(sampling.resolution or model.default_resolution)
+    for start in range(first, len(prompts), sampling.batch_size):
+        indices = range(start, min(start + sampling.batch_size, len(prompts)))
+        noise = draws.evaluation_noise(sampling.seed, torch.tensor(indices), shape).to(model.unet.device)
+        texts = list(prompts[indices.start : indices.stop])
+        yield indices, model.sample(texts, noise, sampling.steps, sampling.guidance)

@@ -1,0 +1,138 @@
+"""`fastsp sample`: equal noise over models and batch sizes, layout, metadata, and nothing overwritten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from export.test_export import finished_run
+from PIL import Image
+from tiny import tiny_stable_diffusion
+
+from fastsp import draws
+from fastsp.cli.sample import short_names
+from fastsp.models import digits_model
+from fastsp.pictures import to_pil
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of Stable Diffusion 1's classes: stages mse, sp, mse_longer; 16x16 pictures."""
+    return finished_run(tmp_path_factory.mktemp("run"), "sd1")
+
+
+def pixels(file: Path) -> torch.Tensor:
+    picture = Image.open(file).convert("RGB")
+    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return values.view(picture.height, picture.width, 3).int()
+
+
+def test_single_pictures_with_their_parameters(command, run: Path, tmp_path: Path) -> None:
+    """They are the pictures that diffusers draws from the noise that the metadata name."""
+    texts = ("a handwritten two", "日本語")
+    prompts = [part for text in texts for part in ("--prompt", text)]
+    singles = tmp_path / "singles"
+    arguments = ("--model", run / "final", "--steps", 5, "--seed", 3, "--singles", singles)
+    command("sample", *arguments, *prompts, "--count", 2, "--out", tmp_path / "grid.png")
+    files = sorted(singles.iterdir())
+    assert [file.name for file in files] == ["00000.png", "00001.png", "00002.png", "00003.png"]
+    noise = draws.evaluation_noise(3, torch.arange(4), (4, 4, 4))
+    pipeline = StableDiffusionPipeline.from_pretrained(run / "final")
+    size = {"num_inference_steps": 5, "guidance_scale": 1.0, "height": 16, "width": 16, "output_type": "pt"}
+    prompts = [text for text in texts for _ in range(2)]
+    expected = to_pil(pipeline(prompts, latents=noise, **size).images * 2 - 1)
+    for index, (file, theirs) in enumerate(zip(files, expected, strict=True)):
+        ours = Image.open(file)
+        assert ours.text["prompt"] == prompts[index] and ours.text["index"] == str(index)
+        assert ours.text["parameters"].startswith(f"{prompts[index]}\nSteps: 5, Sampler: DDIM, ")
+        assert "CFG scale: 1, Seed: 3, Size: 16x16" in ours.text["parameters"]
+        difference = torch.frombuffer(bytearray(ours.tobytes()), dtype=torch.uint8).int() - torch.frombuffer(
+            bytearray(theirs.tobytes()), dtype=torch.uint8
+        )
+        assert difference.abs().max() <= 1
+
+
+def test_equal_noise_over_stages_is_a_row_each(command, run: Path, tmp_path: Path) -> None:
+    """Figure 1: the second model alone draws the same pictures as in the second row."""
+    stages = [run / "stages" / name for name in ("mse", "sp")]
+    common = ("sample", "--prompt", "a handwritten one", "--count", 3, "--steps", 3)
+    both, single = tmp_path / "both", tmp_path / "single"
+    models = [part for stage in stages for part in ("--model", stage)]
+    command(*common, *models, "--out", tmp_path / "compared.png", "--singles", both)
+    command(*common, "--model", run / "final", "--out", tmp_path / "one.png", "--singles", single, "--batch-size", 2)
+    for index in range(3):
+        name = f"{index:05d}.png"
+        assert (pixels(both / "sp" / name) - pixels(single / name)).abs().max() <= 1, "whatever the batch size"
+        assert (pixels(both / "mse" / name) - pixels(single / name)).abs().max() > 20
+    compared = Image.open(tmp_path / "compared.png")
+    assert compared.text["model"].splitlines() == [str(stage) for stage in stages]
+    assert compared.width > 3 * 128 and compared.height > 2 * 128
+
+
+def test_the_trajectory_ends_in_the_picture(command, run: Path, tmp_path: Path) -> None:
+    common = ("sample", "--model", run / "final", "--prompt", "a handwritten one", "--count", 2, "--steps", 4)
+    command(*common, "--out", tmp_path / "way.png", "--trajectory")
+    command(*common, "--out", tmp_path / "end.png", "--singles", tmp_path / "singles")
+    way = pixels(tmp_path / "way.png")
+    last = way[-50:-2, -50:-2]  # the last cell: 16 px, enlarged three times
+    assert torch.equal(last[::3, ::3], pixels(tmp_path / "singles" / "00001.png"))
+
+
+def test_guidance_and_resolution(command, run: Path, tmp_path: Path) -> None:
+    common = ("sample", "--model", run / "final", "--prompt", "a handwritten one", "--steps", 3)
+    for name, more in {
+        "plain": (),
+        "guided": ("--guidance", 5),
+        "rescaled": ("--guidance", 5, "--rescale", 0.7),
+        "large": ("--resolution", 32),
+    }.items():
+        command(*common, *more, "--out", tmp_path / f"{name}.png", "--singles", tmp_path / name)
+    plain, guided, rescaled, large = (
+        pixels(tmp_path / name / "00000.png") for name in ("plain", "guided", "rescaled", "large")
+    )
+    assert not torch.equal(plain, guided) and not torch.equal(guided, rescaled)
+    assert large.shape == (32, 32, 3)
+    assert "CFG scale: 5," in Image.open(tmp_path / "guided" / "00000.png").text["parameters"]
+
+
+def test_an_xl_pipeline(command, tmp_path: Path) -> None:
+    folder = tiny_stable_diffusion(tmp_path / "xl", "sdxl")
+    out = tmp_path / "xl.png"
+    assert f"{out}: 1 pictures in 2 DDIM steps" in command(
+        "sample", "--model", folder, "--prompt", "a", "--steps", 2, "--guidance", 2, "--out", out
+    )
+
+
+def test_nothing_is_overwritten(command, fails, run: Path, tmp_path: Path) -> None:
+    out, singles = tmp_path / "out.png", tmp_path / "singles"
+    arguments = ("sample", "--model", run / "final", "--prompt", "a", "--steps", 1)
+    out.write_text("precious")
+    assert "out.png is there already; --force replaces it" in fails(*arguments, "--out", out)
+    assert out.read_text() == "precious"
+    command(*arguments, "--out", out, "--singles", singles, "--force")
+    assert "00000.png is there already" in fails(*arguments, "--out", tmp_path / "new.png", "--singles", singles)
+    assert not (tmp_path / "new.png").exists()
+
+
+def test_mistakes(fails, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    arguments = ("sample", "--model", run / "final", "--out", out)
+    assert "is not UTF-8 text" in fails(*arguments, "--prompts", tmp_path / "binary.txt")
+    assert "knows 1000 timesteps" in fails(*arguments, "--prompt", "a", "--steps", 1001)
+    assert "must be a multiple of 4" in fails(*arguments, "--prompt", "a", "--resolution", 17)
+    assert "give one of them" in fails(*arguments, "--prompt", "a", "--trajectory", "--singles", tmp_path / "s")
+    digits_model(8, 0).save(tmp_path / "digits")
+    more = ("--model", tmp_path / "digits", "--prompt", "a", "--steps", 1)
+    assert "makes pictures of 8 px, the others of 16: give --resolution" in fails(*arguments, *more)
+    assert not out.exists()
+
+
+def test_short_names() -> None:
+    assert short_names(["runs/a/final"]) == ["final"]
+    assert short_names(["runs/a/final", "/x/runs/b/final"]) == ["a", "b"]
+    assert short_names(["a/stages/mse", "a/stages/sp"]) == ["mse", "sp"]
+    assert short_names(["x/a", "y/a", "z/a/a"]) == ["x", "y", "a"]
+    assert short_names(["hub/model", "hub/model"]) == ["hub/model", "hub/model"]
