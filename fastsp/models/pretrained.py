@@ -24,6 +24,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _PARTS = ("unet", "text_encoder", "tokenizer", "scheduler")
 _OPTIONAL_PARTS = ("vae", "text_encoder_2", "tokenizer_2")  # latents; Stable Diffusion XL
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last one has the safety checker
+_NUM_BYTES = 256  # CLIP's tokenizers have a token for each
 T = TypeVar("T")
 
 
@@ -52,6 +53,7 @@ def load_pipeline(name: str, config: str | None = None, with_unet: bool = True) 
         model = _load_folder(download_pipeline(name), name, with_unet)
     for part in model.frozen_parts():
         part.eval().requires_grad_(False)
+    _check_tokenizers(model, name)
     if model.unet is not None:
         _check_fit(model, name)
     return model
@@ -79,11 +81,11 @@ def _load_folder(root: Path, name: str, with_unet: bool) -> TextToImageModel:
     return TextToImageModel(
         unet=_load_part(UNet2DConditionModel, root / "unet") if with_unet else None,
         text_encoder=_load_part(CLIPTextModel, root / "text_encoder"),
-        tokenizer=_load_tokenizer(root / "tokenizer"),
+        tokenizer=_tokenizer(root / "tokenizer"),
         scheduler=loaded_scheduler(_read_json(root / "scheduler" / "scheduler_config.json"), name),
         vae=_load_part(AutoencoderKL, root / "vae") if "vae" in has else None,
         text_encoder_2=_load_part(CLIPTextModelWithProjection, root / "text_encoder_2") if is_xl else None,
-        tokenizer_2=_load_tokenizer(root / "tokenizer_2") if is_xl else None,
+        tokenizer_2=_tokenizer(root / "tokenizer_2") if is_xl else None,
         zeros_for_empty_prompt=is_xl and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
 
@@ -112,13 +114,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _load_tokenizer(folder: Path) -> Any:
-    """CLIP's tokenizer. Without its vocabulary, transformers would make one that knows no word."""
-    if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
-        raise UserError(f"{folder} has neither tokenizer.json nor vocab.json")
-    return _or_user_error(folder, lambda: CLIPTokenizer.from_pretrained(folder))
-
-
 def _load_part(kind: Any, folder: Path) -> Any:
     """A network in float32, from safetensors alone, every tensor of it.
 
@@ -137,6 +132,10 @@ def _load_part(kind: Any, folder: Path) -> Any:
         if keys:
             raise UserError(f"{folder} lacks weights: {len(keys)} tensors {fault}, such as {sorted(map(str, keys))[0]}")
     return module
+
+
+def _tokenizer(folder: Path) -> Any:
+    return _or_user_error(folder, lambda: CLIPTokenizer.from_pretrained(folder))
 
 
 def _variant(folder: Path) -> str | None:
@@ -160,6 +159,18 @@ def _or_user_error(folder: Path, load: Callable[[], T]) -> T:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{folder} cannot be loaded (fastsp reads safetensors alone): {reason}") from None
+
+
+def _check_tokenizers(model: TextToImageModel, name: str) -> None:
+    """Of a folder without its vocabulary, transformers makes a tokenizer that knows no word."""
+    tokenizers = {"tokenizer": model.tokenizer, "tokenizer_2": model.tokenizer_2}
+    for (part, tokenizer), encoder in zip(tokenizers.items(), model.text_encoders, strict=False):
+        size, known = len(tokenizer), encoder.config.vocab_size
+        if not _NUM_BYTES <= size <= known:
+            raise UserError(
+                f"{name}: its {part} has {size} tokens, its text encoder {known}: it lacks its vocabulary, or is of "
+                "another model"
+            )
 
 
 def _check_fit(model: TextToImageModel, name: str) -> None:

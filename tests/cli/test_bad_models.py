@@ -157,7 +157,7 @@ def change(file, **values):
         (with_empty_scheduler, "scheduler_config.json cannot be read"),
         (with_flow_matching, "scheduler FlowMatchEulerDiscreteScheduler has no beta_schedule"),
         (with_unknown_betas, "beta_schedule 'wavy' is unknown"),
-        (without_vocabulary, "tokenizer_2 has neither tokenizer.json nor vocab.json"),
+        (without_vocabulary, "its tokenizer_2 has 3 tokens, its text encoder 564: it lacks its vocabulary"),
         (with_wrong_text_width, "takes text features of width 16, the text encoders give 24"),
         (without_weights("unet"), "unet cannot be loaded (fastsp reads safetensors alone)"),
         (without_weights("text_encoder_2"), "text_encoder_2 cannot be loaded (fastsp reads safetensors alone)"),
