@@ -36,12 +36,21 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class LoRAConfig(Section):
+    """Low-rank adapters: they alone are trained and saved, the base stays as it is. See :mod:`fastsp.lora`."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0.0)] = 16.0  # the adapters' scale is alpha / rank
+    target_modules: Annotated[list[str], Field(min_length=1)] = ["to_q", "to_k", "to_v", "to_out.0"]  # ends of names
+
+
 class ModelConfig(Section):
-    """Where the model comes from: exactly one of the two."""
+    """Where the model comes from: exactly one of the first two."""
 
     preset: Literal["digits"] | None = None
     pretrained: str | None = None  # a diffusers folder, a hub id, or a .safetensors file in Stable Diffusion's layout
     config: str | None = None  # of such a file: a folder or hub id with its tokenizer; None: diffusers' choice
+    lora: LoRAConfig | None = None  # None: all weights of the UNet are trained
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -49,6 +58,8 @@ class ModelConfig(Section):
             raise ValueError("give either preset or pretrained")
         if self.config is not None and self.pretrained is None:
             raise ValueError("config goes with pretrained")
+        if self.lora is not None and self.pretrained is None:
+            raise ValueError("lora adapts a pretrained model; a preset starts from random weights")
         return self
 
 

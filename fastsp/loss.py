@@ -160,6 +160,8 @@ class SelfPerceptualLoss(_ScheduledLoss):
         normalize: divide each layer's distance of a sample by the real features' own mean square (``mae``: mean
             absolute value), so that the loss says how far the features are off in parts of their size, whatever the
             network and t'. Ours, not the paper's: for sums with other losses.
+        share_frozen: hold the UNet's frozen parameters themselves instead of copies. For LoRA: only the adapters are
+            copied, the base is held once. They must stay frozen, and in their dtype.
 
     The module's parameters are all frozen; it stays in eval mode and follows the device of ``model_pred``.
 
@@ -180,13 +182,14 @@ class SelfPerceptualLoss(_ScheduledLoss):
         reduction: str = "mean",
         dtype: torch.dtype | None = None,
         normalize: bool = False,
+        share_frozen: bool = False,
     ) -> None:
         super().__init__(scheduler, prediction_type, reduction)
         self.normalize = normalize
         self.distance = choose("distance", distance, Distance)
         self.timestep_sampling = choose("timestep_sampling", timestep_sampling, TimestepSampling)
         self.teacher = choose("teacher", teacher, Teacher)
-        self.perceptual_network = PerceptualNetwork(unet, layers=layers, dtype=dtype)
+        self.perceptual_network = PerceptualNetwork(unet, layers=layers, dtype=dtype, share_frozen=share_frozen)
         self._half_backward = HalfBackward(self.perceptual_network)
 
     @classmethod

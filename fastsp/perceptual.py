@@ -24,21 +24,29 @@ class PerceptualNetwork(nn.Module):
         layers: ``mid`` (the paper's choice), ``encoder`` (the output of every down block), ``decoder`` (of every up
             block) or ``encoder+mid``. Only ``decoder`` holds the up blocks.
         dtype: of the copy's parameters; None keeps the UNet's.
+        share_frozen: hold the UNet's frozen parameters themselves instead of copies. For LoRA: the adapters are copied,
+            the base is held once. They must stay frozen, and in their dtype.
 
     Raises:
-        ValueError: unknown ``layers``; a UNet without a mid block where ``layers`` needs one; a sharded (FSDP) UNet;
-            an object that is no conditional UNet of diffusers.
+        ValueError: unknown ``layers``; ``share_frozen`` with another ``dtype``; a UNet without a mid block where
+            ``layers`` needs one; a sharded (FSDP) UNet; an object that is no conditional UNet of diffusers.
     """
 
-    def __init__(self, unet: nn.Module, layers: str = "mid", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, unet: nn.Module, layers: str = "mid", dtype: torch.dtype | None = None, share_frozen: bool = False
+    ) -> None:
         super().__init__()
         if layers not in LAYERS:
             raise ValueError(f"layers {layers!r} is unknown: use one of {', '.join(LAYERS)}")
         unet = unwrap(unet)
         if unet.mid_block is None and layers != "encoder":
             raise ValueError(f"the UNet has no mid block (mid_block_type is null), which layers={layers!r} needs")
+        if share_frozen and dtype not in (None, unet.dtype):
+            raise ValueError(
+                f"share_frozen keeps the UNet's dtype, which is {unet.dtype}: dtype {dtype} is not possible"
+            )
         self.layers = layers
-        self.unet = truncated_copy(unet, layers).requires_grad_(False)
+        self.unet = truncated_copy(unet, layers, share_frozen).requires_grad_(False)
         if dtype is not None:
             cast(self.unet, dtype)
         self._collected: list[Tensor] = []
@@ -129,20 +137,31 @@ def cast(module: Any, dtype: torch.dtype) -> Any:
     return nn.Module.to(module, dtype)
 
 
-def truncated_copy(unet: Any, layers: str) -> Any:
+def shared_copy(module: Any) -> Any:
+    """A deep copy that holds the frozen parameters of ``module`` themselves: of adapters on a base that stays."""
+    return copy.deepcopy(module, _frozen_parameters(module))
+
+
+def _frozen_parameters(module: nn.Module) -> dict[int, Any]:
+    """deepcopy's memo that leaves them where they are."""
+    return {id(p): p for p in module.parameters() if not p.requires_grad}
+
+
+def truncated_copy(unet: Any, layers: str, share_frozen: bool = False) -> Any:
     """A deep copy of ``unet`` without what ``layers`` does not need.
 
     The parts that go are put into deepcopy's memo with their stand-ins, so that not even a transient copy of them is
     made: with an empty decoder and an identity for its last convolution, the UNet's own forward returns the feature.
     """
-    absent: dict[int, Any] = {id(unet.conv_out): nn.Identity()}
+    memo: dict[int, Any] = _frozen_parameters(unet) if share_frozen else {}
+    memo[id(unet.conv_out)] = nn.Identity()
     if unet.conv_norm_out is not None:
-        absent[id(unet.conv_norm_out)] = None
+        memo[id(unet.conv_norm_out)] = None
     if layers != "decoder":
-        absent[id(unet.up_blocks)] = nn.ModuleList()
+        memo[id(unet.up_blocks)] = nn.ModuleList()
     if layers == "encoder" and unet.mid_block is not None:
-        absent[id(unet.mid_block)] = None
-    frozen = copy.deepcopy(unet, absent)
+        memo[id(unet.mid_block)] = None
+    frozen = copy.deepcopy(unet, memo)
     _forget_training_state(frozen)
     return frozen
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from tiny import batch, tiny_unet
+from tiny import batch, scheduler, tiny_unet
 from torch import nn
 
+from fastsp.lora import adapters, add_adapters
+from fastsp.loss import SelfPerceptualLoss
 from fastsp.perceptual import PerceptualNetwork
 
 
@@ -70,6 +72,33 @@ def test_hooks_checkpointing_and_autocast_wrappers_stay_behind():
     assert not calls
     assert not any(getattr(module, "gradient_checkpointing", False) for module in PerceptualNetwork(unet).modules())
     assert unet.mid_block.gradient_checkpointing
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_adapters_are_copied_and_their_base_is_shared(kind):
+    unet, sched, data = tiny_unet(kind), scheduler(), batch(kind)
+    add_adapters(unet, rank=4, alpha=8, target_modules=["to_q", "to_out.0"])
+    for adapter in adapters(unet).values():
+        torch.nn.init.normal_(adapter, std=0.3)
+    copied, shared, split = (
+        SelfPerceptualLoss(unet, sched, share_frozen=share, teacher=teacher)
+        for share, teacher in ((False, "batched"), (True, "batched"), (True, "split"))
+    )
+    base = {p.data_ptr() for p in unet.parameters() if not p.requires_grad}
+    own = [p for p in shared.parameters() if p.data_ptr() not in base]
+    assert {id(p) for p in own} == {id(p) for p in adapters(shared.perceptual_network.unet).values()}
+    assert not any(p.requires_grad for p in shared.parameters())
+
+    pred = torch.randn(3, 4, 8, 8, requires_grad=True)
+    expected = torch.autograd.grad(copied(pred, **data), pred)[0]
+    with torch.no_grad():
+        for adapter in adapters(unet).values():
+            adapter.add_(1.0)  # training goes on, the metric stays
+    for criterion in (shared, split):
+        torch.testing.assert_close(torch.autograd.grad(criterion(pred, **data), pred)[0], expected)
+    assert shared.teacher == "batched"  # it has not fallen back
+    with pytest.raises(ValueError, match="share_frozen keeps the UNet's dtype"):
+        SelfPerceptualLoss(unet, sched, share_frozen=True, dtype=torch.bfloat16)
 
 
 def test_wrapped_networks_are_unwrapped():

@@ -132,6 +132,8 @@ def workload_of(file: Path, device: torch.device) -> Workload:
             does not predict v, which Algorithm 1 is written for.
     """
     config = load_config(file)
+    if config.model.lora is not None:
+        raise UserError(f"{file}: fastsp bench measures the training of whole UNets: take model.lora out")
     data = config.data
     model = load_model(config.model.preset, config.model.pretrained, data.resolution, config.seed, config.model.config)
     if model.prediction_type != "v_prediction":

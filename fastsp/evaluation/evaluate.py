@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
@@ -32,7 +31,7 @@ from fastsp.evaluation.reference import heldout_pictures, training_pictures
 from fastsp.evaluation.rows import REAL, setting_of
 from fastsp.evaluation.settings import EvaluationSettings
 from fastsp.files import write_file
-from fastsp.models import load_pipeline
+from fastsp.models import load_pipeline, load_unet
 from fastsp.sampling import Guidance
 
 Row = dict[str, Any]
@@ -133,10 +132,9 @@ class Evaluation:
         """The EMA weights of a finished stage; the latest one stays loaded."""
         if self._stage != stage:
             folder = Path(self.config.run_dir) / "stages" / stage
-            if not (folder / "config.json").is_file():
+            if not folder.is_dir():
                 raise UserError(f"run_dir {self.config.run_dir} lacks stages/{stage}; train that stage first")
-            unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True)
-            self._stage, self._unet = stage, unet.to(self.device).eval()
+            self._stage, self._unet = stage, load_unet(folder).to(self.device).eval()
         return self._unet
 
 

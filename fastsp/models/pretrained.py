@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from fastsp.errors import UserError
+from fastsp.lora import DIFFUSERS_FILE, base_of, fuse_adapters
 from fastsp.models.hub import VARIANTS, download_pipeline, is_hub_id
 from fastsp.models.model import TextToImageModel
 from fastsp.models.quiet import quiet_libraries
@@ -32,8 +33,9 @@ def load_pipeline(name: str, config: str | None = None, with_unet: bool = True) 
     """A Stable Diffusion 1.x, 2.x or XL pipeline, or a pixel-space one of fastsp's, in float32 on the CPU.
 
     Args:
-        name: a folder in diffusers' layout, a hub id, or a ``.safetensors`` file in Stable Diffusion's own layout.
-        config: for such a file, a folder or hub id with tokenizer and configuration; None: diffusers' choice.
+        name: a folder in diffusers' layout, a hub id, or a ``.safetensors`` file in Stable Diffusion's own layout;
+            or a folder with the adapters of a LoRA run, which come fused into the model they name.
+        config: for a single file, a folder or hub id with tokenizer and configuration; None: diffusers' choice.
         with_unet: load the UNet too; else it is None.
 
     Raises:
@@ -43,6 +45,8 @@ def load_pipeline(name: str, config: str | None = None, with_unet: bool = True) 
     path = Path(name).expanduser()
     if path.suffix in PICKLES:
         raise UserError(f"{name} is a pickle, which can run code: fastsp reads safetensors alone; convert it first")
+    if (path / DIFFUSERS_FILE).is_file():
+        return _load_with_adapters(path, with_unet)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UserError(f"{name} is neither a pipeline folder nor a .safetensors file")
@@ -60,15 +64,26 @@ def load_pipeline(name: str, config: str | None = None, with_unet: bool = True) 
 
 
 def load_unet(folder: Path) -> Any:
-    """The UNet of a pipeline folder, or of a folder with a UNet alone; float32.
+    """The UNet of a pipeline folder, of a folder with a UNet alone, or with adapters, fused into their base; float32.
 
     Raises:
         UserError: there is none, or it cannot be loaded.
     """
+    if (folder / DIFFUSERS_FILE).is_file():
+        return _load_with_adapters(folder).unet
     part = folder if (folder / "config.json").is_file() else folder / "unet"
     if not (part / "config.json").is_file():
         raise UserError(f"{folder} holds no UNet: there is no config.json in it, nor in its unet/")
     return _load_part(UNet2DConditionModel, part)
+
+
+def _load_with_adapters(folder: Path, with_unet: bool = True) -> TextToImageModel:
+    """The base as it was trained, with the adapters in its weights."""
+    base = base_of(folder)
+    model = load_pipeline(base.name, base.config, with_unet).for_training()
+    if with_unet:
+        fuse_adapters(model.unet, folder)
+    return model
 
 
 def _load_folder(root: Path, name: str, with_unet: bool) -> TextToImageModel:

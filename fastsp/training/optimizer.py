@@ -28,11 +28,11 @@ def learning_rate(config: OptimizerConfig, peak: float, step: int, num_steps: in
 
 
 class AdamWEMA:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) and EMA over the parameters of a UNet.
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) and EMA over the parameters of a UNet that are not frozen.
 
     Args:
         unet: the online network. Parameters in half precision get float32 master weights.
-        ema_unet: of the same shape, in float32: its parameters become the moving average, starting as they are.
+        ema_unet: of the same shape, those parameters in float32: they become the moving average, starting as they are.
         config: betas, eps, weight decay and the largest gradient norm.
         ema: the decay.
 
@@ -40,12 +40,13 @@ class AdamWEMA:
     """
 
     def __init__(self, unet: nn.Module, ema_unet: nn.Module, config: OptimizerConfig, ema: EMAConfig) -> None:
-        names, params = zip(*unet.named_parameters(), strict=True)
+        names, params = zip(*((name, p) for name, p in unet.named_parameters() if p.requires_grad), strict=True)
+        averages = dict(ema_unet.named_parameters())
         self.config = config
         self.params: list[nn.Parameter] = list(params)
         self.masters = [p.data if p.dtype == torch.float32 else p.data.float() for p in params]
         self.low_precision = [p.data for p in params if p.dtype != torch.float32]
-        self.emas = [p.data for p in ema_unet.parameters()]
+        self.emas = [averages[name].data for name in names]
         self.exp_avgs = [torch.zeros_like(master) for master in self.masters]
         self.exp_avg_sqs = [torch.zeros_like(master) for master in self.masters]
         self.gradients: list[Tensor] | None = None

@@ -53,13 +53,12 @@ class RunDirectory:
         self._lock.close()
 
     def stage_folder(self, name: str) -> Path:
-        """Where the EMA weights of a finished stage lie, as a diffusers UNet folder."""
+        """Where the EMA weights of a finished stage lie, as a diffusers UNet folder, or adapters."""
         return self.root / "stages" / name
 
-    def finish_stage(self, name: str, unet: Any) -> None:
-        """Write the EMA weights of a stage, whole or not at all."""
-        folder = self.stage_folder(name)
-        self.replace_folder(folder, unet.save_pretrained)
+    def finish_stage(self, name: str, write: Any) -> None:
+        """Let ``write(path)`` write the EMA weights of a stage, whole or not at all."""
+        self.replace_folder(self.stage_folder(name), write)
 
     def replace_folder(self, folder: Path, write: Any) -> None:
         """Let ``write(path)`` fill a temporary folder, then give it its name."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from fastsp.data.batch import Batch
 from fastsp.data.latents import encode_moments, sample_latents
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
 from fastsp.models import TextToImageModel
-from fastsp.perceptual import cast
+from fastsp.perceptual import cast, shared_copy
 from fastsp.schedule import NoiseSchedule
 from fastsp.training.optimizer import AdamWEMA, learning_rate
 
@@ -54,6 +53,7 @@ class Objective(nn.Module):
                 teacher=stage.teacher,
                 reduction="none",
                 normalize=stage.normalize,
+                share_frozen=True,  # of adapters, the base
             )
 
     def forward(
@@ -195,7 +195,7 @@ def build_step(
     def placed(module: Any, dtype: torch.dtype) -> Any:
         return cast(module, dtype).to(device).to(memory_format=torch.channels_last)
 
-    ema_unet = placed(copy.deepcopy(initial), torch.float32).eval().requires_grad_(False)
+    ema_unet = _moving_average(initial).to(device).to(memory_format=torch.channels_last)
     objective = placed(Objective(stage, schedule, prediction_type, teacher), dtype)  # copies before `initial` is cast
     unet = placed(initial, dtype).train()
     if compiles:
@@ -204,3 +204,12 @@ def build_step(
             objective.self_perceptual.compile_teacher()
     optimizer = AdamWEMA(unet, ema_unet, config.optimizer, config.ema)
     return TrainingStep(config, stage, unet, objective, optimizer, schedule, model, empty), ema_unet
+
+
+def _moving_average(initial: Any) -> Any:
+    """The UNet of the moving average: what is trained in float32, what is frozen shared with ``initial``."""
+    average = shared_copy(initial).eval()
+    for parameter in average.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return average.requires_grad_(False)

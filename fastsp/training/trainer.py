@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from fastsp.config import Config, StageConfig
 from fastsp.data.latents import fingerprint
 from fastsp.data.source import Source, open_source
 from fastsp.errors import UserError
+from fastsp.lora import Base, add_adapters, load_adapters, save_adapters, save_for_use
 from fastsp.models import TextToImageModel, load_model, load_unet
+from fastsp.perceptual import shared_copy
 from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
 from fastsp.training.checkpoint_folder import Progress
 from fastsp.training.distributed import Ranks
@@ -70,6 +72,8 @@ class Trainer:
         check_installed(config)
         model = config.model
         self.model = load_model(model.preset, model.pretrained, config.data.resolution, config.seed, model.config)
+        if model.lora is not None:
+            add_adapters(self.model.unet, **model.lora.model_dump(), seed=config.seed)
         self.model.latent_shape(config.data.resolution)  # refuses what the VAE cannot shrink
         if config.data.source == "latents" and self.model.vae is None:
             raise UserError("data.source: 'latents' needs a model with a VAE; this one works on pixels")
@@ -84,10 +88,9 @@ class Trainer:
             bad_samples_file=run.bad_samples_file,
             **_fingerprints(self.model) if config.data.source == "latents" else {},
         )
-        parameters = sum(p.numel() for p in self.model.unet.parameters())
         console.print(
-            f"run {run.root}: {len(self.source)} samples of {config.data.source}, UNet of {parameters / 1e6:.1f} M "
-            f"parameters, {config.precision} on {_device_name(self.device)}"
+            f"run {run.root}: {len(self.source)} samples of {config.data.source}, UNet of "
+            f"{_size(self.model.unet)}, {config.precision} on {_device_name(self.device)}"
         )
 
     def train(self, resume: bool) -> None:
@@ -139,7 +142,7 @@ class Trainer:
                     writer.wait()
                 self._stop_if_asked(f"step {number} of {stage.name}")
         self.samples.draw(ema_unet, f"{stage.name}_final")
-        self.run.finish_stage(stage.name, ema_unet)
+        self.run.finish_stage(stage.name, partial(self._write_unet, ema_unet))
         self._refresh_report()
 
     def finish(self) -> None:
@@ -148,7 +151,7 @@ class Trainer:
         unets = {name: unet.to(self.device).eval() for name, unet in unets.items()}
         assert self.config.final is not None
         self.model.unet = unets[self.config.final]
-        self.run.replace_folder(self.run.final, self.model.save)
+        self.run.replace_folder(self.run.final, self._write_final)
         self.samples.draw_comparison(unets)
         for name, unet in unets.items():
             self.samples.draw_trajectory(unet, name)
@@ -171,11 +174,28 @@ class Trainer:
         )
 
     def _initial_unet(self, name: str | None) -> Any:
-        """The weights that a stage name or a folder stands for; None, or the model's name: the model's own."""
+        """What a stage's name or a folder stands for; None: the model itself. A stage's adapters share the one base."""
         if name in (None, self.config.model.pretrained):
-            return copy.deepcopy(self.model.unet)
+            return shared_copy(self.model.unet)
+        assert name is not None
         is_stage = any(stage.name == name for stage in self.config.stages)
-        return load_unet(self.run.stage_folder(name) if is_stage else Path(name))
+        if not is_stage or self.config.model.lora is None:
+            return load_unet(self.run.stage_folder(name) if is_stage else Path(name))
+        unet = shared_copy(self.model.unet)
+        load_adapters(unet, self.run.stage_folder(name))
+        return unet
+
+    def _write_unet(self, unet: Any, folder: Path) -> None:
+        if self.config.model.lora is None:
+            unet.save_pretrained(folder)
+        else:
+            save_adapters(unet, folder, _base(self.config))
+
+    def _write_final(self, folder: Path) -> None:
+        if self.config.model.lora is None:
+            self.model.save(folder)
+        else:
+            save_for_use(self.model.unet, folder, _base(self.config), self.model.scheduler)
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """Find the newest whole checkpoint and say which."""
@@ -215,6 +235,19 @@ class Trainer:
         count = self.config.samples.count
         with closing(self.source.batches(last_position=count, batch_size=count)) as batches:
             return list(next(batches).captions)
+
+
+def _base(config: Config) -> Base:
+    """What the adapters of a LoRA run belong to."""
+    assert config.model.pretrained is not None
+    return Base(config.model.pretrained, config.model.config)
+
+
+def _size(unet: Any) -> str:
+    total = sum(p.numel() for p in unet.parameters())
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    share = f", of which {trained / 1e6:.2f} M in adapters are trained" if trained < total else ""
+    return f"{total / 1e6:.1f} M parameters{share}"
 
 
 def _fingerprints(model: TextToImageModel) -> dict[str, Any]:

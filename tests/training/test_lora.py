@@ -1,0 +1,173 @@
+"""Adapters trained by MSE, then self-perceptual: what is shared, what is written, who can read it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from rich.console import Console
+from safetensors import safe_open
+from tiny import picture_folder, tiny_stable_diffusion
+
+from fastsp import draws
+from fastsp.config import Config, load_config
+from fastsp.errors import UserError
+from fastsp.lora import DIFFUSERS_FILE, KOHYA_FILE, adapters, load_adapters
+from fastsp.models import load_pipeline
+from fastsp.training.checkpoint import newest_whole
+from fastsp.training.interrupt import StopRequest
+from fastsp.training.run_directory import RunDirectory
+from fastsp.training.trainer import Trainer, train
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "lora.yaml"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lora")
+    tiny_stable_diffusion(folder / "model", "sd21")
+    picture_folder(folder / "pictures")
+    return folder
+
+
+def overrides(folder: Path, run: str, *more: str) -> list[str]:
+    return [
+        f"run_dir={folder / run}",
+        f"model.pretrained={folder / 'model'}",
+        f"data.path={folder / 'pictures'}",
+        "data.resolution=16",
+        "precision=fp32",
+        "model.lora.rank=4",
+        "stages.0.steps=8",
+        "stages.1.steps=6",
+        "stages.0.learning_rate=1e-2",
+        "optimizer.warmup_steps=0",
+        "ema.decay=0.5",
+        "checkpoint.every=3",
+        "log.every=1",
+        "samples={every: 0, count: 2, steps: 2}",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def config(folder) -> Config:
+    """Of a finished run."""
+    config = load_config(CONFIG, overrides(folder, "run"))
+    train(config)
+    return config
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_only_adapters_are_written(config):
+    run = Path(config.run_dir)
+    assert len(losses(run)) == 14 and all(loss > 0 for loss in losses(run))
+    for stage in ("mse", "sp"):
+        assert [file.name for file in (run / "stages" / stage).iterdir()] == [DIFFUSERS_FILE]
+    checkpoint, _ = newest_whole(run / "checkpoints")
+    (file,) = checkpoint.folder.glob("*.safetensors")
+    with safe_open(file, framework="pt") as opened:
+        names = [name for name in opened.keys() if "weight" in name or "bias" in name]
+    assert names and all(".lora_" in name for name in names)
+    base = sum(file.stat().st_size for file in (Path(config.model.pretrained) / "unet").iterdir())
+    assert sum(file.stat().st_size for file in (run / "final").rglob("*") if file.is_file()) < base
+
+
+@pytest.mark.parametrize("layout", [DIFFUSERS_FILE, KOHYA_FILE])
+def test_diffusers_draws_the_same_picture(config, layout):
+    final, noise = Path(config.run_dir) / "final", draws.evaluation_noise(0, torch.arange(2), (4, 4, 4))
+    prompts = ["a handwritten one", "a handwritten two"]
+    ours = load_pipeline(str(final)).generate(prompts, noise, 5)
+    untrained = load_pipeline(config.model.pretrained).for_training().generate(prompts, noise, 5)
+    pipeline = StableDiffusionPipeline.from_pretrained(config.model.pretrained, safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_pretrained(final, subfolder="scheduler")
+    pipeline.load_lora_weights(final, weight_name=layout)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(prompts, latents=noise, num_inference_steps=5, guidance_scale=0.0, output_type="pt").images
+    torch.testing.assert_close(theirs * 2 - 1, ours, rtol=0, atol=1e-4)
+    assert (ours - untrained).abs().max() > 1e-2
+
+
+def test_the_ema_adapters_are_what_is_written(config):
+    """`final/` gives the picture that the run itself drew with the shared base and the adapters on top."""
+    run = RunDirectory(config, resume=True)
+    trainer = Trainer(config, run, StopRequest(), Console(quiet=True))
+    unet = trainer._initial_unet("sp").eval()
+    noise = draws.evaluation_noise(1, torch.arange(1), (4, 4, 4))
+    fused = load_pipeline(str(run.final))
+    expected = fused.generate(["a handwritten one"], noise, 3)
+    fused.unet = unet
+    torch.testing.assert_close(fused.generate(["a handwritten one"], noise, 3), expected, rtol=0, atol=1e-4)
+
+
+def test_the_base_is_held_once(config):
+    """Online network, moving average and perceptual network: one base, and three small sets of adapters."""
+    trainer = Trainer(config, RunDirectory(config, resume=True), StopRequest(), Console(quiet=True))
+    step, ema_unet = trainer._build(config.stage("sp"))
+    teacher = step.objective.self_perceptual.perceptual_network
+    held = {p.untyped_storage().data_ptr(): p.numel() for m in (step.unet, ema_unet, teacher) for p in m.parameters()}
+    base = sum(p.numel() for p in step.unet.parameters() if not p.requires_grad)
+    of_adapters = [sum(p.numel() for p in adapters(module).values()) for module in (step.unet, ema_unet, teacher.unet)]
+    assert sum(held.values()) == base + sum(of_adapters)
+    assert of_adapters[0] == of_adapters[1] > of_adapters[2] > 0
+    assert sum(p.numel() for p in teacher.parameters()) > 10 * of_adapters[2]
+    mse = trainer._initial_unet("mse")
+    frozen = adapters(teacher.unet)
+    assert all(torch.equal(p, adapters(mse)[name]) and not p.requires_grad for name, p in frozen.items())
+    assert {p.data_ptr() for p in frozen.values()}.isdisjoint(p.data_ptr() for p in step.optimizer.params)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(folder, config):
+    changed = overrides(folder, "killed")
+    command = [sys.executable, "-m", "fastsp", "train", "--config", str(CONFIG), *changed]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics, deadline = folder / "killed" / "metrics.jsonl", time.monotonic() + 300
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    train(load_config(CONFIG, changed), resume=True)
+    assert losses(folder / "killed") == losses(folder / "run")
+
+
+@pytest.mark.slow
+def test_bfloat16_base_and_self_perceptual_from_the_start(folder):
+    """The first stage's teacher is then the base itself, its adapters empty."""
+    stages = "stages=[{name: sp, objective: self_perceptual, steps: 4, learning_rate: 1e-2}]"
+    changed = [change for change in overrides(folder, "bf16") if not change.startswith("stages")]
+    train(load_config(CONFIG, [*changed, stages, "precision=bf16"]))
+    seen = losses(folder / "bf16")
+    assert len(seen) == 4 and all(0 < loss < float("inf") for loss in seen)
+    assert load_pipeline(str(folder / "bf16" / "final")).unet.dtype == torch.float32
+
+
+def test_mistakes_are_one_line(folder, config):
+    def trainer(*changes: str) -> Trainer:
+        config = load_config(CONFIG, overrides(folder, "never", *changes))
+        return Trainer(config, RunDirectory(config), StopRequest(), Console(quiet=True))
+
+    with pytest.raises(UserError, match="target_modules: the UNet has no layer 'to_qq'"):
+        trainer("model.lora.target_modules=[to_qq]")
+    with pytest.raises(UserError, match=r"model\.lora\.target_modules: "):
+        trainer("model.lora.target_modules=[conv_norm_out]")
+    with pytest.raises(UserError, match="lora adapts a pretrained model"):
+        load_config(CONFIG, ["model={preset: digits, lora: {rank: 4}}"])
+    with pytest.raises(UserError, match=r"model\.lora\.rank"):
+        trainer("model.lora.rank=0")
+    other = trainer("model.lora.rank=2")
+    with pytest.raises(UserError, match="has adapters of another rank"):
+        load_adapters(other.model.unet, Path(config.run_dir) / "stages" / "sp")
