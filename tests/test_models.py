@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -121,3 +122,17 @@ def test_weights_of_older_libraries_and_in_half_precision(pipelines, tmp_path):
     torch.testing.assert_close(found.encoder_hidden_states, expected.encoder_hidden_states, rtol=0, atol=5e-3)
     assert loaded.unet.dtype == loaded.vae.dtype == torch.float32
     torch.testing.assert_close(loaded.unet.conv_in.weight, model.unet.conv_in.weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_folders_are_read_by_transformers_4_too(pipelines, tmp_path, kind):
+    """Checked by hand against 4.57.1, which would begin with random weights under the newer names, with a warning."""
+    model = load_pipeline(str(pipelines[kind]))
+    model.save(tmp_path)
+    for folder in tmp_path.glob("text_encoder*"):
+        names = load_file(folder / "model.safetensors")
+        assert all(name.startswith(("text_model.", "text_projection.")) for name in names)
+    for folder in tmp_path.glob("tokenizer*"):
+        assert json.loads((folder / "vocab.json").read_text(encoding="utf-8")) == model.tokenizer.get_vocab()
+        (folder / "tokenizer.json").unlink()  # the older files alone are a whole tokenizer
+    assert torch.equal(tokenize(load_pipeline(str(tmp_path)).tokenizer, PROMPTS), tokenize(model.tokenizer, PROMPTS))

@@ -16,7 +16,7 @@ from fastsp.export.model_card import model_card
 from fastsp.export.original_config import original_config
 from fastsp.export.single_file import save_single_file
 from fastsp.files import new_folder, write_file
-from fastsp.models import load_pipeline
+from fastsp.models import load_pipeline, save_pipeline
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -52,7 +52,7 @@ def export_run(
     card = model_card(run.config, chosen, run.rows, run.environment, kind, single_file is not None)
     written = [out]
     with new_folder(out) as unfinished:
-        pipeline.save_pretrained(unfinished, safe_serialization=True)
+        save_pipeline(pipeline, unfinished)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
     if single_file is not None:
         save_single_file(pipeline, single_file, DTYPES[dtype], single_file.stem)

@@ -6,6 +6,7 @@ from fastsp.errors import UserError
 from fastsp.models.digits import digits_model, digits_tokenizer
 from fastsp.models.model import TextToImageModel, tokenize
 from fastsp.models.pretrained import load_pipeline, load_unet
+from fastsp.models.saving import save_pipeline
 from fastsp.models.schedulers import ddim_scheduler, trained_scheduler
 
 PRESETS = ("digits",)
@@ -19,6 +20,7 @@ __all__ = [
     "load_model",
     "load_pipeline",
     "load_unet",
+    "save_pipeline",
     "tokenize",
     "trained_scheduler",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastsp.conditioning import Conditioning, time_ids
 from fastsp.errors import UserError
-from fastsp.models.quiet import quiet_libraries
+from fastsp.models.saving import save_pipeline
 from fastsp.models.schedulers import trained_scheduler
 from fastsp.sampling import NO_GUIDANCE, Guidance, ddim, guided_denoiser
 from fastsp.schedule import NoiseSchedule
@@ -196,8 +196,7 @@ class TextToImageModel:
 
     def save(self, folder: Path) -> None:
         """Write a diffusers pipeline folder, safetensors only."""
-        with quiet_libraries():
-            self.pipeline().save_pretrained(folder, safe_serialization=True)
+        save_pipeline(self.pipeline(), folder)
 
 
 def tokenize(tokenizer: Any, prompts: list[str]) -> Tensor:

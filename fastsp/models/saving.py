@@ -1,0 +1,45 @@
+"""Pipeline folders that today's libraries read, and those of the years before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from fastsp.models.quiet import quiet_libraries
+
+_TEXT_PREFIX = "text_model."
+
+
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """Write a diffusers pipeline folder, safetensors only.
+
+    transformers 5 writes the weights of a ``CLIPTextModel`` under shorter names than transformers 4 reads, which then
+    takes random ones and merely warns; and no ``vocab.json`` and ``merges.txt``. It reads the older layout too, so that
+    is what the folder gets.
+    """
+    with quiet_libraries():
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    for file in sorted(folder.glob("text_encoder*/model.safetensors")):
+        _with_older_names(file)
+    for name, part in pipeline.components.items():
+        if name.startswith("tokenizer") and part is not None:
+            _with_older_files(part, folder / name)
+
+
+def _with_older_names(file: Path) -> None:
+    tensors = load_file(file)
+    if any(name.startswith(_TEXT_PREFIX) for name in tensors):  # a CLIPTextModelWithProjection has kept them
+        return
+    renamed = {f"{_TEXT_PREFIX}{name}": tensor.clone() for name, tensor in tensors.items()}  # off the mapped file
+    save_file(renamed, file, metadata={"format": "pt"})
+
+
+def _with_older_files(tokenizer: Any, folder: Path) -> None:
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
