@@ -4,6 +4,7 @@ import typer
 
 from fastsp.cli import data
 from fastsp.cli.bench import bench
+from fastsp.cli.doctor import doctor
 from fastsp.cli.encode import encode
 from fastsp.cli.export import export
 from fastsp.cli.sample import sample
@@ -21,4 +22,5 @@ app.command()(sample)
 app.command()(encode)
 app.command()(export)
 app.command()(bench)
+app.command()(doctor)
 app.add_typer(data.app, name="data")
