@@ -80,26 +80,27 @@ class AdamWEMA:
             torch._foreach_copy_(self.low_precision, self.masters)
 
     def accumulate(self) -> None:
-        """Add the gradients of one microbatch in float32 and clear them."""
+        """Take over the gradients of one microbatch and clear them. Several are added up in float32."""
         new = [p.grad for p in self.params]
         assert all(g is not None for g in new), "every parameter of the UNet takes part in every forward"
         if self.gradients is None:
-            self.gradients = [g.float() for g in new]  # type: ignore[union-attr]
+            self.gradients = new  # type: ignore[assignment]
         else:
+            self.gradients = [g.float() for g in self.gradients]  # themselves from the second time on
             torch._foreach_add_(self.gradients, new)  # type: ignore[arg-type]
         for p in self.params:
             p.grad = None
 
     @torch.no_grad()
-    def update(self, learning_rate: float) -> Tensor:
-        """Clip, step and average with the accumulated gradients. Returns their norm before clipping, 0-d float32.
+    def update(self) -> Tensor:
+        """Clip, step and average with the accumulated gradients and ``learning_rate``, a 0-d tensor to be filled in.
 
-        An update whose gradient norm is not finite is skipped and counted, on the device.
+        Returns the gradients' norm before clipping, 0-d float32. An update whose norm is not finite is skipped and
+        counted, on the device.
         """
         assert self.gradients is not None, "accumulate() comes first"
         gradients, self.gradients = self.gradients, None
         norm = global_norm(gradients)
-        self.learning_rate.fill_(learning_rate)
         adamw_ema(
             self.masters,
             gradients,

@@ -113,19 +113,48 @@ class TrainingStep:
 
     def __call__(self, batch: Batch, number: int) -> StepResult:
         """One optimizer step on ``batch``, the ``number``-th (from 1) of the stage."""
+        rate = self.set_learning_rate(number)
         loss = torch.zeros((), device=self.seed.device)
         for microbatch in batch.microbatches(self.config.data.microbatch):
-            part = self.microbatch_loss(microbatch)
-            part.backward()
-            self.optimizer.accumulate()
-            loss += part.detach()
+            loss += self.backward(self.encoded(microbatch))
+        return self.result(loss, self.optimizer.update(), rate)
+
+    def result(self, loss: Tensor, grad_norm: Tensor, rate: float) -> StepResult:
+        """With the optimizer's counters."""
+        return StepResult(loss, grad_norm, rate, self.optimizer.skipped, self.optimizer.skipped_in_a_row)
+
+    def set_learning_rate(self, number: int) -> float:
+        """That of the ``number``-th update (from 1) of the stage, for the next update."""
         rate = learning_rate(self.config.optimizer, self.stage.learning_rate, number, self.stage.steps)
-        optimizer = self.optimizer
-        return StepResult(loss, optimizer.update(rate), rate, optimizer.skipped, optimizer.skipped_in_a_row)
+        self.optimizer.learning_rate.fill_(rate)
+        return rate
+
+    def encoded(self, batch: Batch) -> Batch:
+        """The microbatch with what the frozen text encoders and VAE make of it, where it was not computed beforehand.
+
+        Apart from the rest, which can be captured in a CUDA graph: these networks are others' code.
+        """
+        if batch.text_features is None:
+            assert batch.input_ids is not None
+            features = self.model.encode_ids(batch.input_ids, batch.input_ids_2)
+            batch = replace(
+                batch, text_features=features.encoder_hidden_states, pooled_text_features=features.text_embeds
+            )
+        if self.model.vae is not None and batch.moments is None:
+            assert batch.pixel_values is not None
+            batch = replace(batch, moments=encode_moments(self.model.vae, batch.pixel_values))
+        return batch
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Add the gradients of an encoded microbatch to those of the step. Returns its share of the loss, detached."""
+        loss = self.microbatch_loss(batch)
+        loss.backward()
+        self.optimizer.accumulate()
+        return loss.detach()
 
     def microbatch_loss(self, batch: Batch) -> Tensor:
-        """The microbatch's share of the loss: the divisor is the whole nominal batch, a rejected sample counts 0."""
-        positions = batch.positions.to(self.seed.device)
+        """An encoded microbatch's share of the loss: the divisor is the whole batch, a rejected sample counts 0."""
+        positions = batch.positions.to(self.seed.device, non_blocking=True)
         latents, conditioning = self.latents(batch, positions), self.conditioning(batch, positions)
         noisy_latents, target, timesteps = diffuse_seeded(
             latents,
@@ -143,23 +172,18 @@ class TrainingStep:
 
     def latents(self, batch: Batch, positions: Tensor) -> Tensor:
         """x_0, (B, C, H, W) float32: the pixels themselves, or a draw from the VAE's posterior."""
-        vae, moments = self.model.vae, batch.moments
-        if vae is None:
+        if self.model.vae is None:
             assert batch.pixel_values is not None
             return batch.pixel_values
-        if moments is None:
-            assert batch.pixel_values is not None
-            moments = encode_moments(vae, batch.pixel_values)
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return sample_latents(moments, self.seed, positions, vae.config.scaling_factor, shift)
+        assert batch.moments is not None
+        vae = self.model.vae.config
+        shift = getattr(vae, "shift_factor", None) or 0.0
+        return sample_latents(batch.moments, self.seed, positions, vae.scaling_factor, shift)
 
     def conditioning(self, batch: Batch, positions: Tensor) -> Conditioning:
         """Text features in the compute dtype, the empty prompt's where the caption is dropped; sizes for SDXL."""
-        if batch.text_features is not None:
-            conditioning = Conditioning(batch.text_features, batch.pooled_text_features)
-        else:
-            assert batch.input_ids is not None
-            conditioning = self.model.encode_ids(batch.input_ids, batch.input_ids_2)
+        assert batch.text_features is not None
+        conditioning = Conditioning(batch.text_features, batch.pooled_text_features)
         dropped = draws.dropped_captions(self.seed, positions, self.config.data.caption_dropout)
         conditioning = conditioning.where(dropped, self.empty).to(dtype=self.dtype)
         if conditioning.text_embeds is None:

@@ -84,7 +84,9 @@ class AddressTables:
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         table = self._recent.get((device, addresses))
         if table is None:
-            table = self._upload_in_capture(addresses, device) if capturing else self._upload(addresses, device)
+            table = self._upload_in_capture(addresses, device) if capturing else _upload(addresses, device)
+        if device.type == "cuda" and not capturing and len(addresses) not in self._spare:
+            self._spare[len(addresses)] = torch.empty(len(addresses), dtype=torch.int64, pin_memory=True)
         if capturing:
             self._captured.append(table)  # the graph goes on reading it
         else:  # what a capture uploads is not there before its replay
@@ -98,11 +100,6 @@ class AddressTables:
         if len(self._recent) > REMEMBERED:
             self._recent.popitem(last=False)
 
-    def _upload(self, addresses: tuple[int, ...], device: torch.device) -> Tensor:
-        if device.type == "cuda" and len(addresses) not in self._spare:
-            self._spare[len(addresses)] = torch.empty(len(addresses), dtype=torch.int64, pin_memory=True)
-        return torch.tensor(addresses, dtype=torch.int64).to(device)
-
     def _upload_in_capture(self, addresses: tuple[int, ...], device: torch.device) -> Tensor:
         """Gradients first allocated inside a capture are met here. The copy is part of the graph, so that its source
         must be pinned memory, which cannot be allocated now, and which lives on."""
@@ -111,6 +108,11 @@ class AddressTables:
             raise RuntimeError("call adamw_ema once with these parameters outside before capturing it again")
         self._captured.append(host.copy_(torch.tensor(addresses, dtype=torch.int64)))
         return host.to(device, non_blocking=True)
+
+
+def _upload(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    """Without waiting for what the device does: memory that is not pinned is staged before the call returns."""
+    return torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def are_aligned(lists: Sequence[list[Tensor]]) -> bool:

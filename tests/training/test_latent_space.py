@@ -114,7 +114,7 @@ def test_sdxl_conditioning_of_a_batch(tmp_path):
         teacher=None,
         compiles=False,
     )
-    conditioning = step.conditioning(batch, batch.positions)
+    conditioning = step.conditioning(step.encoded(batch), batch.positions)
     dropped = draws.dropped_captions(0, batch.positions, 0.5)
     assert 0 < dropped.sum() < 8
     expected = model.encode_prompts(["" if lost else text for text, lost in zip(batch.captions, dropped, strict=True)])

@@ -31,7 +31,9 @@ def make(dtype: torch.dtype):
     ema_unet = copy.deepcopy(tiny_unet()).requires_grad_(False)
     unet = torch.nn.Module.to(tiny_unet(), dtype)
     config = OptimizerConfig(weight_decay=0.01, grad_clip=0.5)
-    return unet, ema_unet, AdamWEMA(unet, ema_unet, config, EMAConfig(decay=0.9))
+    optimizer = AdamWEMA(unet, ema_unet, config, EMAConfig(decay=0.9))
+    optimizer.learning_rate.fill_(1e-3)
+    return unet, ema_unet, optimizer
 
 
 def test_agrees_with_torch_over_microbatches():
@@ -43,7 +45,7 @@ def test_agrees_with_torch_over_microbatches():
         for part in range(2):
             gradients(unet, 10 * step + part)
             optimizer.accumulate()
-        norm = optimizer.update(1e-3)
+        norm = optimizer.update()
         parts = []
         for part in range(2):
             gradients(theirs, 10 * step + part)
@@ -61,15 +63,26 @@ def test_agrees_with_torch_over_microbatches():
 
 def test_bfloat16_weights_follow_float32_masters():
     unet, _, optimizer = make(torch.bfloat16)
+    optimizer.learning_rate.fill_(1e-5)  # far below a bfloat16 step of most weights
     before = [master.clone() for master in optimizer.masters]
     for step in range(3):
         gradients(unet, step)
         optimizer.accumulate()
-        assert optimizer.gradients[0].dtype == torch.float32
-        optimizer.update(1e-5)  # far below a bfloat16 step of most weights
+        optimizer.update()
     for p, master, old in zip(unet.parameters(), optimizer.masters, before, strict=True):
         assert p.dtype == torch.bfloat16 and master.dtype == torch.float32
         assert torch.equal(p, master.bfloat16()) and not torch.equal(master, old)
+
+
+def test_microbatches_add_up_in_float32():
+    unet, _, optimizer = make(torch.bfloat16)
+    exact = [torch.zeros_like(p, dtype=torch.float32) for p in unet.parameters()]
+    for part in range(3):
+        gradients(unet, part)
+        torch._foreach_add_(exact, [p.grad for p in unet.parameters()])
+        optimizer.accumulate()
+        assert all(p.grad is None for p in unet.parameters())
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(optimizer.gradients, exact, strict=True))
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
@@ -81,7 +94,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
         if broken:
             next(unet.parameters()).grad[0] = broken
         optimizer.accumulate()
-        assert torch.isfinite(optimizer.update(1e-3)) == (broken is None)
+        assert torch.isfinite(optimizer.update()) == (broken is None)
         counters.append((int(optimizer.skipped), int(optimizer.skipped_in_a_row), int(optimizer.step_count)))
         if seed < 2:
             changed = [name for name, tensor in optimizer.state.items() if not torch.equal(tensor, before[name])]
