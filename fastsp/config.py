@@ -175,6 +175,8 @@ class EvaluationConfig(Section):
     batch_size: Positive = 256  # samples made at once; no figure depends on it
     features: str = "classifier"  # or an Inception-v3 safetensors file
     heldout: str | list[str] | None = None  # like data.path; the digits have their own split
+    captions: str | None = None  # COCO's captions_val2014.json, or a text file: sample its first num_samples captions
+    reference: str | None = None  # goes with it: a folder of real images, or statistics saved by `fastsp eval`
 
 
 class Config(Section):

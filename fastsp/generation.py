@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from fastsp import draws
 from fastsp.errors import UserError
-from fastsp.models import TextToImageModel, load_pipeline
+from fastsp.models import TextToImageModel, load_pipeline, load_unet
 from fastsp.sampling import NO_GUIDANCE, Guidance
 
 
@@ -45,9 +44,9 @@ def load_for_sampling(name: str) -> TextToImageModel:
     """
     folder = Path(name)
     run = folder.parent.parent
-    if (folder / "config.json").is_file() and (run / "final" / "model_index.json").is_file():
+    if (folder / "config.json").is_file() and (run / "final").is_dir():
         model = load_pipeline(str(run / "final"), with_unet=False)
-        model.unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True)
+        model.unet = load_unet(folder)
     else:
         model = load_pipeline(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

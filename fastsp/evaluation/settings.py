@@ -1,6 +1,7 @@
 """What the evaluation reads of the configuration's `evaluation` section."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 
@@ -34,3 +35,15 @@ class EvaluationSettings(Protocol):
     def features(self) -> str: ...  # "classifier"; or an Inception-v3 safetensors file
     @property
     def heldout(self) -> str | list[str] | None: ...  # null; like data.path; the digits have their own split
+    @property
+    def captions(self) -> str | None: ...  # null; COCO's captions_val2014.json, or a text file
+    @property
+    def reference(self) -> str | None: ...  # null; a folder of real images, or statistics saved by `fastsp eval`
+
+
+def absent_files(settings: EvaluationSettings) -> list[str]:
+    """The files that the settings name and that are not there, each as ``key path``."""
+    named = {"captions": settings.captions, "reference": settings.reference, "features": settings.features}
+    if settings.features == "classifier":
+        del named["features"]
+    return [f"evaluation.{key} {path}" for key, path in named.items() if path is not None and not Path(path).exists()]

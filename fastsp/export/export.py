@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import UNet2DConditionModel
 
 from fastsp.errors import UserError
 from fastsp.evaluation.run_files import RunFiles, read_run
@@ -16,7 +15,7 @@ from fastsp.export.model_card import model_card
 from fastsp.export.original_config import original_config
 from fastsp.export.single_file import save_single_file
 from fastsp.files import new_folder, write_file
-from fastsp.models import load_pipeline, save_pipeline
+from fastsp.models import load_pipeline, load_unet, save_pipeline
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -68,7 +67,7 @@ def export_run(
 def _pipeline(run: RunFiles, stage: str | None) -> tuple[Any, str]:
     """The diffusers pipeline of a stage, and the stage's name."""
     final = run.directory / "final"
-    if not (final / "model_index.json").is_file():
+    if not final.is_dir():
         raise UserError(f"--run {run.directory} holds no finished run: it has no final/; train it first")
     if not run.stages:
         raise UserError(f"--run {run.directory} has no config.yaml, or none that names stages")
@@ -79,7 +78,7 @@ def _pipeline(run: RunFiles, stage: str | None) -> tuple[Any, str]:
     model = load_pipeline(str(final))
     if stage is not None and stage != last:
         folder = run.directory / "stages" / stage
-        if not (folder / "config.json").is_file():
+        if not folder.is_dir():
             raise UserError(f"--run {run.directory} lacks stages/{stage}: that stage has not been finished")
-        model.unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True)
+        model.unet = load_unet(folder)
     return model.pipeline(), stage or last

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,6 +31,8 @@ class Settings:
     batch_size: int = 8
     features: str = "classifier"
     heldout: str | None = None
+    captions: str | None = None
+    reference: str | None = None
 
 
 @pytest.fixture(scope="module")
@@ -168,11 +171,11 @@ def test_captions_run_through_the_held_out_ones(config: Config) -> None:
 
 
 def test_unfinished_runs_are_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    (Path(config.run_dir) / "stages" / "sp" / "config.json").unlink()
+    shutil.rmtree(Path(config.run_dir) / "stages" / "sp")
     monkeypatch.setattr(evaluate, "plan", lambda *_: [Planned(Setting("sp", True, 0.0, 0.0, 2), 0)])
     with pytest.raises(UserError, match="lacks stages/sp; train that stage first"):
         evaluate_run(config, Settings())
-    (Path(config.run_dir) / "final" / "model_index.json").unlink()
+    shutil.rmtree(Path(config.run_dir) / "final")
     with pytest.raises(UserError, match="holds no finished run: it has no final/"):
         evaluate_run(config, Settings())
 
@@ -181,3 +184,15 @@ def test_other_data_needs_a_heldout_path(config: Config) -> None:
     config.data.source, config.data.path = "images", str(Path(config.run_dir))
     with pytest.raises(UserError, match=r"evaluation\.heldout is missing; data\.source=images has no held-out split"):
         Evaluation(config, Settings(), torch.device("cpu"))
+
+
+def test_absent_files_are_named_in_one_line(config: Config) -> None:
+    """A run on a machine without COCO ends well, and without `evaluation.json`."""
+    written = io.StringIO()
+    settings = replace(Settings(), captions="/nowhere/captions_val2014.json", features="/nowhere/inception.safetensors")
+    assert evaluate_run(config, settings, console=Console(file=written, width=40)) == []
+    assert written.getvalue() == (
+        "evaluation skipped: evaluation.captions /nowhere/captions_val2014.json, evaluation.features "
+        "/nowhere/inception.safetensors is not there; fastsp eval does it later\n"
+    )
+    assert not (Path(config.run_dir) / "evaluation.json").exists()
