@@ -186,7 +186,7 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 computes in bf16 and keeps float32 master weights
     compile: Auto = "auto"  # torch.compile; auto: on a GPU
-    cuda_graph: Auto = "auto"
+    cuda_graph: Auto = "auto"  # the whole step in one CUDA graph; auto: on a GPU
     attention: str = "auto"
     model: ModelConfig
     data: DataConfig
@@ -248,6 +248,16 @@ class Config(Section):
     def compiles_on(self, device: torch.device) -> bool:
         """Whether `compile` asks for it there; auto: on a GPU."""
         return device.type == "cuda" if self.compile == "auto" else self.compile
+
+    def captures_on(self, device: torch.device) -> bool:
+        """Whether `cuda_graph` asks for it there; auto: on a GPU.
+
+        Raises:
+            UserError: it is asked for elsewhere.
+        """
+        if self.cuda_graph is True and device.type != "cuda":
+            raise UserError(f"cuda_graph: true needs a CUDA device, and this run is on the {device.type}; use auto")
+        return device.type == "cuda" if self.cuda_graph == "auto" else self.cuda_graph
 
     def steps_before(self, stage: StageConfig) -> int:
         """Updates of the stages that come before a stage in the run."""

@@ -12,6 +12,7 @@ from fastsp.bench.workload import Workload
 from fastsp.conditioning import Conditioning
 from fastsp.data.batch import Batch
 from fastsp.models import TextToImageModel
+from fastsp.training.capture import captured
 from fastsp.training.step import TrainingStep, build_step
 
 
@@ -27,6 +28,7 @@ class FastspStep:
 
     def __init__(self, workload: Workload, objective: str = "self_perceptual") -> None:
         self.training_step = build_training_step(workload, objective)
+        self.take_step = captured(self.training_step)
         self.numbers = itertools.count(1)
         batch_size = workload.batch_size
         self.batch = Batch(
@@ -41,7 +43,7 @@ class FastspStep:
         """One optimizer step."""
         number = next(self.numbers)
         positions = self.batch.positions + number * len(self.batch)
-        self.training_step(replace(self.batch, positions=positions), number)
+        self.take_step(replace(self.batch, positions=positions), number)
 
     def draws(self) -> tuple[()]:
         """None to hand over: they follow from the seed and the positions."""

@@ -60,6 +60,15 @@ class Batch:
         moved = {name: value.to(device, non_blocking=True) for name, value in self._rows() if name not in stays}
         return replace(self, **moved)
 
+    def copy_to(self, device: torch.device | str) -> Batch:
+        """A copy with every tensor on `device`, in memory of its own."""
+        copies: dict[str, Any] = {name: tensor.to(device, copy=True) for name, tensor in self.tensors().items()}
+        return replace(self, **copies)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is of the data, by field; all but the captions."""
+        return {name: value for name, value in self._rows() if isinstance(value, Tensor)}
+
     def _rows(self) -> Iterator[tuple[str, Any]]:
         for field in fields(self):
             value = getattr(self, field.name)

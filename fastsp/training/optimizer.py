@@ -91,6 +91,12 @@ class AdamWEMA:
         for p in self.params:
             p.grad = None
 
+    def forget_gradients(self) -> None:
+        """As before the first microbatch."""
+        self.gradients = None
+        for p in self.params:
+            p.grad = None
+
     @torch.no_grad()
     def update(self) -> Tensor:
         """Clip, step and average with the accumulated gradients and ``learning_rate``, a 0-d tensor to be filled in.

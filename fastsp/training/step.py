@@ -25,7 +25,7 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step tells, still on the device: reading a value waits for it."""
+    """What a step tells, still on the device: reading a value waits for it. Read or copy it before the next step."""
 
     loss: Tensor  # 0-d float32, mean over the nominal batch
     grad_norm: Tensor  # 0-d float32, before clipping
@@ -138,11 +138,15 @@ class TrainingStep:
             assert batch.input_ids is not None
             features = self.model.encode_ids(batch.input_ids, batch.input_ids_2)
             batch = replace(
-                batch, text_features=features.encoder_hidden_states, pooled_text_features=features.text_embeds
+                batch,
+                input_ids=None,
+                input_ids_2=None,
+                text_features=features.encoder_hidden_states,
+                pooled_text_features=features.text_embeds,
             )
         if self.model.vae is not None and batch.moments is None:
             assert batch.pixel_values is not None
-            batch = replace(batch, moments=encode_moments(self.model.vae, batch.pixel_values))
+            batch = replace(batch, pixel_values=None, moments=encode_moments(self.model.vae, batch.pixel_values))
         return batch
 
     def backward(self, batch: Batch) -> Tensor:

@@ -18,6 +18,7 @@ from fastsp.errors import UserError
 from fastsp.lora import Base, add_adapters, load_adapters, save_adapters, save_for_use
 from fastsp.models import TextToImageModel, load_model, load_unet
 from fastsp.perceptual import shared_copy
+from fastsp.training.capture import captured
 from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
 from fastsp.training.checkpoint_folder import Progress
 from fastsp.training.distributed import Ranks
@@ -68,6 +69,7 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.stop, self.console, self.report = config, run, stop, console, report
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config.captures_on(self.device)  # refuses a CUDA graph on a CPU
         _refuse_unsupported(config)
         check_installed(config)
         model = config.model
@@ -117,6 +119,7 @@ class Trainer:
                 raise UserError(f"{self.run.stage_folder(stage.name)} is missing, the weights of a finished stage")
             checkpoint.load_into(step.optimizer.state)
             step.optimizer.after_loading()
+        take_step = captured(step)
         batch_size = self.config.data.batch_size
         first = self.config.first_position(stage)
         batches = self.source.batches(
@@ -129,7 +132,7 @@ class Trainer:
         writer = CheckpointWriter(self.run.checkpoints, settings, self.config.digest, Ranks())
         with closing(batches), monitor, writer:
             for number, batch in enumerate(monitor.watched(batches), start=done + 1):
-                result = step(batch.to(self.device), number)
+                result = take_step(batch.to(self.device), number)
                 monitor.after_step(number, result)
                 if _due(number, self.config.samples.every, stage.steps):
                     with monitor.paused():
@@ -273,7 +276,5 @@ def _device_name(device: torch.device) -> str:
 
 def _refuse_unsupported(config: Config) -> None:
     """Settings that ask for what this version does not have."""
-    if config.cuda_graph is True:
-        raise UserError("cuda_graph: true is not supported by this version; use auto or false")
     if config.attention != "auto":
         raise UserError(f"attention: {config.attention!r} is not supported by this version; use auto")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench.workloads import tiny_workload
 from fastsp_kernels import Stream, random_integers, random_normals
-from tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_unet
 
 from fastsp import draws
 from fastsp.__main__ import main
@@ -25,27 +25,13 @@ from fastsp.bench.providers import PROVIDERS
 from fastsp.bench.report import phase_lines, verdict
 from fastsp.bench.run import Plan, groups, run
 from fastsp.bench.timing import datasheet_flops_per_s, quantiles
-from fastsp.bench.workload import SD21_BASE_UNET, SD21_TEXT_SHAPE, Workload, default_workload
+from fastsp.bench.workload import SD21_BASE_UNET, SD21_TEXT_SHAPE, default_workload
 from fastsp.config import load_config
 
 CPU = torch.device("cpu")
 EAGER = tuple(name for name, provider in PROVIDERS.items() if not provider.compiled)
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 CONTRACT = {"name", "samples_per_s", "ms_p20", "ms_p50", "ms_p80", "peak_memory_gb", "gflop_per_sample", "mfu"}
-
-
-def tiny_workload(batch_size: int = 3, precision: str = "fp32", teacher: str = "split") -> Workload:
-    """A tiny UNet with one block on each side; no caption is dropped, so that all providers see the same text.
-
-    Two calls of the teacher by default: the batched one is traced first, which takes seconds.
-    """
-    base = default_workload(CPU)
-    data = base.config.data.model_copy(update={"batch_size": batch_size, "caption_dropout": 0.0})
-    stages = [stage.model_copy(update={"teacher": teacher}) for stage in base.config.stages]
-    config = base.config.model_copy(update={"data": data, "precision": precision, "stages": stages})
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    unet_config = dict(tiny_unet(block_out_channels=(16,), attention_head_dim=2, **blocks).config)
-    return Workload("tiny", config, unet_config, (4, 8, 8), (TEXT_LENGTH, TEXT_WIDTH), CPU)
 
 
 def philox_draws(step: FastspStep) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,0 +1,183 @@
+"""The training step as a CUDA graph: recorded once, then one launch instead of thousands.
+
+Recorded are draws, diffusion, online forward, objective, backward, clipping, AdamW and the moving average. With one
+microbatch that is one graph; with several it is one for a microbatch, replayed for each, and one for the update. What
+changes from step to step lies in tensors: the graph's own copy of the batch (its positions are the draws' counters) and
+the learning rate. Outside are those copies, and the frozen text encoders and VAE, which are others' code and may wait
+for the device; with latents and text features computed beforehand they have nothing to do.
+
+The first steps of a batch shape run uncaptured on a side stream, where everything is compiled, tuned and allocated that
+must not be during a recording. They are steps like any other. Recording computes nothing.
+
+Not covered: several processes.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsp.data.batch import Batch
+from fastsp.training.step import StepResult, TrainingStep
+
+WARM_UP_STEPS = 2  # the first compiles and tunes; the second finds that done
+
+Work = Callable[[], None]
+Recorder = Callable[[Sequence[Work]], list[Work]]
+
+_log = logging.getLogger(__name__)
+
+
+class CapturedStep:
+    """Called as the :class:`TrainingStep` that it captures, with the same numbers.
+
+    Args:
+        step: the uncaptured step, on a CUDA device.
+        required: raise if recording fails; otherwise one line is logged and the step goes on uncaptured.
+        record: makes replays of some pieces of work, without doing them.
+
+    A result's tensors are overwritten by the next step.
+    """
+
+    def __init__(self, step: TrainingStep, required: bool = True, record: Recorder | None = None) -> None:
+        self.step, self.required, self.record = step, required, record or record_cuda_graphs
+        self.recording: Recording | None = None
+        self._shape: object = None
+        self._warm_up_steps = 0
+        self._gave_up = False
+        self._side_stream = torch.cuda.Stream() if step.seed.is_cuda else None
+
+    def __call__(self, batch: Batch, number: int) -> StepResult:
+        """One optimizer step on ``batch``, the ``number``-th (from 1) of the stage."""
+        if self._gave_up:
+            return self.step(batch, number)
+        shape = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.tensors().items())
+        if shape != self._shape:
+            self._shape, self._warm_up_steps, self.recording = shape, WARM_UP_STEPS, None
+        if self._warm_up_steps:
+            self._warm_up_steps -= 1
+            with self._on_the_side():
+                return self.step(batch, number)
+        microbatches = list(batch.microbatches(self.step.config.data.microbatch))
+        if self.recording is None:
+            self.recording = self._try_to_record(self.step.encoded(microbatches[0]), len(microbatches))
+            if self.recording is None:
+                return self.step(batch, number)
+        rate = self.step.set_learning_rate(number)
+        return self.step.result(*self.recording(microbatches), rate)
+
+    def _try_to_record(self, example: Batch, microbatches: int) -> Recording | None:
+        try:
+            return Recording(self.step, example, microbatches, self.record)
+        except RuntimeError as error:
+            if self.required:
+                raise
+            reason = str(error).splitlines()[0]
+        _log.warning("cuda_graph: auto goes on without a CUDA graph: %s", reason)
+        self._gave_up = True
+        self.step.optimizer.forget_gradients()
+        return None
+
+    @contextmanager
+    def _on_the_side(self) -> Iterator[None]:
+        """On a side stream: autograd remembers streams, and a recording must not meet the default one."""
+        if self._side_stream is None:
+            yield
+            return
+        self._side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side_stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._side_stream)
+
+
+class Recording:
+    """The replays for one batch shape, and the tensors that they read and write.
+
+    Args:
+        step: what is recorded.
+        example: an encoded microbatch.
+        microbatches: of a step.
+        record: see :class:`CapturedStep`.
+    """
+
+    def __init__(self, step: TrainingStep, example: Batch, microbatches: int, record: Recorder) -> None:
+        device, optimizer = step.seed.device, step.optimizer
+        self.step = step
+        self.inputs = example.copy_to(device)
+        self.loss, self.grad_norm = (torch.zeros((), device=device) for _ in range(2))
+        self.sums: list[Tensor] | None = None  # of the gradients of several microbatches
+        if microbatches > 1:
+            self.sums = [torch.zeros_like(p, dtype=torch.float32) for p in optimizer.params]
+        works = [self._whole_step] if self.sums is None else [self._microbatch, self._update]
+        self.replays = record(works)
+
+    def __call__(self, microbatches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+        """Loss and gradient norm of a step, in tensors that are always the same."""
+        for_microbatch, *for_update = self.replays
+        self.loss.zero_()
+        for microbatch in microbatches:
+            new = self.step.encoded(microbatch).tensors()
+            for name, tensor in self.inputs.tensors().items():
+                tensor.copy_(new[name], non_blocking=True)
+            for_microbatch()
+        for replay in for_update:
+            replay()
+        return self.loss, self.grad_norm
+
+    def _whole_step(self) -> None:
+        self._microbatch()
+        self._update()
+
+    def _microbatch(self) -> None:
+        self.step.optimizer.gradients = self.sums
+        self.loss += self.step.backward(self.inputs)
+
+    def _update(self) -> None:
+        self.grad_norm.copy_(self.step.optimizer.update())
+        if self.sums is not None:
+            torch._foreach_zero_(self.sums)
+
+
+def record_cuda_graphs(works: Sequence[Work]) -> list[Work]:
+    """A CUDA graph of each. They share their memory, so they are to be replayed one after the other.
+
+    Threads that read data go on meanwhile (``thread_local``).
+    """
+    pool, graphs = torch.cuda.graph_pool_handle(), []
+    with _no_garbage_collection():
+        for work in works:
+            graph: Any = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                work()
+            graphs.append(graph)
+    return [graph.replay for graph in graphs]
+
+
+def captured(step: TrainingStep) -> TrainingStep | CapturedStep:
+    """The step as `cuda_graph` asks for it; auto: captured on a GPU.
+
+    Raises:
+        UserError: a CUDA graph is asked for on a CPU.
+    """
+    if not step.config.captures_on(step.seed.device):
+        return step
+    return CapturedStep(step, required=step.config.cuda_graph is True)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A tensor or graph that is collected during a recording would free memory, which breaks it."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,202 @@
+"""The captured step: the numbers of the uncaptured one, from copies of the batch, recorded anew for another shape.
+
+Without a GPU the replays are the recorded functions themselves, which read and write the same tensors as a graph does.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from bench.workloads import tiny_workload
+
+from fastsp.bench.fastsp_step import build_training_step
+from fastsp.data.batch import Batch
+from fastsp.errors import UserError
+from fastsp.training.capture import WARM_UP_STEPS, CapturedStep, captured, record_cuda_graphs
+from fastsp.training.step import TrainingStep
+
+STEPS, BATCH_SIZE = 20, 4
+
+
+def make(
+    device: str,
+    objective: str = "self_perceptual",
+    teacher: str = "split",
+    microbatch: int | None = None,
+    precision: str = "fp32",
+    **settings,
+) -> TrainingStep:
+    workload = tiny_workload(BATCH_SIZE, precision, teacher, device).with_settings(**settings)
+    data = workload.config.data.model_copy(update={"microbatch": microbatch, "caption_dropout": 0.3})
+    optimizer = workload.config.optimizer.model_copy(update={"warmup_steps": 7})
+    workload = replace(workload, config=workload.config.model_copy(update={"data": data, "optimizer": optimizer}))
+    return build_training_step(workload, objective)
+
+
+def batch(number: int, device: str, size: int = BATCH_SIZE, side: int = 8) -> Batch:
+    """Another one every step, one of its samples rejected; positions stay on the CPU, as the sources leave them."""
+    generator = torch.Generator().manual_seed(number)
+    return Batch(
+        positions=torch.arange(size) + number * size,
+        weights=(torch.arange(size) != number % size).float(),
+        captions=("",) * size,
+        pixel_values=torch.randn(size, 4, side, side, generator=generator),
+        text_features=torch.randn(size, 5, 16, generator=generator),
+    ).to(device)
+
+
+def run(step: TrainingStep, take_step, steps: int = STEPS) -> list[tuple[float, float, float]]:
+    device = str(step.seed.device)
+    results = (take_step(batch(number, device), number) for number in range(1, steps + 1))
+    return [(float(result.loss), float(result.grad_norm), result.learning_rate) for result in results]
+
+
+def assert_same(one: TrainingStep, other: TrainingStep) -> None:
+    ours, theirs = one.optimizer.state, other.optimizer.state
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    weights = zip(one.unet.parameters(), other.unet.parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in weights)
+
+
+NAMES = ("objective", "teacher", "microbatch", "precision")
+CASES = [
+    ("mse", "split", None, "fp32"),
+    ("self_perceptual", "split", 2, "bf16"),
+    ("self_perceptual", "batched", 2, "fp32"),
+    ("self_perceptual", "batched", None, "bf16"),
+]
+ON_CPU = [case if case[1] == "split" else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+
+
+@pytest.mark.parametrize(NAMES, ON_CPU)
+def test_captured_steps_equal_uncaptured_ones(objective, teacher, microbatch, precision):
+    expected, ours = (make("cpu", objective, teacher, microbatch, precision) for _ in range(2))
+    take_step = CapturedStep(ours, record=list)
+    rows = run(ours, take_step, 6)
+    assert rows == run(expected, expected, 6)
+    assert_same(ours, expected)
+    assert len({loss for loss, _, _ in rows}) == 6 and rows[0][2] < rows[1][2], "every step is another one"
+    assert take_step.recording is not None
+    assert len(take_step.recording.replays) == (1 if microbatch is None else 2)
+
+
+def test_a_graph_s_inputs_stay_where_they_are():
+    step = make("cpu", "mse")
+    take_step = CapturedStep(step, record=list)
+    run(step, take_step, WARM_UP_STEPS + 1)
+    inputs = take_step.recording.inputs.tensors()
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in inputs.items()}
+    other = batch(98, "cpu")
+    take_step(other, 98)
+    assert before.keys() == {"positions", "weights", "pixel_values", "text_features"}
+    for name, (address, old) in before.items():
+        assert inputs[name].data_ptr() == address and not torch.equal(inputs[name], old)
+        assert torch.equal(inputs[name], other.tensors()[name]) and other.tensors()[name].data_ptr() != address
+
+
+def test_it_records_once_and_anew_for_another_shape():
+    step, recordings = make("cpu", "mse"), []
+
+    def record(works):
+        recordings.append(len(works))
+        return list(works)
+
+    take_step, seen = CapturedStep(step, record=record), []
+    for number, side in enumerate([8, 8, 8, 8, 16, 16, 16, 16, 8], start=1):
+        take_step(batch(number, "cpu", side=side), number)
+        seen.append(len(recordings))
+    assert seen == [0, 0, 1, 1, 1, 1, 2, 2, 2], "two steps warm up; a recording is used until the shape changes"
+    assert int(step.optimizer.step_count) == 9
+
+
+def test_a_recording_that_fails(caplog):
+    def fail(works):
+        works[0]()  # as far as the end of the backward, say
+        raise RuntimeError("planted\nsecond line")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        step = make("cpu", "mse")
+        run(step, CapturedStep(step, record=fail))
+    step, expected = make("cpu", "mse", microbatch=2), make("cpu", "mse", microbatch=2)
+    with caplog.at_level(logging.WARNING, "fastsp"):
+        rows = run(step, CapturedStep(step, required=False, record=fail), 5)
+    assert rows == run(expected, expected, 5)
+    assert_same(step, expected)
+    assert [r.getMessage() for r in caplog.records] == ["cuda_graph: auto goes on without a CUDA graph: planted"]
+
+
+def test_what_the_configuration_asks_for():
+    step = make("cpu", "mse")
+    assert captured(step) is step, "auto: not on a CPU"
+    step.config = step.config.model_copy(update={"cuda_graph": True})
+    with pytest.raises(UserError, match="cuda_graph: true needs a CUDA device, and this run is on the cpu"):
+        captured(step)
+    for setting, expected in ((True, True), ("auto", True), (False, False)):
+        config = step.config.model_copy(update={"cuda_graph": setting})
+        assert config.captures_on(torch.device("cuda")) is expected
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    (*NAMES, "compile"), [*((*case, False) for case in CASES), *((*case, True) for case in (CASES[1], CASES[3]))]
+)
+def test_gpu_twenty_steps_bit_for_bit(deterministic, objective, teacher, microbatch, precision, compile):
+    settings = {"compile": compile, "cuda_graph": True}
+    expected, ours = (make("cuda", objective, teacher, microbatch, precision, **settings) for _ in range(2))
+    take_step = captured(ours)
+    rows = run(ours, take_step)
+    assert isinstance(take_step, CapturedStep) and take_step.recording is not None
+    assert rows == run(expected, expected)
+    assert_same(ours, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_gpu_replays_never_wait_for_the_host(microbatch):
+    step = make("cuda", microbatch=microbatch, compile=False, cuda_graph=True)
+    take_step = captured(step)
+    run(step, take_step, WARM_UP_STEPS + 1)
+    following = [batch(number, "cuda") for number in range(50, 53)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number, data in enumerate(following, start=50):
+            take_step(data, number)
+            step(data, number)  # nor does the uncaptured one
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_gpu_another_shape_is_recorded_anew():
+    step, expected = (make("cuda", compile=False, cuda_graph=True) for _ in range(2))
+    take_step = captured(step)
+    for number in range(1, 13):
+        data = batch(number, "cuda", side=8 if number % 8 < 4 else 16)
+        result, plain = take_step(data, number), expected(data, number)
+        torch.testing.assert_close(result.loss, plain.loss, rtol=1e-4, atol=0)
+    assert take_step.recording is not None
+
+
+@pytest.mark.gpu
+def test_gpu_recording_computes_nothing():
+    total = torch.zeros((), device="cuda")
+
+    def work():
+        total.add_(1)
+
+    replays = record_cuda_graphs([work, work])
+    assert float(total) == 0
+    for replay in replays:
+        replay()
+    assert float(total) == 2
