@@ -8,6 +8,7 @@ from fastsp.cli.doctor import doctor
 from fastsp.cli.encode import encode
 from fastsp.cli.export import export
 from fastsp.cli.sample import sample
+from fastsp.cli.status import status
 from fastsp.cli.train import train
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train)
+app.command()(status)
 app.command()(sample)
 app.command()(encode)
 app.command()(export)

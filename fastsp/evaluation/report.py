@@ -13,6 +13,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from fastsp.durations import duration
 from fastsp.evaluation.charts import loss_curve
 from fastsp.evaluation.run_files import RunFiles, read_run
 from fastsp.evaluation.tables import Roles, find_roles, score_tables, verdict
@@ -97,13 +98,3 @@ def _times(run: RunFiles, roles: Roles) -> Iterator[tuple[str, str, str]]:
     timed = [row["seconds"] for row in run.rows if "seconds" in row]
     if timed:
         yield "Evaluation", f"{len(timed)} rows", duration(sum(timed))
-
-
-def duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 1 h 04 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -11,7 +11,7 @@ from evaluation.runs import CONFIG, HOSTILE, write_run
 
 from fastsp.errors import UserError
 from fastsp.evaluation.charts import loss_curve
-from fastsp.evaluation.report import duration, write_report
+from fastsp.evaluation.report import write_report
 
 
 class Page(HTMLParser):
@@ -111,8 +111,3 @@ def test_curves_survive_what_is_not_a_number() -> None:
     assert "no finite loss" in loss_curve([10, 20], [float("nan"), float("inf")])
     flat = loss_curve(range(1, 5001), [0.5] * 5000)
     assert "nan" not in flat and len(flat) < 20_000
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(7.4, "7 s"), (200, "3 min 20 s"), (3840, "1 h 04 min")])
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

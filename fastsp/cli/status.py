@@ -1,0 +1,25 @@
+"""`fastsp status`: where a run stands."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def status(
+    run: Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read the newest checkpoint through: checksums.")] = False,
+) -> None:
+    """Say where a run stands: running or not, step, losses, speed, checkpoint, and what to do next.
+
+    Example: fastsp status runs/quickstart
+    """
+    from fastsp.training.status import run_status
+
+    found = run_status(run, verify)
+    typer.echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(found.lines()))

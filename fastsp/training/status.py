@@ -1,0 +1,158 @@
+"""Where a run stands, read from its directory alone and without torch: it answers at once, and disturbs nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastsp.durations import duration
+from fastsp.errors import UserError
+from fastsp.training.checkpoint_folder import damage, newest_first, progress_of
+
+_TAIL_BYTES = 1 << 16  # of metrics.jsonl: some hundred lines
+_LOSSES = 5  # shown
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What can be said of a run. Steps are updates; None: not known yet."""
+
+    run_dir: str
+    running: str | None  # the process and its machine
+    finished: bool  # every stage is trained and final/ is written
+    stage: str | None
+    step: int  # of the stage, the latest logged
+    stage_steps: int
+    global_step: int  # of the run
+    total_steps: int
+    losses: list[float]  # the last few that were logged
+    samples_per_s: float | None
+    data_wait: float | None  # share of the time
+    seconds_left: float | None  # of training, at the last rate
+    checkpoint: str | None  # the newest
+    checkpoint_step: int | None  # of the run
+    checkpoint_damage: str | None  # None: it is whole
+    skipped: int  # updates of the stage
+    bad_samples: int
+    next: str  # what to do
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        state = f"running ({self.running})" if self.running else "finished" if self.finished else "not running"
+        yield f"{self.run_dir}: {state}"
+        done = f"{self.global_step} of {self.total_steps} steps in all"
+        yield _line("stage", f"{self.stage}: step {self.step} of {self.stage_steps}; {done}" if self.stage else done)
+        if self.losses:
+            yield _line("loss", ", ".join(f"{loss:.4g}" for loss in self.losses))
+        if self.samples_per_s:
+            wait = "" if self.data_wait is None else f"; {self.data_wait:.0%} of the time waiting for data"
+            left = f"; {duration(self.seconds_left)} of training left" if self.seconds_left else ""
+            yield _line("speed", f"{self.samples_per_s:.3g} samples/s{wait}{left}")
+        yield _line("checkpoint", self._checkpoint())
+        yield _line("trouble", f"{self.skipped} updates skipped, {self.bad_samples} bad samples")
+        yield _line("next", self.next)
+
+    def _checkpoint(self) -> str:
+        if self.checkpoint is None:
+            return "none yet"
+        if self.checkpoint_damage is not None:
+            return f"{self.checkpoint} is damaged: {self.checkpoint_damage}"
+        return f"{self.checkpoint} is whole"
+
+
+def run_status(root: Path, verify: bool = False) -> RunStatus:
+    """Read a run directory.
+
+    Args:
+        verify: read the newest checkpoint through and compare its checksums; else its files' sizes alone.
+
+    Raises:
+        UserError: it holds no run.
+    """
+    try:
+        config = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))
+        stages = {stage["name"]: stage["steps"] for stage in config["stages"]}
+        batch_size = config["data"]["batch_size"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        raise UserError(f"{root} holds no run: it has no config.yaml of one") from None
+    rows = _last_rows(root / "metrics.jsonl")
+    last = rows[-1] if rows else {}
+    running = _holder(root / ".lock")
+    finished = (root / "final").is_dir() and all((root / "stages" / name).is_dir() for name in stages)
+    total, reached, rate = sum(stages.values()), last.get("global_step", 0), last.get("samples_per_s")
+    newest = next(iter(newest_first(root / "checkpoints")), None)
+    harm = damage(newest, checksums=verify) if newest else None
+    return RunStatus(
+        run_dir=str(root),
+        running=running,
+        finished=finished,
+        stage=last.get("stage"),
+        step=last.get("step", 0),
+        stage_steps=stages.get(last.get("stage"), 0),
+        global_step=reached,
+        total_steps=total,
+        losses=[row["loss"] for row in rows[-_LOSSES:]],
+        samples_per_s=rate,
+        data_wait=last.get("data_wait"),
+        seconds_left=(total - reached) * batch_size / rate if rate else None,
+        checkpoint=newest.name if newest else None,
+        checkpoint_step=progress_of(newest).global_step if newest and harm is None else None,
+        checkpoint_damage=harm,
+        skipped=last.get("skipped", 0),
+        bad_samples=last.get("bad_samples", 0),
+        next=_next(root, config, running is not None, finished),
+    )
+
+
+def _next(root: Path, config: dict[str, Any], running: bool, finished: bool) -> str:
+    if running:
+        return f"nothing: it trains; {root / 'report.html'} shows what it has made so far"
+    moved = "" if Path(config["run_dir"]) == root else f" run_dir={root}"
+    go_on = f"fastsp train --config {root / 'config.yaml'} --resume{moved}"
+    if not finished:
+        return go_on
+    if (config.get("evaluation") or {}).get("enabled") and not (root / "evaluation.json").exists():
+        return f"{go_on}   (what is missing is the evaluation)"
+    return f"look at {root / 'report.html'}; fastsp sample --model {root / 'final'} --prompt TEXT --out FILE.png"
+
+
+def _holder(lock: Path) -> str | None:
+    """Who holds a run's lock; None if nobody does."""
+    try:
+        with lock.open(encoding="utf-8") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return stream.read() or "another process"
+    except OSError:
+        pass
+    return None
+
+
+def _last_rows(file: Path) -> list[dict[str, Any]]:
+    """The last complete lines of `metrics.jsonl`."""
+    try:
+        with file.open("rb") as stream:
+            start = max(0, stream.seek(0, os.SEEK_END) - _TAIL_BYTES)
+            stream.seek(start)
+            lines = stream.read().splitlines(keepends=True)
+    except OSError:
+        return []
+    rows = []
+    for line in lines[1:] if start else lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _line(name: str, text: str) -> str:
+    return f"  {name:<11} {text}"
