@@ -60,10 +60,17 @@ def commit_folder(unfinished: Path, path: Path, replace: bool = True) -> None:
     """Make a filled folder durable and rename it to ``path``; with ``replace``, in place of one that is there."""
     for entry in [*unfinished.rglob("*"), unfinished]:
         _sync(entry)
-    if replace:
-        shutil.rmtree(path, ignore_errors=True)
+    if replace and path.exists():
+        remove_folder(path)
     unfinished.rename(path)
     _sync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, which is gone under its name before the first of its files is."""
+    dying = unfinished_path(path)
+    path.rename(dying)
+    shutil.rmtree(dying)
 
 
 def remove_unfinished(root: Path) -> None:

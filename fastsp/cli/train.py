@@ -14,6 +14,9 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the file's values.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in run_dir.")] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="With --resume: go on with another configuration.")
+    ] = False,
 ) -> None:
     """Train a model: MSE, then self-perceptual, or whatever stages the configuration names.
 
@@ -27,7 +30,7 @@ def train(
 
     console = Console()
     loaded = load_config(config, overrides or [])
-    run_stages(loaded, resume=resume, console=console, report=write_report)
+    run_stages(loaded, resume=resume, console=console, allow_changes=allow_changes, report=write_report)
     if loaded.evaluation.enabled:
         from fastsp.evaluation.evaluate import evaluate_run
 

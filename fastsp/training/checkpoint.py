@@ -20,9 +20,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from fastsp.config import CheckpointConfig
+from fastsp.errors import UserError
 from fastsp.files import commit_folder, unfinished_path
 from fastsp.training.checkpoint_folder import (
     Files,
@@ -55,9 +57,13 @@ class Checkpoint:
         Every rank reads what it needs by itself, however many ranks have written.
 
         Raises:
-            KeyError: the checkpoint lacks one of them.
+            UserError: the checkpoint lacks one of them, or has it in another shape: it is of another model.
         """
-        dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(self.folder)), no_dist=True)
+        try:
+            dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(self.folder)), no_dist=True)
+        except CheckpointException as error:
+            ((reason, _),) = error.failures.values()
+            raise UserError(f"checkpoint {self.folder} does not fit this configuration: {reason}") from error
 
 
 class CheckpointWriter:

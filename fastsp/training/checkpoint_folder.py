@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fastsp.files import remove_folder
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -57,7 +58,7 @@ def remove_old(newest: Path, keep: int, keep_every: int | None) -> None:
     for folder in folders[folders.index(newest) + keep :]:
         stays = keep_every and damage(folder, checksums=False) is None and progress_of(folder).step % keep_every == 0
         if not stays:
-            shutil.rmtree(folder)
+            remove_folder(folder)
 
 
 def progress_of(folder: Path) -> Progress:

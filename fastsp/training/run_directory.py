@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
-
-import yaml
 
 from fastsp.config import Config
 from fastsp.errors import UserError
 from fastsp.files import new_folder, remove_unfinished, write_file
+from fastsp.training.config_changes import Change, config_changes
+
+_LOCK_TRIES = 5  # `fastsp status` holds the lock for an instant
 
 
 class RunDirectory:
@@ -22,13 +26,15 @@ class RunDirectory:
     Args:
         config: of the run.
         resume: whether a run that is there may be gone on with.
+        allow_changes: whether it may be gone on with another configuration. That one then becomes `config.yaml`; the
+            old one stays as `config.1.yaml`, or the next free number.
 
     Raises:
         UserError: the folder holds another run (or, without ``resume``, any run), or other files; on entering: it is in
             use by another process.
     """
 
-    def __init__(self, config: Config, resume: bool = False) -> None:
+    def __init__(self, config: Config, resume: bool = False, allow_changes: bool = False) -> None:
         self.config = config
         self.root = Path(config.run_dir)
         self.config_file = self.root / "config.yaml"
@@ -38,8 +44,9 @@ class RunDirectory:
         self.samples = self.root / "samples"
         self.tensorboard = self.root / "tensorboard"
         self.final = self.root / "final"
+        self.changes: list[Change] = []
         self._lock: Any = None
-        self._check(resume)
+        self._check(resume, allow_changes)
 
     def __enter__(self) -> Self:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -51,6 +58,15 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self._lock.close()
+
+    def keep_changes(self) -> None:
+        """Set the old configuration aside and write the new one, if they differ."""
+        if all(change.key == "run_dir" for change in self.changes):
+            return
+        numbers = itertools.count(1)
+        free = next(path for number in numbers if not (path := self.root / f"config.{number}.yaml").exists())
+        write_file(free, self.config_file.read_text(encoding="utf-8"))
+        write_file(self.config_file, self.config.dump())
 
     def stage_folder(self, name: str) -> Path:
         """Where the EMA weights of a finished stage lie, as a diffusers UNet folder, or adapters."""
@@ -79,7 +95,7 @@ class RunDirectory:
         if kept != lines:
             write_file(self.metrics_file, "".join(kept))
 
-    def _check(self, resume: bool) -> None:
+    def _check(self, resume: bool, allow_changes: bool) -> None:
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"run_dir {self.root} is a file")
         if not self.config_file.exists():
@@ -90,19 +106,26 @@ class RunDirectory:
             raise UserError(
                 f"run_dir {self.root} already holds a run; go on with it by --resume, or choose another folder"
             )
-        differing = _differing_keys(yaml.safe_load(self.config_file.read_text()), self.config.model_dump(mode="json"))
-        if differing:
-            raise UserError(f"run_dir {self.root} holds a run with another configuration: {'; '.join(differing)}")
+        self.changes = config_changes(self.config_file.read_text(encoding="utf-8"), self.config)
+        refused = [str(change) for change in self.changes if not change.free]
+        if refused and not allow_changes:
+            raise UserError(
+                f"run_dir {self.root} holds a run with another configuration: {'; '.join(refused)}; "
+                "to go on with the new one all the same, add --allow-changes"
+            )
 
     def _locked(self) -> Any:
         stream = (self.root / ".lock").open("a+")
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        for _ in range(_LOCK_TRIES):
+            with suppress(OSError):
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.05)
+        else:
             stream.seek(0)
             holder = stream.read() or "another process"
             stream.close()
-            raise UserError(f"run_dir {self.root} is in use by {holder}") from None
+            raise UserError(f"run_dir {self.root} is in use by {holder}")
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {socket.gethostname()}")
         stream.flush()
@@ -115,14 +138,3 @@ def _global_step(line: str) -> float:
         return json.loads(line)["global_step"] if line.endswith("\n") else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
-
-def _differing_keys(old: Any, new: Any, path: str = "") -> list[str]:
-    """``key: old -> new`` for every leaf in which two configurations differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        pairs = [(str(key), old.get(key), new.get(key)) for key in {**old, **new}]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(str(index), a, b) for index, (a, b) in enumerate(zip(old, new, strict=True))]
-    else:
-        return [] if old == new else [f"{path} {old!r} -> {new!r}"]
-    return [line for key, a, b in pairs for line in _differing_keys(a, b, f"{path}.{key}" if path else key)]

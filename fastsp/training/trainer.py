@@ -35,6 +35,8 @@ def train(
     config: Config,
     resume: bool = False,
     console: Console | None = None,
+    *,
+    allow_changes: bool = False,
     report: Callable[[Path], object] | None = None,
 ) -> None:
     """Train all stages of a configuration and write ``final/``.
@@ -43,6 +45,7 @@ def train(
         config: of the run.
         resume: go on with the run in ``config.run_dir`` from its newest whole checkpoint.
         console: where to print; None: standard output.
+        allow_changes: go on with another configuration than the run began with.
         report: called with the run directory whenever there are new pictures; it may fail.
 
     Raises:
@@ -50,7 +53,7 @@ def train(
         Interrupted: by SIGINT or SIGTERM, after saving.
         RunFailed: the disk is full, or the gradient stays not finite.
     """
-    run, stop = RunDirectory(config, resume), StopRequest()
+    run, stop = RunDirectory(config, resume, allow_changes), StopRequest()
     trainer = Trainer(config, run, stop, console or Console(), report)  # fails before anything is written
     with explained(run), run, stop:
         trainer.train(resume)
@@ -99,6 +102,7 @@ class Trainer:
         """All stages, then ``final/``."""
         self.samples = SampleDrawer(self.model, self.config, self._some_captions(), self.run.samples, self.device)
         checkpoint = self._newest_checkpoint() if resume else None
+        self.run.keep_changes()
         reached = checkpoint.progress.global_step if checkpoint else 0
         self.run.rewind_metrics(reached)
         with Trackers(self.run, self.config, reached) as trackers:
@@ -202,6 +206,8 @@ class Trainer:
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """Find the newest whole checkpoint and say which."""
+        for change in self.run.changes:
+            self.console.print(f"changed: {change}")
         checkpoint, passed_over = newest_whole(self.run.checkpoints)
         for reason in passed_over:
             self.console.print(f"passed over {reason}")
@@ -209,6 +215,7 @@ class Trainer:
             self.console.print("no checkpoint yet: starting from the beginning")
         else:
             progress = checkpoint.progress
+            self._check_place(progress)
             self.console.print(f"resuming {checkpoint.folder.name}: step {progress.step} of {progress.stage}")
         return checkpoint
 
@@ -218,6 +225,19 @@ class Trainer:
         if self.stop.signal_number or number == stage.steps:
             return True
         return number % self.config.checkpoint.every == 0 and not int(result.skipped_in_a_row)
+
+    def _check_place(self, progress: Progress) -> None:
+        """See that a changed configuration still has the place where the run stopped."""
+        for stage in self.config.stages:
+            before = self.config.steps_before(stage)
+            same_place = stage.name == progress.stage and before + progress.step == progress.global_step
+            if same_place and progress.step <= stage.steps:
+                return
+        raise UserError(
+            f"run_dir {self.run.root} stopped at step {progress.step} of stage {progress.stage}, after "
+            f"{progress.global_step} steps in all, and the new configuration has no such place: leave the stages "
+            "before it as they were, and this one at least as long"
+        )
 
     def _stop_if_asked(self, done: str) -> None:
         if self.stop.signal_number:

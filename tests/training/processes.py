@@ -50,13 +50,14 @@ class Run:
         """Wait until something holds, while it runs."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert self.process.exitcode is None, f"ended before: {self.output()}"
+            assert not self.process.exitcode, f"ended before: {self.output()}"
             assert time.monotonic() < deadline
             time.sleep(0.005)
 
 
 def start(said: Path, *arguments: object, plant: Callable[[], None] | None = None) -> Run:
     """Start `fastsp ARGUMENTS`; what it prints goes to the file ``said``. ``plant`` is called in the child first."""
+    said.unlink(missing_ok=True)
     words = [str(argument) for argument in arguments]
     process = _CONTEXT.Process(target=_fastsp, args=(words, str(said), plant))
     process.start()

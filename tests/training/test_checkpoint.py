@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastsp.config import CheckpointConfig
+from fastsp.errors import UserError
 from fastsp.training import checkpoint as module
 from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
 from fastsp.training.checkpoint_folder import MANIFEST, Progress, folder_name
@@ -38,6 +39,17 @@ def test_round_trip_keeps_values_dtypes_and_layouts(tmp_path):
     for name, value in state(3.0).items():
         assert torch.equal(loaded[name], value) and loaded[name].stride() == value.stride()
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".distcp")]
+
+
+@pytest.mark.parametrize("wanted", [{"master.w": torch.zeros(5, 3, 3, 3)}, {"other": torch.zeros(1)}])
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, wanted):
+    save(tmp_path, 3)
+    checkpoint, _ = newest_whole(tmp_path)
+    with pytest.raises(
+        UserError, match=f"step_00000003 does not fit this configuration: .*{next(iter(wanted))}"
+    ) as caught:
+        checkpoint.load_into(wanted)
+    assert "\n" not in str(caught.value)
 
 
 def test_keeps_the_newest(tmp_path):

@@ -1,0 +1,84 @@
+"""What of a configuration may change when a run goes on, and what the rest would mean."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from fastsp.config import Config
+
+# No weight depends on these.
+_FREE = (
+    "run_dir",
+    "checkpoint",
+    "distributed",
+    "evaluation",
+    "final",
+    "log",
+    "samples",
+    "data.max_bad_fraction",
+    "data.prefetch",
+    "data.threads",
+    "data.workers",
+    "optimizer.max_skipped",
+)
+_OTHER_SAMPLES = "other samples from here on"
+_ROUNDING = "the same samples and draws, rounded otherwise"
+_MEANING = {
+    "seed": "another order of the samples and other draws from here on",
+    "data.batch_size": "positions are counted in batches: samples come again or are left out",
+    "data.source": _OTHER_SAMPLES,
+    "data.path": _OTHER_SAMPLES + ", unless it is the same data",
+    "data.split": _OTHER_SAMPLES,
+    "data.microbatch": _ROUNDING,
+    "precision": _ROUNDING,
+    "compile": _ROUNDING,
+    "cuda_graph": _ROUNDING,
+    "attention": _ROUNDING,
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key in which two configurations differ."""
+
+    key: str
+    old: Any
+    new: Any
+
+    @property
+    def free(self) -> bool:
+        """Whether the trained weights do not depend on it."""
+        return any(self.key == key or self.key.startswith(f"{key}.") for key in _FREE)
+
+    def __str__(self) -> str:
+        meaning = _MEANING.get(self.key)
+        return f"{self.key} {self.old!r} -> {self.new!r}" + (f" ({meaning})" if meaning else "")
+
+
+def config_changes(old: str, new: Config) -> list[Change]:
+    """In which keys ``new`` differs from the text of a run's `config.yaml`; keys that are newer than it count as set
+    to their defaults."""
+    before = yaml.safe_load(old)
+    with suppress(ValidationError):  # of a version with other keys, or a folder that it names is gone
+        before = Config.model_validate(before).model_dump(mode="json")
+    return _differing(before, new.model_dump(mode="json"), "")
+
+
+def _differing(old: Any, new: Any, path: str) -> list[Change]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = [(str(key), old.get(key), new.get(key)) for key in {**old, **new}]
+    elif _holds_sections(old) and _holds_sections(new):
+        parts = [(str(index), *pair) for index, pair in enumerate(zip_longest(old, new))]
+    else:
+        return [] if old == new else [Change(path, old, new)]
+    return [change for key, a, b in parts for change in _differing(a, b, f"{path}.{key}" if path else key)]
+
+
+def _holds_sections(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
