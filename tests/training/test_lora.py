@@ -18,6 +18,7 @@ from safetensors import safe_open
 from tiny import picture_folder, tiny_stable_diffusion
 
 from fastsp import draws
+from fastsp.cli import app
 from fastsp.config import Config, load_config
 from fastsp.errors import UserError
 from fastsp.lora import DIFFUSERS_FILE, KOHYA_FILE, adapters, load_adapters
@@ -171,3 +172,20 @@ def test_mistakes_are_one_line(folder, config):
     other = trainer("model.lora.rank=2")
     with pytest.raises(UserError, match="has adapters of another rank"):
         load_adapters(other.model.unet, Path(config.run_dir) / "stages" / "sp")
+
+
+def test_sample_and_export(config, tmp_path):
+    """`fastsp sample` draws with the adapters of any stage; `fastsp export` writes them into a whole model."""
+    run = Path(config.run_dir)
+    models = [argument for stage in ("stages/mse", "final") for argument in ("--model", str(run / stage))]
+    prompt = ["--prompt", "a handwritten one", "--steps", "2", "--out", str(tmp_path / "grid.png")]
+    app(["sample", *models, *prompt], standalone_mode=False)
+    assert (tmp_path / "grid.png").is_file()
+    app(["export", "--run", str(run), "--out", str(tmp_path / "whole")], standalone_mode=False)
+    whole = StableDiffusionPipeline.from_pretrained(tmp_path / "whole", safety_checker=None).unet.state_dict()
+    fused, base = (load_pipeline(str(name)).unet.state_dict() for name in (run / "final", config.model.pretrained))
+    assert all(torch.equal(whole[name], weight) for name, weight in fused.items())
+    changed = {name for name, weight in base.items() if not torch.equal(whole[name], weight)}
+    assert changed and all(
+        name.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")) for name in changed
+    )
