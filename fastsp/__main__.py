@@ -40,7 +40,9 @@ def main() -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"fastsp: {' '.join(message.split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # of what torchrun starts
+    who = "fastsp" if rank == "0" else f"fastsp: rank {rank}"
+    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

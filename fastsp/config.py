@@ -188,6 +188,8 @@ class Config(Section):
     compile: Auto = "auto"  # torch.compile; auto: on a GPU
     cuda_graph: Auto = "auto"  # the whole step in one CUDA graph; auto: on a GPU
     attention: str = "auto"
+    distributed: Literal["ddp", "fsdp"] = "ddp"  # of many processes: the network replicated, or sharded
+    distributed_timeout: Annotated[float, Field(gt=0.0)] = 1800.0  # seconds that one may keep the others waiting
     model: ModelConfig
     data: DataConfig
     stages: Annotated[list[StageConfig], Field(min_length=1)]
@@ -229,6 +231,12 @@ class Config(Section):
             )
 
     @model_validator(mode="after")
+    def _shards_what_is_trained(self) -> Self:
+        if self.distributed == "fsdp" and self.model.lora is not None:
+            raise ValueError("distributed: 'fsdp' is for training all weights; model.lora takes ddp")
+        return self
+
+    @model_validator(mode="after")
     def _batch_divides(self) -> Self:
         data = self.data
         if data.microbatch is not None and data.batch_size % data.microbatch:
@@ -236,6 +244,21 @@ class Config(Section):
                 f"data.microbatch: {data.microbatch} does not divide data.batch_size, which is {data.batch_size}"
             )
         return self
+
+    def check_world_size(self, world_size: int) -> None:
+        """Whether a batch can be split evenly over so many processes.
+
+        Raises:
+            UserError: it cannot.
+        """
+        data = self.data
+        shared_by = world_size * (data.microbatch or 1)
+        if data.batch_size % shared_by:
+            microbatch = f" x data.microbatch {data.microbatch}" if data.microbatch else ""
+            raise UserError(
+                f"data.batch_size: {data.batch_size} must be a multiple of {shared_by} "
+                f"({world_size} processes{microbatch}); it is of one optimizer step, over all processes"
+            )
 
     def first_position(self, stage: StageConfig) -> int:
         """Where in the run's samples a stage starts: where its `init` stopped, so SP and its control see the same."""

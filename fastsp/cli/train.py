@@ -26,12 +26,14 @@ def train(
 
     from fastsp.config import load_config
     from fastsp.evaluation.report import write_report
+    from fastsp.training.distributed import is_main_process, said_once
     from fastsp.training.trainer import train as run_stages
 
-    console = Console()
-    loaded = load_config(config, overrides or [])
+    console = Console(quiet=not is_main_process())
+    with said_once():
+        loaded = load_config(config, overrides or [])
     run_stages(loaded, resume=resume, console=console, allow_changes=allow_changes, report=write_report)
-    if loaded.evaluation.enabled:
+    if loaded.evaluation.enabled and is_main_process():
         from fastsp.evaluation.evaluate import evaluate_run
 
         evaluate_run(loaded, loaded.evaluation, console=console)

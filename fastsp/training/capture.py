@@ -1,15 +1,13 @@
 """The training step as a CUDA graph: recorded once, then one launch instead of thousands.
 
-Recorded are draws, diffusion, online forward, objective, backward, clipping, AdamW and the moving average. With one
-microbatch that is one graph; with several it is one for a microbatch, replayed for each, and one for the update. What
-changes from step to step lies in tensors: the graph's own copy of the batch (its positions are the draws' counters) and
+Recorded are draws, diffusion, online forward, objective, backward, clipping, AdamW and the moving average; under DDP
+the sums over ranks too. With one microbatch that is one graph; with several it is one for every microbatch but the
+last, and one for the last and the update. What changes from step to step lies in tensors: the graph's own copy of the batch (its positions are the draws' counters) and
 the learning rate. Outside are those copies, and the frozen text encoders and VAE, which are others' code and may wait
 for the device; with latents and text features computed beforehand they have nothing to do.
 
 The first steps of a batch shape run uncaptured on a side stream, where everything is compiled, tuned and allocated that
 must not be during a recording. They are steps like any other. Recording computes nothing.
-
-Not covered: several processes.
 """
 
 from __future__ import annotations
@@ -24,6 +22,8 @@ import torch
 from torch import Tensor
 
 from fastsp.data.batch import Batch
+from fastsp.errors import UserError
+from fastsp.training.parallel import ShardedGradients
 from fastsp.training.step import StepResult, TrainingStep
 
 WARM_UP_STEPS = 2  # the first compiles and tunes; the second finds that done
@@ -59,7 +59,8 @@ class CapturedStep:
             return self.step(batch, number)
         shape = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.tensors().items())
         if shape != self._shape:
-            self._shape, self._warm_up_steps, self.recording = shape, WARM_UP_STEPS, None
+            self._shape, self.recording = shape, None
+            self._warm_up_steps = max(WARM_UP_STEPS, self.step.gradients.warm_up_steps)
         if self._warm_up_steps:
             self._warm_up_steps -= 1
             with self._on_the_side():
@@ -114,31 +115,31 @@ class Recording:
         self.sums: list[Tensor] | None = None  # of the gradients of several microbatches
         if microbatches > 1:
             self.sums = [torch.zeros_like(p, dtype=torch.float32) for p in optimizer.params]
-        works = [self._whole_step] if self.sums is None else [self._microbatch, self._update]
+        works = [self._last_microbatch] if self.sums is None else [self._microbatch, self._last_microbatch]
         self.replays = record(works)
 
     def __call__(self, microbatches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
         """Loss and gradient norm of a step, in tensors that are always the same."""
-        for_microbatch, *for_update = self.replays
+        *others, last = microbatches
         self.loss.zero_()
-        for microbatch in microbatches:
-            new = self.step.encoded(microbatch).tensors()
-            for name, tensor in self.inputs.tensors().items():
-                tensor.copy_(new[name], non_blocking=True)
-            for_microbatch()
-        for replay in for_update:
-            replay()
+        for microbatch in others:
+            self._replay(self.replays[0], microbatch)
+        self._replay(self.replays[-1], last)
         return self.loss, self.grad_norm
 
-    def _whole_step(self) -> None:
-        self._microbatch()
-        self._update()
+    def _replay(self, replay: Work, microbatch: Batch) -> None:
+        new = self.step.encoded(microbatch).tensors()
+        for name, tensor in self.inputs.tensors().items():
+            tensor.copy_(new[name], non_blocking=True)
+        replay()
 
-    def _microbatch(self) -> None:
+    def _microbatch(self, last: bool = False) -> None:
         self.step.optimizer.gradients = self.sums
-        self.loss += self.step.backward(self.inputs)
+        self.loss += self.step.backward(self.inputs, last)
 
-    def _update(self) -> None:
+    def _last_microbatch(self) -> None:
+        self._microbatch(last=True)
+        self.step.gradients.sum_over_ranks(self.loss)
         self.grad_norm.copy_(self.step.optimizer.update())
         if self.sums is not None:
             torch._foreach_zero_(self.sums)
@@ -163,9 +164,13 @@ def captured(step: TrainingStep) -> TrainingStep | CapturedStep:
     """The step as `cuda_graph` asks for it; auto: captured on a GPU.
 
     Raises:
-        UserError: a CUDA graph is asked for on a CPU.
+        UserError: a CUDA graph is asked for on a CPU, or of a sharded network.
     """
     if not step.config.captures_on(step.seed.device):
+        return step
+    if isinstance(step.gradients, ShardedGradients):
+        if step.config.cuda_graph is True:
+            raise UserError("cuda_graph: true does not go with distributed: fsdp, which moves the weights; use auto")
         return step
     return CapturedStep(step, required=step.config.cuda_graph is True)
 

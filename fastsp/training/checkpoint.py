@@ -37,6 +37,7 @@ from fastsp.training.checkpoint_folder import (
     write_manifest,
 )
 from fastsp.training.distributed import Ranks
+from fastsp.training.optimizer import local
 
 # One process without a group is meant to be so. (For the whole process: `catch_warnings` is not for threads.)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -132,12 +133,12 @@ class CheckpointWriter:
         """Copies in CPU memory, contiguous as the format wants them."""
         staged = {}
         for name, tensor in part.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            source = local(tensor).detach()
             copy = self._staged.get(name)
-            if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
-                copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+            if copy is None or copy.shape != source.shape or copy.dtype != source.dtype:
+                copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
                 self._staged[name] = copy
-            staged[name] = copy.copy_(local.detach(), non_blocking=True)
+            staged[name] = copy.copy_(source, non_blocking=True)
             if isinstance(tensor, DTensor):
                 assert self.ranks.cpu_mesh is not None
                 staged[name] = DTensor.from_local(
@@ -168,14 +169,14 @@ class CheckpointWriter:
             commit_folder(unfinished, final)
             remove_old(final, self.settings.keep, self.settings.keep_every)
 
-        unfinished = ranks.together(prepare, ranks.saving)[0]
+        unfinished = ranks.together(prepare)[0]
         try:
             writer = HuggingFaceStorageWriter(str(unfinished), file_indices, save_distributed=True)
-            dcp.save(part, storage_writer=writer, process_group=ranks.saving, no_dist=ranks.world_size == 1)
+            dcp.save(part, storage_writer=writer, process_group=ranks.patient, no_dist=ranks.world_size == 1)
             own = f"shard-{ranks.rank + 1:05d}-*"
-            described = ranks.together(lambda: describe(unfinished, own), ranks.saving)
+            described = ranks.together(lambda: describe(unfinished, own))
             files = {name: facts for part in described for name, facts in part.items()}
-            ranks.together(lambda: commit(files) if ranks.is_main else None, ranks.saving)
+            ranks.together(lambda: commit(files) if ranks.is_main else None)
         except BaseException:
             if ranks.is_main:
                 shutil.rmtree(unfinished, ignore_errors=True)

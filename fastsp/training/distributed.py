@@ -21,14 +21,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from fastsp.errors import RunFailed, UserError
+
 T = TypeVar("T")
 
-_SAVING_TIMEOUT = timedelta(hours=1)  # a slow disk is no hung process
+_PATIENCE = timedelta(hours=1)  # for files and downloads: a slow disk is no hung process
 _GRACE_SECONDS = 5.0  # after a timeout: time for the others to notice it too
 _generations = itertools.count()  # of process groups in this process: each has its own keys in the store
 
 
-class RankError(RuntimeError):
+class RankError(RunFailed):
     """Another process failed or hangs. The message names it."""
 
 
@@ -36,15 +38,16 @@ class RankError(RuntimeError):
 class Ranks:
     """One process among those of the run.
 
-    Two groups of gloo on the CPU stand beside the one that moves gradients: one for what the main threads agree on at
-    the border of two steps, one for the threads that save. No two threads ever share a group.
+    Two groups of gloo on the CPU stand beside the one that moves gradients: one for what is agreed on at the border of
+    two steps, and a patient one for all that waits for files. While a checkpoint is written, the latter belongs to the
+    thread that writes it: no two threads ever share a group.
     """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: Any = None
-    saving: Any = None
+    patient: Any = None
     store: Any = None
     cpu_mesh: DeviceMesh | None = None
 
@@ -54,15 +57,15 @@ class Ranks:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all, patiently."""
         if self.world_size > 1:
-            dist.barrier(self.control)
+            dist.barrier(self.patient)
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value, on all ranks."""
         values = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(values, src=0, group=self.control)
+            dist.broadcast_object_list(values, src=0, group=self.patient)
         return values[0]
 
     def exchange(self, values: Sequence[int]) -> Tensor:
@@ -73,12 +76,11 @@ class Ranks:
             dist.all_gather(list(gathered.unbind()), own, group=self.control)
         return gathered
 
-    def together(self, work: Callable[[], T], group: Any = None) -> list[T]:
+    def together(self, work: Callable[[], T]) -> list[T]:
         """Let every rank do its share: all of the results on all ranks, or an error on all ranks.
 
         Args:
             work: this rank's share.
-            group: `control` if None.
 
         Raises:
             RankError: the work of another rank failed. Where it failed, what it raised.
@@ -92,7 +94,7 @@ class Ranks:
             failure = error
         outcomes: list[Any] = [None] * self.world_size
         said = f"{type(failure).__name__}: {failure}" if failure else None
-        dist.all_gather_object(outcomes, (result, said), group=group or self.control)
+        dist.all_gather_object(outcomes, (result, said), group=self.patient)
         if failure is not None:
             raise failure
         for rank, (_, error_text) in enumerate(outcomes):
@@ -102,12 +104,20 @@ class Ranks:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 goes through the block before all others: what it refuses is said once, what it downloads is there."""
-        if not self.is_main:
-            self.barrier()
-        yield
-        if self.is_main:
-            self.barrier()
+        """Rank 0 goes through the block before all others: what it refuses is said once, what it makes is there.
+
+        Raises:
+            SystemExit: rank 0 has failed, and said why.
+        """
+        if not self.is_main and not self._heard_success():
+            raise SystemExit(1)
+        succeeded = False
+        try:
+            yield
+            succeeded = True
+        finally:
+            if self.is_main and self.world_size > 1:
+                dist.broadcast(torch.tensor(int(succeeded)), src=0, group=self.patient)
 
     @contextmanager
     def naming_the_missing(self) -> Iterator[None]:
@@ -126,10 +136,38 @@ class Ranks:
                     raise RankError(f"rank {names} hangs: no answer to rank {self.rank} in time") from error
             raise
 
+    def _heard_success(self) -> bool:
+        told = torch.tensor(0)
+        dist.broadcast(told, src=0, group=self.patient)
+        return bool(told)
+
     def _missing(self) -> list[int]:
         """The ranks that have not failed after a while."""
         time.sleep(_GRACE_SECONDS)
         return [rank for rank in range(self.world_size) if not self.store.check([f"failed/{rank}"])]
+
+
+ALONE = Ranks()
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0 of what `torchrun` started, before any group is made."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Around what every rank refuses alike: rank 0 alone says so.
+
+    Raises:
+        SystemExit: in place of a UserError on the other ranks.
+    """
+    try:
+        yield
+    except UserError:
+        if is_main_process():
+            raise
+        raise SystemExit(2) from None
 
 
 @contextmanager
@@ -141,10 +179,15 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
 
     Args:
         timeout_seconds: that a process may wait for the others.
+
+    Raises:
+        UserError: more processes than GPUs on this machine.
     """
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"--nproc-per-node: process {local_rank + 1} here, but {torch.cuda.device_count()} GPUs")
     if cuda:
         torch.cuda.set_device(device)
     if world_size == 1:
@@ -166,7 +209,7 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
         world_size,
         device,
         control=dist.new_group(backend="gloo", timeout=timeout),
-        saving=dist.new_group(backend="gloo", timeout=_SAVING_TIMEOUT),
+        patient=dist.new_group(backend="gloo", timeout=_PATIENCE),
         store=store,
         cpu_mesh=init_device_mesh("cpu", (world_size,)),
     )

@@ -29,7 +29,7 @@ class Monitor:
 
     Args:
         run: where the metrics go.
-        trackers: where they go too.
+        trackers: where they go too; None: this process writes nothing.
         config: for the intervals.
         stage: the stage.
         first_step: updates that a resumed stage has behind it.
@@ -40,7 +40,7 @@ class Monitor:
     def __init__(
         self,
         run: RunDirectory,
-        trackers: Trackers,
+        trackers: Trackers | None,
         config: Config,
         stage: StageConfig,
         first_step: int,
@@ -121,6 +121,8 @@ class Monitor:
         check_skipped(self.config, self.stage, step, int(result.skipped_in_a_row))
 
     def _write(self, step: int, figures: dict[str, float]) -> None:
+        if self.trackers is None:
+            return
         global_step = self.steps_before + step
         self.run.append_metrics({"stage": self.stage.name, "step": step, "global_step": global_step, **figures})
         self.trackers.write(figures, self.stage.name, global_step)

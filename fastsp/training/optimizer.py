@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from fastsp_kernels import adamw_ema, global_norm
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastsp.config import EMAConfig, OptimizerConfig
 
@@ -36,21 +38,31 @@ class AdamWEMA:
         config: betas, eps, weight decay and the largest gradient norm.
         ema: the decay.
 
-    All state lives in tensors: ``state`` names each of them, for checkpoints.
+    All state lives in tensors: ``state`` names each of them, for checkpoints. The parameters may be sharded by FSDP2
+    (``ema_unet``'s in the same way): the update, which is elementwise, then works on this rank's shards alone.
     """
 
     def __init__(self, unet: nn.Module, ema_unet: nn.Module, config: OptimizerConfig, ema: EMAConfig) -> None:
         names, params = zip(*((name, p) for name, p in unet.named_parameters() if p.requires_grad), strict=True)
         averages = dict(ema_unet.named_parameters())
         self.config = config
-        self.params: list[nn.Parameter] = list(params)
-        self.masters = [p.data if p.dtype == torch.float32 else p.data.float() for p in params]
+        masters = [p.data if p.dtype == torch.float32 else p.data.float() for p in params]
+        self._groups = {
+            "master": masters,
+            "exp_avg": [torch.zeros_like(master) for master in masters],
+            "exp_avg_sq": [torch.zeros_like(master) for master in masters],
+            "ema": [averages[name].data for name in names],
+        }
+        # What the update works on: this rank's part, without the empty shards that a small tensor leaves to some ranks.
+        present = [index for index, master in enumerate(masters) if local(master).numel()]
+        self.params: list[nn.Parameter] = [params[index] for index in present]
+        self.masters, self.exp_avgs, self.exp_avg_sqs, self.emas = (
+            [local(group[index]) for index in present] for group in self._groups.values()
+        )
         self.low_precision = [p.data for p in params if p.dtype != torch.float32]
-        self.emas = [averages[name].data for name in names]
-        self.exp_avgs = [torch.zeros_like(master) for master in self.masters]
-        self.exp_avg_sqs = [torch.zeros_like(master) for master in self.masters]
         self.gradients: list[Tensor] | None = None
-        device = self.masters[0].device
+        self.sharded = isinstance(masters[0], DTensor)
+        device = masters[0].device
         self.ema_decay = torch.tensor(ema.decay, device=device)
         self.learning_rate = torch.zeros((), device=device)
         self.step_count = torch.zeros((), dtype=torch.int64, device=device)
@@ -61,10 +73,9 @@ class AdamWEMA:
     @property
     def state(self) -> dict[str, Tensor]:
         """Every tensor that an exact resume needs, by name. They are the live ones: load in place."""
-        kinds = {"master": self.masters, "exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs, "ema": self.emas}
         tensors = {
             f"{kind}.{name}": tensor
-            for kind, group in kinds.items()
+            for kind, group in self._groups.items()
             for name, tensor in zip(self._names, group, strict=True)
         }
         counters = {
@@ -81,21 +92,24 @@ class AdamWEMA:
 
     def accumulate(self) -> None:
         """Take over the gradients of one microbatch and clear them. Several are added up in float32."""
-        new = [p.grad for p in self.params]
-        assert all(g is not None for g in new), "every parameter of the UNet takes part in every forward"
+        assert all(p.grad is not None for p in self.params), "every parameter of the UNet takes part in every forward"
+        new = [local(p.grad) for p in self.params]  # type: ignore[arg-type]
         if self.gradients is None:
-            self.gradients = new  # type: ignore[assignment]
+            self.gradients = new
         else:
             self.gradients = [g.float() for g in self.gradients]  # themselves from the second time on
-            torch._foreach_add_(self.gradients, new)  # type: ignore[arg-type]
-        for p in self.params:
-            p.grad = None
+            torch._foreach_add_(self.gradients, new)
+        self._clear()
+
+    def replace_gradients(self, gradients: list[Tensor]) -> None:
+        """Take float32 gradients that somebody else has summed, in place of the accumulated ones and the latest."""
+        self.gradients = gradients
+        self._clear()
 
     def forget_gradients(self) -> None:
         """As before the first microbatch."""
         self.gradients = None
-        for p in self.params:
-            p.grad = None
+        self._clear()
 
     @torch.no_grad()
     def update(self) -> Tensor:
@@ -106,7 +120,7 @@ class AdamWEMA:
         """
         assert self.gradients is not None, "accumulate() comes first"
         gradients, self.gradients = self.gradients, None
-        norm = global_norm(gradients)
+        norm = self._norm(gradients)
         adamw_ema(
             self.masters,
             gradients,
@@ -126,3 +140,20 @@ class AdamWEMA:
         )
         self.skipped_in_a_row.add_(1).mul_(~norm.isfinite())
         return norm
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        """Over all ranks' shards. Where the network is replicated every rank has it all, bit for bit."""
+        if not self.sharded:
+            return global_norm(gradients)
+        squared = global_norm(gradients).square() if gradients else torch.zeros_like(self.learning_rate)
+        dist.all_reduce(squared)
+        return squared.sqrt()
+
+    def _clear(self) -> None:
+        for p in self.params:
+            p.grad = None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor that FSDP2 has sharded; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

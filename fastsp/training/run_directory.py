@@ -28,14 +28,17 @@ class RunDirectory:
         resume: whether a run that is there may be gone on with.
         allow_changes: whether it may be gone on with another configuration. That one then becomes `config.yaml`; the
             old one stays as `config.1.yaml`, or the next free number.
+        is_main: whether this is the process that writes; the others only want to know where things lie.
 
     Raises:
         UserError: the folder holds another run (or, without ``resume``, any run), or other files; on entering: it is in
             use by another process.
     """
 
-    def __init__(self, config: Config, resume: bool = False, allow_changes: bool = False) -> None:
-        self.config = config
+    def __init__(
+        self, config: Config, resume: bool = False, allow_changes: bool = False, is_main: bool = True
+    ) -> None:
+        self.config, self.is_main = config, is_main
         self.root = Path(config.run_dir)
         self.config_file = self.root / "config.yaml"
         self.metrics_file = self.root / "metrics.jsonl"
@@ -46,9 +49,12 @@ class RunDirectory:
         self.final = self.root / "final"
         self.changes: list[Change] = []
         self._lock: Any = None
-        self._check(resume, allow_changes)
+        if is_main:
+            self._check(resume, allow_changes)
 
     def __enter__(self) -> Self:
+        if not self.is_main:
+            return self
         self.root.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked()
         remove_unfinished(self.root)
@@ -57,7 +63,8 @@ class RunDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def keep_changes(self) -> None:
         """Set the old configuration aside and write the new one, if they differ."""

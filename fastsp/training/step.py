@@ -18,7 +18,9 @@ from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
 from fastsp.models import TextToImageModel
 from fastsp.perceptual import cast, shared_copy
 from fastsp.schedule import NoiseSchedule
+from fastsp.training.distributed import ALONE, Ranks
 from fastsp.training.optimizer import AdamWEMA, learning_rate
+from fastsp.training.parallel import Gradients, gather_gradients, shard
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -84,9 +86,8 @@ class TrainingStep:
     Args:
         config: the run's configuration.
         stage: the stage's.
-        unet: the online network, in the compute dtype, on the device.
+        gradients: of the online network, with its optimizer.
         objective: what it minimises.
-        optimizer: of ``unet``.
         schedule: the noise schedule.
         model: the pipeline's frozen parts: text encoder, and VAE if there is one.
         empty: features of the empty prompt, of one sample, on the device: what a dropped caption becomes.
@@ -96,15 +97,15 @@ class TrainingStep:
         self,
         config: Config,
         stage: StageConfig,
-        unet: Any,
+        gradients: Gradients,
         objective: Objective,
-        optimizer: AdamWEMA,
         schedule: NoiseSchedule,
         model: TextToImageModel,
         empty: Conditioning,
     ) -> None:
         self.config, self.stage = config, stage
-        self.unet, self.objective, self.optimizer = unet, objective, optimizer
+        self.gradients, self.objective = gradients, objective
+        self.unet, self.optimizer = gradients.network, gradients.optimizer
         device = empty.encoder_hidden_states.device
         self.schedule = schedule.to(device)
         self.seed = torch.tensor(config.seed, device=device)
@@ -115,8 +116,11 @@ class TrainingStep:
         """One optimizer step on ``batch``, the ``number``-th (from 1) of the stage."""
         rate = self.set_learning_rate(number)
         loss = torch.zeros((), device=self.seed.device)
-        for microbatch in batch.microbatches(self.config.data.microbatch):
-            loss += self.backward(self.encoded(microbatch))
+        *others, last = batch.microbatches(self.config.data.microbatch)
+        for microbatch in others:
+            loss += self.backward(self.encoded(microbatch), last=False)
+        loss += self.backward(self.encoded(last))
+        self.gradients.sum_over_ranks(loss)
         return self.result(loss, self.optimizer.update(), rate)
 
     def result(self, loss: Tensor, grad_norm: Tensor, rate: float) -> StepResult:
@@ -149,11 +153,14 @@ class TrainingStep:
             batch = replace(batch, pixel_values=None, moments=encode_moments(self.model.vae, batch.pixel_values))
         return batch
 
-    def backward(self, batch: Batch) -> Tensor:
-        """Add the gradients of an encoded microbatch to those of the step. Returns its share of the loss, detached."""
-        loss = self.microbatch_loss(batch)
-        loss.backward()
-        self.optimizer.accumulate()
+    def backward(self, batch: Batch, last: bool = True) -> Tensor:
+        """Add the gradients of an encoded microbatch to those of the step, whose ``last`` sums them over all ranks.
+
+        Returns the microbatch's share of the loss, detached.
+        """
+        with self.gradients.of_microbatch(last):
+            loss = self.microbatch_loss(batch)
+            loss.backward()
         return loss.detach()
 
     def microbatch_loss(self, batch: Batch) -> Tensor:
@@ -208,6 +215,7 @@ def build_step(
     initial: Any,
     teacher: Any,
     compiles: bool,
+    ranks: Ranks = ALONE,
 ) -> tuple[TrainingStep, Any]:
     """The step of a stage and the float32 UNet of its moving average, on the device of ``empty``.
 
@@ -216,22 +224,31 @@ def build_step(
         prediction_type: of the UNet.
         initial: the UNet that the stage starts from; it becomes the online network.
         teacher: of a self-perceptual stage, the UNet that the perceptual network is copied from; may be ``initial``.
+            Every rank holds the whole perceptual network.
         compiles: hand online and perceptual network to ``torch.compile``.
+        ranks: the processes of the run.
     """
     device, dtype = empty.encoder_hidden_states.device, COMPUTE_DTYPES[config.precision]
+    sharded = ranks.world_size > 1 and config.distributed == "fsdp"
 
     def placed(module: Any, dtype: torch.dtype) -> Any:
         return cast(module, dtype).to(device).to(memory_format=torch.channels_last)
 
-    ema_unet = _moving_average(initial).to(device).to(memory_format=torch.channels_last)
+    ema_unet = _moving_average(initial)
     objective = placed(Objective(stage, schedule, prediction_type, teacher), dtype)  # copies before `initial` is cast
-    unet = placed(initial, dtype).train()
-    if compiles:
-        unet.compile()
-        if objective.self_perceptual is not None:
-            objective.self_perceptual.compile_teacher()
+    if sharded:
+        unet = shard(cast(initial.train(), torch.float32), device, dtype, compiles)
+        ema_unet = shard(ema_unet, device, torch.float32)
+    else:
+        unet = placed(initial, dtype).train()
+        ema_unet = ema_unet.to(device).to(memory_format=torch.channels_last)
+        if compiles:
+            unet.compile()
+    if compiles and objective.self_perceptual is not None:
+        objective.self_perceptual.compile_teacher()
     optimizer = AdamWEMA(unet, ema_unet, config.optimizer, config.ema)
-    return TrainingStep(config, stage, unet, objective, optimizer, schedule, model, empty), ema_unet
+    gradients = gather_gradients(unet, optimizer, ranks)
+    return TrainingStep(config, stage, gradients, objective, schedule, model, empty), ema_unet
 
 
 def _moving_average(initial: Any) -> Any:

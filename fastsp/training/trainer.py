@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from fastsp.config import Config, StageConfig
 from fastsp.data.latents import fingerprint
@@ -21,16 +22,18 @@ from fastsp.perceptual import shared_copy
 from fastsp.training.capture import captured
 from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
 from fastsp.training.checkpoint_folder import Progress
-from fastsp.training.distributed import Ranks
+from fastsp.training.distributed import Ranks, process_group
 from fastsp.training.faults import explained
 from fastsp.training.interrupt import Interrupted, StopRequest
 from fastsp.training.monitor import Monitor
+from fastsp.training.parallel import whole_unet
 from fastsp.training.run_directory import RunDirectory
 from fastsp.training.samples import SampleDrawer
 from fastsp.training.step import StepResult, TrainingStep, build_step
 from fastsp.training.trackers import Trackers, check_installed
 
 
+@record  # for torchrun's summary
 def train(
     config: Config,
     resume: bool = False,
@@ -50,12 +53,16 @@ def train(
 
     Raises:
         UserError: the run directory is not to be had, the model or the data cannot be loaded.
-        Interrupted: by SIGINT or SIGTERM, after saving.
+        Interrupted: by SIGINT or SIGTERM of any process, after saving.
         RunFailed: the disk is full, or the gradient stays not finite.
     """
-    run, stop = RunDirectory(config, resume, allow_changes), StopRequest()
-    trainer = Trainer(config, run, stop, console or Console(), report)  # fails before anything is written
-    with explained(run), run, stop:
+    with process_group(config.distributed_timeout) as ranks, ExitStack() as stack:
+        with ranks.main_first():
+            config.check_world_size(ranks.world_size)
+            run, stop = RunDirectory(config, resume, allow_changes, ranks.is_main), StopRequest()
+            trainer = Trainer(config, ranks, run, stop, console or Console(), report)  # fails before writing anything
+            for context in (explained(run), run, stop):
+                stack.enter_context(context)
         trainer.train(resume)
 
 
@@ -65,13 +72,15 @@ class Trainer:
     def __init__(
         self,
         config: Config,
+        ranks: Ranks,
         run: RunDirectory,
         stop: StopRequest,
         console: Console,
         report: Callable[[Path], object] | None = None,
     ) -> None:
-        self.config, self.run, self.stop, self.console, self.report = config, run, stop, console, report
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.config, self.ranks, self.run, self.stop, self.console = config, ranks, run, stop, console
+        self.report = report if ranks.is_main else None
+        self.device = ranks.device
         config.captures_on(self.device)  # refuses a CUDA graph on a CPU
         _refuse_unsupported(config)
         check_installed(config)
@@ -95,25 +104,31 @@ class Trainer:
         )
         console.print(
             f"run {run.root}: {len(self.source)} samples of {config.data.source}, UNet of "
-            f"{_size(self.model.unet)}, {config.precision} on {_device_name(self.device)}"
+            f"{_size(self.model.unet)}, {config.precision} on {_device_name(self.device)}{_share(config, ranks)}"
         )
 
     def train(self, resume: bool) -> None:
         """All stages, then ``final/``."""
-        self.samples = SampleDrawer(self.model, self.config, self._some_captions(), self.run.samples, self.device)
-        checkpoint = self._newest_checkpoint() if resume else None
-        self.run.keep_changes()
+        is_main = self.ranks.is_main
+        checkpoint = self.ranks.broadcast(self._newest_checkpoint() if resume and is_main else None)
         reached = checkpoint.progress.global_step if checkpoint else 0
-        self.run.rewind_metrics(reached)
-        with Trackers(self.run, self.config, reached) as trackers:
+        if is_main:
+            self.samples = SampleDrawer(self.model, self.config, self._some_captions(), self.run.samples, self.device)
+            self.run.keep_changes()
+            self.run.rewind_metrics(reached)
+        with Trackers(self.run, self.config, reached) if is_main else nullcontext() as trackers:
             for stage in self.config.stages:
                 done = min(max(reached - self.config.steps_before(stage), 0), stage.steps)
                 if done < stage.steps or not self.run.stage_folder(stage.name).is_dir():
                     self.train_stage(stage, done, checkpoint, trackers)
-        self.finish()
-        self._stop_if_asked("everything")
+        if is_main:
+            self.finish()
+        self.ranks.barrier()
+        self._stop_if_asked("everything", self.stop.signal_number)
 
-    def train_stage(self, stage: StageConfig, done: int, checkpoint: Checkpoint | None, trackers: Trackers) -> None:
+    def train_stage(
+        self, stage: StageConfig, done: int, checkpoint: Checkpoint | None, trackers: Trackers | None
+    ) -> None:
         """One stage, from update ``done`` on (what the checkpoint holds), to the EMA weights in its folder."""
         self.console.print(_headline(stage, done))
         step, ema_unet = self._build(stage)
@@ -130,27 +145,32 @@ class Trainer:
             first_position=first + done * batch_size,
             last_position=first + stage.steps * batch_size,
             batch_size=batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
         )
         monitor = Monitor(self.run, trackers, self.config, stage, done, self.source.bad_samples, self.console)
         settings, steps_before = self.config.checkpoint, self.config.steps_before(stage)
-        writer = CheckpointWriter(self.run.checkpoints, settings, self.config.digest, Ranks())
+        writer = CheckpointWriter(self.run.checkpoints, settings, self.config.digest, self.ranks)
         with closing(batches), monitor, writer:
             for number, batch in enumerate(monitor.watched(batches), start=done + 1):
                 result = take_step(batch.to(self.device), number)
                 monitor.after_step(number, result)
                 if _due(number, self.config.samples.every, stage.steps):
                     with monitor.paused():
-                        self.samples.draw(ema_unet, f"{stage.name}_step_{number:06d}")
-                        self._refresh_report()
-                if self._saves(number, stage, result):
+                        self._draw(ema_unet, f"{stage.name}_step_{number:06d}")
+                stop, failed = self.ranks.exchange([self.stop.signal_number or 0, writer.failed]).amax(0).tolist()
+                if stop or self._saves(number, stage, result):
                     with monitor.paused():
                         writer.save(Progress(stage.name, number, steps_before + number), step.optimizer.state)
-                if writer.failed or self.stop.signal_number:
+                if stop or failed:
                     writer.wait()
-                self._stop_if_asked(f"step {number} of {stage.name}")
-        self.samples.draw(ema_unet, f"{stage.name}_final")
-        self.run.finish_stage(stage.name, partial(self._write_unet, ema_unet))
-        self._refresh_report()
+                self._stop_if_asked(f"step {number} of {stage.name}", stop)
+        whole = whole_unet(ema_unet, self.ranks)
+        if whole is not None:
+            self.samples.draw(whole, f"{stage.name}_final")
+            self.run.finish_stage(stage.name, partial(self._write_unet, whole))
+            self._refresh_report()
+        self.ranks.barrier()  # the next stage starts from that folder
 
     def finish(self) -> None:
         """``final/`` from the chosen stage, and the stages side by side from equal noise."""
@@ -178,6 +198,7 @@ class Trainer:
             initial=self._initial_unet(stage.init),
             teacher=self._initial_unet(stage.perceptual_network) if stage.objective == "self_perceptual" else None,
             compiles=self.config.compiles_on(self.device),
+            ranks=self.ranks,
         )
 
     def _initial_unet(self, name: str | None) -> Any:
@@ -222,7 +243,7 @@ class Trainer:
     def _saves(self, number: int, stage: StageConfig, result: StepResult) -> bool:
         """Whether to save after a step. Within a row of skipped updates only where it must be, so that a run which is
         ended by them goes on from before them."""
-        if self.stop.signal_number or number == stage.steps:
+        if number == stage.steps:
             return True
         return number % self.config.checkpoint.every == 0 and not int(result.skipped_in_a_row)
 
@@ -239,10 +260,17 @@ class Trainer:
             "before it as they were, and this one at least as long"
         )
 
-    def _stop_if_asked(self, done: str) -> None:
-        if self.stop.signal_number:
+    def _draw(self, ema_unet: Any, name: str) -> None:
+        """A grid with the weights of the moving average. All ranks call it: theirs may be parts."""
+        whole = whole_unet(ema_unet, self.ranks)
+        if whole is not None:
+            self.samples.draw(whole, name)
+            self._refresh_report()
+
+    def _stop_if_asked(self, done: str, signal_number: int | None) -> None:
+        if signal_number:
             self.console.print(f"stopped after {done}; go on with --resume")
-            raise Interrupted(self.stop.signal_number)
+            raise Interrupted(signal_number)
 
     def _refresh_report(self) -> None:
         """A report that fails is no reason to stop; it is said once."""
@@ -292,6 +320,10 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"the CPU ({torch.get_num_threads()} threads)"
+
+
+def _share(config: Config, ranks: Ranks) -> str:
+    return f", {ranks.world_size} processes ({config.distributed})" if ranks.world_size > 1 else ""
 
 
 def _refuse_unsupported(config: Config) -> None:
