@@ -35,9 +35,7 @@ class RunDirectory:
             use by another process.
     """
 
-    def __init__(
-        self, config: Config, resume: bool = False, allow_changes: bool = False, is_main: bool = True
-    ) -> None:
+    def __init__(self, config: Config, resume: bool = False, allow_changes: bool = False, is_main: bool = True) -> None:
         self.config, self.is_main = config, is_main
         self.root = Path(config.run_dir)
         self.config_file = self.root / "config.yaml"
