@@ -49,9 +49,9 @@ $(VENV)/.test: $(VENV)/.train
 	touch $@
 
 bench: $(VENV)/.test
-	@echo "== pytest-benchmark: kernels, data, training step; into $(OUT)/bench.json"
+	@echo "== pytest-benchmark: kernels, data, training step, saving; into $(OUT)/bench.json"
 	mkdir -p $(OUT)
-	$(PYTEST) benchmarks/kernels benchmarks/data benchmarks/step -s --benchmark-json=$(OUT)/bench.json
+	$(PYTEST) benchmarks/kernels benchmarks/data benchmarks/step benchmarks/checkpoint -s --benchmark-json=$(OUT)/bench.json
 
 # On a machine with one NVIDIA GPU and its own Python: no .venv, nothing installed, each target by itself in less than
 # nine minutes. What they write goes to OUT, the compilers' caches too: a second run with the same OUT compiles little.
