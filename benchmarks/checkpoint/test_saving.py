@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 pytest benchmarks/checkpoint -s --benchmark-json=saving.json
 
 The two take turns: some steps that begin with a save, then as many without, or the other way round; as many as the
-writing takes, so that the difference holds all that a save costs: the copy of the state to the CPU, and what the writing
-thread takes from the steps beside it. `ratio` spreads the median difference over 50 steps. The state is copied, written,
-hashed and synced as in a run: master weights, both moments, average.
+writing takes, so that the difference holds all that a save costs: the copy of the state to the CPU, and what the
+writing thread takes from the steps beside it. `ratio` spreads the median difference over 50 steps. The state is copied,
+written, hashed and synced as in a run: master weights, both moments, average.
 """
 
 from __future__ import annotations
@@ -99,6 +99,6 @@ def test_saving_every_50_steps(benchmark: Any, tmp_path: Path) -> None:
     )
     cost, stall = statistics.median(costs), statistics.median(turns.save_seconds)
     print(
-        f"\nsaving {megabytes:.0f} MB costs {1e3 * cost:.1f} ms, of which the training waits {1e3 * stall:.1f} ms; every "
-        f"{EVERY} steps of {1e3 * step:.1f} ms that is a ratio of {ratio:.3f} (aim {AIM})"
+        f"\nsaving {megabytes:.0f} MB costs {1e3 * cost:.1f} ms, of which the training waits {1e3 * stall:.1f} ms; "
+        f"every {EVERY} steps of {1e3 * step:.1f} ms that is a ratio of {ratio:.3f} (aim {AIM})"
     )
