@@ -40,8 +40,14 @@ class LoRAConfig(Section):
     """Low-rank adapters: they alone are trained and saved, the base stays as it is. See :mod:`fastsp.lora`."""
 
     rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0.0)] = 16.0  # the adapters' scale is alpha / rank
+    alpha: Annotated[float, Field(gt=0.0)] | None = None  # the adapters' scale is alpha / rank; None: the rank
     target_modules: Annotated[list[str], Field(min_length=1)] = ["to_q", "to_k", "to_v", "to_out.0"]  # ends of names
+
+    @model_validator(mode="after")
+    def _scale_of_one(self) -> Self:
+        if self.alpha is None:
+            self.alpha = float(self.rank)
+        return self
 
 
 class ModelConfig(Section):

@@ -87,6 +87,21 @@ def test_compiled_together_with_the_loss():
     assert_same(unet, one_step(unet, lambda pred, **_: compiled(pred), data))
 
 
+def test_a_module_that_holds_the_loss_brings_the_metric_back_from_its_checkpoint():
+    """As in Lightning: on resume the criterion is built from whatever UNet is there, then the state is loaded."""
+
+    def module(seed: int) -> nn.ModuleDict:
+        unet = tiny_unet(seed=seed)
+        return nn.ModuleDict({"unet": unet, "criterion": SelfPerceptualLoss(unet, scheduler())})
+
+    saved, resumed, data = module(1), module(2), batch()
+    pred = torch.randn(3, 4, 8, 8, requires_grad=True)
+    expected = saved["criterion"](pred, **data)
+    assert not torch.equal(resumed["criterion"](pred, **data), expected)  # traced with the wrong weights, too
+    resumed.load_state_dict(saved.state_dict())
+    assert torch.equal(resumed["criterion"](pred, **data), expected)
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Any:
     folder = tmp_path_factory.mktemp("two_processes")

@@ -297,7 +297,7 @@ def _base(config: Config) -> Base:
 def _size(unet: Any) -> str:
     total = sum(p.numel() for p in unet.parameters())
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    share = f", of which {trained / 1e6:.2f} M in adapters are trained" if trained < total else ""
+    share = f", {trained:,} of them adapters, which alone are trained" if trained < total else ""
     return f"{total / 1e6:.1f} M parameters{share}"
 
 

@@ -12,17 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from rich.console import Console
 from safetensors import safe_open
-from tiny import picture_folder, tiny_stable_diffusion
+from tiny import batch, picture_folder, tiny_stable_diffusion
 
 from fastsp import draws
 from fastsp.cli import app
 from fastsp.config import Config, load_config
 from fastsp.errors import UserError
-from fastsp.lora import DIFFUSERS_FILE, KOHYA_FILE, adapters, load_adapters
+from fastsp.lora import DIFFUSERS_FILE, KOHYA_FILE, Base, adapters, add_adapters, load_adapters, save_for_use
 from fastsp.models import load_pipeline
+from fastsp.perceptual import shared_copy
 from fastsp.training.checkpoint import newest_whole
 from fastsp.training.interrupt import StopRequest
 from fastsp.training.run_directory import RunDirectory
@@ -47,7 +48,7 @@ def overrides(folder: Path, run: str, *more: str) -> list[str]:
         f"data.path={folder / 'pictures'}",
         "data.resolution=16",
         "precision=fp32",
-        "model.lora.rank=4",
+        "model.lora={rank: 4, alpha: 8}",
         "stages.0.steps=8",
         "stages.1.steps=6",
         "stages.0.learning_rate=1e-2",
@@ -99,6 +100,26 @@ def test_diffusers_draws_the_same_picture(config, layout):
     theirs = pipeline(prompts, latents=noise, num_inference_steps=5, guidance_scale=0.0, output_type="pt").images
     torch.testing.assert_close(theirs * 2 - 1, ours, rtol=0, atol=1e-4)
     assert (ours - untrained).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("layout", [DIFFUSERS_FILE, KOHYA_FILE])
+def test_stable_diffusion_xl_loads_both_layouts(tmp_path, layout):
+    tiny_stable_diffusion(tmp_path / "model", "sdxl")
+    pipeline, data = StableDiffusionXLPipeline.from_pretrained(tmp_path / "model"), batch("sdxl")
+    unet = shared_copy(pipeline.unet)
+    add_adapters(unet, rank=4, alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    for adapter in adapters(unet).values():
+        torch.nn.init.normal_(adapter, std=0.2)
+    save_for_use(unet, tmp_path, Base("some/model"), pipeline.scheduler)
+    assert "some/model" in (tmp_path / "README.md").read_text()
+    arguments = {"timestep": data["timesteps"], "encoder_hidden_states": data["encoder_hidden_states"]}
+    arguments |= {"sample": data["latents"], "added_cond_kwargs": data["added_cond_kwargs"]}
+    with torch.no_grad():
+        before = pipeline.unet(**arguments).sample
+        pipeline.load_lora_weights(tmp_path, weight_name=layout)
+        loaded, ours = pipeline.unet(**arguments).sample, unet(**arguments).sample
+    torch.testing.assert_close(loaded, ours, rtol=0, atol=1e-5)
+    assert (ours - before).abs().max() > 0.1
 
 
 def test_the_ema_adapters_are_what_is_written(config):
@@ -165,6 +186,7 @@ def test_mistakes_are_one_line(folder, config):
         trainer("model.lora.target_modules=[to_qq]")
     with pytest.raises(UserError, match=r"model\.lora\.target_modules: "):
         trainer("model.lora.target_modules=[conv_norm_out]")
+    assert trainer("model.lora={rank: 2}").config.model.lora.alpha == 2
     with pytest.raises(UserError, match="lora adapts a pretrained model"):
         load_config(CONFIG, ["model={preset: digits, lora: {rank: 4}}"])
     with pytest.raises(UserError, match=r"model\.lora\.rank"):
