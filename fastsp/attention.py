@@ -1,0 +1,208 @@
+"""Which attention kernel a UNet uses: measured on its own shapes among what is installed, and set on its processors.
+
+diffusers' ``set_attention_backend`` does nothing on Stable Diffusion's UNets: their processors do not dispatch. So the
+processors themselves are exchanged.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.benchmark import Timer
+
+from fastsp.errors import UserError
+
+TORCH_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+NAMES = ("sdpa", *TORCH_BACKENDS, "xformers")  # sdpa: what PyTorch takes by itself
+SECONDS_PER_MEASUREMENT = 0.05
+
+Shape = tuple[int, ...]  # (B, heads, length, width)
+Calls = Counter[tuple[Shape, Shape]]  # of query and key: how often a forward asks for it
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel, and why."""
+
+    name: str
+    milliseconds: dict[str, float]
+    """Forward and backward of all attention of one forward of the UNet; empty where nothing was measured."""
+
+    def __str__(self) -> str:
+        times = sorted(self.milliseconds.items(), key=lambda item: item[1])
+        measured = ", ".join(f"{name} {ms:.3g} ms" for name, ms in times)
+        return f"attention: {self.name}" + (f" ({measured} a forward and backward)" if measured else "")
+
+
+class ChosenAttnProcessor(AttnProcessor2_0):
+    """diffusers' own processor with PyTorch's choice among its kernels narrowed down to one."""
+
+    def __init__(self, backend: SDPBackend) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        with sdpa_kernel(self.backend):
+            return super().__call__(*args, **kwargs)
+
+
+def available(device: torch.device) -> tuple[str, ...]:
+    """Names that can be asked for on a kind of device."""
+    if device.type != "cuda":
+        return ("sdpa", "math")
+    return NAMES if importlib.util.find_spec("xformers") else NAMES[:-1]
+
+
+def check_available(wanted: str, device: torch.device) -> None:
+    """Refuse what is not there.
+
+    Raises:
+        UserError: an unknown name, or one whose kernels this machine lacks.
+    """
+    if wanted != "auto" and wanted not in available(device):
+        raise UserError(
+            f"attention: {wanted!r} is {'not available here' if wanted in NAMES else 'unknown'}; "
+            f"on this {device.type} there are auto, {', '.join(available(device))}"
+        )
+
+
+def choose(
+    wanted: str,
+    unet_config: dict[str, Any],
+    latents: Shape,
+    text: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    measure: Callable[..., dict[str, float]] | None = None,
+) -> Choice:
+    """The kernel that ``wanted`` stands for; ``auto``: the fastest on a GPU, PyTorch's own choice on a CPU.
+
+    Args:
+        wanted: ``auto`` or one of the names.
+        unet_config: of the ``UNet2DConditionModel``.
+        latents: (B, C, H, W) of a microbatch.
+        text: (B, L, D) of its text features.
+        dtype: that the UNet computes in.
+        device: where.
+        measure: :func:`milliseconds`.
+
+    Raises:
+        UserError: ``wanted`` is not there, or cannot compute these shapes in this dtype.
+    """
+    check_available(wanted, device)
+    if wanted in ("sdpa", "math") or (wanted == "auto" and device.type != "cuda"):
+        return Choice("sdpa" if wanted == "auto" else wanted, {})
+    names = available(device) if wanted == "auto" else (wanted, "sdpa")
+    times = (measure or milliseconds)(names, attention_calls(unet_config, latents, text), dtype, device)
+    if wanted == "auto":
+        return Choice(min(times, key=times.__getitem__), times)
+    if wanted not in times:
+        raise UserError(
+            f"attention: {wanted!r} cannot compute this UNet's shapes in {str(dtype).removeprefix('torch.')}; use auto"
+        )
+    return Choice(wanted, times)
+
+
+def use_attention(unet: Any, name: str) -> Any:
+    """Set the kernel on a UNet's own processors, in place. Processors of other kinds (adapters') stay as they are."""
+    processors = {
+        key: _processor(name) if type(processor) in _PLAIN else processor
+        for key, processor in unet.attn_processors.items()
+    }
+    unet.set_attn_processor(processors)
+    return unet
+
+
+def attention_calls(unet_config: dict[str, Any], latents: Shape, text: Shape) -> Calls:
+    """Which attention a forward of the UNet asks for. Counted on the meta device: nothing is computed or held."""
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(unet_config)
+        sample, t, states = torch.empty(latents), torch.zeros(latents[0], dtype=torch.int64), torch.empty(text)
+        added = None
+        if unet.config.addition_embed_type == "text_time":  # Stable Diffusion XL's
+            width = unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim
+            added = {"text_embeds": torch.empty(latents[0], width), "time_ids": torch.empty(latents[0], 6)}
+        with _Recorder() as recorder, torch.no_grad():
+            unet(sample, t, states, added_cond_kwargs=added)
+    return recorder.calls
+
+
+def milliseconds(names: tuple[str, ...], calls: Calls, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Forward and backward of all ``calls`` by each kernel; those that cannot compute them are left out."""
+    times: dict[str, float] = {}
+    for name in names:
+        try:
+            times[name] = sum(
+                count * _milliseconds(name, query, key, dtype, device) for (query, key), count in calls.items()
+            )
+        except (RuntimeError, NotImplementedError, ValueError):  # what a kernel says of a shape or dtype it lacks
+            continue
+    return times
+
+
+def _milliseconds(name: str, query: Shape, key: Shape, dtype: torch.dtype, device: torch.device) -> float:
+    """Of one call, in the layout that the processors have: heads are a view of the features."""
+
+    def tensor(shape: Shape) -> Tensor:
+        batch, heads, length, width = shape
+        values = torch.randn(batch, length, heads * width, dtype=dtype, device=device)
+        return values.view(batch, length, heads, width).transpose(1, 2).requires_grad_()
+
+    q, k, v = tensor(query), tensor(key), tensor(key)
+    gradient = torch.ones_like(q)
+
+    def call() -> None:
+        torch.autograd.grad(_attend(name, q, k, v), (q, k, v), gradient)
+
+    call()
+    return 1e3 * Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=SECONDS_PER_MEASUREMENT).median
+
+
+def _attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of (B, heads, length, width) by one kernel."""
+    if name == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v)
+    if name == "xformers":
+        from xformers.ops import memory_efficient_attention
+
+        return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    with sdpa_kernel(TORCH_BACKENDS[name]):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def _processor(name: str) -> Any:
+    if name == "sdpa":
+        return AttnProcessor2_0()
+    return XFormersAttnProcessor() if name == "xformers" else ChosenAttnProcessor(TORCH_BACKENDS[name])
+
+
+_PLAIN = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, ChosenAttnProcessor)
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes down the shapes of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Calls = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.calls[tuple(args[0].shape), tuple(args[1].shape)] += 1
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,121 @@
+"""The attention kernel: measured on the UNet's own shapes, set on its own processors, refused where it is not there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from tiny import TEXT_LENGTH, TEXT_WIDTH, batch, tiny_unet
+from torch.profiler import ProfilerActivity, profile
+
+from fastsp import attention
+from fastsp.attention import attention_calls, available, check_available, choose, milliseconds, use_attention
+from fastsp.bench.workload import SD21_BASE_UNET
+from fastsp.errors import UserError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SHAPES = ((2, 4, 8, 8), (2, TEXT_LENGTH, TEXT_WIDTH))
+
+
+def forward(unet) -> torch.Tensor:
+    data = batch("sd", 2)
+    return unet(data["latents"], data["timesteps"], data["encoder_hidden_states"], return_dict=False)[0]
+
+
+def operators(unet) -> set[str]:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.no_grad():
+        forward(unet)
+    return {event.key for event in profiler.key_averages()}
+
+
+def test_the_choice_reaches_the_kernels():
+    """By the operators that ran: diffusers' own setter would leave them as they are."""
+    unet = tiny_unet()
+    fused, plain = "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math"
+    expected = forward(unet)
+    assert fused in (by_default := operators(unet)) and plain not in by_default
+    assert plain in (by_math := operators(use_attention(unet, "math"))) and fused not in by_math
+    torch.testing.assert_close(forward(unet), expected, rtol=1e-4, atol=1e-5)
+    use_attention(unet, "sdpa")
+    assert {type(p) for p in unet.attn_processors.values()} == {AttnProcessor2_0}
+
+
+def test_processors_of_other_kinds_stay():
+    class Other(AttnProcessor2_0):
+        pass
+
+    unet = tiny_unet()
+    name = next(iter(unet.attn_processors))
+    other = Other()
+    unet.set_attn_processor({**unet.attn_processors, name: other})
+    use_attention(unet, "math")
+    assert unet.attn_processors[name] is other
+    assert sum(isinstance(p, attention.ChosenAttnProcessor) for p in unet.attn_processors.values()) > 1
+
+
+def test_the_shapes_are_the_unet_s_own():
+    calls = attention_calls(SD21_BASE_UNET, (3, 4, 64, 64), (3, 77, 1024))
+    assert calls[(3, 5, 4096, 64), (3, 5, 4096, 64)] == calls[(3, 5, 4096, 64), (3, 5, 77, 64)] == 5
+    assert calls[(3, 20, 64, 64), (3, 20, 77, 64)] == 1, "the mid block"
+    assert sum(calls.values()) == 32
+    assert sum(attention_calls(dict(tiny_unet("sdxl").config), *SHAPES).values()) > 0
+
+
+def test_measured_on_a_cpu():
+    calls = attention_calls(dict(tiny_unet().config), *SHAPES)
+    times = milliseconds(("sdpa", "math", "flash", "cudnn"), calls, torch.float32, CPU)
+    assert times.keys() >= {"sdpa", "math"} and "cudnn" not in times
+    assert all(ms > 0 for ms in times.values())
+
+
+def test_the_fastest_is_taken(monkeypatch):
+    monkeypatch.setattr(attention, "available", lambda device: ("sdpa", "cudnn", "flash"))
+
+    def measure(names, calls, dtype, device):
+        assert sum(calls.values()) > 0 and dtype == torch.bfloat16 and device == CUDA
+        return {name: {"sdpa": 2.0, "cudnn": 1.25}[name] for name in names if name != "flash"}
+
+    def chosen(wanted):
+        return choose(wanted, dict(tiny_unet().config), *SHAPES, torch.bfloat16, CUDA, measure)
+
+    assert chosen("auto").name == "cudnn"
+    assert str(chosen("auto")) == "attention: cudnn (cudnn 1.25 ms, sdpa 2 ms a forward and backward)"
+    assert chosen("sdpa") == attention.Choice("sdpa", {}), "by name, PyTorch's own choice needs no measurement"
+    assert chosen("cudnn").milliseconds == {"cudnn": 1.25, "sdpa": 2.0}
+    with pytest.raises(UserError, match="'flash' cannot compute this UNet's shapes in bfloat16; use auto"):
+        chosen("flash")
+
+
+def test_on_a_cpu_nothing_is_measured():
+    assert choose("auto", dict(tiny_unet().config), *SHAPES, torch.float32, CPU) == attention.Choice("sdpa", {})
+    assert available(CPU) == ("sdpa", "math")
+    with pytest.raises(UserError, match=r"^attention: 'flash' is not available here; on this cpu there are auto, sdpa"):
+        check_available("flash", CPU)
+    with pytest.raises(UserError, match=r"^attention: 'magic' is unknown; on this cpu there are auto, sdpa, math$"):
+        check_available("magic", CPU)
+
+
+def test_the_compiler_sees_through_it():
+    unet = use_attention(tiny_unet(), "math")
+    compiled = torch.compile(unet, backend="eager", fullgraph=True)
+    torch.testing.assert_close(forward(compiled), forward(unet))
+
+
+@pytest.mark.gpu
+def test_gpu_probe_of_sd21():
+    calls = attention_calls(SD21_BASE_UNET, (4, 4, 64, 64), (4, 77, 1024))
+    times = milliseconds(available(CUDA), calls, torch.bfloat16, CUDA)
+    assert times.keys() >= {"sdpa", "flash", "efficient", "math"}
+    assert min(times.values()) < times["math"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sdpa", "cudnn", "flash", "efficient", "xformers", "math"])
+def test_gpu_kernels_agree(name):
+    if name not in available(CUDA):
+        pytest.skip(f"{name} is not installed")
+    query, key = torch.randn(2, 256, 3 * 64), torch.randn(2, 77, 3 * 64)
+    heads = [x.view(2, -1, 3, 64).transpose(1, 2) for x in (query, key, key)]
+    exact = torch.nn.functional.scaled_dot_product_attention(*heads)
+    ours = attention._attend(name, *(x.to(CUDA, torch.bfloat16) for x in heads))
+    torch.testing.assert_close(ours.float().cpu(), exact, rtol=0, atol=2e-2)
