@@ -7,9 +7,11 @@ processors themselves are exchanged.
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.benchmark import Timer
 
 from fastsp.errors import UserError
+from fastsp.files import write_file
 
 TORCH_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -117,6 +120,18 @@ def choose(
             f"attention: {wanted!r} cannot compute this UNet's shapes in {str(dtype).removeprefix('torch.')}; use auto"
         )
     return Choice(wanted, times)
+
+
+def kept_choice(file: Path, question: dict[str, Any], make: Callable[[], Choice]) -> Choice:
+    """What ``file`` answers to the same question; else a new choice, written there if it was measured."""
+    if file.is_file():
+        kept = json.loads(file.read_text())
+        if kept["question"] == question:
+            return Choice(kept["name"], kept["milliseconds"])
+    choice = make()
+    if choice.milliseconds:
+        write_file(file, json.dumps({"question": question, **asdict(choice)}, indent=1) + "\n")
+    return choice
 
 
 def use_attention(unet: Any, name: str) -> Any:

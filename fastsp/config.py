@@ -192,8 +192,10 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 computes in bf16 and keeps float32 master weights
     compile: Auto = "auto"  # torch.compile; auto: on a GPU
+    compile_mode: Literal["default", "max-autotune"] = "default"  # the latter tries more kernels, for minutes
+    gradient_checkpointing: bool = False  # less memory for activations, the online forward runs twice
     cuda_graph: Auto = "auto"  # the whole step in one CUDA graph; auto: on a GPU
-    attention: str = "auto"
+    attention: str = "auto"  # or sdpa, cudnn, flash, efficient, xformers, math; auto: the fastest, measured on a GPU
     distributed: Literal["ddp", "fsdp"] = "ddp"  # of many processes: the network replicated, or sharded
     distributed_timeout: Annotated[float, Field(gt=0.0)] = 1800.0  # seconds that one may keep the others waiting
     model: ModelConfig

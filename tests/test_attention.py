@@ -9,7 +9,15 @@ from tiny import TEXT_LENGTH, TEXT_WIDTH, batch, tiny_unet
 from torch.profiler import ProfilerActivity, profile
 
 from fastsp import attention
-from fastsp.attention import attention_calls, available, check_available, choose, milliseconds, use_attention
+from fastsp.attention import (
+    attention_calls,
+    available,
+    check_available,
+    choose,
+    kept_choice,
+    milliseconds,
+    use_attention,
+)
 from fastsp.bench.workload import SD21_BASE_UNET
 from fastsp.errors import UserError
 
@@ -93,6 +101,20 @@ def test_on_a_cpu_nothing_is_measured():
         check_available("flash", CPU)
     with pytest.raises(UserError, match=r"^attention: 'magic' is unknown; on this cpu there are auto, sdpa, math$"):
         check_available("magic", CPU)
+
+
+def test_a_run_keeps_what_was_measured(tmp_path):
+    file, question, asked = tmp_path / "attention.json", {"wanted": "auto", "device": "a GPU"}, []
+
+    def make(name="flash", ms=1.0):
+        asked.append(name)
+        return attention.Choice(name, {name: ms} if ms else {})
+
+    first = kept_choice(file, question, make)
+    assert kept_choice(file, question, lambda: make("cudnn")) == first and asked == ["flash"]
+    assert kept_choice(file, {**question, "device": "another"}, lambda: make("cudnn")).name == "cudnn"
+    unmeasured = tmp_path / "other.json"
+    assert kept_choice(unmeasured, question, lambda: make("sdpa", 0)).name == "sdpa" and not unmeasured.exists()
 
 
 def test_the_compiler_sees_through_it():

@@ -38,6 +38,8 @@ _MEANING = {
     "data.microbatch": _ROUNDING,
     "precision": _ROUNDING,
     "compile": _ROUNDING,
+    "compile_mode": _ROUNDING,
+    "gradient_checkpointing": _ROUNDING,
     "cuda_graph": _ROUNDING,
     "attention": _ROUNDING,
 }

@@ -120,20 +120,20 @@ def gather_gradients(unet: Any, optimizer: AdamWEMA, ranks: Ranks) -> Gradients:
     return ReplicatedGradients(unet, optimizer) if ranks.world_size > 1 else Gradients(unet, optimizer)
 
 
-def shard(unet: Any, device: torch.device, dtype: torch.dtype, compiles: bool = False) -> Any:
+def shard(unet: Any, device: torch.device, dtype: torch.dtype, compile_options: dict[str, Any] | None = None) -> Any:
     """Spread a float32 UNet over all ranks, in place: FSDP2 with the blocks as its units.
 
     Args:
         unet: on the CPU, contiguous (FSDP2 takes no channels_last parameters); a block at a time passes the device.
         device: of this rank.
         dtype: what the blocks compute in; gradients are reduced in float32.
-        compiles: hand every block to ``torch.compile``; between two of them parameters are gathered.
+        compile_options: hand every block to ``torch.compile`` with these; between two of them parameters are gathered.
     """
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
     blocks = [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks]
-    for block in blocks if compiles else ():
-        block.compile()
+    for block in blocks if compile_options is not None else ():
+        block.compile(**(compile_options or {}))
     for module in (*blocks, unet):
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)

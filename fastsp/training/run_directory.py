@@ -41,6 +41,7 @@ class RunDirectory:
         self.config_file = self.root / "config.yaml"
         self.metrics_file = self.root / "metrics.jsonl"
         self.bad_samples_file = self.root / "bad_samples.jsonl"
+        self.attention_file = self.root / "attention.json"
         self.checkpoints = self.root / "checkpoints"
         self.samples = self.root / "samples"
         self.tensorboard = self.root / "tensorboard"

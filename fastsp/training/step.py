@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from fastsp_kernels import diffuse_seeded
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastsp import draws
+from fastsp.attention import use_attention
 from fastsp.conditioning import Conditioning, time_ids
 from fastsp.config import Config, StageConfig
 from fastsp.data.batch import Batch
@@ -18,6 +20,7 @@ from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
 from fastsp.models import TextToImageModel
 from fastsp.perceptual import cast, shared_copy
 from fastsp.schedule import NoiseSchedule
+from fastsp.training.compilation import compile_options
 from fastsp.training.distributed import ALONE, Ranks
 from fastsp.training.optimizer import AdamWEMA, learning_rate
 from fastsp.training.parallel import Gradients, gather_gradients, shard
@@ -216,6 +219,7 @@ def build_step(
     teacher: Any,
     compiles: bool,
     ranks: Ranks = ALONE,
+    attention: str = "sdpa",
 ) -> tuple[TrainingStep, Any]:
     """The step of a stage and the float32 UNet of its moving average, on the device of ``empty``.
 
@@ -227,6 +231,7 @@ def build_step(
             Every rank holds the whole perceptual network.
         compiles: hand online and perceptual network to ``torch.compile``.
         ranks: the processes of the run.
+        attention: the kernel of both, a name of :mod:`fastsp.attention`.
     """
     device, dtype = empty.encoder_hidden_states.device, COMPUTE_DTYPES[config.precision]
     sharded = ranks.world_size > 1 and config.distributed == "fsdp"
@@ -235,20 +240,39 @@ def build_step(
         return cast(module, dtype).to(device).to(memory_format=torch.channels_last)
 
     ema_unet = _moving_average(initial)
+    for network in (initial, teacher):  # not the average: samples are drawn with it in float32
+        if network is not None:
+            use_attention(network, attention)
     objective = placed(Objective(stage, schedule, prediction_type, teacher), dtype)  # copies before `initial` is cast
+    if config.gradient_checkpointing:
+        checkpoint_activations(initial)
+    options = compile_options(config) if compiles else None
     if sharded:
-        unet = shard(cast(initial.train(), torch.float32), device, dtype, compiles)
+        unet = shard(cast(initial.train(), torch.float32), device, dtype, options)
         ema_unet = shard(ema_unet, device, torch.float32)
     else:
         unet = placed(initial, dtype).train()
         ema_unet = ema_unet.to(device).to(memory_format=torch.channels_last)
-        if compiles:
-            unet.compile()
-    if compiles and objective.self_perceptual is not None:
-        objective.self_perceptual.compile_teacher()
+        if options is not None:
+            unet.compile(**options)
+    if options is not None and objective.self_perceptual is not None:
+        objective.self_perceptual.compile_teacher(**options)
     optimizer = AdamWEMA(unet, ema_unet, config.optimizer, config.ema)
     gradients = gather_gradients(unet, optimizer, ranks)
     return TrainingStep(config, stage, gradients, objective, schedule, model, empty), ema_unet
+
+
+def checkpoint_activations(unet: Any) -> None:
+    """Keep only what goes into each block and compute its inside again in the backward (Chen et al., arXiv 1604.06174).
+
+    The state of torch's generators is saved only for a UNet with dropout: a CUDA graph cannot be recorded through it.
+    """
+    random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in unet.modules())
+
+    def checkpointed(module: Any, *args: Any) -> Any:
+        return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=random)
+
+    unet.enable_gradient_checkpointing(checkpointed)
 
 
 def _moving_average(initial: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack, closing, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from fastsp.attention import check_available, kept_choice
+from fastsp.attention import choose as choose_attention
 from fastsp.config import Config, StageConfig
 from fastsp.data.latents import fingerprint
 from fastsp.data.source import Source, open_source
@@ -22,6 +25,7 @@ from fastsp.perceptual import shared_copy
 from fastsp.training.capture import captured
 from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
 from fastsp.training.checkpoint_folder import Progress
+from fastsp.training.compilation import keep_compiled_code
 from fastsp.training.distributed import Ranks, process_group
 from fastsp.training.faults import explained
 from fastsp.training.interrupt import Interrupted, StopRequest
@@ -29,7 +33,7 @@ from fastsp.training.monitor import Monitor
 from fastsp.training.parallel import whole_unet
 from fastsp.training.run_directory import RunDirectory
 from fastsp.training.samples import SampleDrawer
-from fastsp.training.step import StepResult, TrainingStep, build_step
+from fastsp.training.step import COMPUTE_DTYPES, StepResult, TrainingStep, build_step
 from fastsp.training.trackers import Trackers, check_installed
 
 
@@ -82,7 +86,9 @@ class Trainer:
         self.report = report if ranks.is_main else None
         self.device = ranks.device
         config.captures_on(self.device)  # refuses a CUDA graph on a CPU
-        _refuse_unsupported(config)
+        check_available(config.attention, self.device)
+        if config.compiles_on(self.device):
+            keep_compiled_code()
         check_installed(config)
         model = config.model
         self.model = load_model(model.preset, model.pretrained, config.data.resolution, config.seed, model.config)
@@ -116,6 +122,7 @@ class Trainer:
             self.samples = SampleDrawer(self.model, self.config, self._some_captions(), self.run.samples, self.device)
             self.run.keep_changes()
             self.run.rewind_metrics(reached)
+        self.attention: Any = self.ranks.broadcast(self._choose_attention() if is_main else None)
         with Trackers(self.run, self.config, reached) if is_main else nullcontext() as trackers:
             for stage in self.config.stages:
                 done = min(max(reached - self.config.steps_before(stage), 0), stage.steps)
@@ -153,7 +160,8 @@ class Trainer:
         writer = CheckpointWriter(self.run.checkpoints, settings, self.config.digest, self.ranks)
         with closing(batches), monitor, writer:
             for number, batch in enumerate(monitor.watched(batches), start=done + 1):
-                result = take_step(batch.to(self.device), number)
+                with self._compiling(first=number == done + 1):
+                    result = take_step(batch.to(self.device), number)
                 monitor.after_step(number, result)
                 if _due(number, self.config.samples.every, stage.steps):
                     with monitor.paused():
@@ -185,6 +193,19 @@ class Trainer:
         self.console.print(f"{self.run.final} holds the EMA weights of stage {self.config.final}")
         self.console.print(f"{self.run.samples / 'comparison.png'} shows the stages side by side from equal noise")
 
+    @contextmanager
+    def _compiling(self, first: bool) -> Iterator[None]:
+        """Around a step: of the first one of a stage say how long compiling takes."""
+        if not first or not self.config.compiles_on(self.device):
+            yield
+            return
+        folder, began = keep_compiled_code(), time.monotonic()
+        self.console.print(f"compiling UNet and perceptual network ({self.config.compile_mode}); kept in {folder}")
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.console.print(f"compiled; the first step took {time.monotonic() - began:.1f} s")
+
     def _build(self, stage: StageConfig) -> tuple[TrainingStep, Any]:
         """The step of a stage and the UNet of its moving average, fresh from the stage's `init`."""
         model = self.model
@@ -199,7 +220,29 @@ class Trainer:
             teacher=self._initial_unet(stage.perceptual_network) if stage.objective == "self_perceptual" else None,
             compiles=self.config.compiles_on(self.device),
             ranks=self.ranks,
+            attention=self.attention,
         )
+
+    def _choose_attention(self) -> str:
+        """The kernel of the whole run; what was measured is kept, so that a resumed run takes the same."""
+        data, model = self.config.data, self.model
+        rows = data.microbatch or data.batch_size // self.ranks.world_size
+        text = (rows, *model.encode_no_prompt().encoder_hidden_states.shape[1:])
+        choice = kept_choice(
+            self.run.attention_file,
+            {"wanted": self.config.attention, "device": _device_name(self.device), "torch": torch.__version__},
+            lambda: choose_attention(
+                self.config.attention,
+                dict(model.unet.config),
+                (rows, *model.latent_shape(data.resolution)),
+                text,
+                COMPUTE_DTYPES[self.config.precision],
+                self.device,
+            ),
+        )
+        if choice.milliseconds:
+            self.console.print(str(choice), highlight=False)
+        return choice.name
 
     def _initial_unet(self, name: str | None) -> Any:
         """What a stage's name or a folder stands for; None: the model itself. A stage's adapters share the one base."""

@@ -32,7 +32,11 @@ def test_command_line(fails, tmp_path):
         (["data.source=images"], "data.path is missing"),
         (["data.source=shards", "data.path=/nowhere/at/all"], "/nowhere/at/all"),
         (["model={pretrained: /nowhere/at/all}"], "/nowhere/at/all is no diffusers pipeline folder"),
-        (["attention=magic"], "attention: 'magic' is not supported"),
+        (["attention=magic"], "attention: 'magic' is unknown; on this "),
+        (
+            ["compile_mode=fastest"],
+            "compile_mode: 'fastest' is not allowed: input should be 'default' or 'max-autotune'",
+        ),
     ],
 )
 def test_training(fails, tmp_path, overrides, message):

@@ -1,0 +1,89 @@
+"""Options of the step that change its cost and not its numbers: checkpointing, compiling, precision."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from bench.workloads import tiny_workload
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastsp.bench.fastsp_step import FastspStep
+from fastsp.training.compilation import compile_options, keep_compiled_code
+
+
+def loss_and_gradients(step: FastspStep) -> tuple[torch.Tensor, torch.Tensor]:
+    loss = step.loss()
+    loss.backward()
+    gradients = [p.grad for p in step.training_step.unet.parameters()]
+    return loss.detach(), torch.cat([gradient.flatten().float() for gradient in gradients])
+
+
+def assert_close(ours, theirs, tolerance: float) -> None:
+    torch.testing.assert_close(ours[0], theirs[0], rtol=tolerance, atol=0)
+    assert (ours[1] - theirs[1]).norm() <= tolerance * theirs[1].norm()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_for_another_forward():
+    flops, results = {}, {}
+    for checkpointed in (False, True):
+        step = FastspStep(tiny_workload().with_settings(gradient_checkpointing=checkpointed))
+        with FlopCounterMode(display=False) as counter:
+            results[checkpointed] = loss_and_gradients(step)
+        flops[checkpointed] = counter.get_total_flops()
+    assert all(torch.equal(a, b) for a, b in zip(results[False], results[True], strict=True))
+    assert flops[True] > 1.1 * flops[False], "checkpointing took part"
+
+
+@pytest.mark.parametrize("objective", ["mse", "self_perceptual"])
+def test_bfloat16_is_close_to_float32(objective):
+    """bfloat16 keeps 8 bits: one rounding is 4e-3. Seen at batch 32: 1.4e-2 of the gradient's norm. A single sample
+    whose t' is close to t is worse: the difference of its features is a small one of large numbers."""
+    exact, ours = (loss_and_gradients(FastspStep(tiny_workload(32, precision=p), objective)) for p in ("fp32", "bf16"))
+    assert_close(ours, exact, 3e-2)
+    assert (ours[1] - exact[1]).norm() > 1e-3 * exact[1].norm(), "it was computed in bfloat16"
+    assert ours[0].dtype == torch.float32, "the loss is float32"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_group_norm_of_bfloat16_takes_its_statistics_in_float32(device):
+    """A mean of 8 and a deviation of 1: sums of squares in bfloat16 would leave little of the variance."""
+    values = (torch.randn(2, 32, 64, 64, generator=torch.Generator().manual_seed(0)) + 8.0).to(device, torch.bfloat16)
+    norm = torch.nn.GroupNorm(8, 32).to(device)
+    exact = norm(values.float())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        ours = norm.bfloat16()(values.contiguous(memory_format=layout))
+        assert (ours.float() - exact).abs().max() < 1e-2 * exact.abs().max()
+        norm.float()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["split", "batched"])
+def test_compiled_equals_eager(teacher):
+    eager, compiled = (
+        loss_and_gradients(FastspStep(tiny_workload(teacher=teacher).with_settings(compile=compiles)))
+        for compiles in (False, True)
+    )
+    assert_close(compiled, eager, 1e-5)
+
+
+def test_batched_equals_split():
+    batched, split = (loss_and_gradients(FastspStep(tiny_workload(teacher=name))) for name in ("batched", "split"))
+    assert_close(batched, split, 1e-5)
+
+
+def test_compiled_code_outlives_tmp(monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("FASTSP_CACHE", str(tmp_path))
+    assert keep_compiled_code() == tmp_path / "inductor" == Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    assert keep_compiled_code() == Path("/elsewhere")
+
+
+def test_no_mode_brings_cuda_graphs_of_its_own():
+    config = tiny_workload().config
+    assert compile_options(config) == {"mode": "default"}
+    tuned = config.model_copy(update={"compile_mode": "max-autotune"})
+    assert compile_options(tuned) == {"mode": "max-autotune-no-cudagraphs"}
