@@ -6,6 +6,7 @@ from fastsp.cli import data
 from fastsp.cli.bench import bench
 from fastsp.cli.doctor import doctor
 from fastsp.cli.encode import encode
+from fastsp.cli.eval import evaluate
 from fastsp.cli.export import export
 from fastsp.cli.sample import sample
 from fastsp.cli.status import status
@@ -22,6 +23,7 @@ app.command()(train)
 app.command()(status)
 app.command()(sample)
 app.command()(encode)
+app.command("eval")(evaluate)
 app.command()(export)
 app.command()(bench)
 app.command()(doctor)

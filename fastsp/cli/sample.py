@@ -106,10 +106,10 @@ def _pictures(
     models: Sequence[str], texts: list[str], settings: Sampling, files: list[list[Path]], trajectory: bool
 ) -> Iterator[list[Image]]:
     """Of each model its pictures in the order of ``texts``; with ``trajectory`` those of every step in their place."""
-    from fastsp.cli.progress import steps_bar
     from fastsp.errors import UserError
     from fastsp.generation import generate, load_for_sampling, num_batches, trajectories
     from fastsp.pictures import save_png, to_pil
+    from fastsp.progress import steps_bar
 
     size = None
     total = len(models) * num_batches(len(texts), settings.batch_size) * settings.steps

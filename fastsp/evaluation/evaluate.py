@@ -20,18 +20,22 @@ from torch import Tensor
 from fastsp import draws
 from fastsp.config import Config
 from fastsp.errors import UserError
+from fastsp.evaluation.captions_file import read_captions
 from fastsp.evaluation.classifier import caption_classifier
 from fastsp.evaluation.environment import write_environment
+from fastsp.evaluation.evaluate_models import Job, ModelEvaluation
 from fastsp.evaluation.features import FeatureModel
 from fastsp.evaluation.inception import load_inception
 from fastsp.evaluation.metrics import Scorer
 from fastsp.evaluation.picture_set import Pictures
 from fastsp.evaluation.plan import Planned, plan
 from fastsp.evaluation.reference import heldout_pictures, training_pictures
+from fastsp.evaluation.reference_set import open_reference
 from fastsp.evaluation.rows import REAL, setting_of
 from fastsp.evaluation.settings import EvaluationSettings, absent_files
 from fastsp.files import write_file
 from fastsp.models import load_pipeline, load_unet
+from fastsp.progress import steps_bar
 from fastsp.sampling import Guidance
 
 Row = dict[str, Any]
@@ -64,6 +68,8 @@ def evaluate_run(
         )
         return []
     write_environment(run_dir)
+    if settings.captions is not None:
+        return _evaluate_over_captions(config, settings, console)
     evaluation = Evaluation(config, settings, torch.device(device))
     rows = plan(config, settings)
     store = RowStore(run_dir / "evaluation.json", rows, settings.num_samples, evaluation.scorer.model.identity)
@@ -76,6 +82,26 @@ def evaluate_run(
             if is_new and not console.is_terminal:  # there is no bar then
                 console.print(_plain_line(store.rows[planned], planned, f"{number}/{len(rows)}"), soft_wrap=True)
     return [store.rows[row] for row in rows]
+
+
+def _evaluate_over_captions(config: Config, settings: EvaluationSettings, console: Console) -> list[Row]:
+    """The rows of the plan as `fastsp eval` computes them: for data without a classifier of its own."""
+    assert settings.captions is not None
+    run_dir = Path(config.run_dir)
+    work = run_dir / "evaluation"
+    captions = read_captions(Path(settings.captions), settings.num_samples)
+    reference = None if settings.reference is None else Path(settings.reference)
+    side = config.data.resolution
+    extractor, statistics = open_reference(settings.features, reference, captions, work, steps_bar, side)
+    path = run_dir / "evaluation.json"
+    evaluation = ModelEvaluation(captions, extractor, statistics, path, work, side, settings.batch_size)
+    jobs = [
+        Job(str(run_dir / "stages" / planned.setting.stage), planned.setting, planned.seed)
+        for planned in plan(config, settings)
+        if planned.setting.stage != REAL
+    ]
+    jobs.sort(key=lambda job: job.model)  # each model is loaded once
+    return evaluation.run(jobs, steps_bar, lambda line: console.print(f"evaluation: {line}", soft_wrap=True))
 
 
 class Evaluation:

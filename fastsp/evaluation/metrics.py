@@ -44,13 +44,23 @@ class FrechetDistance:
     Heusel et al. 2017, arXiv 1706.08500: ||mu1 - mu2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in squared feature units.
 
     Args:
-        real: features of the real pictures, float64 (N, D), N at least 2.
+        real: features of the real pictures, float64 (N, D), N at least 2; or their mean (D,), covariance (D, D) and
+            number N, all float64 but the last.
     """
 
-    def __init__(self, real: Tensor) -> None:
-        self._metric = FrechetInceptionDistance(_AlreadyExtracted(real.shape[1]), reset_real_features=False)
+    def __init__(self, real: Tensor | tuple[Tensor, Tensor, int]) -> None:
+        width = real.shape[1] if isinstance(real, Tensor) else len(real[0])
+        self._metric = FrechetInceptionDistance(_AlreadyExtracted(width), reset_real_features=False)
         self._metric.set_dtype(torch.float64)
-        self._metric.update(real.double(), real=True)
+        if isinstance(real, Tensor):
+            self._metric.update(real.double(), real=True)
+            return
+        mean, covariance, count = real
+        self._metric.real_features_sum = mean.double() * count
+        self._metric.real_features_cov_sum = (
+            covariance.double() * (count - 1) + count * torch.outer(mean, mean).double()
+        )
+        self._metric.real_features_num_samples = torch.tensor(count)
 
     def __call__(self, generated: Tensor) -> float:
         """FID of `generated`, features float64 (M, D), M at least 2."""
@@ -59,15 +69,15 @@ class FrechetDistance:
         return float(self._metric.compute())
 
 
-def inception_score(logits: Tensor) -> float:
+def inception_score(logits: Tensor, splits: int = 1) -> float:
     """exp of the mean KL(p(class | picture) || p(class)); 1 at worst, the number of classes at best.
 
-    Salimans et al. 2016, arXiv 1606.03498. In one split: ten, their number for 50,000 samples, would leave too few
-    samples in each here. `logits` is float64 (N, K).
+    Salimans et al. 2016, arXiv 1606.03498. In one split by default: ten, their number for 50,000 samples, would leave
+    too few samples in each of a few hundred. `logits` is float64 (N, K).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchmetrics warns that it keeps the logits, and of the spread over one split
-        metric = InceptionScore(_AlreadyExtracted(logits.shape[1]), splits=1)
+        metric = InceptionScore(_AlreadyExtracted(logits.shape[1]), splits=splits)
         with torch.random.fork_rng(devices=[]):  # it shuffles with the global generator
             torch.manual_seed(0)
             metric.update(logits.double())

@@ -15,6 +15,7 @@ from fastsp.errors import UserError
 from fastsp.evaluation import evaluate
 from fastsp.evaluation.evaluate import Evaluation, evaluate_run
 from fastsp.evaluation.plan import Planned, plan
+from fastsp.evaluation.report import write_report
 from fastsp.evaluation.rows import Setting
 from fastsp.models import TextToImageModel, digits_model
 
@@ -196,3 +197,25 @@ def test_absent_files_are_named_in_one_line(config: Config) -> None:
         "/nowhere/inception.safetensors is not there; fastsp eval does it later\n"
     )
     assert not (Path(config.run_dir) / "evaluation.json").exists()
+
+
+def test_captions_from_a_file(config: Config, tmp_path: Path) -> None:
+    """A run whose data has no classifier of its own is evaluated as by `fastsp eval`, and reported."""
+    (tmp_path / "captions.txt").write_text("a handwritten one\na handwritten two\n" * 4)
+    written = io.StringIO()
+    settings = replace(Settings(), num_samples=8, seeds=[0], steps=[2], captions=str(tmp_path / "captions.txt"))
+    rows = evaluate_run(config, settings, console=Console(file=written, width=40))
+    names = [(row["stage"], row["conditional"], row["guidance"]) for row in rows]
+    assert names == [
+        ("real", True, 0.0),
+        ("mse", True, 0.0),
+        ("mse", True, 2.0),
+        ("mse", False, 0.0),
+        ("sp", True, 0.0),
+        ("sp", False, 0.0),
+    ]
+    assert written.getvalue().splitlines()[1].startswith("evaluation: mse, 2 steps, seed 0: FID ")
+    assert json.loads((Path(config.run_dir) / "evaluation.json").read_text()) == rows
+    (Path(config.run_dir) / "config.yaml").write_text(config.dump())
+    assert write_report(Path(config.run_dir)).is_file()
+    assert evaluate_run(config, settings, console=Console(file=written)) == rows

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+
+Bar = Callable[[str, int], AbstractContextManager[Callable[[], None]]]  # (what, how many steps) -> advances by one
 
 
 @contextmanager
-def steps_bar(description: str, total: int, unit: str = "steps") -> Iterator[Callable[[], None]]:
+def steps_bar(description: str, total: int) -> Iterator[Callable[[], None]]:
     """The value of the context is a function that advances the bar by one of ``total``."""
     from rich.console import Console
     from rich.progress import (
@@ -24,7 +26,6 @@ def steps_bar(description: str, total: int, unit: str = "steps") -> Iterator[Cal
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

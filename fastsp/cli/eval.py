@@ -1,0 +1,84 @@
+"""`fastsp eval`: FID and Inception Score of trained models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_NO_FEATURES = (
+    "--features is missing: a safetensors file with Inception-v3's weights (docs/tools.md says how to make it), or "
+    "'classifier' for the digits"
+)
+
+
+def evaluate(
+    model: Annotated[
+        list[str],
+        typer.Option("--model", help="A pipeline folder, or a run's stages/NAME; repeatable."),
+    ],
+    captions: Annotated[
+        Path, typer.Option("--captions", help="COCO's captions_val2014.json, or one text a line.", metavar="FILE")
+    ],
+    json_file: Annotated[Path, typer.Option("--json", help="Where rows are added.", metavar="FILE")],
+    reference: Annotated[
+        Path | None,
+        typer.Option("--reference", help="Real pictures: a folder, or saved statistics.", metavar="DIR|FILE"),
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Inception-v3's weights as a safetensors file; 'classifier' for the digits.")
+    ] = None,
+    save_reference: Annotated[
+        Path | None, typer.Option("--save-reference", help="Keep the statistics.", metavar="FILE.safetensors")
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(min=2, help="Captions to sample; by default 10000 of COCO's, all of a text file.")
+    ] = None,
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="DDIM steps; repeatable.  [default: 25]")] = None,
+    guidance: Annotated[
+        list[float] | None, typer.Option(min=0.0, help="Classifier-free guidance; repeatable.  [default: 0]")
+    ] = None,
+    rescale: Annotated[
+        list[float] | None, typer.Option(min=0.0, max=1.0, help="Rescale of guidance; repeatable.  [default: 0]")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Of the noise; repeatable.  [default: 0]")] = None,
+    unconditional: Annotated[bool, typer.Option("--unconditional", help="Sample the empty prompt (Table 2).")] = False,
+    resolution: Annotated[int | None, typer.Option(min=1, help="Side in pixels; by default the model's own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 16,
+    work: Annotated[
+        Path | None, typer.Option("--work", help="Where features are kept; by default FILE.work.", metavar="DIR")
+    ] = None,
+    keep_pictures: Annotated[bool, typer.Option("--keep-pictures", help="Keep the samples as PNG in there.")] = False,
+) -> None:
+    """Sample captions and compare with real pictures. Stopped at any moment, the same command goes on.
+
+    Rows are added to the JSON file, one for each model, step count, guidance and seed, and one of the real pictures.
+
+    Example: fastsp eval --model runs/sd21/stages/sp --captions captions_val2014.json --reference val2014
+    --features inception.safetensors --steps 25 --steps 50 --json evaluation.json
+    """
+    from fastsp.cli.sample import short_names
+    from fastsp.errors import UserError
+    from fastsp.evaluation.captions_file import read_captions
+    from fastsp.evaluation.evaluate_models import ModelEvaluation, RowFile, jobs_of
+    from fastsp.evaluation.reference_set import open_reference
+    from fastsp.progress import steps_bar
+
+    if features is None:
+        raise UserError(_NO_FEATURES)
+    if not json_file.parent.is_dir() or json_file.is_dir():
+        raise UserError(f"--json {json_file}: a file in a folder that there is")
+    if save_reference is not None and save_reference.suffix != ".safetensors":
+        raise UserError(f"--save-reference {save_reference} must end in .safetensors")
+    RowFile(json_file)  # refuses what holds something else
+    found = read_captions(captions, num_samples)
+    work = work or json_file.with_name(f"{json_file.name}.work")
+    extractor, statistics = open_reference(features, reference, found, work, steps_bar, resolution)
+    if save_reference is not None:
+        statistics.save(save_reference)
+    evaluation = ModelEvaluation(found, extractor, statistics, json_file, work, resolution, batch_size, keep_pictures)
+    named = list(zip(model, short_names(model), strict=True))
+    jobs = jobs_of(named, steps or [25], guidance or [0.0], rescale or [0.0], seed or [0], not unconditional)
+    rows = evaluation.run(list(jobs), steps_bar, typer.echo)
+    typer.echo(f"{json_file}: {len(rows)} rows")

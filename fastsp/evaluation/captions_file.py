@@ -1,0 +1,100 @@
+"""The captions to sample: COCO's file, or one caption a line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastsp.errors import UserError
+
+
+@dataclass(frozen=True)
+class CaptionSet:
+    """Captions in the order in which they are sampled.
+
+    Attributes:
+        texts: one a picture.
+        choice: in words, which captions of the file these are.
+        images: file names of the pictures that they describe; empty where the file names none.
+        annotations: COCO's ids of the captions; empty for a text file.
+    """
+
+    texts: list[str]
+    choice: str
+    images: list[str]
+    annotations: list[int]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def facts(self) -> dict[str, str]:
+        """For a row of the evaluation: the choice, and a digest of the captions themselves."""
+        digest = hashlib.sha256("\n".join(self.texts).encode()).hexdigest()
+        return {"captions": self.choice, "captions_sha256": digest}
+
+    def lines(self) -> str:
+        """JSON lines: index, caption, and where it came from."""
+        rows: list[dict[str, Any]] = [{"index": i, "caption": text} for i, text in enumerate(self.texts)]
+        for key, values in (("image", self.images), ("annotation", self.annotations)):
+            for row, value in zip(rows, values, strict=False):
+                row[key] = value
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_captions(file: Path, count: int | None = None) -> CaptionSet:
+    """The first captions of a file.
+
+    Of COCO's ``captions_*.json``: the first ``count`` images in the order of the file, and of each the caption that
+    stands first there. Of a text file: its first lines, empty ones left out.
+
+    Args:
+        file: JSON by its suffix, else UTF-8 text.
+        count: how many; None: all of a text file, 10,000 images of COCO's, as the paper takes, or all if it has fewer.
+
+    Raises:
+        UserError: no such file, not what it should be, or fewer captions than asked for.
+    """
+    if not file.is_file():
+        raise UserError(f"captions {file}: there is no such file; allowed: COCO's captions_*.json, or a text file")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"captions {file} is not UTF-8 text") from None
+    if file.suffix.lower() == ".json":
+        found = _of_coco(_parsed(text, file), file)
+        count = min(10_000, len(found)) if count is None else count
+    else:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        found = CaptionSet(lines, f"{file.name}: the first {{count}} lines", [], [])
+    count = len(found) if count is None else count
+    if count > len(found) or not found.texts:
+        raise UserError(f"captions {file}: {count} are asked for, it has {len(found)}; give --num-samples")
+    choice = found.choice.replace("{count}", str(count))
+    return CaptionSet(found.texts[:count], choice, found.images[:count], found.annotations[:count])
+
+
+def _parsed(text: str, file: Path) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"captions {file} is broken JSON: {error}") from None
+
+
+def _of_coco(tree: Any, file: Path) -> CaptionSet:
+    """Every image that has a caption, in the order of the file, with its first one."""
+    try:
+        first: dict[Any, tuple[str, int]] = {}
+        for entry in tree["annotations"]:
+            first.setdefault(entry["image_id"], (" ".join(entry["caption"].split()), entry["id"]))
+        images = [image for image in tree["images"] if image["id"] in first]
+        chosen = [first[image["id"]] for image in images]
+        names = [str(image["file_name"]) for image in images]
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(
+            f"captions {file} is not COCO's: it lacks images (id, file_name) or annotations (id, image_id, caption)"
+        ) from None
+    choice = f"{file.name}: of each of the first {{count}} images in file order the caption that stands first"
+    return CaptionSet([text for text, _ in chosen], choice, names, [number for _, number in chosen])
