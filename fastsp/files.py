@@ -31,12 +31,12 @@ def new_file(path: Path) -> Iterator[Path]:
     unfinished = unfinished_path(path)
     try:
         yield unfinished
-        _sync(unfinished)
+        sync(unfinished)
         unfinished.replace(path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -59,11 +59,11 @@ def new_folder(path: Path, replace: bool = True) -> Iterator[Path]:
 def commit_folder(unfinished: Path, path: Path, replace: bool = True) -> None:
     """Make a filled folder durable and rename it to ``path``; with ``replace``, in place of one that is there."""
     for entry in [*unfinished.rglob("*"), unfinished]:
-        _sync(entry)
+        sync(entry)
     if replace and path.exists():
         remove_folder(path)
     unfinished.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def remove_folder(path: Path) -> None:
@@ -87,7 +87,8 @@ def unfinished_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have what was written to a file, or the names in a folder, on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

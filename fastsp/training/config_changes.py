@@ -12,11 +12,12 @@ from pydantic import ValidationError
 
 from fastsp.config import Config
 
-# No weight depends on these.
+# No sample and no draw depends on these, and no weight but for rounding.
 _FREE = (
     "run_dir",
     "checkpoint",
     "distributed",
+    "distributed_timeout",
     "evaluation",
     "final",
     "log",
@@ -55,7 +56,7 @@ class Change:
 
     @property
     def free(self) -> bool:
-        """Whether the trained weights do not depend on it."""
+        """Whether the run stays the same run with it."""
         return any(self.key == key or self.key.startswith(f"{key}.") for key in _FREE)
 
     def __str__(self) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from fastsp.config import Config
 from fastsp.errors import UserError
-from fastsp.files import new_folder, remove_unfinished, write_file
+from fastsp.files import new_folder, remove_unfinished, sync, write_file
 from fastsp.training.config_changes import Change, config_changes
 
 _LOCK_TRIES = 5  # `fastsp status` holds the lock for an instant
@@ -91,6 +91,11 @@ class RunDirectory:
         """One line, in the file before the next step begins."""
         with self.metrics_file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
+
+    def sync_metrics(self) -> None:
+        """Make the lines durable: a checkpoint must never outlive those of the steps before it."""
+        if self.is_main and self.metrics_file.exists():
+            sync(self.metrics_file)
 
     def rewind_metrics(self, global_step: int) -> None:
         """Drop the lines after ``global_step``, which will be written anew, and a line torn by a kill."""

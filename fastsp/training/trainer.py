@@ -169,6 +169,7 @@ class Trainer:
                 stop, failed = self.ranks.exchange([self.stop.signal_number or 0, writer.failed]).amax(0).tolist()
                 if stop or self._saves(number, stage, result):
                     with monitor.paused():
+                        self.run.sync_metrics()
                         writer.save(Progress(stage.name, number, steps_before + number), step.optimizer.state)
                 if stop or failed:
                     writer.wait()

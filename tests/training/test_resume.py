@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from training.processes import ROOT, Run, logged_steps, metrics, start
 
 from fastsp.training.checkpoint import newest_whole
 from fastsp.training.checkpoint_folder import write_manifest
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 80
 OVERRIDES = [
     "data.batch_size=8",
@@ -33,33 +28,24 @@ OVERRIDES = [
 ]
 
 
-def command(run_dir: Path, *more: str) -> list[str]:
+def train(run_dir: Path, *more: str) -> Run:
     config = ROOT / "configs" / "quickstart.yaml"
-    return [sys.executable, "-m", "fastsp", "train", "--config", str(config), f"run_dir={run_dir}", *OVERRIDES, *more]
+    said = run_dir.with_suffix(".out")
+    return start(said, "train", "--config", config, f"run_dir={run_dir}", *OVERRIDES, *more)
 
 
 def finish(run_dir: Path, *more: str) -> str:
-    result = subprocess.run(command(run_dir, *more), capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
-def metrics(run_dir: Path) -> list[dict]:
-    file = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    run = train(run_dir, *more)
+    assert run.wait(300) == 0, run.output()
+    return run.output()
 
 
 def stop_at(run_dir: Path, steps: int, number: int, *more: str) -> int:
     """Start, and send a signal once so many steps are logged."""
-    process = subprocess.Popen(command(run_dir, *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    file = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not file.exists() or file.read_bytes().count(b"\n") < steps:
-        assert process.poll() is None, "the run ended before it was stopped"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, number)
-    return process.wait(timeout=120)
+    run = train(run_dir, *more)
+    run.until(lambda: logged_steps(run_dir) >= steps)
+    run.signal(number)
+    return run.wait()
 
 
 def comparable(rows: list[dict]) -> list[tuple]:
@@ -89,8 +75,15 @@ def test_two_kills_change_nothing(straight, tmp_path):
         ("sp", 2),
     ]
     assert comparable(metrics(run_dir)) == expected
-    ours, theirs = (load_file(path / "final/unet/diffusion_pytorch_model.safetensors") for path in (run_dir, straight))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for part in ("final/unet", "stages/mse", f"checkpoints/step_{STEPS:08d}"):
+        ours, theirs = tensors(run_dir / part), tensors(straight / part)
+        assert ours.keys() == theirs.keys() and len(theirs) > 50
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), part
+    assert {name.split(".")[0] for name in theirs} >= {"master", "exp_avg", "exp_avg_sq", "ema", "step_count"}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.slow
