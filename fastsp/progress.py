@@ -9,8 +9,8 @@ Bar = Callable[[str, int], AbstractContextManager[Callable[[], None]]]  # (what,
 
 
 @contextmanager
-def steps_bar(description: str, total: int) -> Iterator[Callable[[], None]]:
-    """The value of the context is a function that advances the bar by one of ``total``."""
+def steps_bar(description: str, total: int, shown: bool = True) -> Iterator[Callable[..., None]]:
+    """The value of the context is a function that advances the bar by one of ``total``, or by as many as it is told."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -30,6 +30,6 @@ def steps_bar(description: str, total: int) -> Iterator[Callable[[], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda count=1: bar.advance(task, count)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +38,7 @@ def encode(
     from fastsp.data.latents import DTYPES, fingerprint
     from fastsp.data.source import open_source
     from fastsp.errors import UserError
+    from fastsp.progress import steps_bar
 
     settings = load_config(config, overrides or [])
     data = settings.data
@@ -68,9 +71,16 @@ def encode(
         dtype=dtype,
         batch_size=batch_size,
     )
-    for shard in encoder.write(out, rank, world_size):
-        typer.echo(f"shard {shard} of {encoder.header.shards}, {len(source.bad_samples)} bad samples so far")
-    typer.echo(f"{out}: {len(source)} samples" + (f", {rank} of {world_size} processes" if world_size > 1 else ""))
+    missing = encoder.missing(out, rank, world_size)
+    samples, began = sum(map(encoder.samples, missing)), time.monotonic()
+    with steps_bar("encode", samples, shown=rank == 0) as advance:
+        for number, shard in enumerate(encoder.write(out, rank, world_size, advance), start=1):
+            if not sys.stderr.isatty():
+                minutes = (time.monotonic() - began) / 60 * (len(missing) - number) / number
+                bad = f"{len(source.bad_samples)} bad samples so far"
+                typer.echo(f"shard {shard}: {number} of {len(missing)} done, {bad}, {minutes:.0f} min left")
+    share = f", of which process {rank} of {world_size} has made its share" if world_size > 1 else ""
+    typer.echo(f"{out}: latents of {len(source)} samples{share}; train with data.source=latents data.path={out}")
 
 
 def _frozen_parts(config: Config, device: torch.device) -> TextToImageModel:
@@ -88,6 +98,6 @@ def _frozen_parts(config: Config, device: torch.device) -> TextToImageModel:
     if model.vae is None:
         raise UserError(f"model.pretrained {name!r} has no VAE; there is nothing to encode with")
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have it by default
     model.place(device, config.compiles_on(device))
     return model

@@ -24,7 +24,7 @@ from fastsp.data.batch import Batch
 from fastsp.data.latents import DTYPES, LatentsHeader, encode_moments, fingerprint, shard_path
 from fastsp.data.source import Source
 from fastsp.errors import UserError
-from fastsp.files import new_file
+from fastsp.files import UNFINISHED, new_file
 
 SAMPLES_PER_SHARD = 1024
 
@@ -78,33 +78,54 @@ class LatentEncoder:
             text_sha256=text_sha256,
         )
 
-    def write(self, folder: Path, rank: int = 0, world_size: int = 1) -> Iterator[int]:
+    def missing(self, folder: Path, rank: int = 0, world_size: int = 1) -> list[int]:
+        """The numbers of this process's shards that are not there yet."""
+        shards = self.header.shards
+        mine = range(shards * rank // world_size, shards * (rank + 1) // world_size)
+        return [shard for shard in mine if not shard_path(folder, shard).exists()]
+
+    def samples(self, shard: int) -> int:
+        """How many of the source go into a shard, bad ones included."""
+        return min(self.header.samples_per_shard, len(self.source) - shard * self.header.samples_per_shard)
+
+    def write(
+        self,
+        folder: Path,
+        rank: int = 0,
+        world_size: int = 1,
+        after_batch: Callable[[int], object] = lambda samples: None,
+    ) -> Iterator[int]:
         """Write this process's shards that are not there yet; yields the number of each when it is finished.
+
+        Args:
+            folder: to write, or to go on with.
+            rank, world_size: of this process.
+            after_batch: called with the number of samples that were encoded.
 
         Raises:
             UserError: the folder holds other latents.
         """
         self.header.save(folder)
-        shards = self.header.shards
-        mine = range(shards * rank // world_size, shards * (rank + 1) // world_size)
-        missing = [shard for shard in mine if not shard_path(folder, shard).exists()]
-        for run in _consecutive(missing):
-            yield from self._write_run(folder, run)
+        for run in _consecutive(self.missing(folder, rank, world_size)):
+            yield from self._write_run(folder, run, after_batch)
 
-    def _write_run(self, folder: Path, shards: range) -> Iterator[int]:
+    def _write_run(self, folder: Path, shards: range, after_batch: Callable[[int], object]) -> Iterator[int]:
         """Shards that follow each other, from one stream of batches: decoding runs ahead over their borders."""
         size = self.header.samples_per_shard
         last = min(shards.stop * size, len(self.source))
         with closing(self._batches(shards.start * size, last)) as batches:
             for shard in shards:
-                count = min(size, last - shard * size)
-                self._write_shard(shard_path(folder, shard), islice(batches, -(-count // self.batch_size)))
+                count = -(-self.samples(shard) // self.batch_size)
+                self._write_shard(shard_path(folder, shard), islice(batches, count), after_batch)
                 yield shard
 
-    def _write_shard(self, path: Path, batches: Iterable[Batch]) -> None:
+    def _write_shard(self, path: Path, batches: Iterable[Batch], after_batch: Callable[[int], object]) -> None:
+        for left_by_a_kill in path.parent.glob(f".{path.name}{UNFINISHED.removeprefix('.')}"):
+            left_by_a_kill.unlink(missing_ok=True)
         with new_file(path) as unfinished, tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
             for batch in batches:
                 _add_samples(tar, batch, self._tensors(batch, DTYPES[self.header.dtype]))
+                after_batch(len(batch))
 
     def _batches(self, first: int, last: int) -> Generator[Batch, None, None]:
         with closing(

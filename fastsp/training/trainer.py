@@ -97,6 +97,8 @@ class Trainer:
         self.model.latent_shape(config.data.resolution)  # refuses what the VAE cannot shrink
         if config.data.source == "latents" and self.model.vae is None:
             raise UserError("data.source: 'latents' needs a model with a VAE; this one works on pixels")
+        if config.precision == "bf16":
+            torch.set_float32_matmul_precision("high")  # of the frozen encoders, which stay float32: TF32 on a GPU
         self.model.place(self.device, config.compiles_on(self.device))
         self.source: Source = open_source(
             config.data,

@@ -36,10 +36,10 @@ def test_encode(tmp_path):
     assert "'digits' has no VAE" in str(run(tmp_path, "model={preset: digits}").exception)
     tiny_stable_diffusion(tmp_path / "model")
     result = run(tmp_path)
-    assert result.exit_code == 0 and "shard 0 of 1" in result.output, result.exception
+    assert result.exit_code == 0 and "shard 0: 1 of 1 done, 0 bad samples" in result.output, result.exception
     config = Config(source="latents", path=str(tmp_path / "latents"), resolution=32)
     assert len(open_source(config, tokenizer=None, channels=3, seed=0)) == 5
-    assert "shard" not in run(tmp_path).output  # nothing is left to do
+    assert "shard 0" not in run(tmp_path).output  # nothing is left to do
     for arguments, message in [
         (["data.flip=true"], "flip: false"),
         (["data.resolution=64"], "resolution = 32, not 64"),
