@@ -29,7 +29,7 @@ class Batch:
     input_ids_2: Tensor | None = None
     """(B, L) int64: those of Stable Diffusion XL's second tokenizer."""
     pixel_values: Tensor | None = None
-    """(B, C, H, W) float32 in [-1, 1] on the source's device; None for a source of latents."""
+    """(B, C, H, W) float32 in [-1, 1] on the source's device, channels_last; None for a source of latents."""
     moments: Tensor | None = None
     """(B, 2 C, H, W): mean and log variance of the VAE's posterior; None for a source of pixels."""
     text_features: Tensor | None = None
@@ -39,7 +39,7 @@ class Batch:
     original_sizes: Tensor | None = None
     """(B, 2) int64: height and width in pixels before resizing, upright (SDXL's micro-conditioning)."""
     crop_offsets: Tensor | None = None
-    """(B, 2) int64: top and left of the crop, in pixels of the resized image."""
+    """(B, 2) int64: top and left of the crop, in pixels of the resized (and, where it is, mirrored) image."""
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -19,6 +19,9 @@ class Geometry:
     """(B, 2) int64: top and left of the crop in the resized image."""
     flips: Tensor
     """(B,) bool: mirrored left to right, after the crop."""
+    seen_offsets: Tensor
+    """(B, 2) int64: `crop_offsets` in the image as it is seen, mirrored or not: what was cut off above and on the left
+    (SDXL's micro-conditioning)."""
 
 
 def crop_geometry(
@@ -45,4 +48,5 @@ def crop_geometry(
         words = random_words(seed, Stream.CROP_AND_FLIP, positions, 3)
         offsets = words[:, 1:] * (slack + 1) >> 32 if random_crop else offsets
         flips = words[:, 0] >> 31 == 1 if flip else flips
-    return Geometry(resized, offsets, flips)
+    mirrored = torch.stack([offsets[:, 0], slack[:, 1] - offsets[:, 1]], dim=1)
+    return Geometry(resized, offsets, flips, torch.where(flips[:, None], mirrored, offsets))

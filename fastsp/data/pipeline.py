@@ -21,11 +21,11 @@ class Pixels:
     """A batch of images, ready for the network."""
 
     values: Tensor
-    """(B, C, H, W) float32 in [-1, 1] on the pipeline's device; a rejected image is black (-1)."""
+    """(B, C, H, W) float32 in [-1, 1] on the pipeline's device, channels_last; a rejected image is black (-1)."""
     original_sizes: Tensor
     """(B, 2) int64: height and width before resizing, upright."""
     crop_offsets: Tensor
-    """(B, 2) int64: top and left, in pixels of the resized image."""
+    """(B, 2) int64: top and left, in pixels of the resized image, which is mirrored where the sample is."""
     rejections: dict[int, BadSample]
     """The images that could not be decoded, by index in the batch."""
 
@@ -98,8 +98,8 @@ class ImagePipeline:
             left=places[:, 1].contiguous().numpy(),
             mirror=geometry.flips.to(torch.int32).numpy(),
         )
-        values = torch.from_dlpack(output.as_tensor())
-        return Pixels(values, sizes, geometry.crop_offsets, rejections)
+        values = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)  # a view: channels_last
+        return Pixels(values, sizes, geometry.seen_offsets, rejections)
 
     def _placeholder(self) -> np.ndarray:
         return np.zeros((1, 1, self.channels), dtype=np.uint8)
@@ -130,4 +130,4 @@ def _dali_pipeline(*, channels: int, resolution: int, on_gpu: bool):
         antialias=True,
     )
     middle = [127.5] * channels
-    return fn.crop_mirror_normalize(images, mean=middle, std=middle, dtype=types.FLOAT, output_layout="CHW")
+    return fn.crop_mirror_normalize(images, mean=middle, std=middle, dtype=types.FLOAT, output_layout="HWC")

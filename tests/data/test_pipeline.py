@@ -56,6 +56,7 @@ def test_grey():
     files = [encode(photo(0, 50, 70), "PNG"), encode(photo(1, 50, 70, channels=1), "PNG")]
     pixels = run(files, channels=1)
     assert pixels.values.shape == (2, 1, 32, 32)
+    assert run(files).values.is_contiguous(memory_format=torch.channels_last)
     for value, file in zip(pixels.values, files, strict=True):
         assert np.abs(as_levels(value) - with_pillow(file, 32, "L")).max() <= 2.001
 
@@ -80,7 +81,8 @@ def test_random_crops_lie_where_they_are_said_to(size):
     words = random_words(9, 5, positions, 3)
     for row, value in enumerate(pixels.values):
         top, left = (int(words[row, 1 + axis]) * (size[axis] - 32 + 1) >> 32 for axis in (0, 1))
-        assert pixels.crop_offsets[row].tolist() == [top, left]
+        seen = size[1] - 32 - left if words[row, 0] >> 31 else left
+        assert pixels.crop_offsets[row].tolist() == [top, seen]
         expected = ramp(*size)[top : top + 32, left : left + 32]
         if words[row, 0] >> 31:
             expected = expected[:, ::-1]
