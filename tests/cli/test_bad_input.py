@@ -53,7 +53,7 @@ def test_run_directory_of_another_run(fails, tmp_path):
     before = tree(tmp_path)
     assert "already holds a run" in fails("train", "--config", QUICKSTART, f"run_dir={run_dir}")
     message = fails("train", "--config", QUICKSTART, f"run_dir={run_dir}", "seed=3", "data.batch_size=8", "--resume")
-    assert "seed 0 -> 3; data.batch_size 32 -> 8" in message
+    assert "seed 0 -> 3 (" in message and "data.batch_size 32 -> 8 (" in message and "--allow-changes" in message
     assert tree(tmp_path) == before
 
 

@@ -47,6 +47,19 @@ class BadPixels:
 
 
 @dataclass(frozen=True)
+class BrokenReport:
+    """The report cannot be written."""
+
+    def __call__(self) -> None:
+        import fastsp.evaluation.report
+
+        def fails(_: object) -> None:
+            raise ValueError("planted")
+
+        fastsp.evaluation.report.write_report = fails  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
 class SlowSaving:
     """A checkpoint takes ten minutes."""
 

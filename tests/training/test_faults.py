@@ -13,7 +13,7 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
-from training.plants import BadPixels, FileLimit, SlowSaving
+from training.plants import BadPixels, BrokenReport, FileLimit, SlowSaving
 from training.processes import ROOT, Run, logged_steps, metrics, start
 
 from fastsp.training.checkpoint import newest_whole
@@ -107,6 +107,13 @@ def test_too_many_bad_batches_in_a_row_end_the_run(tmp_path):
         assert part in complaint(run)
     assert train(run_dir, "optimizer.max_skipped=4", "--resume").wait() == 0, "without the fault it goes on"
     assert [row["skipped"] for row in metrics(run_dir)] == [0] * 40
+
+
+@pytest.mark.slow
+def test_a_report_that_cannot_be_written_is_no_reason_to_stop(tmp_path):
+    run = train(tmp_path / "run", "samples.every=5", plant=BrokenReport())
+    assert run.wait() == 0
+    assert run.output().count("the report is not refreshed any more: ValueError: planted") == 1
 
 
 def test_the_second_of_two_signals_ends_the_run_at_once(tmp_path):
