@@ -8,6 +8,7 @@ from fastsp.cli.doctor import doctor
 from fastsp.cli.encode import encode
 from fastsp.cli.eval import evaluate
 from fastsp.cli.export import export
+from fastsp.cli.reproduce import reproduce
 from fastsp.cli.sample import sample
 from fastsp.cli.status import status
 from fastsp.cli.train import train
@@ -25,6 +26,7 @@ app.command()(sample)
 app.command()(encode)
 app.command("eval")(evaluate)
 app.command()(export)
+app.command()(reproduce)
 app.command()(bench)
 app.command()(doctor)
 app.add_typer(data.app, name="data")

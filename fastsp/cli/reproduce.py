@@ -1,0 +1,53 @@
+"""`fastsp reproduce`: the paper's tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_PAPER, _SMALL = Path("configs/sd21-paper.yaml"), Path("configs/digits.yaml")
+
+
+def reproduce(
+    table: Annotated[int, typer.Argument(help="Number of the table in the paper: 1 to 7.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the configuration.")
+    ] = None,
+    small: Annotated[bool, typer.Option("--small", help=f"On the digits: {_SMALL}.")] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", help=f"By default {_PAPER}: model, data, steps.", metavar="FILE")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the configuration and stop.")] = False,
+) -> None:
+    """Train and evaluate what a table of the paper compares, and print it beside the paper's figures.
+
+    Each table is one run: MSE, then its self-perceptual stages. The same command goes on with a run that was stopped.
+
+    Example: fastsp reproduce 3 --small
+    """
+    from rich.console import Console
+    from rich.table import Table as Drawn
+
+    from fastsp.cli.train import train
+    from fastsp.evaluation.run_files import read_run
+    from fastsp.files import write_file
+    from fastsp.reproduction import TABLES, compared, table_config
+
+    chosen = table_config(table, config or (_SMALL if small else _PAPER), overrides or [])
+    if plan:
+        typer.echo(chosen.dump(), nl=False)
+        return
+    run_dir = Path(chosen.run_dir)
+    file = run_dir.with_name(f"{run_dir.name}.yaml")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file(file, chosen.dump())
+    train(config=file, overrides=[], resume=True)
+    drawn = Drawn(
+        "row", "steps", "FID", "IS", "paper's FID", "paper's IS", title=f"Table {table}: {TABLES[table].title}"
+    )
+    for entry, fid, score in compared(table, read_run(run_dir).rows):
+        ours = ("-" if value is None else f"{value:.2f}" for value in (fid, score))
+        drawn.add_row(entry.label, str(entry.steps), *ours, f"{entry.fid:.2f}", f"{entry.inception_score:.2f}")
+    Console().print(drawn)

@@ -1,0 +1,166 @@
+"""The paper's tables as runs: the stages that each compares, the rows that it prints, and what the paper reports.
+
+Every table is one run: MSE first, then a self-perceptual stage for each of its rows, all from the same MSE weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from fastsp.config import Config, load_config
+from fastsp.errors import UserError
+from fastsp.evaluation.rows import Setting, by_setting
+
+BASE, SP = "mse", "sp"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of a table: what is sampled how, and the paper's figures."""
+
+    label: str
+    stage: str
+    fid: float
+    inception_score: float
+    steps: int = 25
+    guidance: float = 0.0
+    rescale: float = 0.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper.
+
+    Attributes:
+        title: what it compares.
+        stages: the self-perceptual stages by name, each with what differs from the configuration's own.
+        entries: its rows, in the paper's order.
+        unconditional: trained and sampled with the empty prompt.
+    """
+
+    title: str
+    entries: tuple[Entry, ...]
+    stages: dict[str, dict[str, Any]] = field(default_factory=lambda: {SP: {}})
+    unconditional: bool = False
+
+
+def _variants(key: str, rows: dict[str, tuple[str, float, float]]) -> dict[str, Any]:
+    """Stages that differ in one key, and a row for each: label -> (the key's value, FID, IS)."""
+    names = {label: f"{SP}_{value.replace('+', '_')}" for label, (value, _, _) in rows.items()}
+    return {
+        "stages": {names[label]: {key: value} for label, (value, _, _) in rows.items()},
+        "entries": tuple(Entry(label, names[label], fid, score) for label, (_, fid, score) in rows.items()),
+    }
+
+
+TABLES: dict[int, Table] = {
+    1: Table(
+        "MSE and self-perceptual, with and without guidance",
+        (
+            Entry("MSE", BASE, 32.68, 22.20),
+            Entry("MSE", BASE, 29.63, 22.86, steps=50),
+            Entry("self-perceptual", SP, 25.89, 27.76),
+            Entry("self-perceptual", SP, 24.42, 28.07, steps=50),
+            Entry("MSE + CFG", BASE, 24.41, 32.10, guidance=7.5),
+            Entry("MSE + CFG rescaled", BASE, 18.67, 34.17, guidance=7.5, rescale=0.7),
+        ),
+    ),
+    2: Table(
+        "unconditional models",
+        (Entry("MSE", BASE, 62.32, 11.18), Entry("self-perceptual", SP, 59.12, 12.04)),
+        unconditional=True,
+    ),
+    3: Table(
+        "layers of the perceptual network",
+        **_variants(
+            "layers",
+            {
+                "encoder": ("encoder", 26.64, 26.89),
+                "decoder": ("decoder", 42.42, 19.98),
+                "encoder + mid": ("encoder+mid", 26.96, 27.24),
+                "mid": ("mid", 25.89, 27.76),
+            },
+        ),
+    ),
+    4: Table(
+        "the timestep t'",
+        **_variants(
+            "timestep_sampling",
+            {
+                "t + 40 or t - 40": ("offset", 27.24, 23.31),
+                "N(t, 100)": ("normal", 24.54, 25.42),
+                "U(1, T)": ("uniform", 25.89, 27.76),
+            },
+        ),
+    ),
+    5: Table("the distance", **_variants("distance", {"MAE": ("mae", 25.28, 27.41), "MSE": ("mse", 25.89, 27.76)})),
+    6: Table(
+        "the perceptual network",
+        (Entry("MSE model", SP, 25.89, 27.76), Entry("SP model", "sp_repeat", 26.61, 26.41)),
+        {SP: {}, "sp_repeat": {"perceptual_network": SP}},
+    ),
+    7: Table(
+        "self-perceptual with guidance",
+        tuple(
+            Entry(f"SP + CFG {scale:g}", SP, fid, score, guidance=scale, rescale=0.7)
+            for scale, fid, score in ((2, 21.19, 32.22), (3, 20.65, 33.49), (4, 20.67, 33.34), (7.5, 23.49, 31.64))
+        ),
+    ),
+}
+
+
+def table_config(number: int, base: Path, overrides: Sequence[str] = ()) -> Config:
+    """The run of a table.
+
+    Args:
+        number: 1 to 7.
+        base: a configuration whose first stage is MSE and that has a self-perceptual one: their settings are taken,
+            as are model, data and all else. The run directory is ``reproduce/tableN`` beside the base's own.
+        overrides: as on the command line; they have the last word.
+
+    Raises:
+        UserError: no such table, or a configuration that lacks one of the two stages.
+    """
+    if number not in TABLES:
+        raise UserError(f"table {number}: the paper has tables 1 to {max(TABLES)}")
+    table, config = TABLES[number], load_config(base)
+    template = next((stage for stage in config.stages if stage.objective == "self_perceptual"), None)
+    if config.stages[0].objective != "mse" or template is None:
+        raise UserError(
+            f"{base}: a table needs a first stage of MSE and a self-perceptual one, whose settings it takes"
+        )
+    first = {**config.stages[0].model_dump(), "name": BASE}
+    own = {**template.model_dump(), "init": BASE, "perceptual_network": BASE}
+    stages = [first, *({**own, "name": name, **changes} for name, changes in table.stages.items())]
+    steps = sorted({entry.steps for entry in table.entries})
+    guided: dict[tuple[float, float], list[str]] = {}
+    for entry in table.entries:
+        if entry.guidance:
+            guided.setdefault((entry.guidance, entry.rescale), []).append(entry.stage)
+    guidance = [{"stages": names, "scale": scale, "rescale": phi} for (scale, phi), names in guided.items()]
+    changes = {
+        "run_dir": str(Path(config.run_dir).parent / "reproduce" / f"table{number}"),
+        "stages": stages,
+        "final": table.entries[-1].stage if table.stages.keys() != {SP} else SP,
+        "data.unconditional": table.unconditional,
+        "evaluation.enabled": True,
+        "evaluation.steps": steps,
+        "evaluation.guidance": guidance,
+        "evaluation.unconditional": table.unconditional,
+    }
+    return load_config(base, [*(f"{key}={json.dumps(value)}" for key, value in changes.items()), *overrides])
+
+
+def compared(number: int, rows: list[dict[str, Any]]) -> Iterator[tuple[Entry, float | None, float | None]]:
+    """Each entry of a table with our FID and Inception Score, means over the seeds; None where there is no row yet."""
+    table, groups = TABLES[number], by_setting(rows)
+    for entry in table.entries:
+        setting = Setting(entry.stage, not table.unconditional, entry.guidance, entry.rescale, entry.steps)
+        found = groups.get(setting, [])
+        fid, score = (mean(row[key] for row in found) if found else None for key in ("fid", "inception_score"))
+        yield entry, fid, score

@@ -1,0 +1,50 @@
+"""`fastsp reproduce`: a table from its configuration to the figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastsp.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = (
+    "run_dir=run",
+    *(f"stages.{index}.steps=2" for index in range(3)),
+    "evaluation.num_samples=6",
+    "evaluation.seeds=[0]",
+    "samples.count=2",
+    "samples.steps=2",
+)
+
+
+def test_the_plan_is_a_configuration(command, tmp_path: Path) -> None:
+    file = tmp_path / "table4.yaml"
+    file.write_text(command("reproduce", 4, "--config", ROOT / "configs" / "digits.yaml", "--plan", "seed=5"))
+    config = load_config(file)
+    assert config.seed == 5 and [stage.name for stage in config.stages] == [
+        "mse",
+        "sp_offset",
+        "sp_normal",
+        "sp_uniform",
+    ]
+
+
+@pytest.mark.slow
+def test_a_small_table(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTSP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("fastsp.evaluation.classifier.STEPS", 20)
+    arguments = ("reproduce", 6, "--config", ROOT / "configs" / "digits.yaml", *TINY)
+    written = command(*arguments)
+    table = written[written.index("Table 6") :]
+    assert "MSE model" in table and "SP model" in table and "26.61" in table and " - " not in table
+    assert (tmp_path / "run.yaml").is_file() and (tmp_path / "run" / "stages" / "sp_repeat").is_dir()
+    assert command(*arguments)[-len(table) :] == table, "again: nothing is left to do"
+
+
+def test_mistakes(fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "table 8: the paper has tables 1 to 7" in fails("reproduce", 8)
+    monkeypatch.chdir(tmp_path)
+    assert "configuration file configs/digits.yaml does not exist" in fails("reproduce", 1, "--small")
