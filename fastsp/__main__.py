@@ -17,6 +17,7 @@ def main() -> None:
     try:
         from fastsp.cli import app
         from fastsp.errors import RunFailed, UserError
+        from fastsp.files import no_room
     except ModuleNotFoundError as error:
         sys.exit(_fail(f"{_NEEDS} ({error.name} is missing)"))
 
@@ -30,6 +31,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if reason := no_room(error):
+            _fail(f"{reason}{f': {file}' if (file := getattr(error, 'filename', None)) else ''}")
+            sys.exit(1)
         if (code := getattr(error, "exit_code", None)) is None:
             raise  # ours to mend: a traceback helps
         if hasattr(error, "format_message"):  # the command line's own mistakes, of whichever click typer uses

@@ -6,7 +6,9 @@ is still whole. What a killed process leaves behind matches :data:`UNFINISHED`.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -14,6 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 UNFINISHED = ".*.tmp"
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than is allowed here",
+}
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -94,3 +101,23 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def no_room(error: BaseException | None) -> str | None:
+    """How an error, or one that it was raised from, says that nothing more can be written; None if it does not."""
+    seen: set[int] = set()
+    pending = [error]
+    while pending:
+        error = pending.pop()
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        number = error.errno if isinstance(error, OSError) else None
+        if type(error).__name__ == "SafetensorError" and (told := re.search(r"os error (\d+)", str(error))):
+            number = int(told[1])
+        if number in _NO_ROOM:
+            return _NO_ROOM[number]
+        failures = getattr(error, "failures", {})  # of torch's CheckpointException: by rank, an error and its trace
+        pending += [failure for failure, _ in failures.values()]
+        pending += [error.__cause__, error.__context__]
+    return None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
-from fastsp.files import new_file, new_folder, remove_unfinished, write_file
+from fastsp.files import new_file, new_folder, no_room, remove_unfinished, write_file
 
 
 def names(folder: Path) -> list[str]:
@@ -54,3 +57,29 @@ def test_what_a_kill_leaves_behind_is_removed(tmp_path):
     (tmp_path / "results.tmp").write_text("mine")
     remove_unfinished(tmp_path)
     assert names(tmp_path) == [".hidden", "results.tmp"] and not names(tmp_path / ".hidden")
+
+
+def wrapped() -> BaseException:
+    try:
+        try:
+            raise OSError(errno.EDQUOT, "quota")
+        except OSError:
+            raise RuntimeError("saving failed")  # noqa: B904 - how libraries do it
+    except RuntimeError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (wrapped(), "quota is used up"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (CheckpointException("", {0: (OSError(errno.ENOSPC, ""), None)}), "the disk is full"),  # type: ignore[dict-item]
+        (OSError(errno.EACCES, "Permission denied"), None),
+        (ValueError("28"), None),
+        (None, None),
+    ],
+)
+def test_errors_that_mean_a_full_disk(error, reason):
+    assert no_room(error) is None if reason is None else reason in no_room(error)

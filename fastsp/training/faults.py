@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import errno
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch.distributed.checkpoint.api import CheckpointException
-
 from fastsp.config import Config, StageConfig
 from fastsp.errors import RunFailed
+from fastsp.files import no_room
 from fastsp.training.checkpoint_folder import damage, newest_first, progress_of
 from fastsp.training.run_directory import RunDirectory
 
-_NO_ROOM = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file would be larger than is allowed here",
-}
+_AFTER_A_FULL_DISK = "make room and go on with --resume"
+_AFTER_DIVERGING = (
+    "look at these samples, or go on with --resume --allow-changes and a lower learning rate or precision=fp32"
+)
 
 
 class Diverged(Exception):  # noqa: N818
@@ -39,40 +35,14 @@ def explained(run: RunDirectory) -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, Diverged):
-            reason, advice = (
-                str(error),
-                (
-                    "look at these samples, or go on with --resume --allow-changes and a lower learning rate or "
-                    "precision=fp32"
-                ),
-            )
+            reason, advice = str(error), _AFTER_DIVERGING
         elif full := no_room(error):
-            reason, advice = full, "make room and go on with --resume"
+            reason, advice = full, _AFTER_A_FULL_DISK
         else:
             raise
         raise RunFailed(f"{run.root}: {reason}; {_last_good(run)}; {advice}") from error
     finally:
         threading.excepthook = hook
-
-
-def no_room(error: BaseException | None) -> str | None:
-    """How an error says that nothing more can be written; None if it says something else."""
-    seen: set[int] = set()
-    pending = [error]
-    while pending:
-        error = pending.pop()
-        if error is None or id(error) in seen:
-            continue
-        seen.add(id(error))
-        number = error.errno if isinstance(error, OSError) else None
-        if type(error).__name__ == "SafetensorError" and (told := re.search(r"os error (\d+)", str(error))):
-            number = int(told[1])
-        if number in _NO_ROOM:
-            return _NO_ROOM[number]
-        if isinstance(error, CheckpointException):
-            pending += [failure for failure, _ in error.failures.values()]
-        pending += [error.__cause__, error.__context__]
-    return None
 
 
 def check_skipped(config: Config, stage: StageConfig, step: int, in_a_row: int) -> None:

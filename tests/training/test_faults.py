@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import signal
 import subprocess
@@ -10,14 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.api import CheckpointException
 from training.plants import BadPixels, BrokenReport, FileLimit, SlowSaving
 from training.processes import ROOT, Run, logged_steps, metrics, start
 
 from fastsp.training.checkpoint import newest_whole
-from fastsp.training.faults import no_room
 
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 SMALL = [
@@ -139,27 +135,10 @@ def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
 
 
-def wrapped() -> BaseException:
-    try:
-        try:
-            raise OSError(errno.EDQUOT, "quota")
-        except OSError:
-            raise RuntimeError("saving failed")  # noqa: B904 - how libraries do it
-    except RuntimeError as error:
-        return error
-
-
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
-        (wrapped(), "quota is used up"),
-        (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
-        (CheckpointException("", {0: (OSError(errno.ENOSPC, ""), None)}), "the disk is full"),  # type: ignore[dict-item]
-        (OSError(errno.EACCES, "Permission denied"), None),
-        (ValueError("28"), None),
-        (None, None),
-    ],
-)
-def test_errors_that_mean_a_full_disk(error, reason):
-    assert no_room(error) is None if reason is None else reason in no_room(error)
+def test_every_command_says_so_in_one_line(tmp_path):
+    sheet = tmp_path / "sheet.png"
+    options = ("--resolution", 16, "--contact-sheet", sheet)
+    run = start(tmp_path / "out", "data", "check", "digits", *options, plant=FileLimit(4096))
+    assert run.wait() == 1
+    assert complaint(run).startswith("fastsp: a file would be larger than is allowed here")
+    assert not list(tmp_path.glob("*.png")) and not list(tmp_path.glob(".*"))
