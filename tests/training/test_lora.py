@@ -211,3 +211,13 @@ def test_sample_and_export(config, tmp_path):
     assert changed and all(
         name.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")) for name in changed
     )
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(folder, config):
+    """DDP replicates base and adapters, and sums the adapters' gradients alone."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "fastsp", "train", "--config", str(CONFIG), *overrides(folder, "ddp")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    torch.testing.assert_close(losses(folder / "ddp"), losses(folder / "run"), rtol=1e-3, atol=0)
