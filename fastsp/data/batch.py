@@ -55,9 +55,15 @@ class Batch:
             yield self[start : start + size]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch with everything the networks read on `device`; positions stay on the CPU."""
+        """The batch with everything the networks read on `device`; positions stay on the CPU.
+
+        The current stream may read it: memory of another one, where images are decoded, is kept until it has.
+        """
         stays = ("positions", "captions")
         moved = {name: value.to(device, non_blocking=True) for name, value in self._rows() if name not in stays}
+        for tensor in moved.values():
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
         return replace(self, **moved)
 
     def copy_to(self, device: torch.device | str) -> Batch:

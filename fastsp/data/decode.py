@@ -31,13 +31,14 @@ WITH_ALPHA = (nvimgcodec.SampleFormat.I_RGBA, nvimgcodec.SampleFormat.P_RGBA, nv
 LUMINANCE = (0.299, 0.587, 0.114)  # of ITU-R BT.601, as JPEG has it
 
 DecodedImage = Any
-"""(H, W, C) uint8, upright: an `nvimgcodec.Image` or a tensor on the decoder's device, or a NumPy array."""
+"""(H, W, C) uint8, upright: on a GPU a tensor; on the CPU an `nvimgcodec.Image` or a NumPy array."""
 
 
 class ImageDecoder:
     """Decodes batches of image files: JPEG, PNG, WebP, TIFF, BMP, GIF, of any colour space and depth.
 
-    The result is upright (EXIF orientation applied), of 8 bits, and opaque: transparency is laid over white.
+    The result is upright (EXIF orientation applied), of 8 bits, and opaque: transparency is laid over white. On a GPU
+    it is there in the order of torch's current stream.
 
     Args:
         channels: 1 for luminance, 3 for RGB.
@@ -63,15 +64,23 @@ class ImageDecoder:
         images: dict[int, DecodedImage] = {}
         for group, params in ((others, self.opaque), (with_alpha, self.alpha)):
             if group:
-                decoded = self.decoder.decode(list(group.values()), params=params)
+                decoded = self._decode(list(group.values()), params)
                 images |= {row: image for row, image in zip(group, decoded, strict=True) if image is not None}
         for row in images.keys() & with_alpha.keys():
             images[row] = self._over_white(images[row])
         return [images[row] if row in images else self._second_look(file) for row, file in enumerate(files)]
 
-    def _over_white(self, image: nvimgcodec.Image) -> DecodedImage:
+    def _decode(self, streams: list[nvimgcodec.CodeStream], params: Any) -> list[DecodedImage | None]:
+        """None where a file is rejected."""
+        if self.device.type == "cpu":
+            return self.decoder.decode(streams, params=params)
+        order = torch.cuda.current_stream(self.device).cuda_stream
+        images = self.decoder.decode(streams, params=params, cuda_stream=order)
+        return [None if image is None else torch.as_tensor(image, device=self.device).contiguous() for image in images]
+
+    def _over_white(self, image: DecodedImage) -> DecodedImage:
         """Lay (H, W, 4) over white. What lies under full transparency is often black, or anything."""
-        rgba = torch.from_numpy(np.asarray(image)) if self.device.type == "cpu" else torch.as_tensor(image)
+        rgba = torch.from_numpy(np.asarray(image)) if self.device.type == "cpu" else image
         color, alpha = rgba[..., :3].float(), rgba[..., 3:].float() / 255
         opaque = color * alpha + 255 * (1 - alpha)
         if self.channels == 1:
@@ -79,7 +88,7 @@ class ImageDecoder:
         levels: Tensor = opaque.round().to(torch.uint8)
         return levels.numpy() if self.device.type == "cpu" else levels
 
-    def _second_look(self, file: bytes) -> np.ndarray | BadSample:
+    def _second_look(self, file: bytes) -> DecodedImage | BadSample:
         """What Pillow says of a file that nvImageCodec rejects."""
         if not file:
             return BadSample("the image file is empty")
@@ -89,7 +98,8 @@ class ImageDecoder:
                     return BadSample(f"the image is too large: {image.width} x {image.height} pixels")
                 image.load()
                 if image.format in KINDS_FOR_PILLOW:
-                    return _as_array(image, self.channels)
+                    array = _as_array(image, self.channels)
+                    return array if self.device.type == "cpu" else torch.from_numpy(array).to(self.device)
                 return BadSample(f"the {image.format} file is damaged")
         except Image.UnidentifiedImageError:
             return BadSample("not an image of a known kind")

@@ -135,11 +135,12 @@ class LatentEncoder:
 
     def _tensors(self, batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
         """The batch's tensors as they are written, on the CPU."""
+        batch = batch.to(self.vae.device)
         assert batch.pixel_values is not None and batch.original_sizes is not None and batch.crop_offsets is not None
         tensors = {
             "moments": encode_moments(self.vae, batch.pixel_values).to("cpu", dtype),
-            "original_size": batch.original_sizes,
-            "crop_offset": batch.crop_offsets,
+            "original_size": batch.original_sizes.cpu(),
+            "crop_offset": batch.crop_offsets.cpu(),
         }
         if self.encode_text is not None:
             assert batch.input_ids is not None

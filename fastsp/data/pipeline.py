@@ -59,6 +59,8 @@ class ImagePipeline:
         self.device = torch.device(device)
         self.channels, self.resolution, self.seed = channels, resolution, seed
         self.random_crop, self.flip = random_crop, flip
+        # On a GPU a stream of its own: on the default one it would queue up behind the training.
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.decoder = ImageDecoder(channels, self.device, threads)
         self.dali = _dali_pipeline(
             channels=channels,
@@ -82,6 +84,10 @@ class ImagePipeline:
             nothing = torch.zeros(0, 2, dtype=torch.int64)
             shape = (0, self.channels, self.resolution, self.resolution)
             return Pixels(torch.zeros(shape, device=self.device), nothing, nothing, {})
+        with torch.cuda.stream(self.stream):  # does nothing on the CPU
+            return self._pixels(files, positions)
+
+    def _pixels(self, files: Sequence[bytes], positions: Tensor) -> Pixels:
         decoded = self.decoder(files)
         rejections = {index: image for index, image in enumerate(decoded) if isinstance(image, BadSample)}
         images = [self._placeholder() if isinstance(image, BadSample) else image for image in decoded]
@@ -99,16 +105,18 @@ class ImagePipeline:
             mirror=geometry.flips.to(torch.int32).numpy(),
         )
         values = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)  # a view: channels_last
+        if self.stream is not None:
+            values = values.clone()  # off DALI's memory, which it takes back without regard for who still reads it
+            self.stream.synchronize()  # of this thread alone: what it gives away is there
         return Pixels(values, sizes, geometry.seen_offsets, rejections)
 
-    def _placeholder(self) -> np.ndarray:
-        return np.zeros((1, 1, self.channels), dtype=np.uint8)
+    def _placeholder(self) -> DecodedImage:
+        nothing = torch.zeros(1, 1, self.channels, dtype=torch.uint8, device=self.device)
+        return nothing.numpy() if self.device.type == "cpu" else nothing
 
-    def _dali_input(self, image: DecodedImage):
-        """Without a copy: DALI reads the decoder's memory, on the CPU as an array and on the GPU as it is."""
-        if self.device.type == "cpu":
-            return np.asarray(image)
-        return torch.from_numpy(image).to(self.device) if isinstance(image, np.ndarray) else image
+    def _dali_input(self, image: DecodedImage) -> np.ndarray | Tensor:
+        """Without a copy: DALI reads the decoder's memory, as an array or, on a GPU, as a tensor in stream order."""
+        return np.asarray(image) if self.device.type == "cpu" else image
 
 
 @pipeline_def

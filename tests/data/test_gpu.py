@@ -1,6 +1,7 @@
 """The same on a GPU: decoded there, the same pixels within the decoders' tolerance, the same files rejected."""
 
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ def test_pixels_agree_with_the_cpu(channels):
     """nvJPEG and libjpeg-turbo differ by a few levels: chroma upsampling, and rounding."""
     gpu, cpu = run("cuda", channels), run("cpu", channels)
     assert gpu.values.is_cuda and not gpu.rejections
+    assert gpu.values.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(gpu.original_sizes, cpu.original_sizes) and torch.equal(gpu.crop_offsets, cpu.crop_offsets)
     difference = (gpu.values.cpu() - cpu.values).abs() * 127.5
     assert difference.mean() < 1.5 and difference.flatten(1).mean(1).max() < 4
@@ -43,6 +45,28 @@ def test_pixels_agree_with_the_cpu(channels):
 
 def test_the_same_twice():
     assert torch.equal(run("cuda").values, run("cuda").values)
+
+
+def test_pixels_outlive_their_batch(tmp_path):
+    """A busy GPU reads a batch long after it was dropped here and the next ones were decoded: nothing may be in its
+    place by then."""
+    members = []
+    for index in range(64):
+        members += [(f"{index}.jpg", encode(photo(index, 64, 64))), (f"{index}.txt", b"x")]
+    config = Config(source="shards", path=str(write_tar(tmp_path / "0.tar", members)), resolution=64)
+
+    def sums(device, cycles):
+        source = open_source(config, tokenizer=None, channels=3, seed=0, device=device)
+        with closing(source.batches(batch_size=8, last_position=160)) as batches:
+            for batch in batches:
+                pixels = batch.to(device).pixel_values
+                if cycles:
+                    torch.cuda._sleep(cycles)
+                yield pixels.double().sum()
+
+    patient = torch.stack([value.cpu() for value in sums("cuda", 0)])
+    busy = torch.stack(list(sums("cuda", 20_000_000))).cpu()
+    assert torch.equal(busy, patient)
 
 
 def test_the_same_files_are_rejected():
