@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-from rich.console import Console
 from safetensors import safe_open
-from tiny import batch, picture_folder, tiny_stable_diffusion
+from safetensors.torch import load_file
+from tiny import batch, picture_folder, tiny_stable_diffusion, tiny_unet
 
 from fastsp import draws
 from fastsp.cli import app
@@ -25,9 +27,8 @@ from fastsp.lora import DIFFUSERS_FILE, KOHYA_FILE, Base, adapters, add_adapters
 from fastsp.models import load_pipeline
 from fastsp.perceptual import shared_copy
 from fastsp.training.checkpoint import newest_whole
-from fastsp.training.interrupt import StopRequest
-from fastsp.training.run_directory import RunDirectory
-from fastsp.training.trainer import Trainer, train
+from fastsp.training.step import build_step
+from fastsp.training.trainer import train
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "lora.yaml"
@@ -61,12 +62,32 @@ def overrides(folder: Path, run: str, *more: str) -> list[str]:
     ]
 
 
+@dataclass
+class Finished:
+    """A run, and what it held of its last stage: the step, and the UNet of the moving average."""
+
+    config: Config
+    step: Any
+    ema_unet: Any
+
+
 @pytest.fixture(scope="module")
-def config(folder) -> Config:
-    """Of a finished run."""
-    config = load_config(CONFIG, overrides(folder, "run"))
-    train(config)
-    return config
+def finished(folder) -> Finished:
+    config, built = load_config(CONFIG, overrides(folder, "run")), []
+
+    def build_and_keep(*arguments: Any, **keywords: Any) -> Any:
+        built.append(build_step(*arguments, **keywords))
+        return built[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastsp.training.trainer.build_step", build_and_keep)
+        train(config)
+    return Finished(config, *built[-1])
+
+
+@pytest.fixture
+def config(finished) -> Config:
+    return finished.config
 
 
 def losses(run: Path) -> list[float]:
@@ -122,33 +143,30 @@ def test_stable_diffusion_xl_loads_both_layouts(tmp_path, layout):
     assert (ours - before).abs().max() > 0.1
 
 
-def test_the_ema_adapters_are_what_is_written(config):
+def test_the_ema_adapters_are_what_is_written(finished):
     """`final/` gives the picture that the run itself drew with the shared base and the adapters on top."""
-    run = RunDirectory(config, resume=True)
-    trainer = Trainer(config, run, StopRequest(), Console(quiet=True))
-    unet = trainer._initial_unet("sp").eval()
+    model = load_pipeline(str(Path(finished.config.run_dir) / "final"))
     noise = draws.evaluation_noise(1, torch.arange(1), (4, 4, 4))
-    fused = load_pipeline(str(run.final))
-    expected = fused.generate(["a handwritten one"], noise, 3)
-    fused.unet = unet
-    torch.testing.assert_close(fused.generate(["a handwritten one"], noise, 3), expected, rtol=0, atol=1e-4)
+    fused = model.generate(["a handwritten one"], noise, 3)
+    on_top = replace(model, unet=finished.ema_unet).generate(["a handwritten one"], noise, 3)
+    torch.testing.assert_close(on_top, fused, rtol=0, atol=1e-4)
 
 
-def test_the_base_is_held_once(config):
+def test_the_base_is_held_once(finished):
     """Online network, moving average and perceptual network: one base, and three small sets of adapters."""
-    trainer = Trainer(config, RunDirectory(config, resume=True), StopRequest(), Console(quiet=True))
-    step, ema_unet = trainer._build(config.stage("sp"))
-    teacher = step.objective.self_perceptual.perceptual_network
-    held = {p.untyped_storage().data_ptr(): p.numel() for m in (step.unet, ema_unet, teacher) for p in m.parameters()}
-    base = sum(p.numel() for p in step.unet.parameters() if not p.requires_grad)
-    of_adapters = [sum(p.numel() for p in adapters(module).values()) for module in (step.unet, ema_unet, teacher.unet)]
+    online, ema_unet = finished.step.unet, finished.ema_unet
+    teacher = finished.step.objective.self_perceptual.perceptual_network.unet
+    unets = (online, ema_unet, teacher)
+    held = {p.untyped_storage().data_ptr(): p.numel() for unet in unets for p in unet.parameters()}
+    base = sum(p.numel() for p in online.parameters() if not p.requires_grad)
+    of_adapters = [sum(p.numel() for p in adapters(unet).values()) for unet in unets]
     assert sum(held.values()) == base + sum(of_adapters)
     assert of_adapters[0] == of_adapters[1] > of_adapters[2] > 0
     assert sum(p.numel() for p in teacher.parameters()) > 10 * of_adapters[2]
-    mse = trainer._initial_unet("mse")
-    frozen = adapters(teacher.unet)
-    assert all(torch.equal(p, adapters(mse)[name]) and not p.requires_grad for name, p in frozen.items())
-    assert {p.data_ptr() for p in frozen.values()}.isdisjoint(p.data_ptr() for p in step.optimizer.params)
+    mse = load_file(Path(finished.config.run_dir) / "stages" / "mse" / DIFFUSERS_FILE)
+    for name, frozen in adapters(teacher).items():  # those of the MSE stage, and still so after the training
+        assert torch.equal(frozen, mse[name]) and not frozen.requires_grad
+        assert not torch.equal(frozen, adapters(online)[name])
 
 
 @pytest.mark.slow
@@ -178,22 +196,24 @@ def test_bfloat16_base_and_self_perceptual_from_the_start(folder):
 
 
 def test_mistakes_are_one_line(folder, config):
-    def trainer(*changes: str) -> Trainer:
-        config = load_config(CONFIG, overrides(folder, "never", *changes))
-        return Trainer(config, RunDirectory(config), StopRequest(), Console(quiet=True))
+    def refused(message: str, *changes: str) -> None:
+        with pytest.raises(UserError, match=message):
+            train(load_config(CONFIG, overrides(folder, "never", *changes)))
+        assert not (folder / "never").exists()
 
-    with pytest.raises(UserError, match="target_modules: the UNet has no layer 'to_qq'"):
-        trainer("model.lora.target_modules=[to_qq]")
-    with pytest.raises(UserError, match=r"model\.lora\.target_modules: "):
-        trainer("model.lora.target_modules=[conv_norm_out]")
-    assert trainer("model.lora={rank: 2}").config.model.lora.alpha == 2
-    with pytest.raises(UserError, match="lora adapts a pretrained model"):
-        load_config(CONFIG, ["model={preset: digits, lora: {rank: 4}}"])
-    with pytest.raises(UserError, match=r"model\.lora\.rank"):
-        trainer("model.lora.rank=0")
-    other = trainer("model.lora.rank=2")
+    refused("target_modules: the UNet has no layer 'to_qq'", "model.lora.target_modules=[to_qq]")
+    refused(r"model\.lora\.target_modules: ", "model.lora.target_modules=[conv_norm_out]")
+    refused(r"model\.lora\.rank", "model.lora.rank=0")
+    refused("lora adapts a pretrained model", "model={preset: digits, lora: {rank: 4}}")
+    unet = tiny_unet()
+    add_adapters(unet, rank=2, alpha=2, target_modules=["to_q"])
     with pytest.raises(UserError, match="has adapters of another rank"):
-        load_adapters(other.model.unet, Path(config.run_dir) / "stages" / "sp")
+        load_adapters(unet, Path(config.run_dir) / "stages" / "sp")
+
+
+def test_alpha_is_the_rank_unless_given(folder):
+    assert load_config(CONFIG, overrides(folder, "x", "model.lora={rank: 2}")).model.lora.alpha == 2
+    assert load_config(CONFIG, overrides(folder, "x")).model.lora.alpha == 8
 
 
 def test_sample_and_export(config, tmp_path):
