@@ -2,9 +2,12 @@
 
 The network sees ``[x^_t' ; x_t']``, 2B samples, but only the first B need a gradient. Plain autograd would push zeros
 through the other half. Here the network is traced twice (AOTAutograd, on fake tensors): at 2B and at B. A call runs the
-2B **forward**, keeps of every saved activation its first B rows (batch is the outermost dimension, so they are a
-prefix), and the gradient comes from the B **backward**. The two traces must line up one to one, which is checked when
-they are made.
+2B **forward**, which keeps of every saved activation a copy of its first B rows (batch is the outermost dimension, so
+they are a prefix) as soon as it is computed; the gradient comes from the B **backward**. The two traces must line up
+one to one, by name, shape and layout, which is checked when they are made.
+
+What is saved between forward and backward is decided by AOTAutograd: run as they are, the graphs save what plain
+autograd would; compiled, they save less and compute cheap operations again, as ``torch.compile`` does.
 
 Not covered: double backward, gradients to the conditioning, forward-mode differentiation.
 """
@@ -17,7 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from functorch.compile import aot_function, default_partition, make_boxed_func
+from functorch.compile import (
+    aot_function,
+    default_partition,
+    make_boxed_func,
+    min_cut_rematerialization_partition,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
@@ -34,14 +42,14 @@ class Misaligned(Exception):  # noqa: N818 - it is a reason to go another way, n
 
 @dataclass(frozen=True)
 class Kept:
-    """A tensor that the B backward reads: how it comes out of the 2B forward."""
+    """A tensor that the B backward reads: how it comes out of its partner at 2B."""
 
     rows: int | None  # the first so many; None: it does not depend on the batch and is passed on as it is
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
     def of(self, value: Tensor) -> Tensor:
-        """A dense copy of the prefix, so that the other half's memory is free when the forward ends."""
+        """The prefix, in the layout that the trace saw."""
         if self.rows is None:
             return value
         return _dense_copy(value[: self.rows], self.shape, self.strides)
@@ -51,10 +59,9 @@ class Kept:
 class Program:
     """The network for one set of shapes. ``forward`` and ``backward`` take and give flat lists of tensors."""
 
-    forward: Run
+    forward: Run  # the features of 2B samples, then what the backward of B samples reads
     backward: Run
     num_features: int
-    kept: tuple[Kept, ...]
     tangents: tuple[Kept, ...]
     gradient_index: int  # which of the backward's results is the sample's gradient
 
@@ -106,7 +113,7 @@ class _Function(torch.autograd.Function):
             outputs = program.forward(*parameters, *inputs)
         features, saved = outputs[: program.num_features], outputs[program.num_features :]
         ctx.program, ctx.sample_shape = program, inputs[0].shape
-        ctx.save_for_backward(*(kept.of(value) for kept, value in zip(program.kept, saved, strict=True)))
+        ctx.save_for_backward(*saved)
         return tuple(features)
 
     @staticmethod
@@ -129,17 +136,22 @@ def build(network: PerceptualNetwork, inputs: dict[str, Tensor], options: dict[s
     whole = len(inputs["sample"])
     if whole % 2:
         raise Misaligned(f"a batch of {whole} has no halves")
-    both, half = trace(network, inputs, whole), trace(network, inputs, whole // 2)
+    partition = default_partition if options is None else min_cut_rematerialization_partition
+    try:
+        both, half = (trace(network, inputs, size, partition) for size in (whole, whole // 2))
+    except Exception as error:  # of the network's own code, which need not be traceable
+        raise Misaligned(f"it cannot be traced: {type(error).__name__}: {str(error).splitlines()[0]}") from error
     count = len(both.features)
-    if len(both.saved) != len(half.saved) or count != len(half.features):
+    if list(both.saved) != list(half.saved) or count != len(half.features):
         raise Misaligned(f"the forward saves {len(both.saved)} tensors at {whole}, {len(half.saved)} at {whole // 2}")
-    kept = tuple(_fit(*pair) for pair in zip(both.saved, half.saved, strict=True))
+    kept = [_fit(both.saved[name], half.saved[name]) for name in half.saved]
     tangents = tuple(_fit(*pair) for pair in zip(both.features, half.features, strict=True))
+    _keep_prefixes(both.forward, count, kept)
     forward: Run = both.forward
     backward: Run = half.backward
     if options is not None:
         forward, backward = (torch.compile(graph, dynamic=False, **options) for graph in (forward, backward))
-    return Program(forward, backward, count, kept, tangents, half.gradient_index)
+    return Program(forward, backward, count, tangents, half.gradient_index)
 
 
 @dataclass(frozen=True)
@@ -149,11 +161,13 @@ class Trace:
     forward: GraphModule
     backward: GraphModule
     features: list[Tensor]  # with the strides in which the backward wants their gradients
-    saved: list[Tensor]
+    saved: dict[str, Tensor]  # by the names of the graph's nodes
     gradient_index: int
 
 
-def trace(network: PerceptualNetwork, inputs: dict[str, Tensor], size: int) -> Trace:
+def trace(
+    network: PerceptualNetwork, inputs: dict[str, Tensor], size: int, partition: Any = default_partition
+) -> Trace:
     """AOTAutograd's graphs of ``network`` at batch ``size``; nothing is computed, no memory is taken."""
     graphs: dict[str, GraphModule] = {}
 
@@ -175,10 +189,13 @@ def trace(network: PerceptualNetwork, inputs: dict[str, Tensor], size: int) -> T
     with mode, torch.enable_grad():
         fakes = [_fake(value, size) for value in inputs.values()]
         fakes[0].requires_grad_()
-        traced = aot_function(function, keep("forward"), keep("backward"), partition_fn=default_partition)
+        traced = aot_function(function, keep("forward"), keep("backward"), partition_fn=partition)
         features = traced(fake_parameters, *fakes)
         torch.autograd.grad([feature.sum() for feature in features], fakes[0])
     _refuse_constants(graphs)
+    for graph in graphs.values():  # fused attention's forward is left in the backward, unused: it passes for random
+        graph.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        graph.recompile()
     outputs, count = _results(graphs["forward"]), len(features)
     tangents = _placeholders(graphs["backward"])[-count:]
     gradient_index = next(i for i, node in enumerate(_results(graphs["backward"])) if node is not None)
@@ -186,9 +203,29 @@ def trace(network: PerceptualNetwork, inputs: dict[str, Tensor], size: int) -> T
         graphs["forward"],
         graphs["backward"],
         [_value(node) for node in tangents],
-        [_value(node) for node in outputs[count:]],
+        {str(node): _value(node) for node in outputs[count:]},
         gradient_index,
     )
+
+
+def _keep_prefixes(forward: GraphModule, num_features: int, kept: Sequence[Kept]) -> None:
+    """Let the 2B forward answer with copies of the prefixes, each made where its tensor is: that one's memory is free
+    from then on, and a compiler can write the copy where it computes the value."""
+    graph = forward.graph
+    results = _results(forward)
+    for index, keep in enumerate(kept, start=num_features):
+        node = results[index]
+        if keep.rows is None:
+            continue
+        last_input = _placeholders(forward)[-1]
+        with graph.inserting_after(last_input if node.op == "placeholder" else node):
+            prefix = graph.call_function(torch.ops.aten.slice.Tensor, (node, 0, 0, keep.rows))
+        with graph.inserting_after(prefix):
+            results[index] = graph.call_function(_dense_copy, (prefix, keep.shape, keep.strides))
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    output.args = (tuple(results),)
+    graph.lint()
+    forward.recompile()
 
 
 def _dense_copy(value: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:

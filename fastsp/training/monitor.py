@@ -16,6 +16,7 @@ from fastsp.config import Config, StageConfig
 from fastsp.data.bad_samples import BadSampleLog
 from fastsp.data.batch import Batch
 from fastsp.training.faults import check_skipped
+from fastsp.training.readings import Reading
 from fastsp.training.run_directory import RunDirectory
 from fastsp.training.step import StepResult
 from fastsp.training.trackers import Trackers
@@ -65,6 +66,7 @@ class Monitor:
         self.logged_at = self.printed_at = time.monotonic()
         self.seconds_waited = 0.0  # for batches, since the last log
         self.steps_since_log = 0
+        self.reading: Reading | None = None  # on its way to the host
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -87,38 +89,55 @@ class Monitor:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Around what is no training, such as sampling: its time is left out of every figure."""
+        self.flush()
         began = time.monotonic()
         yield
         self.logged_at += time.monotonic() - began
 
     def after_step(self, step: int, result: StepResult) -> None:
-        """Count a step; at the log interval read its figures and write them down.
+        """Count a step. At the log interval its figures are read; they are written when they have come, at the latest
+        after the next step, so that the device always has one to go on with.
 
         Raises:
             Diverged: too many updates in a row were skipped.
         """
+        self.flush()
         self.steps_since_log += 1
         self.bar.update(self.task, completed=step)
-        if step % self.config.log.every and step != self.stage.steps:
+        if step % self.config.log.every == 0 or step == self.stage.steps:
+            self.reading = Reading(step, result)
+            if self.reading.at_hand or step == self.stage.steps:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write the figures that are on their way.
+
+        Raises:
+            Diverged: as :meth:`after_step`.
+        """
+        reading, self.reading = self.reading, None
+        if reading is None:
             return
-        loss = float(result.loss)  # waits for the device: the time is taken after it
+        loss, grad_norm, skipped, skipped_in_a_row = reading.wait()  # the time is taken after it
         seconds = max(time.monotonic() - self.logged_at, 1e-9)
         figures: dict[str, float] = {
             "loss": loss,
-            "grad_norm": float(result.grad_norm),
-            "learning_rate": result.learning_rate,
+            "grad_norm": grad_norm,
+            "learning_rate": reading.learning_rate,
             "samples_per_s": self.config.data.batch_size * self.steps_since_log / seconds,
             "data_wait": min(1.0, self.seconds_waited / seconds),
-            "skipped": int(result.skipped),
-            "bad_samples": self.bad_samples.met_before(self.first_position + step * self.config.data.batch_size),
+            "skipped": skipped,
+            "bad_samples": self.bad_samples.met_before(
+                self.first_position + reading.step * self.config.data.batch_size
+            ),
         }
         if torch.cuda.is_available():
             figures["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        seconds_left = (self.stage.steps - step) * seconds / self.steps_since_log
+        seconds_left = (self.stage.steps - reading.step) * seconds / self.steps_since_log
         self.logged_at, self.seconds_waited, self.steps_since_log = time.monotonic(), 0.0, 0
-        self._write(step, figures)
-        self._show(step, figures, seconds_left)
-        check_skipped(self.config, self.stage, step, int(result.skipped_in_a_row))
+        self._write(reading.step, figures)
+        self._show(reading.step, figures, seconds_left)
+        check_skipped(self.config, self.stage, reading.step, skipped_in_a_row)
 
     def _write(self, step: int, figures: dict[str, float]) -> None:
         if self.trackers is None:

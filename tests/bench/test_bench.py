@@ -112,7 +112,7 @@ def test_counted_operations():
     counts = {name: count_step(provider, workload) for name, provider in PROVIDERS.items()}
     flops = {name: cost.flops for name, cost in counts.items()}
     assert flops["algorithm1_eager"] == flops["algorithm1_compiled"] > 1.05 * flops["split_compiled"]
-    assert flops["fastsp_sp"] == pytest.approx(flops["split_compiled"], rel=0.02)
+    assert flops["fastsp_sp"] == flops["split_compiled"], "fused attention's forward is not repeated in the backward"
     assert flops["fastsp_sp"] > 1.2 * flops["fastsp_mse"] == pytest.approx(1.2 * flops["diffusers_mse"])
     assert all(cost.bytes > 0 for cost in counts.values())
 

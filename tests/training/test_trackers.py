@@ -19,6 +19,7 @@ from fastsp.data.bad_samples import BadSampleLog
 from fastsp.errors import UserError
 from fastsp.training.faults import Diverged
 from fastsp.training.monitor import Monitor
+from fastsp.training.readings import Reading
 from fastsp.training.run_directory import RunDirectory
 from fastsp.training.step import StepResult
 from fastsp.training.trackers import Trackers, check_installed
@@ -169,3 +170,26 @@ def test_the_monitor_reads_the_device_at_the_log_interval_alone(tmp_path):
     for row in rows:
         assert 0.2 < row["data_wait"] < 0.8
         assert row["samples_per_s"] > 32 / 0.12, "a step takes 0.04 s, with its pause 0.14 s"
+
+
+def test_figures_on_their_way_are_written_a_step_later_and_none_is_lost(tmp_path, monkeypatch):
+    """As on a GPU: the copy is not at hand when the step has only been enqueued."""
+    monkeypatch.setattr(Reading, "at_hand", False)
+    config = config_of(tmp_path, "log.every=2", "stages.0.steps=5")
+    bad_samples = BadSampleLog(tmp_path / "bad.jsonl", 0.5, 100)
+    written = []
+    with (
+        RunDirectory(config) as run,
+        Trackers(run, config, 0) as trackers,
+        Monitor(run, trackers, config, config.stages[0], 0, bad_samples, Console(quiet=True)) as monitor,
+    ):
+        for number in range(1, 6):
+            told = result(float(number))
+            monitor.after_step(number, told)
+            told.loss.fill_(-1.0)  # as the next replay of a CUDA graph does
+            if number == 4:
+                with monitor.paused():  # what is saved now must not be ahead of the metrics
+                    pass
+            lines = run.metrics_file.read_text().splitlines() if run.metrics_file.exists() else []
+            written.append([json.loads(line)["loss"] for line in lines])
+    assert written == [[], [], [2.0], [2.0, 4.0], [2.0, 4.0, 5.0]]
