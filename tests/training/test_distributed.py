@@ -1,0 +1,240 @@
+"""Many processes train as one: the same samples and draws, the same weights but for rounding; and they end as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastsp.config import load_config
+from fastsp.errors import UserError
+from fastsp.training.checkpoint import newest_whole
+from fastsp.training.checkpoint_folder import damage, newest_first
+
+ROOT = Path(__file__).resolve().parents[2]
+RANKS = Path(__file__).with_name("ranks.py")
+STEPS = 6
+OVERRIDES = [
+    "data.batch_size=12",
+    "stages=[{name: mse, objective: mse, steps: 3, learning_rate: 1e-3},"
+    "{name: sp, objective: self_perceptual, steps: 3, learning_rate: 1e-4}]",
+    "optimizer.warmup_steps=2",
+    "final=sp",
+    "checkpoint={every: 2, keep: 9}",
+    "log.every=1",
+    "samples={every: 0, count: 1, steps: 1, prompts: [a handwritten one]}",
+    "evaluation.enabled=false",
+    "distributed_timeout=60",
+]
+# A hung process is killed sooner than torchrun would.
+ENVIRONMENT = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
+
+
+def torchrun(processes: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+
+def job(run_dir: Path, *more: str, **rest: Any) -> dict[str, Any]:
+    seen = str(run_dir.with_suffix(".seen"))
+    return {"overrides": [f"run_dir={run_dir}", *OVERRIDES, *more], "seen": seen, **rest}
+
+
+def run_jobs(processes: int, folder: Path, *jobs: dict[str, Any]) -> subprocess.CompletedProcess:
+    """All jobs in the processes of one torchrun; of one process without it."""
+    file = folder / f"jobs{processes}.json"
+    file.write_text(json.dumps(jobs))
+    launcher = torchrun(processes) if processes > 1 else [sys.executable]
+    command = [*launcher, str(RANKS), str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=500)
+
+
+def rewound(run_dir: Path, step: int, to: Path) -> Path:
+    """A copy of a run as it was when a checkpoint was the newest."""
+    unfinished = ("sp", "mse")[: 1 if step >= 3 else 2]
+    shutil.copytree(run_dir, to, ignore=shutil.ignore_patterns("final", ".lock", *unfinished))
+    for folder in newest_first(to / "checkpoints"):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    return to
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Runs of one, two and three processes, by name; those `from_N` go on from a checkpoint of N processes."""
+    root = tmp_path_factory.mktemp("ranks")
+
+    def launch(processes: int, *jobs: dict[str, Any]) -> None:
+        result = run_jobs(processes, root, *jobs)
+        assert result.returncode == 0, result.stderr[-5000:]
+
+    launch(2, job(root / "two_ddp", "data.microbatch=3"), job(root / "two_fsdp", "distributed=fsdp"))
+    launch(
+        3,
+        job(root / "three_ddp"),
+        job(root / "three_fsdp", "distributed=fsdp", "data.microbatch=2"),
+        job(rewound(root / "two_fsdp", 5, root / "three_ddp_from_2"), resume=True),
+    )
+    launch(
+        1,
+        job(root / "one"),
+        job(rewound(root / "two_ddp", 2, root / "one_from_2"), "data.microbatch=3", resume=True),
+    )
+    return root
+
+
+NAMES = ["two_ddp", "two_fsdp", "three_ddp", "three_fsdp", "three_ddp_from_2", "one_from_2"]
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    file = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def column(run_dir: Path, name: str) -> list:
+    return [row[name] for row in metrics(run_dir)]
+
+
+def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "final" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_many_processes_are_as_one(runs, name):
+    """Loss and gradient norm of every step, and the weights, within rounding."""
+    ours, one = runs / name, runs / "one"
+    assert column(ours, "global_step") == list(range(1, STEPS + 1))
+    for figure in ("loss", "grad_norm", "learning_rate"):
+        torch.testing.assert_close(column(ours, figure), column(one, figure), rtol=1e-4, atol=0)
+    expected = final_weights(one)
+    torch.testing.assert_close(final_weights(ours), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_sample_and_every_draw_is_the_same(runs, name):
+    """Exactly: which sample stands at a position, its timestep, its noise."""
+    expected = json.loads((runs / "one.seen.0").read_text())
+    assert len(expected) == 12 * STEPS
+    shares = [json.loads(file.read_text()) for file in sorted(runs.glob(f"{name}.seen.*"))]
+    seen = {position: sample for share in shares for position, sample in share.items()}
+    assert sum(map(len, shares)) == len(seen), "no sample in two processes"
+    assert seen == {position: sample for position, sample in expected.items() if position in seen}
+    behind = {"three_ddp_from_2": 5, "one_from_2": 2}.get(name, 0)
+    assert len(seen) == 12 * (STEPS - behind)
+
+
+@pytest.mark.slow
+def test_two_ranks_write_a_checkpoint_once(runs):
+    """Each its part, of replicated tensors too: together the size of what one process writes."""
+
+    def sizes(name: str) -> list[int]:
+        folder = runs / name / "checkpoints" / "step_00000003"
+        assert damage(folder) is None
+        return [file.stat().st_size for file in sorted(folder.glob("*.safetensors"))]
+
+    (alone,) = sizes("one")
+    for name in ("two_ddp", "two_fsdp"):
+        parts = sizes(name)
+        assert len(parts) == 2 and alone <= sum(parts) < 1.05 * alone and max(parts) < 0.6 * alone
+
+
+def command(run_dir: Path, *more: str) -> list[str]:
+    config = ROOT / "configs" / "quickstart.yaml"
+    overrides = [f"run_dir={run_dir}", *OVERRIDES, "data.microbatch=3", *more]
+    return [*torchrun(2), "-m", "fastsp", "train", "--config", str(config), *overrides]
+
+
+def signal_one_rank(run_dir: Path, rank: int, number: int, steps: int, *more: str) -> tuple[int, str]:
+    """Start two ranks; once so many steps are logged, signal one. Returns torchrun's code, and what was said."""
+    said = run_dir.with_suffix(".out")
+    with said.open("w") as stream:
+        process = subprocess.Popen(command(run_dir, *more), stdout=stream, stderr=stream, env=ENVIRONMENT)
+    deadline = time.monotonic() + 200
+    while len(metrics(run_dir)) < steps:
+        assert process.poll() is None and time.monotonic() < deadline, said.read_text()
+        time.sleep(0.02)
+    workers = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == str(rank)]
+    os.kill(workers[0].pid, number)
+    return process.wait(timeout=120), said.read_text()
+
+
+@pytest.mark.slow
+def test_a_stop_and_a_kill_change_nothing(runs, tmp_path):
+    """SIGTERM at one rank stops all at the same step, saved; kill -9 at the other ends all; bit for bit as straight."""
+    run_dir = tmp_path / "run"
+    code, said = signal_one_rank(run_dir, 1, signal.SIGTERM, 2)
+    assert code == 1 and re.findall(r"exitcode +: (\d+)", said) == ["143", "143"], said
+    checkpoint, _ = newest_whole(run_dir / "checkpoints")
+    assert checkpoint.progress.global_step == len(metrics(run_dir)) < STEPS
+    code, said = signal_one_rank(run_dir, 0, signal.SIGKILL, STEPS - 2, "--resume")
+    assert code == 1 and f"resuming {checkpoint.folder.name}" in said
+    result = subprocess.run(command(run_dir, "--resume"), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for figure in ("global_step", "loss", "grad_norm"):
+        assert column(run_dir, figure) == column(runs / "two_ddp", figure)
+    ours, theirs = final_weights(run_dir), final_weights(runs / "two_ddp")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+def test_one_rank_s_failure_ends_all_with_its_error(tmp_path):
+    result = run_jobs(2, tmp_path, job(tmp_path / "run", rank=1, plant="raise", step=3))
+    assert result.returncode == 1
+    root_cause = result.stderr[result.stderr.index("Root Cause") :]
+    assert "rank      : 1" in root_cause and "ArithmeticError: planted" in root_cause
+    assert len(metrics(tmp_path / "run")) == 2
+
+
+@pytest.mark.slow
+def test_a_hung_rank_is_named(tmp_path):
+    result = run_jobs(2, tmp_path, job(tmp_path / "run", "distributed_timeout=5", rank=1, plant="hang", step=3))
+    assert result.returncode == 1
+    assert "rank 1 hangs: no answer to rank 0 in time" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_on_one_rank_fails_on_all(tmp_path):
+    result = run_jobs(2, tmp_path, job(tmp_path / "run", rank=1, plant="full disk", step=3))
+    assert result.returncode == 1
+    assert "No space left on device" in result.stderr
+    folders = newest_first(tmp_path / "run" / "checkpoints")
+    assert [folder.name for folder in folders] == ["step_00000002"] and damage(folders[0]) is None
+
+
+@pytest.mark.slow
+def test_a_batch_that_does_not_divide_is_refused_once(tmp_path):
+    result = subprocess.run(
+        command(tmp_path / "run", "data.batch_size=13"), capture_output=True, text=True, check=False
+    )
+    said = [line for line in result.stderr.splitlines() if line.startswith("fastsp:")]
+    assert said == [
+        "fastsp: data.batch_size: 13 must be a multiple of 6 (2 processes x data.microbatch 3); "
+        "it is of one optimizer step, over all processes"
+    ]
+    root_cause = result.stderr[result.stderr.index("Root Cause") :]
+    assert result.returncode == 1 and re.search(r"exitcode +: 2 ", root_cause)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_share_of_a_process():
+    config = load_config(ROOT / "configs" / "quickstart.yaml", ["data.batch_size=12", "data.microbatch=2"])
+    for world_size in (1, 2, 3, 6):
+        config.check_world_size(world_size)
+    for world_size in (4, 5, 12):
+        with pytest.raises(
+            UserError, match=rf"multiple of {2 * world_size} \({world_size} processes x data.microbatch 2"
+        ):
+            config.check_world_size(world_size)
