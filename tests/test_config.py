@@ -42,6 +42,9 @@ def test_self_perceptual_and_control_see_the_same_samples():
         ("nonsense.key=1", "nonsense: unknown key; allowed: run_dir, seed"),
         ("stages.1.layers=middle", "stages.1.layers: 'middle' is not allowed: input should be 'mid', 'encoder'"),
         ("data.batch_size=0", "data.batch_size: 0 is not allowed"),
+        ("distributed=dp", "distributed: 'dp' is not allowed: input should be 'ddp' or 'fsdp'"),
+        ("distributed_timeout=0.0", "distributed_timeout: 0.0 is not allowed"),
+        ("checkpoint.asynchronous=1", "checkpoint.asynchronous: 1 is not allowed"),
         ("data.microbatch=5", "data.microbatch: 5 does not divide data.batch_size"),
         ("log.every=1.5", "log.every: 1.5 is not allowed: input should be a valid integer"),
         ("seed=abc", "seed: 'abc' is not allowed"),
@@ -94,3 +97,9 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="is not UTF-8 text"):
         load_config(tmp_path / "binary.yaml")
+
+
+def test_adapters_are_not_sharded():
+    assert load_config(CONFIGS / "lora.yaml").distributed == "ddp"
+    with pytest.raises(UserError, match="distributed: 'fsdp' is for training all weights"):
+        load_config(CONFIGS / "lora.yaml", ["distributed=fsdp"])

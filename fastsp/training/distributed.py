@@ -26,7 +26,9 @@ from fastsp.errors import RunFailed, UserError
 T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=1)  # for files and downloads: a slow disk is no hung process
-_GRACE_SECONDS = 5.0  # after a timeout: time for the others to notice it too
+_GRACE_SECONDS = 5.0  # time for the others to notice it too
+_SILENT = ("timed out", "timeout")  # in gloo's messages
+_GONE = ("connection closed by peer", "connection reset by peer", "broken pipe")
 _generations = itertools.count()  # of process groups in this process: each has its own keys in the store
 
 
@@ -121,19 +123,24 @@ class Ranks:
 
     @contextmanager
     def naming_the_missing(self) -> Iterator[None]:
-        """Turn the timeout of a collective into an error that names the ranks which did not take part.
+        """Turn the errors of a collective in which a rank is missing into one that names it.
 
-        A collective that times out here does so on every rank that waits in it, or they lose their connection to the
-        one that gave up first. Each of them leaves a note in the store; who leaves none is the one that hangs.
+        Every rank that waits for it gets such an error, at its timeout or when a connection closes, and leaves a note
+        in the store, as does one that fails by itself. Who leaves none hangs, or was killed.
+
+        Raises:
+            RankError: in place of gloo's errors that another process is silent, or gone.
         """
         try:
             yield
         except Exception as error:
-            if self.store is not None:
-                self.store.set(f"failed/{self.rank}", type(error).__name__)
-                if _is_timeout(error) and (missing := self._missing()):
-                    names = ", ".join(str(rank) for rank in missing)
-                    raise RankError(f"rank {names} hangs: no answer to rank {self.rank} in time") from error
+            silent, gone = _says(error, *_SILENT), _says(error, *_GONE)
+            missing = ", ".join(str(rank) for rank in self._missing(error, wait=silent or gone))
+            if silent and missing:
+                raise RankError(f"rank {missing} hangs: rank {self.rank} waited distributed_timeout for it") from error
+            if gone:
+                ended = f"rank {missing} was killed" if missing else "another process failed and said why"
+                raise RankError(f"{ended}; this one cannot go on") from error
             raise
 
     def _heard_success(self) -> bool:
@@ -141,10 +148,16 @@ class Ranks:
         dist.broadcast(told, src=0, group=self.patient)
         return bool(told)
 
-    def _missing(self) -> list[int]:
-        """The ranks that have not failed after a while."""
-        time.sleep(_GRACE_SECONDS)
-        return [rank for rank in range(self.world_size) if not self.store.check([f"failed/{rank}"])]
+    def _missing(self, error: Exception, wait: bool) -> list[int]:
+        """Leave the note that this rank has failed. If it is to ``wait``: who has left none a while later."""
+        try:
+            self.store.set(f"failed/{self.rank}", type(error).__name__)
+            if not wait:
+                return []
+            time.sleep(_GRACE_SECONDS)
+            return [rank for rank in range(self.world_size) if not self.store.check([f"failed/{rank}"])]
+        except RuntimeError:  # the store is gone too
+            return []
 
 
 ALONE = Ranks()
@@ -218,6 +231,7 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
     dist.destroy_process_group()  # not after a failure: it would wait for the others
 
 
-def _is_timeout(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("timed out" in text or "timeout" in text)
+def _says(error: Exception, *phrases: str) -> bool:
+    """Whether it is one of torch's errors, which have no types of their own, and has one of these phrases."""
+    ours = isinstance(error, RunFailed)
+    return isinstance(error, RuntimeError) and not ours and any(phrase in str(error).lower() for phrase in phrases)

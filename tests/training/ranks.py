@@ -36,8 +36,8 @@ def run(job: dict[str, Any]) -> None:
         return noisy, target, timesteps
 
     step_module.diffuse_seeded = recorded
-    if job.get("rank") == RANK:
-        step_module.TrainingStep.__call__ = planted(job["plant"], job["step"])
+    at_fault = job.get("rank") == RANK
+    step_module.TrainingStep.__call__ = planted(job["plant"], job["step"]) if at_fault else call
     config = load_config(ROOT / "configs" / "quickstart.yaml", job["overrides"])
     train(config, resume=job.get("resume", False))
     Path(f"{job['seen']}.{RANK}").write_text(json.dumps(seen))
@@ -55,6 +55,8 @@ def planted(kind: str, at: int) -> Any:
             raise ArithmeticError("planted")
         if number == at and kind == "hang":
             time.sleep(600)
+        if number == at and kind == "nan":
+            batch.pixel_values[0] = float("nan")
         if number == at and kind == "full disk":
             from torch.distributed.checkpoint import HuggingFaceStorageWriter
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -79,7 +80,12 @@ def runs(tmp_path_factory) -> Path:
         result = run_jobs(processes, root, *jobs)
         assert result.returncode == 0, result.stderr[-5000:]
 
-    launch(2, job(root / "two_ddp", "data.microbatch=3"), job(root / "two_fsdp", "distributed=fsdp"))
+    launch(
+        2,
+        job(root / "two_ddp", "data.microbatch=3"),
+        job(root / "two_fsdp", "distributed=fsdp"),
+        job(root / "two_nan", "distributed=fsdp", rank=1, plant="nan", step=2),
+    )
     launch(
         3,
         job(root / "three_ddp"),
@@ -148,7 +154,16 @@ def test_two_ranks_write_a_checkpoint_once(runs):
     (alone,) = sizes("one")
     for name in ("two_ddp", "two_fsdp"):
         parts = sizes(name)
-        assert len(parts) == 2 and alone <= sum(parts) < 1.05 * alone and max(parts) < 0.6 * alone
+        assert len(parts) == 2 and sum(parts) == pytest.approx(alone, rel=0.01) and max(parts) < 0.6 * alone
+
+
+@pytest.mark.slow
+def test_all_ranks_skip_an_update_together(runs):
+    """A sample that is no number on one rank: the loss of all shows it, nobody updates, and all go on."""
+    rows = metrics(runs / "two_nan")
+    assert [row["skipped"] for row in rows] == [0, 1, 1, 0, 1, 1], "counted by stage"
+    assert [math.isfinite(row["loss"]) for row in rows] == [True, False, True, True, False, True]
+    assert all(tensor.isfinite().all() for tensor in final_weights(runs / "two_nan").values())
 
 
 def command(run_dir: Path, *more: str) -> list[str]:
@@ -176,11 +191,11 @@ def test_a_stop_and_a_kill_change_nothing(runs, tmp_path):
     """SIGTERM at one rank stops all at the same step, saved; kill -9 at the other ends all; bit for bit as straight."""
     run_dir = tmp_path / "run"
     code, said = signal_one_rank(run_dir, 1, signal.SIGTERM, 2)
-    assert code == 1 and re.findall(r"exitcode +: (\d+)", said) == ["143", "143"], said
+    assert code == 1 and re.search(r"exitcode +: 143 ", said[said.index("Root Cause") :]), said
     checkpoint, _ = newest_whole(run_dir / "checkpoints")
     assert checkpoint.progress.global_step == len(metrics(run_dir)) < STEPS
     code, said = signal_one_rank(run_dir, 0, signal.SIGKILL, STEPS - 2, "--resume")
-    assert code == 1 and f"resuming {checkpoint.folder.name}" in said
+    assert code == 1 and f"resuming {checkpoint.folder.name}" in said and "rank 0 was killed" in said
     result = subprocess.run(command(run_dir, "--resume"), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     for figure in ("global_step", "loss", "grad_norm"):
@@ -202,7 +217,7 @@ def test_one_rank_s_failure_ends_all_with_its_error(tmp_path):
 def test_a_hung_rank_is_named(tmp_path):
     result = run_jobs(2, tmp_path, job(tmp_path / "run", "distributed_timeout=5", rank=1, plant="hang", step=3))
     assert result.returncode == 1
-    assert "rank 1 hangs: no answer to rank 0 in time" in result.stderr
+    assert "rank 1 hangs: rank 0 waited distributed_timeout for it" in result.stderr
 
 
 @pytest.mark.slow
@@ -217,11 +232,11 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(tmp_path):
 @pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused_once(tmp_path):
     result = subprocess.run(
-        command(tmp_path / "run", "data.batch_size=13"), capture_output=True, text=True, check=False
+        command(tmp_path / "run", "data.batch_size=15"), capture_output=True, text=True, check=False
     )
     said = [line for line in result.stderr.splitlines() if line.startswith("fastsp:")]
     assert said == [
-        "fastsp: data.batch_size: 13 must be a multiple of 6 (2 processes x data.microbatch 3); "
+        "fastsp: data.batch_size: 15 must be a multiple of 6 (2 processes x data.microbatch 3); "
         "it is of one optimizer step, over all processes"
     ]
     root_cause = result.stderr[result.stderr.index("Root Cause") :]

@@ -1,0 +1,53 @@
+"""DDP around the step, in a group of one process: the numbers of the step without it, captured or not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from training.test_capture import assert_same, make, run
+
+from fastsp.training.capture import CapturedStep, record_cuda_graphs
+from fastsp.training.parallel import ReplicatedGradients
+from fastsp.training.step import TrainingStep
+
+STEPS = ReplicatedGradients.warm_up_steps + 4
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    backend = "nccl" if request.param == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield request.param
+    dist.destroy_process_group()
+
+
+def replicated(step: TrainingStep) -> TrainingStep:
+    step.gradients = ReplicatedGradients(step.unet, step.optimizer)
+    step.unet = step.gradients.network
+    return step
+
+
+@pytest.mark.parametrize(("microbatch", "precision"), [(None, "fp32"), (1, "bf16")])
+def test_replicated_steps_captured_or_not(device, microbatch, precision):
+    """Bit for bit, since one process has nothing to add; four microbatches in bfloat16 are summed in float32."""
+    expected, ours, theirs = (make(device, "mse", microbatch=microbatch, precision=precision) for _ in range(3))
+    take_step = CapturedStep(replicated(theirs), record=list if device == "cpu" else record_cuda_graphs)
+    rows = run(expected, expected, STEPS)
+    assert run(replicated(ours), ours, STEPS) == rows
+    assert take_step.recording is None
+    assert run(theirs, take_step, STEPS) == rows
+    assert take_step.recording is not None
+    for step in (ours, theirs):
+        assert_same(step, expected)
+
+
+def test_gradients_of_bfloat16_weights_are_float32(device):
+    step = replicated(make(device, "mse", microbatch=1, precision="bf16"))
+    taken = []
+    update = step.optimizer.update
+    step.optimizer.update = lambda: taken.extend(step.optimizer.gradients) or update()
+    run(step, step, 1)
+    masters = zip(taken, step.optimizer.masters, strict=True)
+    assert all(g.dtype == torch.float32 and g.stride() == master.stride() for g, master in masters)
+    assert any(not torch.equal(g, g.bfloat16().float()) for g in taken), "sums that bfloat16 could not hold"
