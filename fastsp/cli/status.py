@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -22,4 +23,8 @@ def status(
     from fastsp.training.status import run_status
 
     found = run_status(run, verify)
-    typer.echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(found.lines()))
+    if as_json:
+        losses = [loss if math.isfinite(loss) else None for loss in found.losses]  # JSON has no NaN
+        typer.echo(json.dumps({**asdict(found), "losses": losses}, indent=2))
+    else:
+        typer.echo("\n".join(found.lines()))

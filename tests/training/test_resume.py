@@ -106,6 +106,27 @@ def test_the_comparison_can_fail(straight, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_with_a_flipped_bit_is_passed_over_and_its_steps_are_made_again(straight, tmp_path):
+    run_dir = tmp_path / "run"
+    stop_at(run_dir, 24, signal.SIGKILL)
+    newest, _ = newest_whole(run_dir / "checkpoints")
+    (file,) = newest.folder.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    before, _ = newest_whole(run_dir / "checkpoints")
+    run = train(run_dir, "--resume")
+    run.until(lambda: "stage mse" in run.output() and logged_steps(run_dir) >= newest.progress.step + 3)
+    run.signal(signal.SIGKILL)
+    run.wait()
+    said = "".join(run.output().split())  # wrapped lines
+    assert f"passedover{newest.folder.name}:{file.name}haschanged(checksum)" in said
+    assert f"resuming{before.folder.name}:" in said and before.progress.step == newest.progress.step - 7
+    rows = comparable(metrics(run_dir))
+    assert rows == comparable(metrics(straight))[: len(rows)] and len(rows) >= newest.progress.step + 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_step_in_hand(straight, tmp_path, number, code):
     run_dir = tmp_path / "run"

@@ -68,12 +68,13 @@ def test_the_command_needs_no_torch_and_prints_json(tmp_path):
         "run_dir: x\ndata: {batch_size: 2}\nstages: [{name: mse, steps: 10}]\nevaluation: {enabled: true}\n"
     )
     rows = [{"stage": "mse", "step": n, "global_step": n, "loss": 1 / n, "samples_per_s": 4.0} for n in (1, 2)]
+    rows[0]["loss"] = float("nan")
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": "ms')
     code = "import sys; from fastsp.__main__ import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code, "status", str(tmp_path), "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(result.stdout)
-    assert found["losses"] == [1.0, 0.5] and found["seconds_left"] == 4.0 and found["checkpoint"] is None
+    assert found["losses"] == [None, 0.5] and found["seconds_left"] == 4.0 and found["checkpoint"] is None
     assert found["running"] is None and found["next"].endswith(f"--resume run_dir={tmp_path}")
 
 
