@@ -20,6 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from fastsp.data.cache import cache_folder
+
 Status = Literal["ok", "note", "missing"]
 GIB = 2**30
 PROBE_SECONDS = 90.0
@@ -57,8 +59,8 @@ print(json.dumps({
     "version": torch.__version__, "cuda": torch.version.cuda, "available": cuda,
     "attention": {
         "flash": cuda and backends.is_flash_attention_available(),
-        "cuDNN": cuda and backends.cudnn_sdp_enabled() and torch.backends.cudnn.is_available(),
-        "memory-efficient": cuda and backends.mem_efficient_sdp_enabled(),
+        "cudnn": cuda and backends.cudnn_sdp_enabled() and torch.backends.cudnn.is_available(),
+        "efficient": cuda and backends.mem_efficient_sdp_enabled(),
         "math": True,
     },
     "devices": [
@@ -270,14 +272,11 @@ def _data(dali: Answer, nvimgcodec: Answer) -> list[Finding]:
 
 
 def _compile_cache() -> Finding:
-    user = os.environ.get("USER") or os.environ.get("LOGNAME") or "you"
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{user}"
+    """Where compiled code is kept: see `fastsp.training.compilation`, which is too heavy to import here."""
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(cache_folder() / "inductor")
     if not _is_writable(Path(folder)):
-        advice = "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
+        advice = "set FASTSP_CACHE or TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
         return Finding("compile cache", "note", f"{folder} cannot be written", advice)
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        advice = "set TORCHINDUCTOR_CACHE_DIR to keep what is compiled over restarts of the machine"
-        return Finding("compile cache", "note", folder, advice)
     return Finding("compile cache", "ok", folder)
 
 

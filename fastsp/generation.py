@@ -51,6 +51,8 @@ def load_for_sampling(name: str) -> TextToImageModel:
         model = load_pipeline(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.place(device)
+    if model.vae is not None:
+        model.vae.enable_slicing()  # one picture at a time: its float32 activations are larger than the UNet's
     model.unet.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     if device.type == "cuda":
         model.unet.to(torch.bfloat16)

@@ -35,14 +35,14 @@ def evaluate(
     num_samples: Annotated[
         int | None, typer.Option(min=2, help="Captions to sample; by default 10000 of COCO's, all of a text file.")
     ] = None,
-    steps: Annotated[list[int] | None, typer.Option(min=1, help="DDIM steps; repeatable.  [default: 25]")] = None,
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="DDIM steps; repeatable. Without it: 25.")] = None,
     guidance: Annotated[
-        list[float] | None, typer.Option(min=0.0, help="Classifier-free guidance; repeatable.  [default: 0]")
+        list[float] | None, typer.Option(min=0.0, help="Classifier-free guidance; repeatable. Without it: 0.")
     ] = None,
     rescale: Annotated[
-        list[float] | None, typer.Option(min=0.0, max=1.0, help="Rescale of guidance; repeatable.  [default: 0]")
+        list[float] | None, typer.Option(min=0.0, max=1.0, help="Rescale of guidance; repeatable. Without it: 0.")
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(min=0, help="Of the noise; repeatable.  [default: 0]")] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Of the noise; repeatable. Without it: 0.")] = None,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Sample the empty prompt (Table 2).")] = False,
     resolution: Annotated[int | None, typer.Option(min=1, help="Side in pixels; by default the model's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 16,

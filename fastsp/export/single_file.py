@@ -46,7 +46,7 @@ def save_single_file(pipeline: Any, path: Path, dtype: torch.dtype, title: str) 
 def markers(scheduler: Any) -> State:
     """Empty tensors whose names tell how to sample: ``v_pred`` for v-prediction, ``ztsnr`` for zero terminal SNR.
 
-    ComfyUI, A1111 and Forge look for them in files of Stable Diffusion XL, A1111 for ``ztsnr`` in all.
+    ComfyUI, A1111 and Forge look for them in files of Stable Diffusion XL, Forge for ``ztsnr`` in all.
     """
     wanted = {
         "v_pred": scheduler.config.prediction_type == "v_prediction",

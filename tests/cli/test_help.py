@@ -1,0 +1,40 @@
+"""Every command explains itself, with an example that names real options."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import typer
+
+from fastsp.cli import app
+
+
+def commands() -> dict[str, Any]:
+    """All of them, those of groups as `data check`."""
+    found: dict[str, Any] = {}
+
+    def walk(name: str, command: Any) -> None:
+        if hasattr(command, "commands"):
+            for part, below in command.commands.items():
+                walk(f"{name} {part}".strip(), below)
+        else:
+            found[name] = command
+
+    walk("", typer.main.get_command(app))
+    return found
+
+
+@pytest.mark.parametrize("name", commands())
+def test_help_has_an_example_that_fits(name: str) -> None:
+    command = commands()[name]
+    text = " ".join((command.help or "").split())
+    examples = re.findall(rf"Example: fastsp {name}\b(.*?)(?=Example:|$)", text)
+    assert examples, f"fastsp {name} --help has no example"
+    known = {option for parameter in command.params for option in parameter.opts}
+    for example in examples:
+        for option in re.findall(r"(?<= )--[\w-]+", example):
+            assert option in known, f"the example of fastsp {name} has {option}"
+    for parameter in command.params:
+        assert getattr(parameter, "help", None), f"fastsp {name} {parameter.name} is not explained"
