@@ -10,8 +10,7 @@ _NEEDS = "the command line needs more packages than the loss: pip install 'fasts
 
 def main() -> None:
     """Run the command line. A user's mistake is one line on stderr and exit code 2, never a traceback."""
-    # Bars and notices of the libraries would break our display.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Notices of the libraries would break our display. The hub's bars stay: a download takes minutes.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:

@@ -35,6 +35,14 @@ def test_self_perceptual_and_control_see_the_same_samples():
     assert [config.first_position(stage) for stage in config.stages] == [0, start, start]
 
 
+def test_the_perceptual_network_of_a_first_stage_is_the_pretrained_model():
+    """Whatever names it: a folder, a hub id or a single file."""
+    overrides = ["model={pretrained: owner/model}", "stages.0.objective=self_perceptual"]
+    assert load_config(QUICKSTART, overrides).stages[0].perceptual_network == "owner/model"
+    with pytest.raises(UserError, match="is neither an earlier stage nor a folder"):
+        load_config(QUICKSTART, [*overrides, "stages.0.perceptual_network=owner/other"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

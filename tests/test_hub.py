@@ -74,7 +74,9 @@ def test_command_line_offline(tmp_path, folder):
             [sys.executable, "-m", "fastsp", *command], env=environment, capture_output=True, text=True
         )
 
-    assert sample("tiny/sd").returncode == 0 and (tmp_path / "out.png").is_file()
+    done = sample("tiny/sd")
+    assert done.returncode == 0 and (tmp_path / "out.png").is_file() and done.stderr == ""
+    (tmp_path / "out.png").unlink()
     missing = sample("tiny/other")
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1
     assert "tiny/other is no folder here and cannot be had from the Hugging Face hub" in missing.stderr

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from fastsp.errors import UserError
+from fastsp.models.quiet import quiet_libraries
 
 VARIANTS = (None, "fp16", "bf16")  # of the weights' files, in the order of preference
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -30,7 +31,8 @@ def download_pipeline(hub_id: str) -> Path:
     reason = ""
     for variant in VARIANTS:
         try:
-            folder = DiffusionPipeline.download(hub_id, use_safetensors=True, variant=variant, **_NOT_NEEDED)
+            with quiet_libraries():
+                folder = DiffusionPipeline.download(hub_id, use_safetensors=True, variant=variant, **_NOT_NEEDED)
             return Path(folder)
         except Exception as error:  # of the network, of the hub, of diffusers: kinds that change with their versions
             reason = reason or _first_line(error)

@@ -12,8 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Without notices and bars of diffusers and transformers."""
-    levels = {name: logging.getLogger(name).level for name in ("diffusers", "transformers")}
+    """Without the libraries' notices and their bars of loading; the bars of a download stay."""
+    levels = {name: logging.getLogger(name).level for name in ("diffusers", "transformers", "huggingface_hub")}
     shown = transformers_logging.is_progress_bar_enabled()
     for name in levels:
         logging.getLogger(name).setLevel(logging.CRITICAL)
