@@ -4,7 +4,8 @@
 
 The two take turns: some steps that begin with a save, then as many without, or the other way round; as many as the
 writing takes, so that the difference holds all that a save costs: the copy of the state to the CPU, and what the
-writing thread takes from the steps beside it. `ratio` spreads the median difference over 50 steps. The state is copied,
+writing thread takes from the steps beside it. `ratio` spreads the median difference over 50 steps; `cpu_ratio` does the
+same with the CPU time of the process, all threads, which other work on the machine changes less. The state is copied,
 written, hashed and synced as in a run: master weights, both moments, average.
 """
 
@@ -14,7 +15,7 @@ import math
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -33,6 +34,13 @@ ROUNDS = 40
 AIM = 1.03
 
 
+class Seconds(NamedTuple):
+    """Of one turn."""
+
+    wall: float
+    cpu: float
+
+
 class Turns:
     """Steps of one provider, with or without a save before them."""
 
@@ -45,16 +53,14 @@ class Turns:
         self.saved = 0
         self.save_seconds: list[float] = []  # until `save` returned
         for _ in range(2):  # compiles, records, allocates what is kept from save to save
-            self.seconds(steps=4, saves=True)
-        self.step_seconds = statistics.median(self.seconds(steps=1, saves=False) for _ in range(5))
-        began = time.perf_counter()
-        self.seconds(steps=0, saves=True)
-        self.steps = min(EVERY, math.ceil(1.5 * (time.perf_counter() - began) / self.step_seconds) + 1)
+            self.take(steps=4, saves=True)
+        step_seconds = statistics.median(self.take(steps=1, saves=False).wall for _ in range(5))
+        self.steps = min(EVERY, math.ceil(1.5 * self.take(steps=0, saves=True).wall / step_seconds) + 1)
 
-    def seconds(self, steps: int, saves: bool) -> float:
-        """Of so many steps, a save before them; then the writer, if it is late."""
+    def take(self, steps: int, saves: bool) -> Seconds:
+        """So many steps, a save before them; then the writer, if it is late."""
         synchronize(self.device)
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         if saves:
             self.saved += 1
             self.writer.save(Progress("bench", self.saved, self.saved), self.provider.training_step.optimizer.state)
@@ -63,27 +69,29 @@ class Turns:
             self.provider.step()
         synchronize(self.device)
         self.writer.wait()
-        return time.perf_counter() - began
+        return Seconds(time.perf_counter() - began, time.process_time() - cpu)
 
 
 @pytest.mark.benchmark(group="checkpoint")
 def test_saving_every_50_steps(benchmark: Any, tmp_path: Path) -> None:
-    plain: list[float] = []
-    saving: list[float] = []
+    plain: list[Seconds] = []
+    saving: list[Seconds] = []
     with compiler_settings():
         turns = Turns(tmp_path)
         turns.save_seconds.clear()
 
         def both() -> None:
             for saves in (True, False) if len(plain) % 2 else (False, True):
-                (saving if saves else plain).append(turns.seconds(turns.steps, saves))
+                (saving if saves else plain).append(turns.take(turns.steps, saves))
 
         benchmark.pedantic(both, rounds=ROUNDS)
     newest = tmp_path / f"step_{turns.saved:08d}"
     assert damage(newest) is None
-    costs = [with_ - without for with_, without in zip(saving, plain, strict=True)]
-    step = statistics.median(plain) / turns.steps
+    costs = [with_.wall - without.wall for with_, without in zip(saving, plain, strict=True)]
+    cpu_costs = [with_.cpu - without.cpu for with_, without in zip(saving, plain, strict=True)]
+    step, cpu_step = (statistics.median(column) / turns.steps for column in zip(*plain, strict=True))
     ratio = 1 + statistics.median(costs) / (EVERY * step)
+    cpu_ratio = 1 + statistics.median(cpu_costs) / (EVERY * cpu_step)
     megabytes = sum(file.stat().st_size for file in newest.iterdir()) / 1e6
     benchmark.extra_info.update(
         device=torch.cuda.get_device_name() if turns.device.type == "cuda" else "CPU",
@@ -95,10 +103,12 @@ def test_saving_every_50_steps(benchmark: Any, tmp_path: Path) -> None:
         ms_cost_of_a_save=[1e3 * cost for cost in quantiles(costs)],
         ms_until_save_returns=[1e3 * second for second in quantiles(turns.save_seconds)],
         ratio=ratio,
+        cpu_ratio=cpu_ratio,
         aim=AIM,
     )
     cost, stall = statistics.median(costs), statistics.median(turns.save_seconds)
     print(
         f"\nsaving {megabytes:.0f} MB costs {1e3 * cost:.1f} ms, of which the training waits {1e3 * stall:.1f} ms; "
-        f"every {EVERY} steps of {1e3 * step:.1f} ms that is a ratio of {ratio:.3f} (aim {AIM})"
+        f"every {EVERY} steps of {1e3 * step:.1f} ms that is a ratio of {ratio:.3f} (aim {AIM}); of "
+        f"CPU time, {cpu_ratio:.3f}"
     )
