@@ -1,0 +1,62 @@
+"""Pictures in batches: the same whatever the batch, the start and, nearly, the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from export import pipelines
+
+from fastsp.errors import UserError
+from fastsp.generation import Sampling, generate, load_for_sampling, num_batches, trajectories
+from fastsp.models import TextToImageModel, load_pipeline
+from fastsp.sampling import Guidance
+
+PROMPTS = ["a handwritten one", "", "a handwritten two", "three", "a handwritten four"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipelines.pipeline("sd1").save_pretrained(folder)
+    return folder
+
+
+def pictures(model: TextToImageModel, sampling: Sampling, first: int = 0) -> torch.Tensor:
+    return torch.cat([images for _, images in generate(model, PROMPTS, sampling, first)])
+
+
+def test_neither_the_batch_nor_the_start_matters(folder: Path) -> None:
+    model = load_for_sampling(str(folder))
+    for guidance in (Guidance(), Guidance(4.0, 0.7)):
+        whole = pictures(model, Sampling(3, guidance, batch_size=5))
+        parts = pictures(model, Sampling(3, guidance, batch_size=2))
+        assert whole.shape == (5, 3, 16, 16)
+        torch.testing.assert_close(parts, whole, atol=1e-4, rtol=0)
+        rest = pictures(model, Sampling(3, guidance, batch_size=2), first=2)
+        assert torch.equal(rest, parts[2:])
+    assert num_batches(5, 2) == 3 and num_batches(0, 2) == 0
+
+
+def test_a_step_counts_once_for_a_batch(folder: Path) -> None:
+    steps: list[int] = []
+    model = load_for_sampling(str(folder))
+    (first, frames), *_ = trajectories(model, PROMPTS, Sampling(4, batch_size=3), lambda: steps.append(1))
+    assert len(steps) == 4 * 2 and first == range(3) and frames.shape == (3, 4, 3, 16, 16)
+    ends = pictures(model, Sampling(4, batch_size=3))[:3]
+    assert torch.equal(frames[:, -1], ends)
+
+
+def test_too_many_steps(folder: Path) -> None:
+    with pytest.raises(UserError, match="--steps 1001: the model knows 1000 timesteps"):
+        pictures(load_for_sampling(str(folder)), Sampling(1001))
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same_pictures_in_bfloat16(folder: Path) -> None:
+    on_gpu, on_cpu = load_for_sampling(str(folder)), load_pipeline(str(folder))
+    assert on_gpu.unet.dtype == torch.bfloat16 and on_gpu.vae.dtype == torch.float32
+    ours, exact = pictures(on_gpu, Sampling(10)), pictures(on_cpu, Sampling(10))
+    assert ours.device.type == "cpu"
+    assert (ours - exact).abs().mean() < 0.05 * exact.std()
