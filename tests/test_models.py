@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from tiny import tiny_stable_diffusion
 
+from fastsp.data.latents import encode_moments
 from fastsp.errors import UserError
 from fastsp.models import digits_model, digits_tokenizer, load_model, load_pipeline, tokenize
 from fastsp.pixel_pipeline import PixelTextToImagePipeline
@@ -136,3 +137,20 @@ def test_saved_folders_are_read_by_transformers_4_too(pipelines, tmp_path, kind)
         assert json.loads((folder / "vocab.json").read_text(encoding="utf-8")) == model.tokenizer.get_vocab()
         (folder / "tokenizer.json").unlink()  # the older files alone are a whole tokenizer
     assert torch.equal(tokenize(load_pipeline(str(tmp_path)).tokenizer, PROMPTS), tokenize(model.tokenizer, PROMPTS))
+
+
+@pytest.mark.slow
+def test_frozen_parts_are_compiled_where_the_run_is(pipelines):
+    """And give what they gave: text encoders at several batch sizes, the VAE's encoder."""
+    plain, compiled = (load_pipeline(str(pipelines["sdxl"])) for _ in range(2))
+    compiled.place("cpu", compiles=True)
+    for prompts in ([""], PROMPTS):
+        expected, found = plain.encode_prompts(prompts), compiled.encode_prompts(prompts)
+        torch.testing.assert_close(found.encoder_hidden_states, expected.encoder_hidden_states, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.text_embeds, expected.text_embeds, rtol=0, atol=1e-5)
+    pixels = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(
+        encode_moments(compiled.vae, pixels), encode_moments(plain.vae, pixels), rtol=0, atol=1e-5
+    )
+    called = (*compiled.text_encoders, compiled.vae.encoder)
+    assert all(module._compiled_call_impl is not None for module in called)

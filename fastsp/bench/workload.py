@@ -128,18 +128,16 @@ def workload_of(file: Path, device: torch.device) -> Workload:
     A configuration that trains in microbatches is measured at the size of one.
 
     Raises:
-        UserError: what :func:`fastsp.config.load_config` and :func:`fastsp.models.load_model` refuse; a model that
-            does not predict v, which Algorithm 1 is written for.
+        UserError: what :func:`fastsp.config.load_config` and :func:`fastsp.models.load_model` refuse; adapters;
+            Stable Diffusion XL.
     """
     config = load_config(file)
     if config.model.lora is not None:
         raise UserError(f"{file}: fastsp bench measures the training of whole UNets: take model.lora out")
     data = config.data
     model = load_model(config.model.preset, config.model.pretrained, data.resolution, config.seed, config.model.config)
-    if model.prediction_type != "v_prediction":
-        raise UserError(
-            f"{file}: the model predicts {model.prediction_type!r}; fastsp bench compares v_prediction only"
-        )
+    if model.text_encoder_2 is not None:
+        raise UserError(f"{file}: fastsp bench measures Stable Diffusion 1.x, 2.x and the digits, not XL yet")
     data = data.model_copy(update={"batch_size": data.microbatch or data.batch_size, "microbatch": None})
     return _workload(str(file), config.model_copy(update={"data": data}), model, device)
 
