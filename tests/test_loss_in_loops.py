@@ -48,6 +48,20 @@ def test_autocast(teacher):
     assert_same(unet, loss, teacher, rtol=0.05)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_on_a_gpu(dtype, teacher):
+    """The criterion follows the prediction to its device."""
+    unet = tiny_unet(seed=1)
+    criterion = SelfPerceptualLoss(unet, scheduler(), teacher=teacher)
+    data = {name: value if value is None else value.cuda() for name, value in batch().items()}
+    with torch.autocast("cuda", dtype):
+        loss = one_step(unet.cuda(), criterion, data)
+    torch.testing.assert_close(loss.cpu(), expected(teacher)[0], rtol=0.05, atol=0)
+    assert all(torch.isfinite(grad).all() for grad in gradients(unet).values())
+
+
 @pytest.mark.parametrize(("mixed_precision", "when"), [("no", "before"), ("bf16", "after")])
 def test_accelerate(mixed_precision, when):
     """Built before `prepare`, or after: accelerate's wrapper of the UNet's forward is not part of the metric."""

@@ -27,7 +27,7 @@ def share(data: dict[str, Any], rank: int, processes: int) -> dict[str, Any]:
 
 def one_step(unet: nn.Module, criterion: nn.Module, data: dict[str, Any]) -> Tensor:
     """Forward and backward of somebody's loop."""
-    schedule = NoiseSchedule.of(scheduler())
+    schedule = NoiseSchedule.of(scheduler()).to(data["latents"].device)
     a, s = (table[data["timesteps"]].view(-1, 1, 1, 1) for table in (schedule.signal, schedule.noise))
     noisy = a * data["latents"] + s * data["noise"]
     model_pred = unet(noisy, data["timesteps"], data["encoder_hidden_states"], return_dict=False)[0]
