@@ -25,8 +25,9 @@ SP_OVER_MSE = 1.37  # GFLOP of fastsp's self-perceptual step over those of the M
 
 # Memory, bytes
 STATE_BYTES = 4 + 4 + 4 + 4  # master weight, two moments, moving average, float32: sharded by FSDP2
-WEIGHT_BYTES = 2  # bf16: sharded by FSDP2
-GRADIENT_BYTES = 4  # the sum over microbatches in float32: sharded by FSDP2
+WEIGHT_BYTES = 2  # bf16; of FSDP2 what is gathered, at most
+GRADIENT_BYTES = 2  # bf16, of one microbatch
+SUM_BYTES = 4  # float32: over microbatches, over ranks
 ACTIVATION_BYTES = 3 * 2**30  # of one sample, rounded up
 LARGEST_MICROBATCH = 28  # samples of one forward and backward
 
@@ -86,7 +87,8 @@ class Plan:
         )  # once in a reduce-scatter, as often again in the all-gather of an all-reduce
         moved = 2 * reduced
         if self.sharded:
-            moved = reduced + 2 * GATHERED_BYTES * PARAMETERS * self.microbatches  # gathered for forward and backward
+            gathered = GATHERED_BYTES * PARAMETERS  # for the forward and again for the backward
+            moved = (reduced + 2 * gathered) * self.microbatches
         return samples * rate.seconds_per_sample + update + network.seconds(self.gpus, moved)
 
     @property
@@ -99,13 +101,20 @@ class Plan:
     def microbatches(self) -> int:
         return BATCH_SIZE // self.gpus // self.microbatch
 
+    @property
+    def gradient_bytes(self) -> float:
+        """Of one parameter."""
+        if self.sharded:
+            return SUM_BYTES / self.gpus
+        over_microbatches, over_ranks = self.microbatches > 1, self.gpus > 1
+        return GRADIENT_BYTES + SUM_BYTES * (over_microbatches + over_ranks)
+
     def memory(self) -> dict[str, float]:
         """Bytes on one rank, of the self-perceptual stage."""
-        shards = self.gpus if self.sharded else 1
         return {
-            "state": STATE_BYTES * PARAMETERS / shards,
-            "weights": WEIGHT_BYTES * PARAMETERS / shards,
-            "gradients": GRADIENT_BYTES * PARAMETERS / shards,
+            "state": STATE_BYTES * PARAMETERS / (self.gpus if self.sharded else 1),
+            "weights": WEIGHT_BYTES * PARAMETERS,
+            "gradients": self.gradient_bytes * PARAMETERS,
             "teacher": WEIGHT_BYTES * TEACHER_PARAMETERS,
             "activations": ACTIVATION_BYTES * self.microbatch,
         }
@@ -128,7 +137,7 @@ def time_table(mse: Rate, sp: Rate, network: Network) -> Iterator[str]:
         steps = " | ".join(f"{1e3 * second:,.0f} ms" for second in seconds)
         yield (
             f"| {plan.gpus} | {plan.name} | {plan.microbatches} x {plan.microbatch} | {steps} | "
-            f"{BATCH_SIZE / seconds[1]:,.0f} | {days(plan, mse, sp, network):.1f} |"
+            f"{BATCH_SIZE / seconds[1]:,.0f} | {days(plan, mse, sp, network):.2f} |"
         )
 
 

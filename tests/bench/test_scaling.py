@@ -44,8 +44,8 @@ def test_communication(scaling):
     assert ddp.step_seconds(rate, hidden) == pytest.approx(alone)
     all_reduce = 2 * 4 * 865.9e6 * 7 / 8 / 1e11
     assert ddp.step_seconds(rate, bare) == pytest.approx(alone + all_reduce)
-    gathers = (4 + 4 * 2 * 2) * 865.9e6 * 7 / 8 / 1e11  # four microbatches, each gathers twice, bf16
-    assert fsdp.step_seconds(rate, bare) == pytest.approx(alone - 7 / 8 * scaling.UPDATE_SECONDS + gathers)
+    sharded = 4 * (4 + 2 * 2) * 865.9e6 * 7 / 8 / 1e11  # four microbatches: reduced in float32, gathered twice in bf16
+    assert fsdp.step_seconds(rate, bare) == pytest.approx(alone - 7 / 8 * scaling.UPDATE_SECONDS + sharded)
     slow = scaling.Network(across_nodes=1e9)
     assert scaling.Plan(64, False).step_seconds(rate, slow) > 1.0
 
@@ -55,6 +55,7 @@ def test_every_plan_splits_the_batch_and_sharding_saves_memory(scaling):
         assert plan.gpus * plan.microbatches * plan.microbatch == 896
     ddp, fsdp = scaling.Plan(64, False).memory(), scaling.Plan(64, True).memory()
     assert ddp["state"] == pytest.approx(16 * 865.9e6) and fsdp["state"] == pytest.approx(ddp["state"] / 64)
+    assert [scaling.Plan(gpus, False).gradient_bytes for gpus in (1, 8, 64)] == [6, 10, 6]
     assert ddp["teacher"] == fsdp["teacher"] and ddp["activations"] == fsdp["activations"]
 
 
