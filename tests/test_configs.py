@@ -60,6 +60,17 @@ def test_the_papers_recipe():
     [("sd15", "sd15"), ("sd21-paper", "sd21"), ("sd21-unconditional", "sd21"), ("sdxl", "sdxl")],
 )
 def test_runs_on_a_tiny_pipeline(tmp_path, fastsp, name, kind):
+    run_on_a_tiny_pipeline(tmp_path, fastsp, name, kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "kind"), [("sd15", "sd15"), ("sd21-paper", "sd21"), ("sdxl", "sdxl")])
+def test_runs_on_a_gpu(tmp_path, fastsp, name, kind):
+    """As they are there: bfloat16, compiled, captured."""
+    run_on_a_tiny_pipeline(tmp_path, fastsp, name, kind)
+
+
+def run_on_a_tiny_pipeline(tmp_path, fastsp, name, kind):
     """From a folder of pictures: MSE, self-perceptual, samples."""
     model, pictures = tiny_stable_diffusion(tmp_path / "model", kind), picture_folder(tmp_path / "pictures", 12)
     small = [

@@ -202,5 +202,7 @@ def _check_fit(model: TextToImageModel, name: str) -> None:
             f"{name}: the UNet takes {config.in_channels} channels, the VAE's latents have "
             f"{model.vae.config.latent_channels}; fastsp trains text-to-image models"
         )
+    if model.vae is not None and getattr(model.vae.config, "latents_mean", None) is not None:
+        raise UserError(f"{name}: the VAE has latents_mean and latents_std, which fastsp does not know")
     if model.text_encoder_2 is not None and config.addition_embed_type != "text_time":
         raise UserError(f"{name}: the UNet takes no pooled text features, as Stable Diffusion XL's does")

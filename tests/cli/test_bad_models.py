@@ -142,6 +142,10 @@ def for_inpainting(folder):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def with_another_scale_of_latents(folder):
+    change(folder / "vae" / "config.json", latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+
+
 def with_a_broken_index(folder):
     (folder / "model_index.json").write_text("{")
 
@@ -172,6 +176,7 @@ def change(file, **values):
         (of_another_kind, "is of the kind 'FluxPipeline': fastsp loads StableDiffusionPipeline"),
         (with_a_pipeline_of_its_own, "is of the kind ['pipeline', 'MyPipeline']"),
         (for_inpainting, "the UNet takes 9 channels, the VAE's latents have 4"),
+        (with_another_scale_of_latents, "the VAE has latents_mean and latents_std"),
         (with_a_broken_index, "model_index.json cannot be read"),
     ],
     ids=lambda value: getattr(value, "__qualname__", "").replace(".<locals>.spoil", ""),

@@ -40,6 +40,16 @@ def losses(run) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "text"), [("sd15", []), ("sdxl", ["--text-features"])])
 def test_pictures_and_their_latents_train_alike(tmp_path, monkeypatch, capsys, kind, text):
+    train_on_pictures_and_on_their_latents(tmp_path, monkeypatch, capsys, kind, text)
+
+
+@pytest.mark.gpu
+def test_pictures_and_their_latents_train_alike_on_a_gpu(tmp_path, monkeypatch, capsys):
+    """Decoded there, encoded there in TF32, compiled."""
+    train_on_pictures_and_on_their_latents(tmp_path, monkeypatch, capsys, "sdxl", ["--text-features"], tolerance=1e-2)
+
+
+def train_on_pictures_and_on_their_latents(tmp_path, monkeypatch, capsys, kind, text, tolerance=1e-4):
     model, pictures = tiny_stable_diffusion(tmp_path / "model", kind), picture_folder(tmp_path / "pictures")
     file = tmp_path / "config.yaml"
     file.write_text(CONFIG.format(run=tmp_path / "run", model=model, pictures=pictures))
@@ -56,7 +66,7 @@ def test_pictures_and_their_latents_train_alike(tmp_path, monkeypatch, capsys, k
         main()
     assert not exit_.value.code, capsys.readouterr().err
     train(load_config(file, [f"run_dir={tmp_path / 'again'}", "data.source=latents", f"data.path={tmp_path}/latents"]))
-    torch.testing.assert_close(losses(tmp_path / "again"), losses(tmp_path / "run"), rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses(tmp_path / "again"), losses(tmp_path / "run"), rtol=tolerance, atol=0)
 
 
 @pytest.mark.slow
