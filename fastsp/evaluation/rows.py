@@ -2,7 +2,8 @@
 
 A row is one set of samples, one seed:
 
-    stage            name of the stage, or "real" for training pictures scored like samples (the floor)
+    stage            name of the stage, or "real" for training pictures scored like samples (the floor); in rows of
+                     `fastsp eval` for the reference against itself, as in the paper
     conditional      true: sampled with captions; false: with the empty prompt
     guidance         scale of classifier-free guidance; 0: none
     rescale          phi of the rescale; 0: none
@@ -13,6 +14,8 @@ A row is one set of samples, one seed:
                      see `fastsp.evaluation.metrics`
     features         identity of the feature model
     seconds          wall clock of sampling and scoring
+
+Rows of `fastsp eval` also say what they were made from: see `fastsp.evaluation.evaluate_models`.
 """
 
 import math

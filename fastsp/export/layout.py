@@ -158,7 +158,8 @@ def openclip_state(text_encoder: Any) -> State:
         names = f"encoder.layers.{layer}", f"transformer.resblocks.{layer}"
         state |= _openclip_layer(ours, *names)
     if layers == OPENCLIP_H_LAYERS - 1:
-        state |= _openclip_layer(ours, f"encoder.layers.{layers - 1}", f"transformer.resblocks.{layers}")
+        filler = _openclip_layer(ours, f"encoder.layers.{layers - 1}", f"transformer.resblocks.{layers}")
+        state |= {name: weight.clone() for name, weight in filler.items()}  # safetensors holds no weight twice
     unknown = [key for key in ours if not key.startswith("encoder.layers.")]
     _refuse(unknown)
     return state

@@ -17,6 +17,7 @@ from fastsp import draws
 from fastsp.config import Config
 from fastsp.errors import UserError
 from fastsp.export.export import export_run
+from fastsp.export.single_file import save_single_file
 from fastsp.models import digits_model, load_pipeline
 
 STAGES = ["mse", "sp", "mse_longer"]
@@ -156,3 +157,25 @@ def test_unfinished_runs(tmp_path: Path) -> None:
     DiffusionPipeline.save_pretrained(pipelines.pipeline("sd1"), tmp_path / "final")
     with pytest.raises(UserError, match=r"has no config\.yaml"):
         export_run(tmp_path, tmp_path / "out")
+
+
+def test_stable_diffusion_2_has_the_layer_that_loaders_expect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its text encoder has 23 of OpenCLIP's 24 layers: the file has 24, and what diffusers reads back has 23."""
+    monkeypatch.setitem(pipelines.TINY_TEXT, "sd2", [{"hidden_size": 16, "num_hidden_layers": 23}])
+    pipeline, file = pipelines.pipeline("sd2"), tmp_path / "model.safetensors"
+    pipeline.save_pretrained(tmp_path / "folder")
+    save_single_file(pipeline, file, torch.float32, "model")
+    with safe_open(file, "pt") as found:
+        last, filler = (
+            found.get_tensor(f"cond_stage_model.model.transformer.resblocks.{layer}.mlp.c_fc.weight")
+            for layer in (22, 23)
+        )
+        assert torch.equal(last, filler) and found.get_tensor("cond_stage_model.model.text_projection").shape == (
+            16,
+            16,
+        )
+    back = StableDiffusionPipeline.from_single_file(
+        str(file), config=str(tmp_path / "folder")
+    ).text_encoder.state_dict()
+    ours = pipeline.text_encoder.state_dict()
+    assert ours.keys() == back.keys() and all(torch.equal(weight, back[name]) for name, weight in ours.items())
