@@ -7,12 +7,14 @@ python examples/plain_pytorch.py --pretrained FOLDER_OR_HUB_ID    # your model
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from itertools import cycle, islice
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionPipeline
 from tiny_model import Squares, load_pipeline
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
@@ -43,7 +45,13 @@ def main() -> None:
     print(f"saved {args.output}")
 
 
-def train(name: str, criterion: nn.Module, pipeline, batches, learning_rate: float) -> None:
+def train(
+    name: str,
+    criterion: nn.Module,
+    pipeline: StableDiffusionPipeline,
+    batches: Iterable[dict[str, Tensor]],
+    learning_rate: float,
+) -> None:
     unet, vae, scheduler = pipeline.unet.train(), pipeline.vae, pipeline.scheduler
     optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate)
     for step, batch in enumerate(batches, start=1):

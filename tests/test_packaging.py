@@ -57,4 +57,4 @@ def test_wheel_holds_our_packages_alone(tmp_path):
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"fastsp", "fastsp_kernels"}
     assert {"fastsp/loss.py", "fastsp/py.typed", "fastsp/cli/train.py", "fastsp_kernels/philox.py"} <= set(names)
-    assert "fastsp/evaluation/report.html.jinja" in names
+    assert {"fastsp/evaluation/report.html.jinja", "fastsp/lora_readme.md"} <= set(names)
