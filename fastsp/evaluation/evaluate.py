@@ -172,14 +172,17 @@ class Evaluation:
 class RowStore:
     """`evaluation.json`: rows are added one by one, each time the whole file is replaced, in the order of the plan.
 
-    Rows of another `num_samples` or feature model cannot be compared with the new ones and are dropped.
+    Rows of another `num_samples` or feature model cannot be compared with the new ones and are dropped. Those that
+    `fastsp eval` added stay, after the run's own.
     """
 
     def __init__(self, path: Path, plan: list[Planned], num_samples: int, features: str) -> None:
         self.path = path
         self._place = {planned: place for place, planned in enumerate(plan)}
         rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        kept = [row for row in rows if (row["num_samples"], row["features"]) == (num_samples, features)]
+        self.added = [row for row in rows if "reference" in row]
+        own = [row for row in rows if "reference" not in row]
+        kept = [row for row in own if (row["num_samples"], row["features"]) == (num_samples, features)]
         self.rows = {Planned(setting_of(row), row["seed"]): row for row in kept}
 
     def add(self, planned: Planned, compute: Callable[[Planned], Row]) -> bool:
@@ -188,7 +191,8 @@ class RowStore:
             return False
         self.rows[planned] = compute(planned)
         ordered = sorted(self.rows, key=lambda row: self._place.get(row, len(self._place)))  # the others last
-        write_file(self.path, json.dumps([self.rows[row] for row in ordered], indent=1) + "\n")
+        rows = [*(self.rows[row] for row in ordered), *self.added]
+        write_file(self.path, json.dumps(rows, indent=1) + "\n")
         return True
 
 

@@ -162,7 +162,11 @@ class RowFile:
         UserError: the file holds something else.
     """
 
-    RESULTS = ("fid", "inception_score", "inception_score_10_splits", "validity", "caption_agreement", "seconds")
+    # What comes out, and the batch size, on which nothing depends.
+    NOT_ASKED = (
+        *("fid", "inception_score", "inception_score_10_splits", "validity", "caption_agreement", "seconds"),
+        "batch_size",
+    )
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -189,7 +193,7 @@ class RowFile:
         return True
 
     def _question(self, row: Row) -> Row:
-        return {key: value for key, value in row.items() if key not in self.RESULTS}
+        return {key: value for key, value in row.items() if key not in self.NOT_ASKED}
 
 
 def jobs_of(

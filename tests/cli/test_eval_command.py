@@ -87,6 +87,8 @@ def test_a_row_for_every_combination(command, models: list[Path], captions: Path
     before = out.read_bytes()
     assert command(*arguments) == f"{out}: 13 rows\n"
     assert out.read_bytes() == before, "nothing was left to do"
+    command(*(2 if argument == "4" else argument for argument in arguments))  # the batch size, in COMMON
+    assert out.read_bytes() == before, "nor with another batch size"
     command(*arguments[:-4], "--seed", 2)
     assert json.loads(out.read_text())[:13] == [real, *rows], "rows that are there stay"
 

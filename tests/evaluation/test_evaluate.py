@@ -134,6 +134,15 @@ def test_rows_of_another_number_of_samples_are_made_anew(config: Config) -> None
     assert json.loads((Path(config.run_dir) / "evaluation.json").read_text()) == rows
 
 
+def test_rows_that_fastsp_eval_added_stay(config: Config) -> None:
+    path = Path(config.run_dir) / "evaluation.json"
+    added = {**Setting("sp", True, 0.0, 0.0, 2)._asdict(), "seed": 0, "num_samples": 9, "features": "inception-1"}
+    path.write_text(json.dumps([{**added, "reference": "val2014"}]))
+    settings = replace(Settings(), steps=[2], seeds=[0], guidance=[], unconditional=False)
+    rows = evaluate_run(config, settings)
+    assert json.loads(path.read_text()) == [*rows, {**added, "reference": "val2014"}]
+
+
 def pictures(config: Config, **changes: object) -> dict[Setting, torch.Tensor]:
     evaluation = Evaluation(config, replace(Settings(), **changes), torch.device("cpu"))
     chosen = [Planned(Setting(stage, True, 0.0, 0.0, 2), 0) for stage in STAGES]
