@@ -158,7 +158,13 @@ def _collator(
 ) -> Callable[[int], Collator]:
     """What makes, in the thread that uses it, the collator for batches up to a size."""
     if header is not None:
-        return lambda batch_size: LatentCollator(header, tokenize, pin=device.type == "cuda")
+
+        def open_latents(_batch_size: int) -> LatentCollator:
+            if device.index is not None:
+                torch.cuda.set_device(device)  # of this thread: page-locking would take memory on GPU 0 else
+            return LatentCollator(header, tokenize, pin=device.type == "cuda")
+
+        return open_latents
     return lambda batch_size: ImageCollator(
         ImagePipeline(
             batch_size=batch_size,

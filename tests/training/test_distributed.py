@@ -24,6 +24,9 @@ from fastsp.errors import UserError
 from fastsp.training.checkpoint import newest_whole
 from fastsp.training.checkpoint_folder import damage, newest_first
 
+# The slow ones start many processes: minutes where others use the machine too.
+pytestmark = pytest.mark.timeout(1800)
+
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = Path(__file__).with_name("ranks.py")
 STEPS = 6
@@ -40,7 +43,7 @@ OVERRIDES = [
     "distributed_timeout=60",
 ]
 # A hung process is killed sooner than torchrun would.
-ENVIRONMENT = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
+ENVIRONMENT = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "15"}
 
 
 def torchrun(processes: int) -> list[str]:
@@ -71,33 +74,42 @@ def rewound(run_dir: Path, step: int, to: Path) -> Path:
     return to
 
 
+def launch(processes: int, root: Path, *jobs: dict[str, Any]) -> Path:
+    result = run_jobs(processes, root, *jobs)
+    assert result.returncode == 0, result.stderr[-5000:]
+    return root
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    """Runs of one, two and three processes, by name; those `from_N` go on from a checkpoint of N processes."""
+def pairs(tmp_path_factory) -> Path:
+    """Runs of two processes, by name."""
     root = tmp_path_factory.mktemp("ranks")
-
-    def launch(processes: int, *jobs: dict[str, Any]) -> None:
-        result = run_jobs(processes, root, *jobs)
-        assert result.returncode == 0, result.stderr[-5000:]
-
-    launch(
+    return launch(
         2,
+        root,
         job(root / "two_ddp", "data.microbatch=3"),
         job(root / "two_fsdp", "distributed=fsdp"),
         job(root / "two_nan", "distributed=fsdp", rank=1, plant="nan", step=2),
     )
+
+
+@pytest.fixture(scope="module")
+def runs(pairs) -> Path:
+    """Those, and runs of one and three processes; those `from_2` go on from a checkpoint of two."""
+    root = pairs
     launch(
         3,
+        root,
         job(root / "three_ddp"),
         job(root / "three_fsdp", "distributed=fsdp", "data.microbatch=2"),
         job(rewound(root / "two_fsdp", 5, root / "three_ddp_from_2"), resume=True),
     )
-    launch(
+    return launch(
         1,
+        root,
         job(root / "one"),
         job(rewound(root / "two_ddp", 2, root / "one_from_2"), "data.microbatch=3", resume=True),
     )
-    return root
 
 
 NAMES = ["two_ddp", "two_fsdp", "three_ddp", "three_fsdp", "three_ddp_from_2", "one_from_2"]
@@ -158,12 +170,12 @@ def test_two_ranks_write_a_checkpoint_once(runs):
 
 
 @pytest.mark.slow
-def test_all_ranks_skip_an_update_together(runs):
+def test_all_ranks_skip_an_update_together(pairs):
     """A sample that is no number on one rank: the loss of all shows it, nobody updates, and all go on."""
-    rows = metrics(runs / "two_nan")
+    rows = metrics(pairs / "two_nan")
     assert [row["skipped"] for row in rows] == [0, 1, 1, 0, 1, 1], "counted by stage"
     assert [math.isfinite(row["loss"]) for row in rows] == [True, False, True, True, False, True]
-    assert all(tensor.isfinite().all() for tensor in final_weights(runs / "two_nan").values())
+    assert all(tensor.isfinite().all() for tensor in final_weights(pairs / "two_nan").values())
 
 
 def command(run_dir: Path, *more: str) -> list[str]:
@@ -187,7 +199,7 @@ def signal_one_rank(run_dir: Path, rank: int, number: int, steps: int, *more: st
 
 
 @pytest.mark.slow
-def test_a_stop_and_a_kill_change_nothing(runs, tmp_path):
+def test_a_stop_and_a_kill_change_nothing(pairs, tmp_path):
     """SIGTERM at one rank stops all at the same step, saved; kill -9 at the other ends all; bit for bit as straight."""
     run_dir = tmp_path / "run"
     code, said = signal_one_rank(run_dir, 1, signal.SIGTERM, 2)
@@ -199,8 +211,8 @@ def test_a_stop_and_a_kill_change_nothing(runs, tmp_path):
     result = subprocess.run(command(run_dir, "--resume"), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     for figure in ("global_step", "loss", "grad_norm"):
-        assert column(run_dir, figure) == column(runs / "two_ddp", figure)
-    ours, theirs = final_weights(run_dir), final_weights(runs / "two_ddp")
+        assert column(run_dir, figure) == column(pairs / "two_ddp", figure)
+    ours, theirs = final_weights(run_dir), final_weights(pairs / "two_ddp")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
