@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 OUT ?= out
 
-.PHONY: quickstart results test test-all lint unit slow bench gpu-test gpu-bench gpu-train clean
+.PHONY: quickstart results test test-all lint unit slow bench gpu-test gpu-bench gpu-graph gpu-train clean
 
 quickstart: $(VENV)/.train
 	@echo "== training and evaluating: configs/quickstart.yaml (goes on where it stopped)"
@@ -57,7 +57,8 @@ bench: $(VENV)/.test
 # nine minutes. What they write goes to OUT, the compilers' caches too: a second run with the same OUT compiles little.
 PYTHON_GPU ?= python3
 CACHE = $(abspath $(OUT))/cache
-GPU_ENV = PYTHONPATH=.:kernels TORCHINDUCTOR_CACHE_DIR=$(CACHE)/inductor TRITON_CACHE_DIR=$(CACHE)/triton
+GPU_ENV = PYTHONPATH=.:kernels FASTSP_CACHE=$(CACHE)/fastsp TORCHINDUCTOR_CACHE_DIR=$(CACHE)/inductor \
+	TRITON_CACHE_DIR=$(CACHE)/triton CUBLAS_WORKSPACE_CONFIG=:4096:8
 NEED = PYTHONPATH=.:kernels $(PYTHON_GPU) -m fastsp.bench.need
 HAS_GPU = $(PYTHON_GPU) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch finds no GPU')"
 GPU_PACKAGES = torch triton diffusers transformers tokenizers pydantic yaml rich typer PIL
@@ -79,6 +80,17 @@ gpu-bench:
 	@if $(NEED) torch triton pytest pytest_benchmark && $(HAS_GPU); then $(GPU_ENV) timeout 110 $(PYTHON_GPU) -m pytest \
 		benchmarks/kernels -s -p no:cacheprovider --benchmark-json=$(OUT)/kernels.json; \
 	else echo "gpu-bench: the kernels' benchmarks skipped"; fi
+
+# What of fastsp's own step is worth what: one CUDA graph or none, the teacher in one call or in two.
+gpu-graph:
+	@echo "== fastsp bench with and without a CUDA graph, teacher batched and split; into $(OUT)/step-*.json"
+	@mkdir -p $(OUT)
+	@if $(NEED) $(GPU_PACKAGES) && $(HAS_GPU); then \
+		$(GPU_ENV) timeout 290 $(BENCH_OWN) --json $(OUT)/step-graph.json; \
+		$(GPU_ENV) timeout 240 $(BENCH_OWN) --no-cuda-graph --json $(OUT)/step-no-graph.json; \
+	else echo "gpu-graph: skipped"; fi
+BENCH_OWN = $(PYTHON_GPU) -m fastsp bench --time-limit 150 --no-sweep \
+	--only fastsp_sp --only fastsp_sp_split --only fastsp_mse
 
 gpu-train:
 	@echo "== about a minute of training: pictures in $(OUT)/train/samples"

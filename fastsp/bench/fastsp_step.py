@@ -24,10 +24,11 @@ class FastspStep:
     Args:
         workload: what to train.
         objective: ``self_perceptual`` or ``mse``.
+        teacher: how the perceptual network is called; None: as configured.
     """
 
-    def __init__(self, workload: Workload, objective: str = "self_perceptual") -> None:
-        self.training_step = build_training_step(workload, objective)
+    def __init__(self, workload: Workload, objective: str = "self_perceptual", teacher: str | None = None) -> None:
+        self.training_step = build_training_step(workload, objective, teacher)
         self.take_step = captured(self.training_step)
         self.numbers = itertools.count(1)
         batch_size = workload.batch_size
@@ -54,12 +55,12 @@ class FastspStep:
         return self.training_step.microbatch_loss(self.batch)
 
 
-def build_training_step(workload: Workload, objective: str) -> TrainingStep:
+def build_training_step(workload: Workload, objective: str, teacher: str | None = None) -> TrainingStep:
     """What :class:`fastsp.training.trainer.Trainer` builds for a stage, by the same function."""
-    initial = workload.unet()
+    initial, stage = workload.unet(), workload.stage(objective)
     step, _ = build_step(
         workload.config,
-        workload.stage(objective),
+        stage.model_copy(update={"teacher": teacher or stage.teacher}),
         TextToImageModel(initial, text_encoder=None, tokenizer=None, scheduler=None),  # nothing to encode
         workload.schedule(),
         Conditioning(torch.zeros(1, *workload.text_shape, device=workload.device)),
@@ -67,5 +68,6 @@ def build_training_step(workload: Workload, objective: str) -> TrainingStep:
         initial=initial,
         teacher=initial if objective == "self_perceptual" else None,
         compiles=workload.compiles,
+        attention=workload.attention,
     )
     return step

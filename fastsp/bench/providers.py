@@ -1,4 +1,4 @@
-"""The six providers by name: what `fastsp bench` takes side by side."""
+"""The providers by name: what `fastsp bench` takes side by side."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class Provider:
     build: Callable[[Workload], Steps]
     says: str
     compiled: bool = False  # by its nature; fastsp's steps are compiled where the trainer compiles them
+    by_default: bool = True
     uncompiled: Callable[[Workload], Steps] | None = None  # the same computation, for counting its operations
 
     def for_counting(self, workload: Workload) -> Steps:
@@ -47,12 +48,23 @@ class Provider:
 PROVIDERS: dict[str, Provider] = {
     "algorithm1_eager": Provider(Algorithm1, "Algorithm 1 as printed: eager, the whole UNet as teacher"),
     "algorithm1_compiled": Provider(
-        lambda workload: Algorithm1(workload, compiled=True), "Algorithm 1 under torch.compile", True, Algorithm1
+        lambda workload: Algorithm1(workload, compiled=True),
+        "Algorithm 1 under torch.compile",
+        True,
+        uncompiled=Algorithm1,
     ),
     "split_compiled": Provider(
-        lambda workload: Split(workload, compiled=True), "truncated teacher, two calls, compiled", True, Split
+        lambda workload: Split(workload, compiled=True),
+        "truncated teacher, two calls, compiled",
+        True,
+        uncompiled=Split,
     ),
     "fastsp_sp": Provider(FastspStep, "fastsp, self-perceptual"),
+    "fastsp_sp_split": Provider(
+        lambda workload: FastspStep(workload, teacher="split"),
+        "fastsp, self-perceptual, the teacher in two calls",
+        by_default=False,
+    ),
     "fastsp_mse": Provider(lambda workload: FastspStep(workload, "mse"), "fastsp, MSE"),
     "diffusers_mse": Provider(DiffusersMSE, "MSE in the manner of diffusers' scripts"),
 }

@@ -72,7 +72,16 @@ class Bench:
         say("measuring a large matrix product and a large copy")
         self.ceilings = measure_ceilings(workload.device, workload.dtype)
         self.costs: dict[str, Cost] = {}
-        self.facts = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment()}
+        attention = workload.choose_attention()
+        say(str(attention))
+        self.workload = workload.with_settings(attention=attention.name)
+        self.facts = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": environment(),
+            "cuda_graph": workload.config.captures_on(workload.device),
+            "attention": attention.name,
+            "attention_ms": attention.milliseconds,
+        }
 
     def measure(self, group: Sequence[str]) -> None:
         """Prepare what is not ready, let the group take turns, release all but the reference."""

@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from fastsp.attention import Choice, choose
 from fastsp.config import Config, StageConfig, load_config
 from fastsp.errors import UserError
 from fastsp.models import ddim_scheduler, digits_model, load_model
@@ -66,6 +67,16 @@ class Workload:
     def compiles(self) -> bool:
         """Whether fastsp's own step is compiled: the trainer's rule."""
         return self.config.compiles_on(self.device)
+
+    @property
+    def attention(self) -> str:
+        """The kernel of fastsp's own step; what is not chosen yet is PyTorch's choice."""
+        return "sdpa" if self.config.attention == "auto" else self.config.attention
+
+    def choose_attention(self) -> Choice:
+        """The trainer's choice for this model, batch and device."""
+        sizes = (self.batch_size, *self.latent_shape), (self.batch_size, *self.text_shape)
+        return choose(self.config.attention, self.unet_config, *sizes, self.dtype, self.device)
 
     def unet(self) -> Any:
         """The UNet with its initial weights, float32, contiguous, on the device, in training mode."""

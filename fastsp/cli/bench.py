@@ -18,6 +18,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each provider.")] = 20,
     only: Annotated[list[str] | None, typer.Option("--only", help="A provider; may be given several times.")] = None,
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave out all that torch.compile touches.")] = False,
+    no_cuda_graph: Annotated[bool, typer.Option("--no-cuda-graph", help="fastsp's steps uncaptured.")] = False,
     sweep: Annotated[bool | None, typer.Option(help="Batch sizes of fastsp_sp; by default on a GPU.")] = None,
     time_limit: Annotated[
         float | None, typer.Option(min=0.0, help="Begin nothing new after so many seconds.", metavar="SECONDS")
@@ -45,7 +46,8 @@ def bench(
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     workload = workload_of(config, device) if config else default_workload(device)
-    workload = workload.with_settings(batch_size, **({"compile": False} if no_compile else {}))
+    off = {"compile": no_compile, "cuda_graph": no_cuda_graph}
+    workload = workload.with_settings(batch_size, **{key: False for key, is_off in off.items() if is_off})
     plan = Plan(names, rounds, device.type == "cuda" if sweep is None else sweep, time_limit_s=time_limit)
 
     def say(line: str) -> None:
@@ -79,7 +81,7 @@ def _names(only: list[str] | None, no_compile: bool) -> tuple[str, ...]:
             raise UserError(f"--only {name!r} is unknown: use one of {', '.join(PROVIDERS)}")
         if no_compile and PROVIDERS[name].compiled:
             raise UserError(f"--only {name} is compiled by its nature: leave out --no-compile")
-    wanted = only or PROVIDERS
+    wanted = only or [name for name, provider in PROVIDERS.items() if provider.by_default]
     return tuple(
         name for name, provider in PROVIDERS.items() if name in wanted and not (no_compile and provider.compiled)
     )
