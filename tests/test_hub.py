@@ -1,7 +1,8 @@
-"""Hub ids, against a cache laid out as Hugging Face's, without network."""
+"""Hub ids: from a hub on this machine, and from a cache laid out as Hugging Face's; without network."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,12 +12,13 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from hub_server import COMMIT, hub
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import tiny_stable_diffusion
 
 from fastsp.errors import UserError
 from fastsp.models import load_pipeline
-
-COMMIT = "0123456789012345678901234567890123456789"
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +63,45 @@ def test_a_download_that_was_cut_off(cache, folder):
         load_pipeline("tiny/half")
 
 
+def test_code_beside_the_weights(cache, folder):
+    snapshot = cached(cache, "tiny/code", folder)
+    index = snapshot / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"unet": ["my_unet", "MyUNet"]}))
+    (snapshot / "unet" / "my_unet.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(UserError, match="its unet is code of its own"):
+        load_pipeline("tiny/code")
+
+
 @pytest.mark.slow
-def test_command_line_offline(tmp_path, folder):
-    """As a person runs it: samples, and exits with one line where there is no such model."""
-    cached(tmp_path / "home" / "hub", "tiny/sd", folder)
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    environment.pop("HF_HUB_CACHE", None)
+def test_download_and_then_offline(tmp_path, folder):
+    """As a person runs it, from a hub on this machine: fp16 files where there are no others, never a pickle."""
+    half, pickles = (Path(shutil.copytree(folder, tmp_path / name)) for name in ("half", "pickles"))
+    for part in ("unet", "vae", "text_encoder"):
+        for copy in (half, pickles):
+            (file,) = (copy / part).glob("*.safetensors")
+            tensors = load_file(file)
+            file.unlink()
+            torch.save(tensors, file.with_name("diffusion_pytorch_model.bin"))
+            if copy is half:
+                tensors = {name: tensor.half() for name, tensor in tensors.items()}
+                save_file(tensors, file.with_name(f"{file.stem}.fp16.safetensors"), metadata={"format": "pt"})
 
-    def sample(model: str) -> subprocess.CompletedProcess:
-        command = ["sample", "--model", model, "--prompt", "a digit", "--steps", "2", "--out", tmp_path / "out.png"]
-        return subprocess.run(
-            [sys.executable, "-m", "fastsp", *command], env=environment, capture_output=True, text=True
-        )
+    def sample(model: str, **environment: str) -> subprocess.CompletedProcess:
+        out = tmp_path / f"{len(list(tmp_path.glob('*.png')))}.png"
+        command = ["sample", "--model", model, "--prompt", "a digit", "--steps", "2", "--out", str(out)]
+        environment |= {"HF_HOME": str(tmp_path / "home")}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        run = [sys.executable, "-m", "fastsp", *command]
+        return subprocess.run(run, env=inherited | environment, capture_output=True, text=True)
 
-    done = sample("tiny/sd")
-    assert done.returncode == 0 and (tmp_path / "out.png").is_file() and done.stderr == ""
-    (tmp_path / "out.png").unlink()
-    missing = sample("tiny/other")
-    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
-    assert "tiny/other is no folder here and cannot be had from the Hugging Face hub" in missing.stderr
+    with hub({"tiny/half": half, "tiny/pickles": pickles}) as served:
+        done = sample("tiny/half", HF_ENDPOINT=served.endpoint)
+        assert done.returncode == 0 and (tmp_path / "0.png").is_file(), done.stderr
+        assert "unet/diffusion_pytorch_model.fp16.safetensors" in served.downloaded
+        assert not [name for name in served.downloaded if name.endswith((".bin", ".py"))]
+        refused = sample("tiny/pickles", HF_ENDPOINT=served.endpoint)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+        assert "tiny/pickles has no safetensors, and fastsp reads nothing else" in refused.stderr
+    offline = sample("tiny/half", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0 and offline.stderr == "", offline.stderr
+    assert Image.open(tmp_path / "1.png").tobytes() == Image.open(tmp_path / "0.png").tobytes()

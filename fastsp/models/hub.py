@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from textwrap import shorten
 
 from fastsp.errors import UserError
 from fastsp.models.quiet import quiet_libraries
@@ -28,20 +29,20 @@ def download_pipeline(hub_id: str) -> Path:
     """
     from diffusers import DiffusionPipeline
 
-    reason = ""
+    options = {"use_safetensors": True, "trust_remote_code": False, **_NOT_NEEDED}
     for variant in VARIANTS:
         try:
             with quiet_libraries():
-                folder = DiffusionPipeline.download(hub_id, use_safetensors=True, variant=variant, **_NOT_NEEDED)
-            return Path(folder)
+                return Path(DiffusionPipeline.download(hub_id, variant=variant, **options))
         except Exception as error:  # of the network, of the hub, of diffusers: kinds that change with their versions
-            reason = reason or _first_line(error)
-            if "safetensors" not in str(error):  # another variant would not help
-                break
-    raise UserError(f"{hub_id} is no folder here and cannot be had from the Hugging Face hub: {reason}")
+            if "necessary `safetensors` weights" not in str(error):
+                reason = cause_of(error)
+                message = f"{hub_id} is no folder here and cannot be had from the Hugging Face hub: {reason}"
+                raise UserError(message) from None
+    raise UserError(f"{hub_id} has no safetensors, and fastsp reads nothing else")
 
 
-def _first_line(error: Exception) -> str:
-    """The cause, without the page of advice that follows it."""
+def cause_of(error: Exception) -> str:
+    """Its kind and message, without the page of advice that may follow."""
     cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+    return f"{type(cause).__name__}: {shorten(str(cause), 200, placeholder=' ...')}"

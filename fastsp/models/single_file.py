@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fastsp.errors import UserError
+from fastsp.models.hub import cause_of
 from fastsp.models.model import TextToImageModel
 from fastsp.models.quiet import quiet_libraries
 from fastsp.models.schedulers import loaded_scheduler
@@ -68,8 +69,7 @@ def _marked(keys: set[str]) -> dict[str, Any]:
 
 
 def _explanation(file: Path, config: str | None, error: Exception) -> str:
-    cause = error.__cause__ or error
-    reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+    reason = cause_of(error)
     if config is None:
         return (
             f"{file} cannot be loaded without the tokenizer and configuration of its kind, which the hub did not give "
