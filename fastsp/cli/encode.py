@@ -39,6 +39,7 @@ def encode(
     from fastsp.data.source import open_source
     from fastsp.errors import UserError
     from fastsp.progress import steps_bar
+    from fastsp.tf32 import tf32_matmuls
 
     settings = load_config(config, overrides or [])
     data = settings.data
@@ -73,7 +74,7 @@ def encode(
     )
     missing = encoder.missing(out, rank, world_size)
     samples, began = sum(map(encoder.samples, missing)), time.monotonic()
-    with steps_bar("encode", samples, shown=rank == 0) as advance:
+    with tf32_matmuls(), steps_bar("encode", samples, shown=rank == 0) as advance:
         for number, shard in enumerate(encoder.write(out, rank, world_size, advance), start=1):
             if not sys.stderr.isatty():
                 minutes = (time.monotonic() - began) / 60 * (len(missing) - number) / number
@@ -86,8 +87,6 @@ def encode(
 def _frozen_parts(config: Config, device: torch.device) -> TextToImageModel:
     """VAE and text encoders, in float32: Stable Diffusion's VAE overflows in float16, and bfloat16 would cost the
     latents five bits."""
-    import torch
-
     from fastsp.errors import UserError
     from fastsp.models import load_pipeline
 
@@ -97,7 +96,5 @@ def _frozen_parts(config: Config, device: torch.device) -> TextToImageModel:
     model = load_pipeline(name, config.model.config, with_unet=False)
     if model.vae is None:
         raise UserError(f"model.pretrained {name!r} has no VAE; there is nothing to encode with")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have it by default
     model.place(device, config.compiles_on(device))
     return model

@@ -22,6 +22,7 @@ from fastsp.errors import UserError
 from fastsp.lora import Base, add_adapters, load_adapters, save_adapters, save_for_use
 from fastsp.models import TextToImageModel, load_model, load_unet
 from fastsp.perceptual import shared_copy
+from fastsp.tf32 import tf32_matmuls
 from fastsp.training.capture import captured
 from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
 from fastsp.training.checkpoint_folder import Progress
@@ -67,7 +68,8 @@ def train(
             trainer = Trainer(config, ranks, run, stop, console or Console(), report)  # fails before writing anything
             for context in (explained(run), run, stop):
                 stack.enter_context(context)
-        trainer.train(resume)
+        with tf32_matmuls(config.precision == "bf16"):  # of the frozen encoders, which stay float32
+            trainer.train(resume)
 
 
 class Trainer:
@@ -97,8 +99,6 @@ class Trainer:
         self.model.latent_shape(config.data.resolution)  # refuses what the VAE cannot shrink
         if config.data.source == "latents" and self.model.vae is None:
             raise UserError("data.source: 'latents' needs a model with a VAE; this one works on pixels")
-        if config.precision == "bf16":
-            torch.set_float32_matmul_precision("high")  # of the frozen encoders, which stay float32: TF32 on a GPU
         self.model.place(self.device, config.compiles_on(self.device))
         self.source: Source = open_source(
             config.data,
