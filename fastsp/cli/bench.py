@@ -40,7 +40,9 @@ def bench(
     from fastsp.bench.roofline import save_roofline
     from fastsp.bench.run import Plan, run
     from fastsp.bench.workload import default_workload, workload_of
+    from fastsp.training.compilation import keep_compiled_code
 
+    keep_compiled_code()
     names = _names(only, no_compile)
     _check_outputs(json_file, png)
     console = Console()
