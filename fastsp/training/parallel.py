@@ -6,6 +6,7 @@ their gradients are **summed** over ranks, not averaged.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -72,7 +73,8 @@ class ReplicatedGradients(Gradients):
         self.summed: dict[int, Tensor] = {}  # by the index of the parameter
         with torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext():
             self.network = DistributedDataParallel(unet, gradient_as_bucket_view=True)
-        self.network.register_comm_hook(self, _sum_in_float32)
+        # A proxy: what DDP's C++ holds the garbage collector cannot see, and a finished stage would never be freed.
+        self.network.register_comm_hook(weakref.proxy(self), _sum_in_float32)
 
     @contextmanager
     def of_microbatch(self, last: bool) -> Iterator[None]:

@@ -370,9 +370,3 @@ def _device_name(device: torch.device) -> str:
 
 def _share(config: Config, ranks: Ranks) -> str:
     return f", {ranks.world_size} processes ({config.distributed})" if ranks.world_size > 1 else ""
-
-
-def _refuse_unsupported(config: Config) -> None:
-    """Settings that ask for what this version does not have."""
-    if config.attention != "auto":
-        raise UserError(f"attention: {config.attention!r} is not supported by this version; use auto")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -51,3 +54,13 @@ def test_gradients_of_bfloat16_weights_are_float32(device):
     masters = zip(taken, step.optimizer.masters, strict=True)
     assert all(g.dtype == torch.float32 and g.stride() == master.stride() for g, master in masters)
     assert any(not torch.equal(g, g.bfloat16().float()) for g in taken), "sums that bfloat16 could not hold"
+
+
+def test_a_finished_stage_is_freed(device):
+    """DDP's C++ must not hold what holds DDP: the next stage needs the memory of weights, moments and graph."""
+    step = replicated(make(device, "mse"))
+    run(step, step, 2)
+    held = weakref.ref(step.optimizer), weakref.ref(step.optimizer.masters[0])
+    del step
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]
