@@ -66,7 +66,8 @@ def train(
             config.check_world_size(ranks.world_size)
             run, stop = RunDirectory(config, resume, allow_changes, ranks.is_main), StopRequest()
             trainer = Trainer(config, ranks, run, stop, console or Console(), report)  # fails before writing anything
-            for context in (explained(run), run, stop):
+            # The missing are named while `stop` still holds: torchrun sends SIGTERM as soon as one process has ended.
+            for context in (explained(run), run, stop, ranks.naming_the_missing()):
                 stack.enter_context(context)
         with tf32_matmuls(config.precision == "bf16"):  # of the frozen encoders, which stay float32
             trainer.train(resume)
