@@ -227,7 +227,7 @@ def test_one_rank_s_failure_ends_all_with_its_error(tmp_path):
 
 @pytest.mark.slow
 def test_a_hung_rank_is_named(tmp_path):
-    result = run_jobs(2, tmp_path, job(tmp_path / "run", "distributed_timeout=5", rank=1, plant="hang", step=3))
+    result = run_jobs(2, tmp_path, job(tmp_path / "run", "distributed_timeout=20", rank=1, plant="hang", step=3))
     assert result.returncode == 1
     assert "rank 1 hangs: rank 0 waited distributed_timeout for it" in result.stderr
 
