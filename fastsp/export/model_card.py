@@ -18,6 +18,11 @@ Trained with [fastsp](https://arxiv.org/abs/2401.00110) by the self-perceptual o
 with Perceptual Loss*: a frozen copy of the MSE-trained network is the perceptual metric. Such a model is made to be
 sampled **without classifier-free guidance**.
 """
+_HEAD_MSE = """\
+Trained with fastsp by the mean squared error on v: what the self-perceptual objective of Lin & Yang,
+[*Diffusion Model with Perceptual Loss*](https://arxiv.org/abs/2401.00110), starts from and is compared with. It was not
+trained by that objective itself.
+"""
 _PROGRAMS = """\
 The single file is in the original Stable Diffusion layout. It predicts v on a zero-terminal-SNR schedule, and says so
 by the keys `v_pred` and `ztsnr`. Not every program reads them for every family:
@@ -29,11 +34,10 @@ by the keys `v_pred` and `ztsnr`. Not every program reads them for every family:
 Everywhere: CFG scale 1 (no guidance), DDIM or Euler, trailing ("SGM uniform") timesteps.
 """
 _LIMITS = """\
-## Limits
-
 Samples can show grid artefacts (section 6.6 of the paper), and an MSE model with guidance and rescale scores better
-than self-perceptual training without guidance (section 6.7). Biases of the base model and of the data remain.
+than self-perceptual training without guidance (section 6.7).
 """
+_BIASES = "Biases of the base model and of the data remain.\n"
 _CITATION = """\
 ## Citation
 
@@ -67,21 +71,25 @@ def model_card(
         with_single_file: whether a single file goes with the folder.
     """
     base = config["model"].get("pretrained")
+    way = _way_to(config["stages"], stage)
+    perceptual = any(entry["objective"] == "self_perceptual" for entry in way)
     front = {  # a path says nothing to others; it may say too much
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": ["text-to-image", "diffusion", "self-perceptual", "fastsp"],
+        "tags": ["text-to-image", "diffusion", *(["self-perceptual"] if perceptual else []), "fastsp"],
         **({"base_model": base} if base and re.fullmatch(_HUB_ID, base) else {}),
     }
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {config['run_dir'].rstrip('/').rpartition('/')[2]}, stage {stage}\n",
-        _HEAD,
+        _HEAD if perceptual else _HEAD_MSE,
         _usage(pipeline_class),
         _PROGRAMS if with_single_file else "",
-        _training(config, stage, environment),
+        _training(config, way, environment),
         "\n".join(_metrics(rows, stage)),
-        _LIMITS,
+        "## Limits\n",
+        _LIMITS if perceptual else "",
+        _BIASES,
         _CITATION,
     ]
     return "\n".join(section for section in sections if section)
@@ -98,7 +106,7 @@ def _usage(pipeline_class: str) -> str:
     )
 
 
-def _training(config: dict[str, Any], stage: str, environment: dict[str, Any]) -> str:
+def _training(config: dict[str, Any], way: list[dict[str, Any]], environment: dict[str, Any]) -> str:
     data, optimizer = config["data"], config["optimizer"]
     base = config["model"].get("pretrained")
     model = _name(base) if base else f"preset {config['model'].get('preset')}, random weights"
@@ -114,7 +122,7 @@ def _training(config: dict[str, Any], stage: str, environment: dict[str, Any]) -
         **environment,
     }
     lines = ["## Training", "", "| stage | objective | starts from | steps | learning rate |", "|---|---|---|---|---|"]
-    for entry in _way_to(config["stages"], stage):
+    for entry in way:
         lines.append(
             f"| {entry['name']} | {_objective(entry)} | {entry['init'] or 'the base model'} | {entry['steps']} "
             f"| {entry['learning_rate']:g} |"
@@ -136,11 +144,15 @@ def _way_to(stages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 
 def _objective(stage: dict[str, Any]) -> str:
     if stage["objective"] == "mse":
-        return "MSE on v"
-    return (
-        f"self-perceptual: metric `{stage['perceptual_network']}`, layers {stage['layers']}, distance "
-        f"{stage['distance']}, t' {stage['timestep_sampling']}"
-    )
+        return "MSE on v" + (f", min-SNR gamma {gamma:g}" if (gamma := stage.get("min_snr_gamma")) else "")
+    parts = [
+        f"self-perceptual: metric `{_name(stage['perceptual_network'])}`",
+        f"layers {stage['layers']}",
+        f"distance {stage['distance']}{', normalised' if stage.get('normalize') else ''}",
+        f"t' {stage['timestep_sampling']}",
+    ]
+    parts += [f"plus {weight:g} x MSE on v"] if (weight := stage.get("mse_weight")) else []
+    return ", ".join(parts)
 
 
 def _metrics(rows: list[dict[str, Any]], stage: str) -> Iterator[str]:

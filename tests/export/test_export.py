@@ -137,6 +137,24 @@ def test_the_model_card_tells_the_training(tmp_path: Path) -> None:
     assert "| torch | 2.13.0 |" in text and "a \\| b" in text and "ComfyUI" in text
 
 
+def test_the_card_of_an_mse_stage_claims_no_other_objective(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, "sd1")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["stages"][0]["min_snr_gamma"] = 5.0
+    config["stages"][1] |= {"perceptual_network": "/home/somebody/teacher", "normalize": True, "mse_weight": 0.5}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    cards = {stage: (export_run(run, tmp_path / stage, stage=stage)[0] / "README.md").read_text() for stage in STAGES}
+    for stage in ("mse", "mse_longer"):
+        assert "by the mean squared error on v" in cards[stage] and "\n- self-perceptual\n" not in cards[stage]
+        assert "by the self-perceptual objective" not in cards[stage] and "grid artefacts" not in cards[stage]
+        assert "| mse | MSE on v, min-SNR gamma 5 |" in cards[stage]
+    assert "by the self-perceptual objective" in cards["sp"] and "grid artefacts" in cards["sp"]
+    objective = (
+        "self-perceptual: metric `teacher`, layers mid, distance mse, normalised, t' uniform, plus 0.5 x MSE on v"
+    )
+    assert f"| sp | {objective} | mse | 10 | 0.0001 |" in cards["sp"] and "/home" not in cards["sp"]
+
+
 def test_pixel_models_have_no_single_file(tmp_path: Path) -> None:
     model, run = digits_model(8, 0), tmp_path / "run"
     model.save(run / "final")
