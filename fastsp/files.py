@@ -67,10 +67,18 @@ def commit_folder(unfinished: Path, path: Path, replace: bool = True) -> None:
     """Make a filled folder durable and rename it to ``path``; with ``replace``, in place of one that is there."""
     for entry in [*unfinished.rglob("*"), unfinished]:
         sync(entry)
-    if replace and path.exists():
-        remove_folder(path)
-    unfinished.rename(path)
+    replaced = unfinished_path(path) if replace and path.exists() else None
+    if replaced is not None:
+        path.rename(replaced)
+    try:
+        unfinished.rename(path)
+    except OSError:
+        if replaced is not None:
+            replaced.rename(path)
+        raise
     sync(path.parent)
+    if replaced is not None:  # only now: removing gigabytes takes a while, in which nothing would stand under the name
+        shutil.rmtree(replaced)
 
 
 def remove_folder(path: Path) -> None:

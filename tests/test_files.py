@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from fastsp.files import new_file, new_folder, no_room, remove_unfinished, write_file
+from fastsp import files
+from fastsp.files import commit_folder, new_file, new_folder, no_room, remove_unfinished, write_file
 
 
 def names(folder: Path) -> list[str]:
@@ -39,6 +41,27 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     with new_folder(folder) as unfinished:
         (unfinished / "new").write_text("new")
     assert names(folder.parent) == ["folder"] and names(folder) == ["new"]
+
+
+def test_the_new_folder_stands_before_the_old_one_is_removed(tmp_path, monkeypatch):
+    folder = tmp_path / "final"
+    with new_folder(folder) as unfinished:
+        (unfinished / "old").write_text("old")
+    seen = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: seen.append((names(path), names(folder))))
+    with new_folder(folder) as unfinished:
+        (unfinished / "new").write_text("new")
+    assert seen == [(["old"], ["new"])]
+
+
+def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_name(tmp_path, monkeypatch):
+    folder = tmp_path / "final"
+    with new_folder(folder) as unfinished:
+        (unfinished / "old").write_text("old")
+    monkeypatch.setattr(files, "sync", lambda path: None)
+    with pytest.raises(FileNotFoundError):
+        commit_folder(tmp_path / "not there", folder)
+    assert names(folder) == ["old"]
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
