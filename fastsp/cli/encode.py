@@ -46,7 +46,8 @@ def encode(
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     if data.source == "latents" or data.crop != "center" or data.flip:
-        raise UserError("fastsp encode needs images: data.source other than latents, crop: center, flip: false")
+        has = f"here it is {data.source}, crop: {data.crop}, flip: {str(data.flip).lower()}"
+        raise UserError(f"fastsp encode needs images, data.crop=center and data.flip=false; {has}")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
@@ -81,7 +82,9 @@ def encode(
                 bad = f"{len(source.bad_samples)} bad samples so far"
                 typer.echo(f"shard {shard}: {number} of {len(missing)} done, {bad}, {minutes:.0f} min left")
     share = f", of which process {rank} of {world_size} has made its share" if world_size > 1 else ""
-    typer.echo(f"{out}: latents of {len(source)} samples{share}; train with data.source=latents data.path={out}")
+    num_bad = source.bad_samples.met_before(len(source))
+    but = f" but for {num_bad} bad ones, named in {out / 'bad_samples.jsonl'}" if num_bad else ""
+    typer.echo(f"{out}: latents of {len(source)} samples{but}{share}; train with data.source=latents data.path={out}")
 
 
 def _frozen_parts(config: Config, device: torch.device) -> TextToImageModel:

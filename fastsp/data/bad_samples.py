@@ -68,7 +68,8 @@ class BadSampleLog:
             where = f"; they are named in {self.path}" if self.path else ""
             raise UserError(
                 f"{self._rejected} of {self._delivered} samples are bad, more than data.max_bad_fraction = "
-                f"{self.max_fraction} allows; the latest is {name} ({reason}){where}"
+                f"{self.max_fraction:g} allows; the latest is {name} ({reason}){where}; `fastsp data check` lists all: "
+                "remove or mend them, or set data.max_bad_fraction higher"
             )
 
     def _append(self, record: dict) -> None:

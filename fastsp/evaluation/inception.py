@@ -209,11 +209,14 @@ def load_inception(path: Path) -> InceptionV3:
         UserError: no such file, not a safetensors file, or not these weights.
     """
     if not path.is_file():
-        raise UserError(f"evaluation.features={path}: no such file; allowed: classifier, or a safetensors file")
+        raise UserError(
+            f"features {path}: no such file; allowed: classifier (of the digits), or a safetensors file with "
+            "Inception-v3's weights (docs/tools.md says how to make it)"
+        )
     try:
         found = load_file(path)
     except SafetensorError as error:
-        raise UserError(f"evaluation.features={path}: not a safetensors file ({error})") from None
+        raise UserError(f"features {path}: not a safetensors file ({error})") from None
     model = InceptionV3(f"inception-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}")
     for ours, weight in model.state_dict().items():
         theirs = ours.removeprefix("layers.")
@@ -221,7 +224,7 @@ def load_inception(path: Path) -> InceptionV3:
             continue  # matters for training only, and the distributed weights have none
         shape = tuple(found[theirs].shape) if theirs in found else "missing"
         if shape != tuple(weight.shape):
-            raise UserError(f"evaluation.features={path}: {theirs} is {shape}; allowed: {tuple(weight.shape)}")
+            raise UserError(f"features {path}: {theirs} is {shape}; allowed: {tuple(weight.shape)}")
         weight.copy_(found[theirs])
     return model.eval().requires_grad_(False)
 

@@ -145,7 +145,7 @@ def test_mistakes(fails, models: list[Path], captions: Path, tmp_path: Path) -> 
     (tmp_path / "torn.json").write_text("{")
     assert "is broken JSON" in fails(*common, tmp_path / "torn.json", *COMMON)
     assert "--features is missing" in fails(*common, captions)
-    assert "no such file; allowed: classifier, or a safetensors file" in fails(*common, captions, "--features", "x.pth")
+    assert "docs/tools.md says how to make it" in fails(*common, captions, "--features", "x.pth")
     assert "41 are asked for, it has 40" in fails(*common, captions, *COMMON, "--num-samples", 41)
     assert "there is no such folder" in fails(*common, captions, *COMMON, "--reference", tmp_path / "nowhere")
     out.write_text('{"thesis": "precious"}')

@@ -56,7 +56,7 @@ def test_the_fraction_is_of_at_least_an_epoch_or_1000_samples():
     log = BadSampleLog(None, 0.01, size=5000)
     log.add("a", "empty")
     log.count(64, 10)  # of 1000 that is 1 %, no more
-    with pytest.raises(UserError, match=r"11 of 128 samples.*0\.01.*a \(empty\)"):
+    with pytest.raises(UserError, match=r"11 of 128 samples.*0\.01.*a \(empty\).*max_bad_fraction higher"):
         log.count(64, 1)
     small = BadSampleLog(None, 0.01, size=100)
     small.add("a", "empty")
