@@ -166,7 +166,7 @@ def test_two_ranks_write_a_checkpoint_once(runs):
     (alone,) = sizes("one")
     for name in ("two_ddp", "two_fsdp"):
         parts = sizes(name)
-        assert len(parts) == 2 and sum(parts) == pytest.approx(alone, rel=0.01) and max(parts) < 0.6 * alone
+        assert len(parts) == 2 and sum(parts) == pytest.approx(alone, rel=0.02) and max(parts) < 0.6 * alone
 
 
 @pytest.mark.slow
