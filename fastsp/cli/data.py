@@ -31,16 +31,20 @@ def check(
     """
     from fastsp.data.check import check_source, options_for
     from fastsp.errors import UserError
+    from fastsp.files import write_file
     from fastsp.pictures import grid, save_png
 
     if contact_sheet is not None and contact_sheet.suffix.lower() != ".png":
         raise UserError(f"--contact-sheet {contact_sheet} must end in .png")
+    if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
+        raise UserError(f"--json {json_file}: a file in a folder that there is")
     report, images = check_source(options_for(source, resolution, split), limit)
     typer.echo("\n".join(report.lines()))
     if contact_sheet is not None and len(images):
         save_png(grid(_thumbnails(images)), contact_sheet)
+        typer.echo(f"{contact_sheet}: the first {len(images)} crops")
     if json_file is not None:
-        json_file.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+        write_file(json_file, json.dumps(report.as_json(), indent=2) + "\n")
 
 
 def _thumbnails(images):

@@ -66,14 +66,20 @@ class Report:
         """The report for people."""
         return [
             f"samples           {self.samples}" + (f", of which {self.read} read" if self.read < self.samples else ""),
-            f"heights           {self.heights} pixels",
-            f"widths            {self.widths} pixels",
+            f"heights           {self.heights or 'no'} pixels",
+            f"widths            {self.widths or 'no'} pixels",
             f"enlarged          {self.smaller_than_resolution} images are smaller than the resolution",
-            f"captions          {self.caption_characters} characters",
+            f"captions          {self.caption_characters or 'no'} characters",
             f"speed             {self.images_per_second:.0f} images/s ({self.seconds:.1f} s)",
-            f"bad               {len(self.bad)}",
+            f"bad               {len(self.bad)}" + self._compared_with_the_limit(),
             *(f"  {name}: {reason}" for name, reason in sorted(self.bad.items())),
         ]
+
+    def _compared_with_the_limit(self) -> str:
+        share, limit = len(self.bad) / max(1, self.read), DataOptions.max_bad_fraction
+        if share <= limit:
+            return ""
+        return f", {share:.1%}: a run stops above data.max_bad_fraction, {limit:.0%} unless set; mend or remove them"
 
 
 def options_for(source: str, resolution: int, split: str = "train") -> DataOptions:

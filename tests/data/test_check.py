@@ -50,4 +50,18 @@ def test_command(shard, tmp_path):
     assert result.exit_code == 0
     assert "samples           10" in result.output and f"{shard}#3: not an image of a known kind" in result.output
     assert json.loads(report.read_text())["bad"] == {f"{shard}#3": "not an image of a known kind"}
-    assert Image.open(sheet).width > 3 * 32
+    assert Image.open(sheet).width > 3 * 32 and "sheet.png: the first 9 crops" in result.output
+    assert "bad               1, 10.0%: a run stops above data.max_bad_fraction, 1%" in result.output
+
+
+def test_nothing_but_bad_files(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    result = CliRunner().invoke(app, ["check", str(tmp_path)], catch_exceptions=False)
+    assert "heights           no pixels" in result.output and "a.png: the image file is empty" in result.output
+    with pytest.raises(UserError, match="a file in a folder that there is"):
+        CliRunner().invoke(
+            app,
+            ["check", str(tmp_path), "--json", str(tmp_path / "b" / "c")],
+            standalone_mode=False,
+            catch_exceptions=False,
+        )
