@@ -62,6 +62,7 @@ def evaluate(
     from fastsp.errors import UserError
     from fastsp.evaluation.captions_file import read_captions
     from fastsp.evaluation.evaluate_models import ModelEvaluation, RowFile, jobs_of
+    from fastsp.evaluation.real_pictures import load_statistics
     from fastsp.evaluation.reference_set import open_reference
     from fastsp.progress import steps_bar
 
@@ -76,6 +77,8 @@ def evaluate(
     work = work or json_file.with_name(f"{json_file.name}.work")
     extractor, statistics = open_reference(features, reference, found, work, steps_bar, resolution)
     if save_reference is not None:
+        if save_reference.exists():  # of the same command, stopped; anything else of the user's stays
+            load_statistics(save_reference, extractor.identity)
         statistics.save(save_reference)
     evaluation = ModelEvaluation(found, extractor, statistics, json_file, work, resolution, batch_size, keep_pictures)
     named = list(zip(model, short_names(model), strict=True))

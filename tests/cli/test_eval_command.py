@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from export.test_export import finished_run
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fastsp.evaluation.inception import InceptionV3
 from fastsp.models import digits_model
@@ -146,6 +146,10 @@ def test_mistakes(fails, models: list[Path], captions: Path, tmp_path: Path) -> 
     assert "is broken JSON" in fails(*common, tmp_path / "torn.json", *COMMON)
     assert "--features is missing" in fails(*common, captions)
     assert "docs/tools.md says how to make it" in fails(*common, captions, "--features", "x.pth")
+    mine = tmp_path / "mine.safetensors"
+    save_file({"weight": torch.zeros(1)}, mine)
+    assert "holds no statistics" in fails(*common, captions, *COMMON, "--save-reference", mine)
+    assert list(load_file(mine)) == ["weight"]
     assert "41 are asked for, it has 40" in fails(*common, captions, *COMMON, "--num-samples", 41)
     assert "there is no such folder" in fails(*common, captions, *COMMON, "--reference", tmp_path / "nowhere")
     out.write_text('{"thesis": "precious"}')
