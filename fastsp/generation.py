@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from fastsp import draws
+from fastsp.config import load_config
 from fastsp.errors import UserError
-from fastsp.models import TextToImageModel, load_pipeline, load_unet
+from fastsp.lora import DIFFUSERS_FILE
+from fastsp.models import TextToImageModel, load_model, load_pipeline, load_unet
 from fastsp.sampling import NO_GUIDANCE, Guidance
 
 
@@ -40,22 +42,43 @@ def load_for_sampling(name: str) -> TextToImageModel:
 
     Args:
         name: what :func:`fastsp.models.load_pipeline` takes, or a stage of a run, as in ``runs/quickstart/stages/mse``:
-            that UNet, the run's other parts.
+            that UNet, the run's other parts. The run need not be finished.
+
+    Raises:
+        UserError: there is no such model, or it cannot be loaded.
     """
-    folder = Path(name)
-    run = folder.parent.parent
-    if (folder / "config.json").is_file() and (run / "final").is_dir():
-        model = load_pipeline(str(run / "final"), with_unet=False)
-        model.unet = load_unet(folder)
-    else:
-        model = load_pipeline(name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _load(Path(name).expanduser(), name)
+    device = best_device()
     model.place(device)
     if model.vae is not None:
         model.vae.enable_slicing()  # one picture at a time: its float32 activations are larger than the UNet's
     model.unet.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     if device.type == "cuda":
         model.unet.to(torch.bfloat16)
+    return model
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _load(folder: Path, name: str) -> TextToImageModel:
+    if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+        raise UserError(f"{name} is a run directory: take its final/, or one of its stages/")
+    run = folder.parent.parent
+    of_run = folder.parent.name == "stages" and ((run / "final").is_dir() or (run / "config.yaml").is_file())
+    if not of_run or (folder / DIFFUSERS_FILE).is_file():
+        return load_pipeline(name)
+    if not folder.is_dir():
+        there = ", ".join(sorted(path.name for path in folder.parent.glob("[!.]*"))) or "none"
+        raise UserError(f"{name}: the run has not finished that stage; finished: {there}")
+    if (run / "final").is_dir():
+        model = load_pipeline(str(run / "final"), with_unet=False)
+    else:
+        config = load_config(run / "config.yaml")
+        start = config.model
+        model = load_model(start.preset, start.pretrained, config.data.resolution, config.seed, start.config)
+    model.unet = load_unet(folder)
     return model
 
 

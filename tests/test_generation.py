@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from export import pipelines
+from export.test_export import finished_run
 
 from fastsp.errors import UserError
 from fastsp.generation import Sampling, generate, load_for_sampling, num_batches, trajectories
@@ -46,6 +49,23 @@ def test_a_step_counts_once_for_a_batch(folder: Path) -> None:
     assert len(steps) == 4 * 2 and first == range(3) and frames.shape == (3, 4, 3, 16, 16)
     ends = pictures(model, Sampling(4, batch_size=3))[:3]
     assert torch.equal(frames[:, -1], ends)
+
+
+def test_a_stage_is_sampled_while_the_run_trains_on(folder: Path, tmp_path: Path) -> None:
+    """Until there is a final/, the other parts are those of the model that the run started from."""
+    run = finished_run(tmp_path, "sd1")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"] |= {"preset": None, "pretrained": str(folder)}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "checkpoints").mkdir()
+    finished = pictures(load_for_sampling(str(run / "stages" / "mse")), Sampling(2))
+    shutil.rmtree(run / "final")
+    assert torch.equal(pictures(load_for_sampling(str(run / "stages" / "mse")), Sampling(2)), finished)
+    shutil.rmtree(run / "stages" / "sp")
+    with pytest.raises(UserError, match=r"stages/sp: the run has not finished that stage; finished: mse, mse_longer"):
+        load_for_sampling(str(run / "stages" / "sp"))
+    with pytest.raises(UserError, match="is a run directory: take its final/"):
+        load_for_sampling(str(run))
 
 
 def test_too_many_steps(folder: Path) -> None:

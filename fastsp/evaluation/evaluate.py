@@ -31,9 +31,10 @@ from fastsp.evaluation.picture_set import Pictures
 from fastsp.evaluation.plan import Planned, plan
 from fastsp.evaluation.reference import heldout_pictures, training_pictures
 from fastsp.evaluation.reference_set import open_reference
-from fastsp.evaluation.rows import REAL, setting_of
+from fastsp.evaluation.rows import REAL, described, setting_of
 from fastsp.evaluation.settings import EvaluationSettings, absent_files
 from fastsp.files import write_file
+from fastsp.generation import best_device
 from fastsp.models import load_pipeline, load_unet
 from fastsp.progress import steps_bar
 from fastsp.sampling import Guidance
@@ -41,15 +42,12 @@ from fastsp.sampling import Guidance
 Row = dict[str, Any]
 
 
-def evaluate_run(
-    config: Config, settings: EvaluationSettings, device: torch.device | str = "cpu", console: Console | None = None
-) -> list[Row]:
+def evaluate_run(config: Config, settings: EvaluationSettings, console: Console | None = None) -> list[Row]:
     """Fill `evaluation.json` of a finished run with the rows that its configuration asks for.
 
     Args:
         config: of the run; its `run_dir` holds `final/` and `stages/`.
         settings: its `evaluation` section.
-        device: where to sample and to look at pictures.
         console: where progress is shown; None: a console of its own.
 
     Returns:
@@ -70,13 +68,13 @@ def evaluate_run(
     write_environment(run_dir)
     if settings.captions is not None:
         return _evaluate_over_captions(config, settings, console)
-    evaluation = Evaluation(config, settings, torch.device(device))
+    evaluation = Evaluation(config, settings, best_device())
     rows = plan(config, settings)
     store = RowStore(run_dir / "evaluation.json", rows, settings.num_samples, evaluation.scorer.model.identity)
     with _progress(console) as bar:
         task = bar.add_task("evaluation", total=len(rows))
         for number, planned in enumerate(rows, start=1):
-            bar.update(task, description=_describe(planned))
+            bar.update(task, description=described(*planned))
             is_new = store.add(planned, evaluation.row)
             bar.advance(task)
             if is_new and not console.is_terminal:  # there is no bar then
@@ -223,14 +221,4 @@ def _progress(console: Console) -> Progress:
 
 def _plain_line(row: Row, planned: Planned, place: str) -> str:
     scores = f"FID {row['fid']:.2f}  IS {row['inception_score']:.2f}  validity {row['validity']:.1%}"
-    return f"evaluation {place}: {_describe(planned)}  {scores}  {row['seconds']:.0f} s"
-
-
-def _describe(planned: Planned) -> str:
-    setting = planned.setting
-    parts = [setting.stage]
-    parts += [f"{setting.steps} steps"] if setting.steps else []
-    parts += [f"guidance {setting.guidance:g}"] if setting.guidance else []
-    parts += [f"rescale {setting.rescale:g}"] if setting.rescale else []
-    parts += [] if setting.conditional else ["unconditional"]
-    return f"{', '.join(parts)}, seed {planned.seed}"
+    return f"evaluation {place}: {described(*planned)}  {scores}  {row['seconds']:.0f} s"

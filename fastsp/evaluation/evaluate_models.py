@@ -20,7 +20,7 @@ from fastsp.evaluation.captions_file import CaptionSet
 from fastsp.evaluation.features import FeatureModel, Features
 from fastsp.evaluation.metrics import caption_agreement, inception_score, validity
 from fastsp.evaluation.real_pictures import RealStatistics
-from fastsp.evaluation.rows import REAL, Setting
+from fastsp.evaluation.rows import REAL, Setting, described
 from fastsp.evaluation.sampled_features import SampledFeatures
 from fastsp.files import write_file
 from fastsp.generation import Sampling, load_for_sampling, num_batches
@@ -45,15 +45,6 @@ class Job:
     model: str
     setting: Setting
     seed: int
-
-    @property
-    def description(self) -> str:
-        setting = self.setting
-        parts = [setting.stage, f"{setting.steps} steps"]
-        parts += [f"guidance {setting.guidance:g}"] if setting.guidance else []
-        parts += [f"rescale {setting.rescale:g}"] if setting.rescale else []
-        parts += [] if setting.conditional else ["unconditional"]
-        return f"{', '.join(parts)}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -118,7 +109,7 @@ class ModelEvaluation:
         sampling = Sampling(setting.steps, guidance, job.seed, side, self.batch_size)
         samples = SampledFeatures(self.work / drawn, texts, sampling, self.extractor, self.keep_pictures)
         batches = num_batches(len(texts) - samples.missing(), self.batch_size)
-        with bar(job.description, batches * setting.steps) as advance:
+        with bar(described(setting, job.seed), batches * setting.steps) as advance:
             samples.draw(model, advance)
         seen, seconds = samples.load()
         return {**row, **self._scores(seen, texts if setting.conditional else []), "seconds": round(seconds, 2)}
@@ -151,7 +142,7 @@ class ModelEvaluation:
     def _add(self, store: RowFile, row: Row, say: Callable[[str], Any]) -> None:
         if store.add(row):
             setting = Setting(*(row[key] for key in Setting._fields))
-            name = "real pictures" if setting.stage == REAL else Job("", setting, row["seed"]).description
+            name = "real pictures" if setting.stage == REAL else described(setting, row["seed"])
             say(f"{name}: FID {row['fid']:.2f}  IS {row['inception_score']:.2f}  ({row['num_samples']} pictures)")
 
 

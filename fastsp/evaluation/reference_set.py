@@ -6,8 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from fastsp.config import DataConfig
 from fastsp.errors import UserError
 from fastsp.evaluation.captions_file import CaptionSet
@@ -17,6 +15,7 @@ from fastsp.evaluation.inception import load_inception
 from fastsp.evaluation.picture_set import Pictures
 from fastsp.evaluation.real_pictures import RealStatistics, load_statistics, picture_files, real_features
 from fastsp.evaluation.reference import heldout_pictures, training_pictures
+from fastsp.generation import best_device
 from fastsp.progress import Bar
 
 _DIGITS_SIDE = 8  # pixels of the original scans
@@ -45,7 +44,7 @@ def open_reference(
             seen = extractor.extract(heldout.images)
             return extractor, RealStatistics.of(seen, extractor.identity, "held-out digits")
         return extractor, _statistics(reference, captions, extractor, work, bar)
-    inception = load_inception(Path(features)).to("cuda" if torch.cuda.is_available() else "cpu")
+    inception = load_inception(Path(features)).to(best_device())
     if reference is None:
         raise UserError("the reference is missing: a folder of real pictures, or statistics kept by --save-reference")
     return inception, _statistics(reference, captions, inception, work, bar)

@@ -70,6 +70,16 @@ class Comparison:
     outcome: str
 
 
+def described(setting: Setting, seed: int) -> str:
+    """A row in words, for progress and messages."""
+    parts = [setting.stage]
+    parts += [f"{setting.steps} steps"] if setting.steps else []
+    parts += [f"guidance {setting.guidance:g}"] if setting.guidance else []
+    parts += [f"rescale {setting.rescale:g}"] if setting.rescale else []
+    parts += [] if setting.conditional else ["unconditional"]
+    return f"{', '.join(parts)}, seed {seed}"
+
+
 def setting_of(row: dict[str, Any]) -> Setting:
     """The setting of a row of `evaluation.json`."""
     return Setting(row["stage"], row.get("conditional", True), row["guidance"], row["rescale"], row["steps"])
