@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,6 +16,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fastsp.config_text import apply_override, parse_yaml, read_text
 from fastsp.errors import UserError
 from fastsp.loss import Distance, Teacher
 from fastsp.perceptual import Layers
@@ -317,11 +317,11 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     """
     if not file.is_file():
         raise UserError(f"configuration file {file} does not exist")
-    tree = _parse_yaml(_read_text(file), str(file))
+    tree = parse_yaml(read_text(file), str(file))
     if not isinstance(tree, dict):
         raise UserError(f"{file} is empty or no mapping: a configuration has keys such as run_dir, model, data, stages")
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -330,54 +330,6 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
 
 def _earlier(names: list[str]) -> str:
     return f"earlier stages are {', '.join(names)}" if names else "there is no earlier stage"
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, reading 1e-4 as the number that people mean (YAML 1.1 takes it for text)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "cannot be read"
-        raise UserError(f"{where}{place} is broken YAML: {problem}") from None
-
-
-def _apply_override(tree: Any, override: str) -> None:
-    """Set one value of the tree. Lists are entered by index, missing sections are made."""
-    dotted, equals, text = override.partition("=")
-    keys = dotted.split(".")
-    if not equals or not all(keys):
-        raise UserError(f"override {override!r} must be key.path=value, as in stages.0.steps=20")
-    for key, following in zip(keys, [*keys[1:], None], strict=True):
-        slot: Any = key
-        if isinstance(tree, list):
-            if not (key.isdecimal() and int(key) < len(tree)):
-                raise UserError(f"override {override!r}: {key!r} is no index of a list of {len(tree)}")
-            slot = int(key)
-        elif not isinstance(tree, dict):
-            raise UserError(f"override {override!r}: nothing can be set below {key!r}")
-        if following is None:
-            tree[slot] = _parse_yaml(text, f"override {override!r}")
-            return
-        if isinstance(tree, dict) and tree.get(slot) is None:
-            tree[slot] = {}
-        tree = tree[slot]
 
 
 def _describe(error: ValidationError) -> str:
