@@ -72,12 +72,16 @@ class Comparison:
 
 def described(setting: Setting, seed: int) -> str:
     """A row in words, for progress and messages."""
-    parts = [setting.stage]
-    parts += [f"{setting.steps} steps"] if setting.steps else []
+    return ", ".join([setting.stage, *([how] if (how := sampling_words(setting)) else []), f"seed {seed}"])
+
+
+def sampling_words(setting: Setting, with_condition: bool = True) -> str:
+    """How the pictures were drawn, as in ``25 steps, guidance 7.5, rescale 0.7, unconditional``."""
+    parts = [f"{setting.steps} steps"] if setting.steps else []
     parts += [f"guidance {setting.guidance:g}"] if setting.guidance else []
     parts += [f"rescale {setting.rescale:g}"] if setting.rescale else []
-    parts += [] if setting.conditional else ["unconditional"]
-    return f"{', '.join(parts)}, seed {seed}"
+    parts += ["unconditional"] if with_condition and not setting.conditional else []
+    return ", ".join(parts)
 
 
 def setting_of(row: dict[str, Any]) -> Setting:

@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from fastsp.evaluation import paper
-from fastsp.evaluation.rows import REAL, Comparison, Setting, by_setting, compare, spread
+from fastsp.evaluation.rows import REAL, Comparison, Setting, by_setting, compare, sampling_words, spread
 from fastsp.evaluation.run_files import RunFiles
 
 
@@ -116,8 +116,8 @@ def _sentence(metrics: tuple[Metric, ...], comparisons: tuple[Comparison, ...]) 
     """The first comparison in full, then how all of them came out."""
     metric, first = metrics[0], comparisons[0]
     scores = (
-        f"{metric.heading} at {_sampling(first)}: {metric.show(first.self_perceptual)} with the self-perceptual loss, "
-        f"{metric.show(first.control)} with MSE for as many steps"
+        f"{metric.heading} at {sampling_words(first.setting)}: {metric.show(first.self_perceptual)} with the "
+        f"self-perceptual loss, {metric.show(first.control)} with MSE for as many steps"
     )
     count = first.difference.count
     if count == 1:
@@ -139,7 +139,7 @@ def _sentence(metrics: tuple[Metric, ...], comparisons: tuple[Comparison, ...]) 
 def _line(metric: Metric, c: Comparison) -> dict[str, str]:
     return {
         "metric": f"{metric.heading} {metric.arrow}",
-        "sampling": _sampling(c),
+        "sampling": sampling_words(c.setting),
         "self_perceptual": metric.show(c.self_perceptual),
         "control": metric.show(c.control),
         "difference": metric.show(c.difference.mean, signed=True),
@@ -150,10 +150,6 @@ def _line(metric: Metric, c: Comparison) -> dict[str, str]:
 
 def _interval(metric: Metric, c: Comparison) -> str:
     return f"{metric.show(c.difference.low, signed=True)} to {metric.show(c.difference.high, signed=True)}"
-
-
-def _sampling(comparison: Comparison) -> str:
-    return _setting_words(comparison.setting) + ("" if comparison.setting.conditional else ", unconditional")
 
 
 # The scores
@@ -216,7 +212,4 @@ def _cell(rows: list[dict[str, Any]], metric: Metric, best: str | None) -> dict[
 def _setting_words(setting: Setting) -> str:
     if setting.stage == REAL:
         return "training set: the floor"
-    parts = [f"{setting.steps} steps"]
-    parts += [f"guidance {setting.guidance:g}"] if setting.guidance else []
-    parts += [f"rescale {setting.rescale:g}"] if setting.rescale else []
-    return ", ".join(parts)
+    return sampling_words(setting, with_condition=False)

@@ -5,7 +5,7 @@ import math
 import pytest
 from evaluation.runs import row, rows, write_run
 
-from fastsp.evaluation.rows import compare, confidence_interval
+from fastsp.evaluation.rows import Setting, compare, confidence_interval, described, sampling_words
 from fastsp.evaluation.run_files import read_run
 from fastsp.evaluation.tables import find_roles, verdict
 
@@ -83,3 +83,10 @@ def test_the_control_is_as_long_and_from_the_same_start(tmp_path) -> None:
     run.config = {**run.config, "stages": [*run.config["stages"][:2], {**run.config["stages"][2], "steps": 999}]}
     assert find_roles(run).control is None
     assert "no fair comparison" in verdict(run, find_roles(run)).sentence
+
+
+def test_rows_in_words() -> None:
+    setting = Setting("sp", conditional=False, guidance=7.5, rescale=0.7, steps=25)
+    assert sampling_words(setting) == "25 steps, guidance 7.5, rescale 0.7, unconditional"
+    assert described(setting, 3) == "sp, 25 steps, guidance 7.5, rescale 0.7, unconditional, seed 3"
+    assert described(Setting("real", True, 0.0, 0.0, 0), 0) == "real, seed 0"
