@@ -104,7 +104,7 @@ def test_what_is_refused(pipelines, tmp_path):
         load_pipeline(str(tmp_path))
     with pytest.raises(UserError, match=r"model.preset 'huge' is unknown: use one of digits"):
         load_model("huge", None, 8, 0)
-    with pytest.raises(UserError, match=r"data.resolution 18 must be a multiple of 4"):
+    with pytest.raises(UserError, match=r"resolution 18 must be a multiple of 4"):
         load_pipeline(str(stable_diffusion)).latent_shape(18)
 
 

@@ -62,7 +62,8 @@ def sample(
     settings = Sampling(steps, Guidance(guidance, rescale), seed, resolution, batch_size)
     rows = list(_pictures(model, texts, settings, files, trajectory))
     _write_grid(rows, titles, texts, settings, trajectory, out, model)
-    typer.echo(f"{out}: {len(texts) * len(model)} pictures in {steps} DDIM steps")
+    drawn = len(texts) * len(model)
+    typer.echo(f"{out}: {drawn} picture{'s' * (drawn != 1)} in {steps} DDIM step{'s' * (steps != 1)}")
     if singles is not None:
         typer.echo(f"{singles}: the same pictures one by one")
 

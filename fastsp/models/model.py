@@ -67,7 +67,7 @@ class TextToImageModel:
             UserError: the VAE cannot halve ``resolution`` as often as it does.
         """
         if resolution % self.shrink:
-            raise UserError(f"data.resolution {resolution} must be a multiple of {self.shrink}: the VAE shrinks by it")
+            raise UserError(f"resolution {resolution} must be a multiple of {self.shrink}: the VAE shrinks by it")
         return (self.unet.config.in_channels, resolution // self.shrink, resolution // self.shrink)
 
     @property

@@ -100,7 +100,7 @@ def test_guidance_and_resolution(command, run: Path, tmp_path: Path) -> None:
 def test_an_xl_pipeline(command, tmp_path: Path) -> None:
     folder = tiny_stable_diffusion(tmp_path / "xl", "sdxl")
     out = tmp_path / "xl.png"
-    assert f"{out}: 1 pictures in 2 DDIM steps" in command(
+    assert f"{out}: 1 picture in 2 DDIM steps" in command(
         "sample", "--model", folder, "--prompt", "a", "--steps", 2, "--guidance", 2, "--out", out
     )
 
