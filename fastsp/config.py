@@ -16,8 +16,9 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fastsp.config_text import apply_override, parse_yaml, read_text
+from fastsp.config_text import apply_override, parse_yaml
 from fastsp.errors import UserError
+from fastsp.files import read_text
 from fastsp.loss import Distance, Teacher
 from fastsp.perceptual import Layers
 from fastsp.schedule import TimestepSampling
@@ -315,9 +316,7 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
         UserError: no such file, broken YAML, an unknown key, a wrong type or value; one line that names the key, the
             value and what is allowed.
     """
-    if not file.is_file():
-        raise UserError(f"configuration file {file} does not exist")
-    tree = parse_yaml(read_text(file), str(file))
+    tree = parse_yaml(read_text(file, f"configuration file {file}"), str(file))
     if not isinstance(tree, dict):
         raise UserError(f"{file} is empty or no mapping: a configuration has keys such as run_dir, model, data, stages")
     for override in overrides:

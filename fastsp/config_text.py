@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fastsp.errors import UserError
-
-
-def read_text(file: Path) -> str:
-    """The file's text.
-
-    Raises:
-        UserError: it is not UTF-8.
-    """
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text") from None
 
 
 class _Loader(yaml.SafeLoader):

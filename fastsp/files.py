@@ -15,12 +15,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastsp.errors import UserError
+
 UNFINISHED = ".*.tmp"
 _NO_ROOM = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file would be larger than is allowed here",
 }
+
+
+def read_text(path: Path, name: str | None = None) -> str:
+    """UTF-8 text; ``name`` is what errors call the file.
+
+    Raises:
+        UserError: no such file, or not UTF-8.
+    """
+    if not path.is_file():
+        raise UserError(f"{name or path} does not exist")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{name or path} is not UTF-8 text") from None
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -4,32 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[], None]]]  # (what, how many steps) -> advances by one
+
+
+def steps_progress(console: Console, shown: bool = True) -> Progress:
+    """rich's display of steps, elapsed and remaining time; nothing is drawn where ``console`` is no terminal."""
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("[bold]{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        console=console,
+        disable=not (shown and console.is_terminal),
+    )
 
 
 @contextmanager
 def steps_bar(description: str, total: int, shown: bool = True) -> Iterator[Callable[..., None]]:
     """The value of the context is a function that advances the bar by one of ``total``, or by as many as it is told."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
+    with steps_progress(Console(stderr=True), shown) as bar:
         task = bar.add_task(description, total=total)
         yield lambda count=1: bar.advance(task, count)

@@ -182,12 +182,6 @@ def _refuse_existing(files: list[Path], force: bool) -> None:
 
 def _lines(file: Path) -> list[str]:
     """The non-empty lines of a text file."""
-    from fastsp.errors import UserError
+    from fastsp.files import read_text
 
-    if not file.is_file():
-        raise UserError(f"--prompts {file} does not exist")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"--prompts {file} is not UTF-8 text") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in read_text(file, f"--prompts {file}").splitlines() if line.strip()]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsp.errors import UserError
+from fastsp.files import read_text
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,7 @@ def read_captions(file: Path, count: int | None = None) -> CaptionSet:
     Raises:
         UserError: no such file, not what it should be, or fewer captions than asked for.
     """
-    if not file.is_file():
-        raise UserError(f"captions {file}: there is no such file; allowed: COCO's captions_*.json, or a text file")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"captions {file} is not UTF-8 text") from None
+    text = read_text(file, f"captions {file}")
     if file.suffix.lower() == ".json":
         found = _of_coco(_parsed(text, file), file)
         count = min(10_000, len(found)) if count is None else count

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fastsp import draws
@@ -36,7 +35,7 @@ from fastsp.evaluation.settings import EvaluationSettings, absent_files
 from fastsp.files import write_file
 from fastsp.generation import best_device
 from fastsp.models import load_pipeline, load_unet
-from fastsp.progress import steps_bar
+from fastsp.progress import steps_bar, steps_progress
 from fastsp.sampling import Guidance
 
 Row = dict[str, Any]
@@ -71,7 +70,7 @@ def evaluate_run(config: Config, settings: EvaluationSettings, console: Console 
     evaluation = Evaluation(config, settings, best_device())
     rows = plan(config, settings)
     store = RowStore(run_dir / "evaluation.json", rows, settings.num_samples, evaluation.scorer.model.identity)
-    with _progress(console) as bar:
+    with steps_progress(console) as bar:
         task = bar.add_task("evaluation", total=len(rows))
         for number, planned in enumerate(rows, start=1):
             bar.update(task, description=described(*planned))
@@ -204,19 +203,6 @@ def feature_model(features: str, train: Pictures, heldout: Pictures) -> FeatureM
 def seeded_order(size: int, seed: int) -> Tensor:
     """A permutation of 0 .. size - 1, int64, that depends on the seed alone."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
 
 
 def _plain_line(row: Row, planned: Planned, place: str) -> str:

@@ -141,7 +141,7 @@ def test_pictures_statistics_and_the_empty_prompt(command, models: list[Path], c
 def test_mistakes(fails, models: list[Path], captions: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     common = ("eval", "--model", models[0], "--json", out, "--captions")
-    assert "there is no such file" in fails(*common, tmp_path / "captions_val2014.json", *COMMON)
+    assert "does not exist" in fails(*common, tmp_path / "captions_val2014.json", *COMMON)
     (tmp_path / "torn.json").write_text("{")
     assert "is broken JSON" in fails(*common, tmp_path / "torn.json", *COMMON)
     assert "--features is missing" in fails(*common, captions)

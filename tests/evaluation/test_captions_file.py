@@ -60,7 +60,7 @@ def test_text_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.json", None, "there is no such file"),
+        ("missing.json", None, "does not exist"),
         ("torn.json", '{"images": [', "is broken JSON: "),
         ("list.json", "[1, 2]", "is not COCO's: it lacks images"),
         ("none.json", '{"images": []}', "is not COCO's: it lacks images"),
