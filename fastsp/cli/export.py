@@ -30,7 +30,7 @@ def export(
         raise UserError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     if single_file is not None and single_file.suffix != ".safetensors":
         raise UserError(f"--single-file {single_file} must end in .safetensors")
-    _check_folder(out, force)
+    _check_folder(out, run, force)
     for file in (single_file, single_file and single_file.with_suffix(".yaml")):
         if file is not None and (file.is_dir() or (file.exists() and not force)):
             raise UserError(f"--single-file: {file} is there already; --force replaces files, or choose another name")
@@ -38,10 +38,12 @@ def export(
         typer.echo(f"wrote {path}")
 
 
-def _check_folder(out: Path, force: bool) -> None:
-    """A folder is replaced only if it is a pipeline, and only if that is wished."""
+def _check_folder(out: Path, run: Path, force: bool) -> None:
+    """A folder is replaced only if it is a pipeline, and only if that is wished; what the run wrote, never."""
     from fastsp.errors import UserError
 
+    if out.resolve().is_relative_to(run.resolve()):
+        raise UserError(f"--out {out} lies in the run; choose a folder outside of it")
     if out.is_file():
         raise UserError(f"--out {out} is a file; a folder is written")
     if not out.is_dir() or not any(out.iterdir()):

@@ -101,6 +101,8 @@ class LatentsHeader:
     """(P,) of Stable Diffusion XL's pooled text features."""
     text_sha256: str | None = None
     """`fingerprint` of the text encoders, where there are text features."""
+    names_sha256: str | None = None
+    """`Source.names_sha256` of what was encoded, so that no other pictures are added to it."""
     version: int = VERSION
 
     @property

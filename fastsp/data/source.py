@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -211,6 +212,13 @@ class Source:
     def __len__(self) -> int:
         """Samples in one epoch, bad ones included."""
         return len(self.reader)
+
+    def names_sha256(self) -> str:
+        """Of the samples' names in the source's order, without the folders that they lie in."""
+        digest = hashlib.sha256()
+        for index in range(len(self.reader)):
+            digest.update(self.reader.name(index).rpartition("/")[2].encode() + b"\n")
+        return digest.hexdigest()
 
     def batches(
         self,

@@ -38,4 +38,5 @@ def test_mistakes(fails, run: Path, tmp_path: Path) -> None:
     assert "must end in .safetensors" in fails("export", "--run", run, "--out", out, "--single-file", "model.ckpt")
     assert "'sq' is no stage" in fails("export", "--run", run, "--out", out, "--stage", "sq")
     assert "does not exist" in fails("export", "--run", tmp_path / "nowhere", "--out", out)
+    assert "lies in the run" in fails("export", "--run", run, "--out", run / "final", "--force")
     assert [path.name for path in tmp_path.rglob("*")] == ["thesis", "thesis.tex"]

@@ -46,3 +46,6 @@ def test_encode(tmp_path):
         (["--dtype", "int8"], "'int8'; allowed: float16"),
     ]:
         assert message in str(run(tmp_path, *arguments).exception)
+    write_tar(tmp_path / "others.tar", members)
+    refused = str(run(tmp_path, f"data.path={tmp_path / 'others.tar'}").exception)
+    assert "holds latents with names_sha256 = " in refused, "as many pictures, but others"
