@@ -114,7 +114,7 @@ def choose(
     names = available(device) if wanted == "auto" else (wanted, "sdpa")
     times = (measure or milliseconds)(names, attention_calls(unet_config, latents, text), dtype, device)
     if wanted == "auto":
-        return Choice(min(times, key=times.__getitem__), times)
+        return Choice(min(times, key=times.__getitem__, default="sdpa"), times)
     if wanted not in times:
         raise UserError(
             f"attention: {wanted!r} cannot compute this UNet's shapes in {str(dtype).removeprefix('torch.')}; use auto"
@@ -166,10 +166,11 @@ def milliseconds(names: tuple[str, ...], calls: Calls, dtype: torch.dtype, devic
             times[name] = sum(
                 count * _milliseconds(name, query, key, dtype, device) for (query, key), count in calls.items()
             )
-        except (RuntimeError, NotImplementedError, ValueError):  # what a kernel says of a shape or dtype it lacks
+        except Exception:  # of a shape or dtype that it lacks, of memory, of a package built for another torch
             continue
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the plain kernel's scores are large
+        torch.cuda.reset_peak_memory_stats(device)  # a run's figures are the training's own
     return times
 
 
@@ -198,7 +199,9 @@ def _attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if name == "xformers":
         from xformers.ops import memory_efficient_attention
 
-        return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        # with the copies that diffusers' processor makes, on the way in and out
+        rows = memory_efficient_attention(*(x.flatten(0, 1).contiguous() for x in (q, k, v)))
+        return rows.unflatten(0, q.shape[:2]).transpose(1, 2).contiguous().transpose(1, 2)
     with sdpa_kernel(TORCH_BACKENDS[name]):
         return F.scaled_dot_product_attention(q, k, v)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -76,6 +79,38 @@ def test_measured_on_a_cpu():
     assert all(ms > 0 for ms in times.values())
 
 
+def test_what_cannot_be_had_is_left_out(monkeypatch):
+    """A package that is built for another torch fails at its import, by any error."""
+    calls = attention_calls(dict(tiny_unet().config), *SHAPES)
+
+    def attend(name, q, k, v):
+        if name != "sdpa":
+            raise {"cudnn": RuntimeError, "xformers": ImportError, "flash": AttributeError}[name]("planted")
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    monkeypatch.setattr(attention, "_attend", attend)
+    assert milliseconds(("xformers", "sdpa", "flash", "cudnn"), calls, torch.float32, CPU).keys() == {"sdpa"}
+    nothing = choose("auto", dict(tiny_unet().config), *SHAPES, torch.bfloat16, CUDA, lambda *_: {})
+    assert nothing == attention.Choice("sdpa", {})
+
+
+def test_xformers_is_measured_as_its_processor_calls_it(monkeypatch):
+    """(B * heads, length, width), contiguous: diffusers copies the heads out of the features, and back."""
+    layouts = []
+
+    def memory_efficient_attention(q, k, v):
+        layouts.extend((x.ndim, x.is_contiguous()) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    module = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setitem(sys.modules, "xformers", types.SimpleNamespace(ops=module))
+    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    q, k = (torch.randn(2, length, 3 * 8).view(2, length, 3, 8).transpose(1, 2) for length in (16, 5))
+    ours = attention._attend("xformers", q, k, k)
+    torch.testing.assert_close(ours, attention._attend("sdpa", q, k, k))
+    assert layouts == [(3, True)] * 3 and ours.transpose(1, 2).is_contiguous()
+
+
 def test_the_fastest_is_taken(monkeypatch):
     monkeypatch.setattr(attention, "available", lambda device: ("sdpa", "cudnn", "flash"))
 
@@ -129,6 +164,7 @@ def test_gpu_probe_of_sd21():
     times = milliseconds(available(CUDA), calls, torch.bfloat16, CUDA)
     assert times.keys() >= {"sdpa", "flash", "efficient", "math"}
     assert min(times.values()) < times["math"]
+    assert torch.cuda.max_memory_allocated() == torch.cuda.memory_allocated(), "a run's figures are the training's own"
 
 
 @pytest.mark.gpu
