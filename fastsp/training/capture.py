@@ -80,7 +80,7 @@ class CapturedStep:
         except RuntimeError as error:
             if self.required:
                 raise
-            reason = str(error).splitlines()[0]
+            reason = str(_cause(error)).splitlines()[0]
         _log.warning("cuda_graph: auto goes on without a CUDA graph: %s", reason)
         self._gave_up = True
         self.step.optimizer.forget_gradients()
@@ -152,7 +152,8 @@ def record_cuda_graphs(works: Sequence[Work]) -> list[Work]:
     Threads that read data go on meanwhile (``thread_local``).
     """
     pool, graphs = torch.cuda.graph_pool_handle(), []
-    with _no_garbage_collection():
+    # The current stream as a context: torch's own stays on the recording's stream when a recording fails.
+    with _no_garbage_collection(), torch.cuda.stream(torch.cuda.current_stream()):
         for work in works:
             graph: Any = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -174,6 +175,13 @@ def captured(step: TrainingStep) -> TrainingStep | CapturedStep:
             raise UserError("cuda_graph: true does not go with distributed: fsdp, which moves the weights; use auto")
         return step
     return CapturedStep(step, required=step.config.cuda_graph is True)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong first: the end of a recording that has failed only says that it has."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 @contextmanager

@@ -114,10 +114,13 @@ def test_it_records_once_and_anew_for_another_shape():
 
 def test_a_recording_that_fails(caplog):
     def fail(works):
-        works[0]()  # as far as the end of the backward, say
-        raise RuntimeError("planted\nsecond line")
+        try:
+            works[0]()  # as far as the end of the backward, say
+            raise RuntimeError("planted\nsecond line")
+        finally:
+            raise RuntimeError("the recording had failed before")
 
-    with pytest.raises(RuntimeError, match="planted"):
+    with pytest.raises(RuntimeError, match="had failed"):
         step = make("cpu", "mse")
         run(step, CapturedStep(step, record=fail))
     step, expected = make("cpu", "mse", microbatch=2), make("cpu", "mse", microbatch=2)
@@ -200,3 +203,13 @@ def test_gpu_recording_computes_nothing():
     for replay in replays:
         replay()
     assert float(total) == 2
+
+
+@pytest.mark.gpu
+def test_gpu_after_a_recording_that_fails():
+    """The stream is the caller's again, and memory and random numbers are to be had."""
+    total, before = torch.zeros((), device="cuda"), torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        record_cuda_graphs([lambda: total.add_(1).item()])
+    assert torch.cuda.current_stream() == before
+    assert float(total + torch.rand(1 << 20, device="cuda").mean()) > 0
