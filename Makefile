@@ -61,13 +61,15 @@ GPU_ENV = PYTHONPATH=.:kernels FASTSP_CACHE=$(CACHE)/fastsp TORCHINDUCTOR_CACHE_
 	TRITON_CACHE_DIR=$(CACHE)/triton CUBLAS_WORKSPACE_CONFIG=:4096:8
 NEED = PYTHONPATH=.:kernels $(PYTHON_GPU) -m fastsp.bench.need
 HAS_GPU = $(PYTHON_GPU) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch finds no GPU')"
+# Only these files are read: others may need packages that the machine does not have.
+GPU_TESTS = `grep -rl "mark\.gpu" tests --include="test_*.py"`
 GPU_PACKAGES = torch triton diffusers transformers tokenizers pydantic yaml rich typer PIL
 
 gpu-test:
 	@echo "== tests that need a GPU; into $(OUT)/gpu-test.xml"
 	@mkdir -p $(OUT)
 	@$(NEED) nvidia.dali xformers sklearn scipy peft accelerate webdataset || true
-	@if $(NEED) $(GPU_PACKAGES) pytest && $(HAS_GPU); then $(GPU_ENV) timeout 530 $(PYTHON_GPU) -m pytest tests -m gpu \
+	@if $(NEED) $(GPU_PACKAGES) pytest && $(HAS_GPU); then $(GPU_ENV) timeout 530 $(PYTHON_GPU) -m pytest $(GPU_TESTS) -m gpu \
 		--continue-on-collection-errors -p no:cacheprovider --durations=10 --junitxml=$(OUT)/gpu-test.xml; \
 	else echo "gpu-test: skipped"; fi
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+
+pytest.importorskip("nvidia.dali")
+
 from export import pipelines
 from export.test_export import finished_run
 

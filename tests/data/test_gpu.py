@@ -6,6 +6,9 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("nvidia.dali")
+
 from data.helpers import Config, encode, photo, write_tar
 from data.test_bad_input import BAD
 

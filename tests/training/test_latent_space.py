@@ -12,6 +12,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from PIL import Image
 from tiny import picture_folder, tiny_stable_diffusion
 
+pytest.importorskip("nvidia.dali")
+
 from fastsp import draws
 from fastsp.__main__ import main
 from fastsp.config import load_config

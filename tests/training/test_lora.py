@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from tiny import batch, picture_folder, tiny_stable_diffusion, tiny_unet
 from training.processes import ROOT, logged_steps, metrics, start
 
+pytest.importorskip("nvidia.dali")
+
 from fastsp import draws
 from fastsp.cli import app
 from fastsp.config import Config, load_config
