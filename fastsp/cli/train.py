@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,14 +26,17 @@ def train(
     from rich.console import Console
 
     from fastsp.config import load_config
+    from fastsp.evaluation.environment import write_environment
     from fastsp.evaluation.report import write_report
     from fastsp.training.distributed import is_main_process, said_once
     from fastsp.training.trainer import train as run_stages
 
-    console = Console(quiet=not is_main_process())
+    console = Console(quiet=not is_main_process(), soft_wrap=not sys.stdout.isatty())  # a log's lines stay whole
     with said_once():
         loaded = load_config(config, overrides or [])
     run_stages(loaded, resume=resume, console=console, allow_changes=allow_changes, report=write_report)
+    if is_main_process():
+        write_environment(Path(loaded.run_dir))
     if loaded.evaluation.enabled and is_main_process():
         from fastsp.evaluation.evaluate import evaluate_run
 
