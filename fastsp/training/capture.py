@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastsp.data.batch import Batch
 from fastsp.errors import UserError
-from fastsp.training.parallel import ShardedGradients
+from fastsp.training.parallel import ReplicatedGradients, ShardedGradients
 from fastsp.training.step import StepResult, TrainingStep
 
 WARM_UP_STEPS = 2  # the first compiles and tunes; the second finds that done
@@ -174,7 +174,9 @@ def captured(step: TrainingStep) -> TrainingStep | CapturedStep:
         if step.config.cuda_graph is True:
             raise UserError("cuda_graph: true does not go with distributed: fsdp, which moves the weights; use auto")
         return step
-    return CapturedStep(step, required=step.config.cuda_graph is True)
+    # A rank that went on without its graph would wait for the others in other collectives than theirs.
+    several = isinstance(step.gradients, ReplicatedGradients)
+    return CapturedStep(step, required=several or step.config.cuda_graph is True)
 
 
 def _cause(error: BaseException) -> BaseException:
