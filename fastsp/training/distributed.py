@@ -163,6 +163,7 @@ class Ranks:
 
 
 ALONE = Ranks()
+_FOR_RANK_0 = 10.0  # seconds
 
 
 def is_main_process() -> bool:
@@ -182,6 +183,7 @@ def said_once() -> Iterator[None]:
     except UserError:
         if is_main_process():
             raise
+        time.sleep(_FOR_RANK_0)  # torchrun ends all as soon as one has ended, and rank 0 is to speak before that
         raise SystemExit(2) from None
 
 

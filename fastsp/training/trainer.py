@@ -27,7 +27,7 @@ from fastsp.training.capture import captured
 from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
 from fastsp.training.checkpoint_folder import Progress
 from fastsp.training.compilation import keep_compiled_code
-from fastsp.training.distributed import Ranks, process_group
+from fastsp.training.distributed import Ranks, process_group, said_once
 from fastsp.training.faults import explained
 from fastsp.training.interrupt import Interrupted, StopRequest
 from fastsp.training.monitor import Monitor
@@ -62,8 +62,9 @@ def train(
         RunFailed: the disk is full, or the gradient stays not finite.
     """
     with process_group(config.distributed_timeout) as ranks, ExitStack() as stack:
-        with ranks.main_first():
+        with said_once():
             config.check_world_size(ranks.world_size)
+        with ranks.main_first():
             run, stop = RunDirectory(config, resume, allow_changes, ranks.is_main), StopRequest()
             trainer = Trainer(config, ranks, run, stop, console or Console(), report)  # fails before writing anything
             # The missing are named while `stop` still holds: torchrun sends SIGTERM as soon as one process has ended.
