@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[], None]]]  # (what, how many steps) -> advances by one
 
 
-def steps_progress(console: Console, shown: bool = True) -> Progress:
-    """rich's display of steps, elapsed and remaining time; nothing is drawn where ``console`` is no terminal."""
+def steps_progress(console: Console, *more: ProgressColumn, shown: bool = True) -> Progress:
+    """rich's display of steps, ``more``, elapsed and remaining time; nothing is drawn if ``console`` is no terminal."""
     from rich import progress
 
     return progress.Progress(
         progress.TextColumn("[bold]{task.description}"),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
+        *more,
         progress.TimeElapsedColumn(),
         progress.TextColumn("left"),
         progress.TimeRemainingColumn(),
@@ -34,6 +35,6 @@ def steps_bar(description: str, total: int, shown: bool = True) -> Iterator[Call
     """The value of the context is a function that advances the bar by one of ``total``, or by as many as it is told."""
     from rich.console import Console
 
-    with steps_progress(Console(stderr=True), shown) as bar:
+    with steps_progress(Console(stderr=True), shown=shown) as bar:
         task = bar.add_task(description, total=total)
         yield lambda count=1: bar.advance(task, count)

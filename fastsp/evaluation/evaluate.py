@@ -16,7 +16,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastsp import draws
 from fastsp.config import Config
 from fastsp.errors import UserError
 from fastsp.evaluation.captions_file import read_captions
@@ -33,7 +32,7 @@ from fastsp.evaluation.reference_set import open_reference
 from fastsp.evaluation.rows import REAL, described, setting_of
 from fastsp.evaluation.settings import EvaluationSettings, absent_files
 from fastsp.files import write_file
-from fastsp.generation import best_device
+from fastsp.generation import Sampling, best_device, generate
 from fastsp.models import load_pipeline, load_unet
 from fastsp.progress import steps_bar, steps_progress
 from fastsp.sampling import Guidance
@@ -137,12 +136,9 @@ class Evaluation:
         captions = self.captions(planned.seed) if setting.conditional else []
         model = replace(self.model, unet=self._unet_of(setting.stage))
         guidance = Guidance(setting.guidance, setting.rescale)
-        prompts = captions or [""] * count
-        parts = []
-        for indices in torch.arange(count).split(self.settings.batch_size):
-            noise = draws.evaluation_noise(planned.seed, indices, self._latent_shape).to(self.device)
-            chosen = prompts[indices[0] : indices[-1] + 1]
-            parts.append(model.generate(chosen, noise, setting.steps, guidance).cpu())
+        side, size = self.config.data.resolution, self.settings.batch_size
+        sampling = Sampling(setting.steps, guidance, planned.seed, side, size)
+        parts = [images for _, images in generate(model, captions or [""] * count, sampling)]
         return Pictures(torch.cat(parts), captions)
 
     def captions(self, seed: int) -> list[str]:
@@ -151,10 +147,6 @@ class Evaluation:
             raise UserError("evaluation: the held-out pictures have no captions; allowed: data.unconditional=true")
         order = seeded_order(len(self.heldout), seed).tolist()
         return [self.heldout.captions[order[i % len(order)]] for i in range(self.settings.num_samples)]
-
-    @property
-    def _latent_shape(self) -> tuple[int, int, int]:
-        return self.model.latent_shape(self.config.data.resolution)
 
     def _unet_of(self, stage: str) -> Any:
         """The EMA weights of a finished stage; the latest one stays loaded."""

@@ -9,12 +9,12 @@ from typing import Self
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as TimeLeftColumn
+from rich.progress import TaskID, TextColumn
 
 from fastsp.config import Config, StageConfig
 from fastsp.data.bad_samples import BadSampleLog
 from fastsp.data.batch import Batch
+from fastsp.progress import steps_progress
 from fastsp.training.faults import check_skipped
 from fastsp.training.readings import Reading
 from fastsp.training.run_directory import RunDirectory
@@ -51,17 +51,7 @@ class Monitor:
         self.run, self.trackers, self.config, self.stage, self.console = run, trackers, config, stage, console
         self.steps_before, self.first_position = config.steps_before(stage), config.first_position(stage)
         self.bad_samples = bad_samples
-        self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeLeftColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self.bar = steps_progress(console, TextColumn("{task.fields[figures]}"))
         self.task: TaskID = self.bar.add_task(stage.name, total=stage.steps, completed=first_step, figures="")
         self.logged_at = self.printed_at = time.monotonic()
         self.seconds_waited = 0.0  # for batches, since the last log

@@ -3,8 +3,10 @@
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,11 +155,12 @@ def test_noise_depends_on_neither_batch_size_nor_stage(config: Config, monkeypat
     """The sampler is replaced by one that returns its noise: bit for bit the same; but another seed has another."""
     seen: list[list[str]] = []
 
-    def identity(self: TextToImageModel, prompts: list[str], noise: torch.Tensor, *_: object) -> torch.Tensor:
+    def identity(self: TextToImageModel, prompts: list[str], noise: torch.Tensor, *_: object) -> Iterator[Any]:
         seen.append(prompts)
-        return noise
+        yield noise, noise
 
-    monkeypatch.setattr(TextToImageModel, "generate", identity)
+    monkeypatch.setattr(TextToImageModel, "sample", identity)
+    monkeypatch.setattr(TextToImageModel, "decode", lambda self, latents: latents)
     (first, other_stage), (parts, _) = (pictures(config, batch_size=size).values() for size in (12, 5))
     assert torch.equal(first, parts) and torch.equal(first, other_stage)
     assert seen[0] == seen[1] == seen[2] + seen[3] + seen[4] and len(set(seen[0])) > 3

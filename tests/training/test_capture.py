@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from bench.workloads import tiny_workload
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastsp.bench.fastsp_step import build_training_step
 from fastsp.data.batch import Batch
@@ -95,6 +99,58 @@ def test_a_graph_s_inputs_stay_where_they_are():
     for name, (address, old) in before.items():
         assert inputs[name].data_ptr() == address and not torch.equal(inputs[name], old)
         assert torch.equal(inputs[name], other.tensors()[name]) and other.tensors()[name].data_ptr() != address
+
+
+class HostTensors(TorchDispatchMode):
+    """Writes down what meets a tensor of the host: a recording can neither read nor copy one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, result))
+        if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" for leaf in leaves):
+            self.operators.append(str(func))
+        return result
+
+
+class HostNumbers(TorchFunctionMode):
+    """Writes down tensors made of Python's numbers, which are copied to the device below what the other mode sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor):
+            self.functions.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(NAMES, ON_CPU)
+def test_what_is_recorded_meets_no_tensor_of_the_host(objective, teacher, microbatch, precision, checkpointing):
+    """On the meta device, which refuses what a recording does: mixed devices, and values that are read back."""
+    seen = []
+
+    def record(works):
+        def replay(work):
+            with HostTensors() as tensors, HostNumbers() as numbers:
+                work()
+            seen.append(tensors.operators + numbers.functions)
+
+        return [partial(replay, work) for work in works]
+
+    step = make("meta", objective, teacher, microbatch, precision, gradient_checkpointing=checkpointing)
+    take_step = CapturedStep(step, record=record)
+    for number in range(1, WARM_UP_STEPS + 3):
+        take_step(batch(number, "meta"), number)
+    assert seen == [[]] * (2 if microbatch is None else 4)
+    for replay in record([lambda: torch.zeros(()).to("meta"), lambda: torch.tensor(1.0, device="meta")]):
+        replay()
+    assert seen[-2][-1] == "aten._to_copy.default" and seen[-1] == ["tensor"], "what is planted is noticed"
 
 
 def test_it_records_once_and_anew_for_another_shape():
