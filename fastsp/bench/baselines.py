@@ -21,6 +21,7 @@ from fastsp.bench.workload import Workload
 from fastsp.config import Config
 from fastsp.perceptual import PerceptualNetwork, cast
 from fastsp.schedule import BETA_END, BETA_START
+from fastsp.training.compilation import compile_options
 
 
 class TorchUpdate:
@@ -60,7 +61,8 @@ class Algorithm1:
 
     Args:
         workload: what to train.
-        compiled: give the online UNet and the teacher to ``torch.compile``, each as one module: what a user would do.
+        compiled: give the online UNet and the teacher to ``torch.compile``, each as one module, as a user would, with
+            the options of fastsp's own step.
     """
 
     memory_format = torch.contiguous_format
@@ -73,8 +75,9 @@ class Algorithm1:
         self.unet = cast(initial, self.dtype).to(memory_format=self.memory_format)
         self.teacher: Any = self.build_teacher(self.unet)
         if compiled:
-            self.unet.compile()
-            self.teacher.compile()
+            options = compile_options(workload.config, workload.device)
+            self.unet.compile(**options)
+            self.teacher.compile(**options)
         self.update = TorchUpdate(self.unet, workload.config, workload.stage("self_perceptual").learning_rate)
 
     def build_teacher(self, unet: nn.Module) -> nn.Module:

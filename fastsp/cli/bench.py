@@ -17,7 +17,13 @@ def bench(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples of a step.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each provider.")] = 20,
     only: Annotated[list[str] | None, typer.Option("--only", help="A provider; may be given several times.")] = None,
-    no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave out all that torch.compile touches.")] = False,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="fastsp's steps compiled, or nothing at all; by default as the file says, compiled without one.",
+        ),
+    ] = None,
     no_cuda_graph: Annotated[bool, typer.Option("--no-cuda-graph", help="fastsp's steps uncaptured.")] = False,
     sweep: Annotated[bool | None, typer.Option(help="Batch sizes of fastsp_sp; by default on a GPU.")] = None,
     time_limit: Annotated[
@@ -43,13 +49,15 @@ def bench(
     from fastsp.training.compilation import keep_compiled_code
 
     keep_compiled_code()
-    names = _names(only, no_compile)
+    names = _names(only, no_compile=compiled is False)
     _check_outputs(json_file, png)
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     workload = workload_of(config, device) if config else default_workload(device)
-    off = {"compile": no_compile, "cuda_graph": no_cuda_graph}
-    workload = workload.with_settings(batch_size, **{key: False for key, is_off in off.items() if is_off})
+    if compiled is None and config is None:
+        compiled = True
+    settings = {"compile": compiled, "cuda_graph": False if no_cuda_graph else None}
+    workload = workload.with_settings(batch_size, **{key: on for key, on in settings.items() if on is not None})
     plan = Plan(names, rounds, device.type == "cuda" if sweep is None else sweep, time_limit_s=time_limit)
 
     def say(line: str) -> None:

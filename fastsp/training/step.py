@@ -246,7 +246,7 @@ def build_step(
     objective = placed(Objective(stage, schedule, prediction_type, teacher), dtype)  # copies before `initial` is cast
     if config.gradient_checkpointing:
         checkpoint_activations(initial)
-    options = compile_options(config) if compiles else None
+    options = compile_options(config, device) if compiles else None
     if sharded:
         unet = shard(cast(initial.train(), torch.float32), device, dtype, options)
         ema_unet = shard(ema_unet, device, torch.float32)

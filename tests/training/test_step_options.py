@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench.workloads import tiny_workload
+from torch._inductor import list_mode_options
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastsp.bench.fastsp_step import FastspStep
@@ -82,8 +83,18 @@ def test_compiled_code_outlives_tmp(monkeypatch, tmp_path):
     assert keep_compiled_code() == Path("/elsewhere")
 
 
-def test_no_mode_brings_cuda_graphs_of_its_own():
+@pytest.mark.parametrize("device", [torch.device("cpu"), torch.device("cuda")], ids=str)
+def test_no_mode_brings_cuda_graphs_of_its_own(device):
     config = tiny_workload().config
-    assert compile_options(config) == {"mode": "default"}
-    tuned = config.model_copy(update={"compile_mode": "max-autotune"})
-    assert compile_options(tuned) == {"mode": "max-autotune-no-cudagraphs"}
+    for tuned in (False, True):
+        chosen = config.model_copy(update={"compile_mode": "max-autotune"}) if tuned else config
+        options = compile_options(chosen, device)
+        settings = options.get("options") or list_mode_options(options["mode"])
+        assert not settings.get("triton.cudagraphs") and bool(settings.get("max_autotune")) == tuned
+
+
+def test_kernels_are_called_from_cpp_on_a_cpu():
+    """A small step spends its time in Python otherwise. On a GPU it would be compiled for nothing."""
+    config = tiny_workload().config
+    assert compile_options(config, torch.device("cpu"))["options"]["cpp_wrapper"]
+    assert compile_options(config, torch.device("cuda")) == {"mode": "default"}
