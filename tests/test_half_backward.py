@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastsp import half_backward
+from fastsp.attention import TORCH_BACKENDS, use_attention
 from fastsp.loss import SelfPerceptualLoss
 
 LAYERS = ("mid", "encoder", "decoder", "encoder+mid")
@@ -52,6 +53,27 @@ def test_channels_last_and_bfloat16():
     for (ours, our_gradient), (theirs, their_gradient), tolerance in ((*losses[:2], 1e-5), (*losses[2:], 2e-2)):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
         assert (our_gradient - their_gradient).norm() < tolerance * their_gradient.norm()
+
+
+ATTENTION = [
+    ("cpu", "math"),
+    *[pytest.param("cuda", name, marks=pytest.mark.gpu) for name in ("sdpa", *TORCH_BACKENDS)],
+]
+
+
+@pytest.mark.parametrize(("device", "attention"), ATTENTION)
+def test_with_every_attention_kernel(device, attention):
+    """Each saves other tensors for its backward."""
+    unet = use_attention(tiny_unet(), attention).to(device, memory_format=torch.channels_last)
+    criteria = [
+        SelfPerceptualLoss(unet, scheduler(), teacher=mode, dtype=torch.bfloat16) for mode in ("batched", "split")
+    ]
+    data = {name: value.to(device) for name, value in batch().items() if value is not None}
+    pred = torch.randn(3, 4, 8, 8, device=device)
+    (ours, our_gradient), (theirs, their_gradient) = (value_and_gradient(c, data, pred) for c in criteria)
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=0)
+    assert (our_gradient - their_gradient).norm() < 2e-2 * their_gradient.norm()
+    assert criteria[0].teacher == "batched", "it did not go on as split"
 
 
 def test_under_autocast():

@@ -102,7 +102,8 @@ def test_a_graph_s_inputs_stay_where_they_are():
 
 
 class HostTensors(TorchDispatchMode):
-    """Writes down what meets a tensor of the host: a recording can neither read nor copy one."""
+    """Writes down what meets a tensor of the host: a recording can neither read nor copy one. (One without elements,
+    which checkpointing keeps as a marker, is neither read nor copied.)"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class HostTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         leaves = tree_leaves((args, kwargs, result))
-        if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" for leaf in leaves):
+        if any(isinstance(leaf, torch.Tensor) and leaf.is_cpu and leaf.numel() for leaf in leaves):
             self.operators.append(str(func))
         return result
 
