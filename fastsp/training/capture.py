@@ -153,7 +153,7 @@ def record_cuda_graphs(works: Sequence[Work]) -> list[Work]:
     """
     pool, graphs = torch.cuda.graph_pool_handle(), []
     # The current stream as a context: torch's own stays on the recording's stream when a recording fails.
-    with _no_garbage_collection(), torch.cuda.stream(torch.cuda.current_stream()):
+    with _no_garbage_collection(), _usable_generator(), torch.cuda.stream(torch.cuda.current_stream()):
         for work in works:
             graph: Any = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -197,3 +197,15 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def _usable_generator() -> Iterator[None]:
+    """A recording that fails leaves the device's generator waiting for its end, and everything random is refused from
+    then on: a copy of its state takes its place, which knows of no recording."""
+    try:
+        yield
+    except BaseException:
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
