@@ -22,7 +22,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from fastsp_kernels._triton import jit, tl
+from fastsp_kernels import _checks as checks
+from fastsp_kernels._triton import autotune, jit, tl, uses_triton
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, as fractions of 2^32
@@ -73,7 +74,7 @@ def random_words(seed: Words, stream: int, positions: Tensor, count: int) -> Ten
     """The first `count` random words of every sample.
 
     Args:
-        seed: 64 bits, a Python int or a 0-d int64 tensor.
+        seed: 64 bits, a Python int or a 0-d int64 tensor on the device of `positions`.
         stream: what the words are for, a `Stream`.
         positions: (B,) int64, the samples' positions in the run, 64 bits.
         count: words per sample, at least 1 and at most 2^34 (the counter's first word counts blocks of four).
@@ -82,17 +83,50 @@ def random_words(seed: Words, stream: int, positions: Tensor, count: int) -> Ten
         (B, count) int64 holding u32, on the device of `positions`.
 
     Raises:
-        ValueError: `positions` is not a 1-D int64 tensor, or `count` is out of range.
+        ValueError: `positions` is not a 1-D int64 tensor, `seed` no 0-d one beside it, or `count` is out of range.
     """
+    return _random_words(_checked_seed(seed, positions, count), positions, int(stream), count)
+
+
+def _checked_seed(seed: Words, positions: Tensor, count: int) -> Tensor:
+    """The seed as a 0-d tensor beside the positions; the errors are those of `random_words`."""
     if positions.ndim != 1 or positions.dtype != torch.int64:
         raise ValueError(f"positions must be a 1-D int64 tensor, got {positions.dtype} of {tuple(positions.shape)}")
     if not 1 <= count <= 4 << 32:
         raise ValueError(f"count must be from 1 to 2^34 words, got {count}")
+    if isinstance(seed, Tensor):
+        checks.check_seed(seed, positions)
+        return seed
+    if not -(1 << 63) <= seed < 1 << 63:
+        seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+    return torch.full((), seed, dtype=torch.int64, device=positions.device)  # no copy: a graph capture allows none
+
+
+@torch.library.custom_op("fastsp::random_words", mutates_args=())
+def _random_words(seed: Tensor, positions: Tensor, stream: int, count: int) -> Tensor:
+    run = _random_words_triton if uses_triton(positions) else _random_words_reference
+    return run(seed, positions, stream, count)
+
+
+@_random_words.register_fake
+def _empty_words(seed: Tensor, positions: Tensor, stream: int, count: int) -> Tensor:
+    return torch.empty((positions.shape[0], count), dtype=torch.int64, device=positions.device)
+
+
+def _random_words_reference(seed: Tensor, positions: Tensor, stream: int, count: int) -> Tensor:
     blocks = torch.arange(-(-count // 4), dtype=torch.int64, device=positions.device)
-    position = positions[:, None]
-    key, counter = _split(seed), (blocks, int(stream), *_split(position))
-    words = philox_4x32_10(*key, *counter)
-    return torch.stack(words, dim=-1).flatten(1)[:, :count]
+    words = philox_4x32_10(*_split(seed), blocks, stream, *_split(positions[:, None]))
+    return torch.stack(words, dim=-1).flatten(1)[:, :count].contiguous()
+
+
+def _random_words_triton(seed: Tensor, positions: Tensor, stream: int, count: int) -> Tensor:
+    words = _empty_words(seed, positions, stream, count)
+    if len(positions):
+        with torch.cuda.device_of(positions):
+            _random_words_kernel[lambda meta: (len(positions) * -(-count // meta["BLOCK"]),)](
+                words, seed, positions, positions.stride(0), count, STREAM=stream
+            )
+    return words
 
 
 def random_integers(seed: Words, stream: int, positions: Tensor, bound: int) -> Tensor:
@@ -186,6 +220,14 @@ def philox_words_device(seed, stream: tl.constexpr, position, blocks):
 
 
 @jit
+def random_words_device(seed, stream: tl.constexpr, position, first_block, COUNT: tl.constexpr):
+    """(COUNT,) uint32: words 4 first_block .. 4 first_block + COUNT - 1, in order."""
+    blocks = first_block + tl.arange(0, COUNT // 4)
+    w0, w1, w2, w3 = philox_words_device(seed, stream, position, blocks)
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (COUNT,))
+
+
+@jit
 def random_integer_device(seed, stream: tl.constexpr, position, bound):
     """One int64 scalar over 0 .. bound - 1: `random_integers`."""
     word, _, _, _ = philox_words_device(seed, stream, position, position * 0)
@@ -208,3 +250,18 @@ def random_normals_device(seed, stream: tl.constexpr, position, first_block, COU
     z0, z1 = box_muller_device(w0, w1)
     z2, z3 = box_muller_device(w2, w3)
     return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (COUNT,))
+
+
+@autotune(blocks=(256,), warps=(4,), key=[])
+@jit
+def _random_words_kernel(
+    words_ptr, seed_ptr, positions_ptr, position_stride, count, STREAM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program: BLOCK words of one sample."""
+    tiles = (count + BLOCK - 1) // BLOCK
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    first = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK
+    position = tl.load(positions_ptr + sample * position_stride)
+    words = random_words_device(tl.load(seed_ptr), STREAM, position, first // 4, BLOCK)
+    element = first + tl.arange(0, BLOCK)
+    tl.store(words_ptr + sample * count + element, words.to(tl.int64), element < count)

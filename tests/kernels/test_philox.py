@@ -7,6 +7,8 @@ import torch
 from fastsp_kernels import Stream, philox_4x32_10, random_integers, random_normals, random_uniforms, random_words
 from fastsp_kernels._triton import jit, tl, uses_triton
 from fastsp_kernels.philox import (
+    MASK,
+    _random_words_reference,
     box_muller,
     box_muller_device,
     philox_words_device,
@@ -77,16 +79,48 @@ def test_known_answers(device: torch.device, counter: tuple[int, ...], key: tupl
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_words_match_python_integers(seed: int, as_tensor: bool) -> None:
-    words = random_words(torch.tensor(seed) if as_tensor else seed, Stream.NOISE, torch.tensor(POSITIONS), 11)
-    assert words.tolist() == [philox_words(seed, 2, position, 11) for position in POSITIONS]
+@pytest.mark.parametrize("count", [1, 11, 257])
+def test_words_match_python_integers(device: torch.device, seed: int, as_tensor: bool, count: int) -> None:
+    positions = torch.tensor(POSITIONS, device=device)
+    words = random_words(torch.tensor(seed, device=device) if as_tensor else seed, Stream.NOISE, positions, count)
+    assert words.dtype == torch.int64 and words.is_contiguous()
+    assert words.tolist() == [philox_words(seed, 2, position, count) for position in POSITIONS]
+
+
+def test_an_int_seed_counts_by_its_64_bits() -> None:
+    positions = torch.tensor(POSITIONS)
+    assert torch.equal(random_words(2**64 - 7, 2, positions, 5), random_words(-7, 2, positions, 5))
+
+
+def test_words_of_strided_and_of_no_positions(device: torch.device) -> None:
+    positions = torch.tensor(POSITIONS, device=device)
+    assert torch.equal(random_words(5, 1, positions[::2], 9), random_words(5, 1, positions, 9)[::2])
+    assert random_words(5, 1, positions[:0], 9).shape == (0, 9)
+
+
+def test_opcheck(device: torch.device) -> None:
+    seed, positions = torch.tensor(-7, device=device), torch.tensor(POSITIONS, device=device)
+    torch.library.opcheck(torch.ops.fastsp.random_words.default, (seed, positions, int(Stream.NOISE), 11))
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_compiled_words_are_the_same(as_tensor: bool) -> None:
+    """Also where the compiler takes an int seed for a symbol, which it does from the second one on."""
+    positions = torch.tensor(POSITIONS)
+    compiled = torch.compile(random_words, fullgraph=True)
+    for seed in SEEDS:
+        given = torch.tensor(seed) if as_tensor else seed
+        assert torch.equal(compiled(given, 2, positions, 257), random_words(seed, 2, positions, 257))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_compiled_words_are_the_same(seed: int) -> None:
-    positions = torch.tensor(POSITIONS)
-    compiled = torch.compile(random_words, fullgraph=True)
-    assert torch.equal(compiled(torch.tensor(seed), 2, positions, 257), random_words(seed, 2, positions, 257))
+def test_compiled_blocks_are_the_same(seed: int) -> None:
+    """Inductor's own code for the reference, where somebody calls that himself."""
+    key = torch.tensor(seed)
+    position = torch.tensor(POSITIONS)[:, None]
+    halves = (key & MASK, key >> 32 & MASK, torch.arange(65)[None], 2, position & MASK, position >> 32 & MASK)
+    drawn = torch.stack(torch.compile(philox_4x32_10, fullgraph=True)(*halves), dim=-1).flatten(1)
+    assert torch.equal(drawn, random_words(seed, 2, torch.tensor(POSITIONS), 4 * 65))
 
 
 @pytest.mark.parametrize("position", [5, 2**32 + 5])
@@ -165,8 +199,9 @@ def test_uniforms_and_normals_follow_their_distributions() -> None:
 
 @pytest.mark.gpu
 def test_reference_draws_the_same_words_on_a_gpu() -> None:
-    positions = torch.tensor(POSITIONS)
-    assert torch.equal(random_words(-7, 2, positions.cuda(), 33).cpu(), random_words(-7, 2, positions, 33))
+    arguments = (torch.tensor(-7), torch.tensor(POSITIONS), 2, 33)
+    on_gpu = [value.cuda() if isinstance(value, Tensor) else value for value in arguments]
+    assert torch.equal(_random_words_reference(*on_gpu).cpu(), _random_words_reference(*arguments))
 
 
 @pytest.mark.parametrize(
@@ -175,6 +210,8 @@ def test_reference_draws_the_same_words_on_a_gpu() -> None:
         (lambda: random_words(0, 0, torch.zeros(2, 2, dtype=torch.int64), 4), "positions must be a 1-D int64 tensor"),
         (lambda: random_words(0, 0, torch.zeros(2), 4), "positions must be a 1-D int64 tensor"),
         (lambda: random_words(0, 0, torch.arange(2), 0), "count must be"),
+        (lambda: random_words(torch.tensor([0]), 0, torch.arange(2), 4), "seed must be a 0-d int64 tensor"),
+        (lambda: random_words(torch.tensor(0, device="meta"), 0, torch.arange(2), 4), "seed must be on"),
         (lambda: random_integers(0, 0, torch.arange(2), 0), "bound must be"),
         (lambda: random_integers(0, 0, torch.arange(2), 2**31), "bound must be"),
     ],
