@@ -110,6 +110,12 @@ def offsets_device(strides, sample, element, height, width):
 
 
 @jit
+def load_sample_device(pointer, stride, sample):
+    """A sample's value in a (B,) tensor of any stride, 0 where it was expanded."""
+    return tl.load(pointer + sample.to(tl.int64) * stride)
+
+
+@jit
 def load_device(pointer, strides, sample, element, height, width, mask):
     """Elements of a (B, C, H, W) tensor as float32; 0 where masked."""
     return tl.load(pointer + offsets_device(strides, sample, element, height, width), mask, other=0.0).to(tl.float32)

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from fastsp_kernels import _checks as checks
 from fastsp_kernels import equations
-from fastsp_kernels._triton import LAUNCH_OPTIONS, autotune, jit, load_device, store_device, tl, uses_triton
+from fastsp_kernels._triton import (
+    LAUNCH_OPTIONS,
+    autotune,
+    jit,
+    load_device,
+    load_sample_device,
+    store_device,
+    tl,
+    uses_triton,
+)
 from fastsp_kernels.equations import noisy_latents_device, target_device
 from fastsp_kernels.philox import (
     Stream,
@@ -213,6 +222,8 @@ def _diffuse_triton(
             positions,
             signal,
             noise_level,
+            0 if timesteps is None else timesteps.stride(0),
+            0 if positions is None else positions.stride(0),
             outputs[0].stride(),
             latents.stride(),
             latents.stride() if noise is None else noise.stride(),
@@ -241,6 +252,8 @@ def _diffuse_kernel(
     positions_ptr,
     signal_ptr,
     noise_level_ptr,
+    timestep_stride,
+    position_stride,
     output_strides,
     latents_strides,
     noise_strides,
@@ -262,13 +275,13 @@ def _diffuse_kernel(
     latents = load_device(latents_ptr, latents_strides, sample, element, height, width, mask)
 
     if noise_ptr is None:
-        seed, position = tl.load(seed_ptr), tl.load(positions_ptr + sample)
+        seed, position = tl.load(seed_ptr), load_sample_device(positions_ptr, position_stride, sample)
         timestep = random_integer_device(seed, TIMESTEP, position, table_length)
         noise = random_normals_device(seed, NOISE, position, first // 4, BLOCK)
         if first == 0:
             tl.store(drawn_ptr + sample, timestep)
     else:
-        timestep = tl.load(timesteps_ptr + sample)
+        timestep = load_sample_device(timesteps_ptr, timestep_stride, sample)
         noise = load_device(noise_ptr, noise_strides, sample, element, height, width, mask)
 
     a, s = tl.load(signal_ptr + timestep), tl.load(noise_level_ptr + timestep)

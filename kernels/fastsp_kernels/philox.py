@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastsp_kernels import _checks as checks
-from fastsp_kernels._triton import autotune, jit, tl, uses_triton
+from fastsp_kernels._triton import autotune, jit, load_sample_device, tl, uses_triton
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, as fractions of 2^32
@@ -261,7 +261,7 @@ def _random_words_kernel(
     tiles = (count + BLOCK - 1) // BLOCK
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     first = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK
-    position = tl.load(positions_ptr + sample * position_stride)
+    position = load_sample_device(positions_ptr, position_stride, sample)
     words = random_words_device(tl.load(seed_ptr), STREAM, position, first // 4, BLOCK)
     element = first + tl.arange(0, BLOCK)
     tl.store(words_ptr + sample * count + element, words.to(tl.int64), element < count)

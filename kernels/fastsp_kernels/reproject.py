@@ -24,7 +24,16 @@ from torch import Tensor
 
 from fastsp_kernels import _checks as checks
 from fastsp_kernels import equations
-from fastsp_kernels._triton import LAUNCH_OPTIONS, autotune, jit, load_device, store_device, tl, uses_triton
+from fastsp_kernels._triton import (
+    LAUNCH_OPTIONS,
+    autotune,
+    jit,
+    load_device,
+    load_sample_device,
+    store_device,
+    tl,
+    uses_triton,
+)
 from fastsp_kernels.equations import noisy_latents_device, rotation_device, target_device, to_velocity_device
 from fastsp_kernels.philox import Stream, random_normals, random_normals_device
 from fastsp_kernels.reproject_backward import reproject_backward
@@ -241,6 +250,9 @@ def _reproject_triton(
             signal,
             noise_level,
             angles,
+            0 if positions is None else positions.stride(0),
+            timesteps.stride(0),
+            perceptual_timesteps.stride(0),
             output.stride(),
             model_pred.stride(),
             latents.stride(),
@@ -271,6 +283,9 @@ def _reproject_kernel(
     signal_ptr,
     noise_level_ptr,
     angles_ptr,
+    position_stride,
+    timestep_stride,
+    perceptual_timestep_stride,
     output_strides,
     model_pred_strides,
     latents_strides,
@@ -291,14 +306,15 @@ def _reproject_kernel(
     element = first + tl.arange(0, BLOCK)
     mask = element < elements
 
-    timestep = tl.load(timesteps_ptr + sample)
+    timestep = load_sample_device(timesteps_ptr, timestep_stride, sample)
+    perceptual_timestep = load_sample_device(perceptual_timesteps_ptr, perceptual_timestep_stride, sample)
     a, s = tl.load(signal_ptr + timestep), tl.load(noise_level_ptr + timestep)
-    cosine, sine = rotation_device(timestep, tl.load(perceptual_timesteps_ptr + sample), angles_ptr)
+    cosine, sine = rotation_device(timestep, perceptual_timestep, angles_ptr)
 
     latents = load_device(latents_ptr, latents_strides, sample, element, height, width, mask)
     predicted = load_device(model_pred_ptr, model_pred_strides, sample, element, height, width, mask)
     if noise_ptr is None:
-        seed, position = tl.load(seed_ptr), tl.load(positions_ptr + sample)
+        seed, position = tl.load(seed_ptr), load_sample_device(positions_ptr, position_stride, sample)
         noise = random_normals_device(seed, NOISE, position, first // 4, BLOCK)
     else:
         noise = load_device(noise_ptr, noise_strides, sample, element, height, width, mask)

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from fastsp_kernels import _checks as checks
 from fastsp_kernels import equations
-from fastsp_kernels._triton import LAUNCH_OPTIONS, autotune, jit, load_device, store_device, tl, uses_triton
+from fastsp_kernels._triton import (
+    LAUNCH_OPTIONS,
+    autotune,
+    jit,
+    load_device,
+    load_sample_device,
+    store_device,
+    tl,
+    uses_triton,
+)
 from fastsp_kernels.equations import rotation_device
 
 
@@ -96,6 +105,8 @@ def _backward_triton(
             signal,
             noise_level,
             angles,
+            timesteps.stride(0),
+            perceptual_timesteps.stride(0),
             output.stride(),
             gradient.stride(),
             elements,
@@ -116,6 +127,8 @@ def _backward_kernel(
     signal_ptr,
     noise_level_ptr,
     angles_ptr,
+    timestep_stride,
+    perceptual_timestep_stride,
     output_strides,
     gradient_strides,
     elements,
@@ -129,8 +142,9 @@ def _backward_kernel(
     sample = tl.program_id(0) // tiles
     element = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     mask = element < elements
-    timestep = tl.load(timesteps_ptr + sample)
-    _, sine = rotation_device(timestep, tl.load(perceptual_timesteps_ptr + sample), angles_ptr)
+    timestep = load_sample_device(timesteps_ptr, timestep_stride, sample)
+    perceptual_timestep = load_sample_device(perceptual_timesteps_ptr, perceptual_timestep_stride, sample)
+    _, sine = rotation_device(timestep, perceptual_timestep, angles_ptr)
     result = sine * load_device(gradient_ptr, gradient_strides, sample, element, height, width, mask)
     if PREDICTION == 1:
         result = tl.div_rn(result, tl.load(signal_ptr + timestep))

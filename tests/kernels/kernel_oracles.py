@@ -11,6 +11,7 @@ from torch import Tensor
 SHAPES = [(1, 1, 3, 5), (3, 4, 7, 6), (2, 16, 6, 6)]  # the last takes two Triton programs a sample, one of them ragged
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
+VIEWS = ["every other", "column", "expanded"]
 PREDICTION_TYPES = ["v_prediction", "epsilon", "sample"]
 
 
@@ -37,6 +38,16 @@ def make_tables(device: torch.device, length: int = 50, first: float = 0.99, las
     alphas = torch.linspace(first**0.5, last**0.5, length, dtype=torch.float64).square()
     angles = torch.atan2((1 - alphas).sqrt(), alphas.sqrt())
     return Tables(*(x.to(device) for x in (alphas, alphas.sqrt().float(), (1 - alphas).sqrt().float(), angles)))
+
+
+def per_sample_view(values: Tensor, view: str) -> Tensor:
+    """(B,) integers in a tensor that is not contiguous, one of VIEWS; `expanded` repeats the first one."""
+    batch = values.shape[0]
+    between = torch.full((4 * batch,), 7, dtype=values.dtype, device=values.device)
+    if view == "expanded":
+        return values[:1].expand(batch)
+    spread = between[: 2 * batch : 2] if view == "every other" else between.view(batch, 4)[:, 1]
+    return spread.copy_(values)
 
 
 def levels64(tables: Tables, timesteps: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 from fastsp_kernels import Stream, diffuse, diffuse_seeded, random_integers, random_normals
-from kernel_oracles import DTYPES, LAYOUTS, PREDICTION_TYPES, SHAPES, assert_rounded, diffuse64, make_tables
+from kernel_oracles import (
+    DTYPES,
+    LAYOUTS,
+    PREDICTION_TYPES,
+    SHAPES,
+    VIEWS,
+    assert_rounded,
+    diffuse64,
+    make_tables,
+    per_sample_view,
+)
 from torch import Tensor
 
 ATOL = 2e-6  # of float32 arithmetic on values of about 5
@@ -57,6 +67,25 @@ def test_strides_do_not_matter(device: torch.device) -> None:
     views = (latents.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0), noise.repeat_interleave(2, 3)[..., ::2])
     assert not any(view.is_contiguous() for view in views)
     actual = diffuse(*views, timesteps, *tables.levels, target="v_prediction")
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides_of_timesteps_do_not_matter(device: torch.device, view: str) -> None:
+    latents, noise, timesteps, tables = make_case(device)
+    timesteps = per_sample_view(timesteps, view)
+    actual = diffuse(latents, noise, timesteps, *tables.levels, target="v_prediction")
+    expected = diffuse(latents, noise, timesteps.clone(), *tables.levels, target="v_prediction")
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides_of_positions_do_not_matter(device: torch.device, view: str) -> None:
+    latents, _, _, tables = make_case(device)
+    seed, positions = seeded_arguments(device, 3)
+    positions = per_sample_view(positions, view)
+    actual = diffuse_seeded(latents, seed, positions, *tables.levels, target="v_prediction")
+    expected = diffuse_seeded(latents, seed, positions.clone(), *tables.levels, target="v_prediction")
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 

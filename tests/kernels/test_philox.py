@@ -15,7 +15,7 @@ from fastsp_kernels.philox import (
     random_integer_device,
     random_normals_device,
 )
-from kernel_oracles import normals, philox_words
+from kernel_oracles import VIEWS, normals, per_sample_view, philox_words
 from torch import Tensor
 
 stats = pytest.importorskip("scipy.stats")
@@ -92,10 +92,14 @@ def test_an_int_seed_counts_by_its_64_bits() -> None:
     assert torch.equal(random_words(2**64 - 7, 2, positions, 5), random_words(-7, 2, positions, 5))
 
 
-def test_words_of_strided_and_of_no_positions(device: torch.device) -> None:
-    positions = torch.tensor(POSITIONS, device=device)
-    assert torch.equal(random_words(5, 1, positions[::2], 9), random_words(5, 1, positions, 9)[::2])
-    assert random_words(5, 1, positions[:0], 9).shape == (0, 9)
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides_of_positions_do_not_matter(device: torch.device, view: str) -> None:
+    positions = per_sample_view(torch.tensor(POSITIONS, device=device), view)
+    assert torch.equal(random_words(5, 1, positions, 9), random_words(5, 1, positions.clone(), 9))
+
+
+def test_no_positions(device: torch.device) -> None:
+    assert random_words(5, 1, torch.empty(0, dtype=torch.int64, device=device), 9).shape == (0, 9)
 
 
 def test_opcheck(device: torch.device) -> None:

@@ -12,9 +12,11 @@ from kernel_oracles import (
     LAYOUTS,
     PREDICTION_TYPES,
     SHAPES,
+    VIEWS,
     Tables,
     assert_rounded,
     make_tables,
+    per_sample_view,
     reproject64,
 )
 from torch import Tensor
@@ -87,6 +89,21 @@ def test_dtypes_and_strides_mix(device: torch.device, layout: torch.memory_forma
     actual = case.run(**inputs, dtype=torch.float32, memory_format=layout)
     assert torch.equal(actual, case.run(**copies, dtype=torch.float32))
     assert actual.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides_of_timesteps_and_positions_do_not_matter(device: torch.device, view: str) -> None:
+    """Forward and backward; `clone` lays the same integers side by side."""
+    case = Case(device)
+    case.model_pred.requires_grad_()
+    names = {"t": case.t, "t2": case.t2, "positions": torch.arange(2**32 - 1, 2**32 + 2, device=device)}
+    views = {name: per_sample_view(values, view) for name, values in names.items()}
+    seeded = {"noise": None, "seed": torch.tensor(-99, device=device), "prediction_type": "epsilon"}
+    results = []
+    for given in (views, {name: values.clone() for name, values in views.items()}):
+        pair = case.run(**given, **seeded)
+        results.append((pair, *torch.autograd.grad(pair, case.model_pred, case.weight)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
