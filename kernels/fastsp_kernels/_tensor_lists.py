@@ -83,7 +83,7 @@ class AddressTables:
         """
         device = lists[0][0].device
         addresses = tuple(tensor.data_ptr() for tensors in lists for tensor in tensors)
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = _is_capturing(device)
         table = self._recent.get((device, addresses))
         if table is None:
             table = self._upload_in_capture(addresses, device) if capturing else _upload(addresses, device)
@@ -110,6 +110,10 @@ class AddressTables:
             raise RuntimeError("call adamw_ema once with these parameters outside before capturing it again")
         self._captured.append(host.copy_(torch.tensor(addresses, dtype=torch.int64)))
         return host.to(device, non_blocking=True)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _upload(addresses: tuple[int, ...], device: torch.device) -> Tensor:

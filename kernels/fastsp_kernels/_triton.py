@@ -31,6 +31,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0" if torch.cuda.is_available(
 # These kernels wait for memory, not for arithmetic.
 LAUNCH_OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
+# What is tuned takes microseconds, up to a tenth of a millisecond: hundreds of repetitions.
+TUNING_WARMUP_MS, TUNING_MS = 5, 20
+
+# Four or eight elements a thread. One choice for all sizes of latents: a new size costs no tuning, and what is good for
+# one is good for others.
+LATENT_SHAPES = ((512, 4), (1024, 4), (1024, 8), (2048, 8))
+
 _triton_on_cpu = False
 
 
@@ -67,8 +74,8 @@ def jit(function: Callable[..., Any]) -> Any:
         return triton.jit(function)
 
 
-def autotune(blocks: tuple[int, ...], warps: tuple[int, ...], key: list[str]) -> Callable[[Any], Any]:
-    """`triton.autotune` over BLOCK x num_warps, measured once per `key` and argument dtypes.
+def autotune(shapes: tuple[tuple[int, int], ...], key: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+    """`triton.autotune` over pairs of BLOCK and num_warps, measured once for each `key` and dtypes of the arguments.
 
     Under the interpreter the first block size is taken.
 
@@ -77,9 +84,9 @@ def autotune(blocks: tuple[int, ...], warps: tuple[int, ...], key: list[str]) ->
 
     def decorate(kernel: Any) -> Any:
         if triton is None or INTERPRETED:
-            return _Fixed(kernel, blocks[0])
-        configs = [triton.Config({"BLOCK": block}, num_warps=count) for block in blocks for count in warps]
-        return triton.autotune(configs, key=key, do_bench=_time_outside_capture)(kernel)
+            return _Fixed(kernel, shapes[0][0])
+        configs = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in shapes]
+        return triton.autotune(configs, key=list(key), do_bench=_time_outside_capture)(kernel)
 
     return decorate
 
@@ -97,7 +104,7 @@ class _Fixed:
 def _time_outside_capture(call: Callable[[], Any], quantiles: Any) -> Any:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("block sizes are tuned at the first call: make one with these shapes before capturing")
-    return triton.testing.do_bench(call, quantiles=quantiles)
+    return triton.testing.do_bench(call, warmup=TUNING_WARMUP_MS, rep=TUNING_MS, quantiles=quantiles)
 
 
 @jit

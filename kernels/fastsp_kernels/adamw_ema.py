@@ -241,7 +241,11 @@ def _triton_dtype(tensors: list[Tensor]) -> Any:
     return getattr(tl, str(tensors[0].dtype).removeprefix("torch.")) if tensors else None
 
 
-@autotune(blocks=(1024, 2048, 4096), warps=(4, 8), key=["GRADIENT", "FIRST", "SECOND", "COPY", "ALIGNMENT"])
+# Four elements a thread: 16 bytes of float32, and less than 64 registers. With more, Triton lays bfloat16 gradients and
+# copies out for 16 bytes too, eight elements, and takes everything through shared memory from one layout to the other.
+# A second block in flight would not pay: the thousand threads of a multiprocessor wait for 70 KB already, where 25 KB
+# would hide the latency.
+@autotune(((512, 4), (1024, 8), (2048, 16)), key=("GRADIENT", "FIRST", "SECOND", "COPY", "ALIGNMENT"))
 @jit
 def _adamw_ema_kernel(
     addresses_ptr,

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastsp_kernels import _checks as checks
 from fastsp_kernels import equations
 from fastsp_kernels._triton import (
+    LATENT_SHAPES,
     LAUNCH_OPTIONS,
     autotune,
     jit,
@@ -239,7 +240,7 @@ def _diffuse_triton(
     return outputs
 
 
-@autotune(blocks=(512, 1024, 2048), warps=(4, 8), key=["elements"])
+@autotune(LATENT_SHAPES)
 @jit
 def _diffuse_kernel(
     noisy_ptr,

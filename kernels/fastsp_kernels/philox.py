@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastsp_kernels import _checks as checks
-from fastsp_kernels._triton import autotune, jit, load_sample_device, tl, uses_triton
+from fastsp_kernels._triton import LAUNCH_OPTIONS, autotune, jit, load_sample_device, tl, uses_triton
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, as fractions of 2^32
@@ -124,7 +124,7 @@ def _random_words_triton(seed: Tensor, positions: Tensor, stream: int, count: in
     if len(positions):
         with torch.cuda.device_of(positions):
             _random_words_kernel[lambda meta: (len(positions) * -(-count // meta["BLOCK"]),)](
-                words, seed, positions, positions.stride(0), count, STREAM=stream
+                words, seed, positions, positions.stride(0), count, STREAM=stream, **LAUNCH_OPTIONS
             )
     return words
 
@@ -252,7 +252,7 @@ def random_normals_device(seed, stream: tl.constexpr, position, first_block, COU
     return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (COUNT,))
 
 
-@autotune(blocks=(256,), warps=(4,), key=[])
+@autotune(((256, 4),))
 @jit
 def _random_words_kernel(
     words_ptr, seed_ptr, positions_ptr, position_stride, count, STREAM: tl.constexpr, BLOCK: tl.constexpr

@@ -25,6 +25,7 @@ from torch import Tensor
 from fastsp_kernels import _checks as checks
 from fastsp_kernels import equations
 from fastsp_kernels._triton import (
+    LATENT_SHAPES,
     LAUNCH_OPTIONS,
     autotune,
     jit,
@@ -268,7 +269,7 @@ def _reproject_triton(
         )
 
 
-@autotune(blocks=(512, 1024, 2048), warps=(4, 8), key=["elements"])
+@autotune(LATENT_SHAPES)
 @jit
 def _reproject_kernel(
     output_ptr,

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastsp_kernels import _checks as checks
 from fastsp_kernels import equations
 from fastsp_kernels._triton import (
+    LATENT_SHAPES,
     LAUNCH_OPTIONS,
     autotune,
     jit,
@@ -117,7 +118,7 @@ def _backward_triton(
         )
 
 
-@autotune(blocks=(512, 1024, 2048), warps=(4, 8), key=["elements"])
+@autotune(LATENT_SHAPES)
 @jit
 def _backward_kernel(
     output_ptr,

@@ -1,7 +1,8 @@
-"""Compile every kernel for an H100 or H200 on any machine, and print what came out: a JSON object per kernel.
+"""Compile every kernel, in every shape it may be tuned to, for an H100 or H200 on any machine. Prints a JSON object for
+each: what came out.
 
-Run as a script with TRITON_INTERPRET=0. The ops are called on CPU tensors, but each launch is recorded and compiled
-instead of run; Triton brings the assembler.
+Run as a script with TRITON_INTERPRET=0, with names of ops to compile those alone. The ops are called on CPU tensors,
+but each launch is recorded and compiled instead of run; Triton brings the assembler.
 """
 
 from __future__ import annotations
@@ -9,30 +10,46 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastsp_kernels import adamw_ema, diffuse, diffuse_seeded, reproject
+from fastsp_kernels import adamw_ema, diffuse, diffuse_seeded, random_words, reproject
 from fastsp_kernels._triton import LAUNCH_OPTIONS
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.runtime.jit import mangle_type
 
 HOPPER = GPUTarget("cuda", 90, 32)
+MODULES = ("philox", "diffuse", "reproject", "reproject_backward", "adamw_ema")
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
 class Recorder:
-    """Stands in for an autotuned kernel and compiles it for the arguments of a launch, with one block size."""
+    """Stands in for an autotuned kernel and compiles it for the arguments of a launch, with all its configurations."""
 
-    def __init__(self, kernel: Any, block: int) -> None:
-        self.kernel, self.block = kernel.fn, block
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.configs = kernel.fn, kernel.configs
 
     def __getitem__(self, grid: Any) -> Recorder:
         return self
 
     def __call__(self, *arguments: Any, **keywords: Any) -> None:
         options = {name: keywords.pop(name) for name in LAUNCH_OPTIONS}
-        given = {**dict(zip(self.kernel.arg_names, arguments, strict=False)), **keywords, "BLOCK": self.block}
+        given = {**dict(zip(self.kernel.arg_names, arguments, strict=False)), **keywords}
+        for config in self.configs:
+            source = self.specialise({**given, **config.kwargs})
+            compiled = compile(source, target=HOPPER, options={"num_warps": config.num_warps, **options})
+            shape = {"block": config.kwargs["BLOCK"], "warps": config.num_warps}
+            constants = {name: str(value) for name, value in given.items() if name.isupper()}
+            print(json.dumps({"kernel": self.kernel.__name__, **shape, **constants, **properties(compiled)}))
+
+    def specialise(self, given: dict[str, Any]) -> ASTSource:
+        """As the launcher does: None, 1 and constexprs are constants, and 16 divides addresses and some sizes."""
         constants: dict[tuple[int, ...], Any] = {}
         attributes: dict[tuple[int, ...], Any] = {}
 
@@ -47,51 +64,96 @@ class Recorder:
             return mangle_type(value)
 
         signature = {name: type_of(given[name], (index,)) for index, name in enumerate(self.kernel.arg_names)}
-        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
-        ptx = compile(source, target=HOPPER, options={"num_warps": 4, **options}).asm["ptx"]
-        accesses = re.findall(r"(?:ld|st)\.global(?:\.nc)?((?:\.v\d)?)\.(b\d+)", ptx)
-        wide = sum(vector == ".v4" and width == "b32" for vector, width in accesses)
-        approximate = sorted(set(re.findall(r"\w+\.approx[.\w]*", ptx)))
-        report = {"kernel": self.kernel.__name__, "wide": wide, "accesses": len(accesses), "approximate": approximate}
-        print(json.dumps(report))
+        return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def record(module_name: str, block: int) -> None:
+def properties(compiled: Any) -> dict[str, Any]:
+    """Global accesses of a thread by their width in bytes, and what slows a kernel down."""
+    ptx = compiled.asm["ptx"]
+    widths: dict[int, int] = {}
+    for vector, bits in re.findall(r"(?:ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", ptx):
+        width = int(vector or 1) * int(bits) // 8
+        widths[width] = widths.get(width, 0) + 1
+    return {
+        "widths": widths,
+        "approximate": sorted(set(re.findall(r"\w+\.approx[.\w]*", ptx))),
+        "barriers": len(re.findall(r"bar\.sync|barrier\.sync", ptx)),
+        "shared": compiled.metadata.shared,
+        **resources(compiled.asm["cubin"]),
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread, and bytes of local memory, which is where registers are spilled to."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return {"registers": int(found["REG"]), "local": int(found["STACK"]) + int(found["LOCAL"])}
+
+
+def record(module_name: str) -> None:
     module = importlib.import_module(f"fastsp_kernels.{module_name}")
     module.uses_triton = lambda tensor: True
     for name in [name for name in vars(module) if name.endswith("_kernel")]:
-        setattr(module, name, Recorder(getattr(module, name), block))
+        setattr(module, name, Recorder(getattr(module, name)))
 
 
-def main() -> None:
-    for module_name in ("diffuse", "reproject", "reproject_backward", "adamw_ema"):
-        record(module_name, 1024)
+def latents() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents, a seed, positions, and tables of levels and angles."""
+    return torch.randn(2, 4, 64, 64), torch.tensor(1), torch.arange(2), torch.rand(9), torch.rand(9).double()
+
+
+def compile_random() -> None:
+    random_words(1, 2, torch.arange(3), 100)
+
+
+def compile_diffuse() -> None:
+    x0, seed, positions, table, _ = latents()
+    diffuse(x0, x0, positions, table, table, target="epsilon")
+    for layout in LAYOUTS:
+        diffuse_seeded(x0, seed, positions, table, table, dtype=torch.bfloat16, memory_format=layout)
+
+
+def compile_reproject() -> None:
+    """Forward and backward, channels_last in and out as in a training step, then the other prediction types."""
+    x0, seed, positions, table, angles = latents()
+    types = (("v_prediction", 1), ("v_prediction", 0), ("epsilon", 0), ("sample", 0))
+    for prediction_type, layout in ((name, LAYOUTS[index]) for name, index in types):
+        answer = x0.bfloat16().contiguous(memory_format=layout).requires_grad_()
+        schedule = (positions, positions, table, table, angles)
+        options = {"prediction_type": prediction_type, "memory_format": layout}
+        pair = reproject(answer, x0, *schedule, seed=seed, positions=positions, **options)
+        pair.backward(torch.ones_like(pair))
+
+
+def compile_adamw_ema() -> None:
     importlib.import_module("fastsp_kernels.adamw_ema").INTERPRETED = True  # nothing to tune
-    latents, positions, seed = torch.randn(2, 4, 64, 64), torch.arange(2), torch.tensor(1)
-    table, angles = torch.rand(1000), torch.rand(1000, dtype=torch.float64)
-    diffuse(latents, latents, positions, table, table, target="epsilon")
-    diffuse_seeded(latents, seed, positions, table, table, dtype=torch.bfloat16, memory_format=torch.channels_last)
-    for prediction_type in ("v_prediction", "epsilon", "sample"):
-        answer = latents.bfloat16().requires_grad_()
-        reproject(
-            answer,
-            latents,
-            positions,
-            positions,
-            table,
-            table,
-            angles,
-            seed=seed,
-            positions=positions,
-            prediction_type=prediction_type,
-        ).sum().backward()
-    weights, one = [torch.zeros(1 << 16)], torch.ones(())
-    halves = [weights[0].bfloat16()]
+    one, masters = torch.ones(()), [torch.zeros(1 << 16)]
+    halves = [masters[0].bfloat16()]
     scalars = {"learning_rate": one, "ema_decay": one, "gradient_norm": one}
-    for copies in ([], halves):
+    for gradients, moments, copies in (
+        (masters, masters, []),
+        (masters, masters, halves),
+        (halves, masters, []),
+        (halves, masters, halves),
+        (halves, halves, halves),
+    ):
         counters = {"step": torch.zeros(()), "skipped": torch.zeros((), dtype=torch.int64)}
-        adamw_ema(weights, halves, weights, weights, weights, copies, **scalars, **counters)
+        adamw_ema(masters, gradients, moments, moments, masters, copies, **scalars, **counters)
 
+
+OPS: dict[str, Callable[[], None]] = {
+    "random": compile_random,
+    "diffuse": compile_diffuse,
+    "reproject": compile_reproject,
+    "adamw_ema": compile_adamw_ema,
+}
 
 if __name__ == "__main__":
-    main()
+    for module_name in MODULES:
+        record(module_name)
+    for op in sys.argv[1:] or OPS:
+        OPS[op]()

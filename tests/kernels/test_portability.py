@@ -6,10 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from fastsp_kernels._triton import triton
+import torch
+from fastsp_kernels import _triton
+from fastsp_kernels._triton import LATENT_SHAPES, triton
 
 WITHOUT_TRITON = """
 import sys
@@ -39,19 +44,53 @@ def test_the_reference_needs_no_triton() -> None:
     run(["-c", WITHOUT_TRITON])
 
 
-@pytest.mark.skipif(triton is None, reason="triton is not installed")
-def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+@pytest.mark.parametrize("capturing", [False, True])
+def test_nothing_is_tuned_inside_a_capture(monkeypatch: pytest.MonkeyPatch, capturing: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(_triton, "triton", SimpleNamespace(testing=SimpleNamespace(do_bench=lambda call, **_: call())))
+    if capturing:
+        with pytest.raises(RuntimeError, match="make one with these shapes before capturing"):
+            _triton._time_outside_capture(lambda: 1.0, None)
+    else:
+        assert _triton._time_outside_capture(lambda: 1.0, None) == 1.0
+
+
+@pytest.fixture(scope="module")
+def hopper_reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the compiler makes of every kernel and configuration: see compile_for_hopper.py."""
+    if triton is None:
+        pytest.skip("triton is not installed")
     script = Path(__file__).with_name("compile_for_hopper.py")
-    output = run([str(script)], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    reports = [json.loads(line) for line in output.splitlines()]
-    assert len(reports) == 2 + 2 * 3 + 2
-    assert {report["kernel"] for report in reports} == {
-        "_diffuse_kernel",
-        "_reproject_kernel",
-        "_backward_kernel",
-        "_adamw_ema_kernel",
-    }
-    for report in reports:
-        assert report["wide"] >= 1, report  # contiguous tensors move in 16-byte accesses
+    cache = str(tmp_path_factory.mktemp("triton"))
+    output = run([str(script)], TRITON_INTERPRET="0", TRITON_CACHE_DIR=cache)
+    return [json.loads(line) for line in output.splitlines()]
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_hopper_in_every_configuration(hopper_reports: list[dict[str, Any]]) -> None:
+    compiled = Counter((report["kernel"], report["block"], report["warps"]) for report in hopper_reports)
+    lists = ((512, 4), (1024, 8), (2048, 16))
+    expected = {("_random_words_kernel", 256, 4): 1}
+    for kernel, shapes, calls in (
+        ("_diffuse_kernel", LATENT_SHAPES, 3),
+        ("_reproject_kernel", LATENT_SHAPES, 4),
+        ("_backward_kernel", LATENT_SHAPES, 4),
+        ("_adamw_ema_kernel", lists, 5),
+    ):
+        expected |= {(kernel, *shape): calls for shape in shapes}
+    assert compiled == expected
+    for report in hopper_reports:
         assert not report["approximate"], report  # log, cos, sin, sqrt and division are the accurate ones
-    assert all(report["wide"] >= 9 for report in reports if report["kernel"] == "_adamw_ema_kernel")
+
+
+@pytest.mark.slow
+def test_adamw_ema_streams(hopper_reports: list[dict[str, Any]]) -> None:
+    """No shared memory, barrier or spilled register; and a thread moves 16 bytes of a float32 list at a time."""
+    reports = [report for report in hopper_reports if report["kernel"] == "_adamw_ema_kernel"]
+    assert reports
+    for report in reports:
+        assert (report["shared"], report["barriers"], report["local"]) == (0, 0, 0), report
+        assert report["registers"] <= 64, report  # a thousand threads of a multiprocessor
+        moments = [report["FIRST"], report["SECOND"]]
+        accesses = 4 + (report["GRADIENT"] == "fp32") + 2 * moments.count("fp32")  # weights and averages; the rest
+        assert report["widths"]["16"] == accesses, report
