@@ -1,0 +1,93 @@
+"""What a run's data consisted of when the run began, so that going on with other data does not pass unnoticed.
+
+The order of an epoch is a function of the number of samples and of their order in the source: one file more or less,
+and everything after the resume is reordered.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from fastsp.errors import UserError
+from fastsp.files import read_text, write_file
+
+MAX_NAMES = 100_000  # kept one by one up to so many; above, a difference is told by the folder it is in
+
+
+class Part(NamedTuple):
+    """A tar, or a folder without those in it."""
+
+    name: str
+    """Of a tar the file's name, of a folder its path below the source; so a source may be moved."""
+    samples: int
+    sha256: str
+    """Of the samples' names in their order."""
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The samples of a source."""
+
+    parts: tuple[Part, ...]
+    shards: tuple[str, ...] = ()
+    """Paths of the tars."""
+    names: tuple[str, ...] = ()
+    """Of the samples of a folder, unless there are very many."""
+
+    @property
+    def samples(self) -> int:
+        """In all parts."""
+        return sum(part.samples for part in self.parts)
+
+    def save(self, path: Path) -> None:
+        """As JSON."""
+        fields = {"samples": self.samples, "parts": self.parts, "shards": self.shards, "names": self.names}
+        write_file(path, json.dumps(fields) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Inventory:
+        """What `save` wrote.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        try:
+            fields = json.loads(read_text(path))
+            parts = tuple(Part(*part) for part in fields["parts"])
+            return cls(parts, tuple(fields["shards"]), tuple(fields["names"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+
+    def difference(self, now: Inventory) -> str | None:
+        """What is different now, for people; None: the samples and their order are the same."""
+        if self.parts == now.parts:
+            return None
+        what = f"{self.samples} samples before, {now.samples} now"
+        before, after = self.names, now.names
+        if not (before and after) or before == after:
+            before, after = ([part.name for part in inventory.parts] for inventory in (self, now))
+        change = _missing_or_new(before, after) or self._changed_part(now)
+        return f"{what}, {change}" if change else f"{what}, in another order"
+
+    def _changed_part(self, now: Inventory) -> str | None:
+        others = {part.name: part for part in now.parts}
+        for part in self.parts:
+            other = others[part.name]
+            if part != other:
+                name = part.name or "the folder itself"
+                return f"{name} had {part.samples} and has {other.samples}, or others of the same number"
+        return None
+
+
+def _missing_or_new(before: Sequence[str], after: Sequence[str]) -> str | None:
+    """The first name that is in one of them alone."""
+    for names, others, what in ((before, set(after), "missing"), (after, set(before), "new")):
+        different = [name for name in names if name not in others]
+        if different:
+            more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+            return f"{different[0] or 'the folder itself'}{more} is {what}"
+    return None

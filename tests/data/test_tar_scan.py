@@ -1,0 +1,183 @@
+"""What is read of one tar: names, links, and everything that is not damaged."""
+
+import gzip
+import io
+import subprocess
+import tarfile
+
+import pytest
+from data.helpers import write_tar
+
+from fastsp.data.tar_scan import scan_tar, split_name
+
+KEYS = [f"{number:03d}" for number in range(8)]
+
+
+def members(keys=KEYS):
+    return [(f"{key}.{suffix}", f"{suffix} of {key}".encode()) for key in keys for suffix in ("jpg", "txt")]
+
+
+def keys(scan):
+    return [key for key, _ in scan.samples]
+
+
+def content(tar, span):
+    return tar.read_bytes()[span[0] : span[0] + span[1]]
+
+
+def special(name, kind, linkname=""):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, linkname
+    return member
+
+
+def add(path, *infos):
+    with tarfile.open(path, "a") as tar:
+        for info in infos:
+            tar.addfile(info)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a/b.c.JPG", ("a/b.c", "jpg")),
+        ("a.b/c", ("a.b/c", "")),
+        ("jpg", ("jpg", "")),
+        (".jpg", (".jpg", "")),
+        ("dot..png", ("dot.", "png")),
+    ],
+)
+def test_names_are_split_at_their_last_dot(name, expected):
+    assert split_name(name) == expected
+
+
+def test_dotted_names_nested_names_and_upper_case(tmp_path):
+    names = ["a.b", "a.c", "d/e/f", "d/x/f", "x.y/1.5"]
+    tar = write_tar(tmp_path / "0.tar", [*members(names), ("./g.JPG", b"G"), ("./g.TXT", b"upper")])
+    scan = scan_tar(tar)
+    assert keys(scan) == [*names, "g"] and not scan.damage and not scan.notes and not scan.unusable
+    assert [content(tar, sample.text) for _, sample in scan.samples[:2]] == [b"txt of a.b", b"txt of a.c"]
+    assert content(tar, scan.samples[-1][1].text) == b"upper"
+
+
+def test_hidden_members_are_skipped_as_in_a_folder(tmp_path):
+    hidden = [("._0.jpg", b"mac"), ("__MACOSX/._0.jpg", b"mac"), (".cache/1.jpg", b"x"), (".hidden.jpg", b"x")]
+    assert keys(scan_tar(write_tar(tmp_path / "0.tar", [*hidden, ("0.jpg", b"x")]))) == ["0"]
+
+
+def test_of_the_same_name_the_last_counts_and_it_is_said(tmp_path):
+    again = [("000.jpg", b"again"), ("000.txt", b"again"), ("000.png", b"another"), ("000.JPG", b"upper")]
+    tar = write_tar(tmp_path / "0.tar", members() + again)
+    scan = scan_tar(tar)
+    assert keys(scan) == KEYS and content(tar, scan.samples[0][1].image) == b"again" and scan.lost == 0
+    assert scan.notes == [
+        "000.JPG (and 1 more) is not used: another image or caption has the same key",
+        "000.jpg (and 1 more) is there more than once; the last one counts, as when the tar is unpacked",
+    ]
+
+
+def test_links_lead_to_members(tmp_path):
+    tar = write_tar(tmp_path / "0.tar", [("a/0.jpg", b"J"), ("a/0.txt", b"T")])
+    hard = [special("b/1.jpg", tarfile.LNKTYPE, "a/0.jpg"), special("b/1.txt", tarfile.LNKTYPE, "a/0.txt")]
+    soft = [special("b/2.jpg", tarfile.SYMTYPE, "../a/0.jpg"), special("b/3.jpg", tarfile.SYMTYPE, "/nowhere/3.jpg")]
+    scan = scan_tar(add(tar, *hard, *soft, special("b/4.jpg", tarfile.FIFOTYPE)))
+    assert keys(scan) == ["a/0", "b/1", "b/2"]
+    assert [content(tar, sample.image) for _, sample in scan.samples] == [b"J"] * 3
+    assert content(tar, scan.samples[1][1].text) == b"T"
+    assert [name for name, _ in scan.unusable] == ["b/4.jpg", "b/3.jpg"]
+
+
+@pytest.mark.parametrize("kind", ["gnu", "posix"])
+def test_sparse_members_are_named(tmp_path, kind):
+    (tmp_path / "0.jpg").write_bytes(b"start")
+    with (tmp_path / "0.jpg").open("r+b") as file:
+        file.truncate(1 << 20)
+    (tmp_path / "1.jpg").write_bytes(b"whole")
+    command = ["tar", "--sparse", f"--format={kind}", "-cf", "0.tar", "0.jpg", "1.jpg"]
+    if subprocess.run(command, cwd=tmp_path, check=False).returncode:
+        pytest.skip("this tar makes no sparse members")
+    scan = scan_tar(tmp_path / "0.tar")
+    assert keys(scan) == ["1"] and [name for name, _ in scan.unusable] == ["0.jpg"] and "sparse" in scan.unusable[0][1]
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_damaged_header_costs_its_member(tmp_path, kind):
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name, text in members():
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+    whole = path.read_bytes()
+    for number in (0, 3, 7):
+        place = whole.index(f"{number:03d}.jpg".encode())
+        for damage in (b"\xff" * 20, bytes(512), b"\xff" * 512):
+            path.write_bytes(whole[:place] + damage + whole[place + len(damage) :])
+            scan = scan_tar(path)
+            assert keys(scan) == KEYS[:number] + KEYS[number + 1 :] and scan.lost == 1
+            assert scan.damage == (
+                f"damaged tar header at byte {place}" if place else "not a tar: no header at its start"
+            )
+
+
+def test_a_size_below_zero_or_beyond_the_end(tmp_path):
+    path = write_tar(tmp_path / "0.tar", members())
+    whole = path.read_bytes()
+    place = whole.index(b"003.jpg")
+    for size in (b"\xff" * 12, b"77777777777\0"):
+        header = bytearray(whole[place : place + 512])
+        header[124:136] = size
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        path.write_bytes(whole[:place] + bytes(header) + whole[place + 512 :])
+        scan = scan_tar(path)
+        assert keys(scan) == KEYS[:3] + KEYS[4:] and scan.damage and scan.lost == 1
+
+
+def test_wherever_a_tar_is_cut_it_is_said(tmp_path):
+    path = write_tar(tmp_path / "0.tar", members(KEYS[:3]))
+    whole = path.read_bytes()
+    end = 512 * 12
+    for cut in range(0, end + 1, 64):
+        path.write_bytes(whole[:cut])
+        scan = scan_tar(path)
+        between = cut > 0 and cut % 1024 in (0, *range(512 + 64, 1024, 64))  # nothing, or only padding, is missing
+        if between:
+            assert scan.damage is None and "perhaps it was cut short" in scan.notes[0], cut
+        else:
+            assert scan.damage is not None and not scan.notes, cut
+    path.write_bytes(whole[: end + 512])
+    assert scan_tar(path)[1:] == (None, [], 0, [])
+
+
+def test_tars_one_after_the_other(tmp_path):
+    """As `cat` makes of two; other tools stop at the first one's end."""
+    first = write_tar(tmp_path / "0.tar", members(KEYS[:4]))
+    second = write_tar(tmp_path / "1.tar", members(KEYS[4:]))
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    scan = scan_tar(first)
+    assert keys(scan) == KEYS and not scan.damage
+
+
+def test_many_damaged_places_are_one_line(tmp_path):
+    path = write_tar(tmp_path / "0.tar", members())
+    content = bytearray(path.read_bytes())
+    for number in range(1, 7):
+        content[content.index(f"{number:03d}.txt".encode())] ^= 255
+    path.write_bytes(content)
+    scan = scan_tar(path)
+    assert len(scan.samples) == 8 and scan.lost == 6
+    assert scan.damage is not None and scan.damage.endswith("; 3 more damaged places")
+
+
+def test_what_is_not_a_tar(tmp_path):
+    path = write_tar(tmp_path / "0.tar", members())
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    assert "compressed (gzip)" in str(scan_tar(path).damage)
+    path.write_bytes(b"<html>404</html>" * 1000)
+    assert scan_tar(path).damage == "not a tar: no header at its start"
+    path.write_bytes(b"")
+    assert scan_tar(path).damage == "not a tar: the file is empty"
+    assert "No such file" in str(scan_tar(tmp_path / "nowhere.tar").damage)
+    assert scan_tar(write_tar(path, [])) == ([], None, [], 0, [])
