@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
 
 def check_images(name: str, tensor: Tensor) -> None:
     """A non-empty (B, C, H, W) tensor of a float type, of fewer than 2^30 elements a sample."""
-    if tensor.ndim != 4 or tensor.numel() == 0 or tensor[0].numel() >= 1 << 30:
+    if tensor.ndim != 4 or tensor.numel() == 0 or math.prod(tensor.shape[1:]) >= 1 << 30:
         raise ValueError(f"{name} must be a non-empty (B, C, H, W) tensor, got shape {tuple(tensor.shape)}")
     check_dtype(f"the dtype of {name}", tensor.dtype)
 
@@ -33,15 +35,16 @@ def check_per_sample(name: str, tensor: Tensor, latents: Tensor) -> None:
     """An int64 tensor with one value per sample, on the latents' device."""
     if tensor.shape != latents.shape[:1] or tensor.dtype != torch.int64:
         raise ValueError(
-            f"{name} must be int64 of shape ({len(latents)},), got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            f"{name} must be int64 of shape ({latents.shape[0]},), got {tensor.dtype} of shape {tuple(tensor.shape)}"
         )
     check_device(name, tensor, latents)
 
 
-def check_seed(seed: Tensor, latents: Tensor) -> None:
+def check_seed(seed: Tensor, other: Tensor) -> None:
+    """A 0-d int64 tensor on the device of the other arguments."""
     if seed.ndim != 0 or seed.dtype != torch.int64:
         raise ValueError(f"seed must be a 0-d int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}")
-    check_device("seed", seed, latents)
+    check_device("seed", seed, other)
 
 
 def check_table(name: str, table: Tensor, dtype: torch.dtype, length: int, latents: Tensor) -> None:
@@ -53,9 +56,9 @@ def check_table(name: str, table: Tensor, dtype: torch.dtype, length: int, laten
     check_device(name, table, latents)
 
 
-def check_device(name: str, tensor: Tensor, latents: Tensor) -> None:
-    if tensor.device != latents.device:
-        raise ValueError(f"{name} must be on the latents' device {latents.device}, got {tensor.device}")
+def check_device(name: str, tensor: Tensor, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} must be on {other.device}, where the other tensors are, got {tensor.device}")
 
 
 def format_code(memory_format: torch.memory_format) -> int:
@@ -69,6 +72,6 @@ def expand_positions(positions: Tensor, latents: Tensor) -> Tensor:
     """(B,) int64 positions of the samples; a 0-d tensor holds the first one's."""
     check_device("positions", positions, latents)
     if positions.ndim == 0:
-        positions = positions + torch.arange(len(latents), device=latents.device)
+        positions = positions + torch.arange(latents.shape[0], device=latents.device)
     check_per_sample("positions", positions, latents)
     return positions

@@ -160,7 +160,7 @@ def _diffuse_outputs(
     layout = checks.MEMORY_FORMATS[memory_format]
     outputs = [torch.empty(latents.shape, dtype=dtype, device=latents.device, memory_format=layout)]
     if timesteps is None:
-        outputs.append(torch.empty(len(latents), dtype=torch.int64, device=latents.device))
+        outputs.append(torch.empty(latents.shape[0], dtype=torch.int64, device=latents.device))
     if target != NO_TARGET:
         outputs.append(torch.empty(latents.shape, dtype=torch.float32, device=latents.device, memory_format=layout))
     return outputs

@@ -93,7 +93,7 @@ def _checked_seed(seed: Words, positions: Tensor, count: int) -> Tensor:
     if positions.ndim != 1 or positions.dtype != torch.int64:
         raise ValueError(f"positions must be a 1-D int64 tensor, got {positions.dtype} of {tuple(positions.shape)}")
     if not 1 <= count <= 4 << 32:
-        raise ValueError(f"count must be from 1 to 2^34 words, got {count}")
+        raise ValueError(f"count must be from 1 to 2^34, got {count}")
     if isinstance(seed, Tensor):
         checks.check_seed(seed, positions)
         return seed
@@ -104,8 +104,10 @@ def _checked_seed(seed: Words, positions: Tensor, count: int) -> Tensor:
 
 @torch.library.custom_op("fastsp::random_words", mutates_args=())
 def _random_words(seed: Tensor, positions: Tensor, stream: int, count: int) -> Tensor:
-    run = _random_words_triton if uses_triton(positions) else _random_words_reference
-    return run(seed, positions, stream, count)
+    """(B, count) int64 holding u32."""
+    if uses_triton(positions):
+        return _draw_triton(_empty_words(seed, positions, stream, count), seed, positions, stream)
+    return _random_words_reference(seed, positions, stream, count)
 
 
 @_random_words.register_fake
@@ -117,16 +119,6 @@ def _random_words_reference(seed: Tensor, positions: Tensor, stream: int, count:
     blocks = torch.arange(-(-count // 4), dtype=torch.int64, device=positions.device)
     words = philox_4x32_10(*_split(seed), blocks, stream, *_split(positions[:, None]))
     return torch.stack(words, dim=-1).flatten(1)[:, :count].contiguous()
-
-
-def _random_words_triton(seed: Tensor, positions: Tensor, stream: int, count: int) -> Tensor:
-    words = _empty_words(seed, positions, stream, count)
-    if len(positions):
-        with torch.cuda.device_of(positions):
-            _random_words_kernel[lambda meta: (len(positions) * -(-count // meta["BLOCK"]),)](
-                words, seed, positions, positions.stride(0), count, STREAM=stream, **LAUNCH_OPTIONS
-            )
-    return words
 
 
 def random_integers(seed: Words, stream: int, positions: Tensor, bound: int) -> Tensor:
@@ -173,11 +165,43 @@ def random_normals(seed: Words, stream: int, positions: Tensor, shape: Sequence[
 
     Returns:
         (B, *shape) float32, contiguous.
+
+    Raises:
+        ValueError: as `random_words`, with the number of elements of `shape` for `count`.
     """
     count = math.prod(shape)
-    words = random_words(seed, stream, positions, count + count % 2)
+    normals = _random_normals(_checked_seed(seed, positions, count), positions, int(stream), count)
+    return normals.view(positions.shape[0], *shape)
+
+
+@torch.library.custom_op("fastsp::random_normals", mutates_args=())
+def _random_normals(seed: Tensor, positions: Tensor, stream: int, count: int) -> Tensor:
+    """(B, count) float32."""
+    if uses_triton(positions):
+        return _draw_triton(_empty_normals(seed, positions, stream, count), seed, positions, stream)
+    return _random_normals_reference(seed, positions, stream, count)
+
+
+@_random_normals.register_fake
+def _empty_normals(seed: Tensor, positions: Tensor, stream: int, count: int) -> Tensor:
+    return torch.empty((positions.shape[0], count), dtype=torch.float32, device=positions.device)
+
+
+def _random_normals_reference(seed: Tensor, positions: Tensor, stream: int, count: int) -> Tensor:
+    words = _random_words_reference(seed, positions, stream, count + count % 2)
     normals = torch.stack(box_muller(words[:, 0::2], words[:, 1::2]), dim=-1)
-    return normals.flatten(1)[:, :count].reshape(len(positions), *shape)
+    return normals.flatten(1)[:, :count].contiguous()
+
+
+def _draw_triton(output: Tensor, seed: Tensor, positions: Tensor, stream: int) -> Tensor:
+    """Fill (B, count): int64 with words, float32 with normals."""
+    batch, count = output.shape
+    if batch:
+        with torch.cuda.device_of(positions):
+            _random_kernel[lambda meta: (batch * -(-count // meta["BLOCK"]),)](
+                output, seed, positions, positions.stride(0), count, STREAM=stream, **LAUNCH_OPTIONS
+            )
+    return output
 
 
 def box_muller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,16 +276,19 @@ def random_normals_device(seed, stream: tl.constexpr, position, first_block, COU
     return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (COUNT,))
 
 
-@autotune(((256, 4),))
+@autotune(((256, 2),))
 @jit
-def _random_words_kernel(
-    words_ptr, seed_ptr, positions_ptr, position_stride, count, STREAM: tl.constexpr, BLOCK: tl.constexpr
+def _random_kernel(
+    output_ptr, seed_ptr, positions_ptr, position_stride, count, STREAM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program: BLOCK words of one sample."""
+    """One program: BLOCK words of one sample, or normals where the output is float32."""
     tiles = (count + BLOCK - 1) // BLOCK
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     first = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK
-    position = load_sample_device(positions_ptr, position_stride, sample)
-    words = random_words_device(tl.load(seed_ptr), STREAM, position, first // 4, BLOCK)
+    seed, position = tl.load(seed_ptr), load_sample_device(positions_ptr, position_stride, sample)
+    if output_ptr.dtype.element_ty == tl.float32:
+        values = random_normals_device(seed, STREAM, position, first // 4, BLOCK)
+    else:
+        values = random_words_device(seed, STREAM, position, first // 4, BLOCK).to(tl.int64)
     element = first + tl.arange(0, BLOCK)
-    tl.store(words_ptr + sample * count + element, words.to(tl.int64), element < count)
+    tl.store(output_ptr + sample * count + element, values, element < count)

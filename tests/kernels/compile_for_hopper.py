@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastsp_kernels import adamw_ema, diffuse, diffuse_seeded, random_words, reproject
+from fastsp_kernels import adamw_ema, diffuse, diffuse_seeded, random_normals, random_words, reproject
 from fastsp_kernels._triton import LAUNCH_OPTIONS
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -108,6 +108,7 @@ def latents() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, t
 
 def compile_random() -> None:
     random_words(1, 2, torch.arange(3), 100)
+    random_normals(1, 2, torch.arange(3), (4, 5, 7))
 
 
 def compile_diffuse() -> None:

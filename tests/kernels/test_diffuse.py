@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from fastsp_kernels import Stream, diffuse, diffuse_seeded, random_integers, random_normals
 from kernel_oracles import (
     DTYPES,
@@ -150,7 +151,7 @@ def test_one_sample_of_a_strided_batch(device: torch.device) -> None:
         ({"latents": torch.zeros(3, 4, 7, 6).double()}, "dtype of latents must be float32"),
         ({"noise": torch.zeros(3, 4, 6, 7)}, "noise must have the latents' shape"),
         ({"noise": torch.zeros(3, 4, 7, 6).int()}, "dtype of noise must be float32"),
-        ({"noise": torch.zeros(3, 4, 7, 6, device="meta")}, "noise must be on the latents' device"),
+        ({"noise": torch.zeros(3, 4, 7, 6, device="meta")}, "noise must be on cpu"),
         ({"timesteps": torch.zeros(2, dtype=torch.int64)}, "timesteps must be int64 of shape"),
         ({"timesteps": torch.zeros(3)}, "timesteps must be int64 of shape"),
         ({"signal": torch.zeros(50).double()}, "signal must be torch.float32"),
@@ -189,6 +190,22 @@ def test_opcheck(device: torch.device, seeded: bool) -> None:
     latents, noise, timesteps, tables = make_case(device)
     given = (None, None, *seeded_arguments(device, 3)) if seeded else (noise, timesteps, None, None)
     torch.library.opcheck(torch.ops.fastsp.diffuse.default, (latents, *given, *tables.levels, 0, torch.bfloat16, 1))
+
+
+def test_one_compilation_for_all_batch_sizes(device: torch.device) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    tables = make_tables(device)
+
+    def step(latents: Tensor, seed: Tensor, first: Tensor) -> Tensor:
+        noisy, target, timesteps = diffuse_seeded(latents, seed, first, *tables.levels, target="v_prediction")
+        return (noisy + target).sum(dim=(1, 2, 3)) + timesteps
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for batch in (2, 3, 4, 5):
+        latents = torch.randn(batch, 4, 5, 3, device=device)
+        seed, positions = seeded_arguments(device, batch)
+        torch.testing.assert_close(compiled(latents, seed, positions[0]), step(latents, seed, positions[0]))
+    assert counter.frame_count == 1
 
 
 def test_compiles_without_a_break(device: torch.device) -> None:

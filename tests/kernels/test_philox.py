@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import torch._dynamo.testing
 from fastsp_kernels import Stream, philox_4x32_10, random_integers, random_normals, random_uniforms, random_words
 from fastsp_kernels._triton import jit, tl, uses_triton
 from fastsp_kernels.philox import (
@@ -96,15 +99,44 @@ def test_an_int_seed_counts_by_its_64_bits() -> None:
 def test_strides_of_positions_do_not_matter(device: torch.device, view: str) -> None:
     positions = per_sample_view(torch.tensor(POSITIONS, device=device), view)
     assert torch.equal(random_words(5, 1, positions, 9), random_words(5, 1, positions.clone(), 9))
+    assert torch.equal(random_normals(5, 1, positions, (9,)), random_normals(5, 1, positions.clone(), (9,)))
 
 
 def test_no_positions(device: torch.device) -> None:
-    assert random_words(5, 1, torch.empty(0, dtype=torch.int64, device=device), 9).shape == (0, 9)
+    positions = torch.empty(0, dtype=torch.int64, device=device)
+    assert random_words(5, 1, positions, 9).shape == (0, 9)
+    assert random_normals(5, 1, positions, (3, 3)).shape == (0, 3, 3)
 
 
-def test_opcheck(device: torch.device) -> None:
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (4, 8, 9)])
+def test_normals_match_python(device: torch.device, shape: tuple[int, ...]) -> None:
+    """Odd numbers of them too, and of more than one Triton program a sample."""
+    positions = torch.tensor(POSITIONS, device=device)
+    drawn = random_normals(-7, Stream.NOISE, positions, shape)
+    count = math.prod(shape)
+    expected = [normals(philox_words(-7, 2, position, count + count % 2))[:count] for position in POSITIONS]
+    assert drawn.dtype == torch.float32 and drawn.shape == (len(POSITIONS), *shape) and drawn.is_contiguous()
+    drawn = drawn.cpu().double().view(len(POSITIONS), count)
+    assert (drawn - torch.tensor(expected, dtype=torch.float64)).abs().max() < 3e-6
+
+
+@pytest.mark.parametrize("op", ["random_words", "random_normals"])
+def test_opcheck(device: torch.device, op: str) -> None:
     seed, positions = torch.tensor(-7, device=device), torch.tensor(POSITIONS, device=device)
-    torch.library.opcheck(torch.ops.fastsp.random_words.default, (seed, positions, int(Stream.NOISE), 11))
+    torch.library.opcheck(getattr(torch.ops.fastsp, op).default, (seed, positions, int(Stream.NOISE), 11))
+
+
+def test_one_compilation_for_all_batch_sizes(device: torch.device) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def draw(positions: Tensor) -> Tensor:
+        return random_words(3, 1, positions, 7) + random_normals(3, 1, positions, (7,))
+
+    compiled = torch.compile(draw, fullgraph=True, dynamic=True, backend=counter)
+    for batch in (2, 3, 4, 5):
+        positions = torch.arange(batch, device=device)
+        assert torch.equal(compiled(positions), draw(positions))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
@@ -203,6 +235,7 @@ def test_uniforms_and_normals_follow_their_distributions() -> None:
 
 @pytest.mark.gpu
 def test_reference_draws_the_same_words_on_a_gpu() -> None:
+    """The reference itself on CUDA tensors."""
     arguments = (torch.tensor(-7), torch.tensor(POSITIONS), 2, 33)
     on_gpu = [value.cuda() if isinstance(value, Tensor) else value for value in arguments]
     assert torch.equal(_random_words_reference(*on_gpu).cpu(), _random_words_reference(*arguments))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from fastsp_kernels import Stream, diffuse, random_normals, reproject
 from kernel_oracles import (
     DTYPES,
@@ -249,6 +250,26 @@ def test_opcheck_backward(device: torch.device) -> None:
     case = Case(device)
     arguments = (case.weight, case.t, case.t2, *case.tables.all, 2, torch.bfloat16, 1)
     torch.library.opcheck(torch.ops.fastsp.reproject_backward.default, arguments)
+
+
+def test_one_compilation_for_all_batch_sizes(device: torch.device) -> None:
+    """Forward and backward."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    tables = make_tables(device)
+
+    def loss(model_pred: Tensor, latents: Tensor, t: Tensor, seed: Tensor, first: Tensor) -> Tensor:
+        pair = reproject(model_pred, latents, t, t.flip(0), *tables.all, seed=seed, positions=first)
+        return pair.square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    for batch in (2, 3, 4, 5):
+        latents, t = torch.randn(batch, 4, 5, 3, device=device), torch.arange(batch, device=device)
+        model_pred = torch.randn_like(latents).requires_grad_()
+        given = (model_pred, latents, t, torch.tensor(3, device=device), torch.tensor(5, device=device))
+        (actual,) = torch.autograd.grad(compiled(*given), model_pred)
+        (expected,) = torch.autograd.grad(loss(*given), model_pred)
+        torch.testing.assert_close(actual, expected)
+    assert counter.frame_count == 1
 
 
 def test_compiles_without_a_break(device: torch.device) -> None:
