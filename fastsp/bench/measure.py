@@ -24,14 +24,8 @@ class Entry:
     name: str
     steps: Steps | None
     first_step_s: float  # compiling and autotuning included
-    held_bytes: int | None  # device memory between two steps; None on a CPU
+    peak_bytes: int | None  # device memory at most, as if the provider had the device to itself; None on a CPU
     seconds: list[float] = field(default_factory=list)  # of a step, one value a turn
-    step_bytes: int = 0  # what a step takes beyond what is held
-
-    @property
-    def peak_bytes(self) -> int | None:
-        """As if the provider had the device to itself."""
-        return None if self.held_bytes is None else self.held_bytes + self.step_bytes
 
     def release(self) -> None:
         """Give its memory back; the figures stay."""
@@ -48,28 +42,23 @@ def prepare(name: str, provider: Provider, workload: Workload, say: Say) -> Entr
     device, before = workload.device, _allocated(workload.device)
     steps = provider.build(workload)
     first = seconds_per_call(steps.step, device)
+    if before is not None:
+        torch.cuda.reset_peak_memory_stats(device)  # compiling and tuning take memory of their own
     for _ in range(WARM_UP_STEPS):
         steps.step()
     synchronize(device)
+    # Here and not in the turns: the replay of a CUDA graph, recorded by now, allocates nothing that could be seen.
+    peak = None if before is None else torch.cuda.max_memory_allocated(device) - before
     say(f"{name}: {provider.says}; first step {first:.1f} s")
-    return Entry(name, steps, first, None if before is None else (_allocated(device) or 0) - before)
+    return Entry(name, steps, first, peak)
 
 
 def take_turns(entries: Mapping[str, Entry], device: torch.device, rounds: int) -> None:
     """``rounds`` times, each entry takes a turn of a few steps; the order is that of the mapping."""
     for _ in range(rounds):
         for entry in entries.values():
-            _turn(entry, device)
-
-
-def _turn(entry: Entry, device: torch.device) -> None:
-    assert entry.steps is not None
-    held = _allocated(device)
-    if held is not None:
-        torch.cuda.reset_peak_memory_stats(device)
-    entry.seconds.append(seconds_per_call(entry.steps.step, device, STEPS_PER_TURN[device.type]))
-    if held is not None:
-        entry.step_bytes = max(entry.step_bytes, torch.cuda.max_memory_allocated(device) - held)
+            assert entry.steps is not None
+            entry.seconds.append(seconds_per_call(entry.steps.step, device, STEPS_PER_TURN[device.type]))
 
 
 def ratios(entry: Entry, reference: Entry, start: int) -> list[float]:

@@ -1,8 +1,10 @@
 """What a run was made with: versions of what matters for its figures, and the machine."""
 
+import contextlib
 import json
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,10 +32,21 @@ def environment() -> dict[str, str]:
             facts[package] = version(package)
         except PackageNotFoundError:
             facts[package] = "not installed"
+    facts["commit"] = _commit()
     on_gpu = torch.cuda.is_available()
     facts["device"] = torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores"
     facts["platform"] = platform.platform(terse=True)
     return facts
+
+
+def _commit() -> str:
+    """Of the checkout that this file lies in; ``FASTSP_COMMIT`` where the files have come without their history."""
+    checkout, commit = Path(__file__).parents[2], os.environ.get("FASTSP_COMMIT", "")
+    if not commit and (checkout / ".git").exists():  # an installed package may lie inside somebody else's checkout
+        git = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=10"]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return commit or "unknown"
 
 
 def write_environment(run_dir: Path) -> None:

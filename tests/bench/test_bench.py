@@ -137,6 +137,18 @@ def test_a_turn_adds_one_time_to_each():
     assert (p20, p50, p80) == pytest.approx((1.8, 3.0, 4.2))
 
 
+@pytest.mark.gpu
+def test_gpu_a_captured_step_s_memory_is_counted():
+    """Its replays allocate nothing: what they work in was taken by the recording."""
+    workload = tiny_workload(batch_size=32, device="cuda")
+    peaks = []
+    for cuda_graph in (False, True):
+        entry = prepare("fastsp_sp", PROVIDERS["fastsp_sp"], workload.with_settings(cuda_graph=cuda_graph), print)
+        peaks.append(entry.peak_bytes)
+        entry.release()
+    assert 0 < peaks[0] <= 1.1 * peaks[1] and peaks[1] < 2 * peaks[0]
+
+
 def test_rows_have_the_contract_s_keys():
     kept: list[int] = []
     names = ("algorithm1_eager", "fastsp_sp")
