@@ -67,10 +67,9 @@ class Inventory:
         if self.parts == now.parts:
             return None
         what = f"{self.samples} samples before, {now.samples} now"
-        before, after = self.names, now.names
-        if not (before and after) or before == after:
-            before, after = ([part.name for part in inventory.parts] for inventory in (self, now))
-        change = _missing_or_new(before, after) or self._changed_part(now)
+        change = _missing_or_new(self.names, now.names) if self.names and now.names else None
+        change = change or _missing_or_new([part.name for part in self.parts], [part.name for part in now.parts])
+        change = change or self._changed_part(now)
         return f"{what}, {change}" if change else f"{what}, in another order"
 
     def _changed_part(self, now: Inventory) -> str | None:
@@ -79,7 +78,9 @@ class Inventory:
             other = others[part.name]
             if part != other:
                 name = part.name or "the folder itself"
-                return f"{name} had {part.samples} and has {other.samples}, or others of the same number"
+                if part.samples == other.samples:
+                    return f"{name} has others of the same number"
+                return f"{name} had {part.samples} and has {other.samples}"
         return None
 
 

@@ -186,7 +186,7 @@ def _take_members(file: BinaryIO, place: int, size: int, scan: _Scan) -> tuple[i
                 return member.offset_data, member.name
             end = tar.offset
             scan.take(member)
-            tar.members.clear()  # kept for lookups by name, which nobody makes
+            tar.members = []  # type: ignore[attr-defined] # for lookups by name, which nobody makes
     except (tarfile.TarError, ValueError, OverflowError):  # the last two: of extended headers
         pass
     return end, None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fastsp.config import Config
+from fastsp.data.inventory import Inventory
 from fastsp.errors import UserError
 from fastsp.files import new_folder, remove_unfinished, sync, write_file
 from fastsp.training.config_changes import Change, config_changes
@@ -43,13 +44,44 @@ class RunDirectory:
         self.bad_samples_file = self.root / "bad_samples.jsonl"
         self.attention_file = self.root / "attention.json"
         self.checkpoints = self.root / "checkpoints"
+        self.data_file = self.root / "data.json"
         self.samples = self.root / "samples"
         self.tensorboard = self.root / "tensorboard"
         self.final = self.root / "final"
         self.changes: list[Change] = []
+        self._allows_changes = allow_changes
         self._lock: Any = None
         if is_main:
             self._check(resume, allow_changes)
+        self.data = Inventory.load(self.data_file) if self.data_file.exists() else None
+        """What the data consisted of when the run began; None: it begins now, or began before this was kept."""
+
+    @property
+    def known_shards(self) -> tuple[str, ...]:
+        """The tars that the run goes on with, though some may be gone; none where it may go on with other data."""
+        return () if self.data is None or self._allows_changes else self.data.shards
+
+    def check_data(self, now: Inventory) -> str | None:
+        """See that the samples and their order are still those of when the run began.
+
+        Returns:
+            What has changed, where it may.
+
+        Raises:
+            UserError: it may not.
+        """
+        difference = None if self.data is None else self.data.difference(now)
+        if difference and self.is_main and not self._allows_changes:
+            raise UserError(
+                f"run_dir {self.root} began with other data: {difference}; samples would come again or be left out: "
+                "put back what it began with, or, to go on with the new data all the same, add --allow-changes"
+            )
+        return difference
+
+    def keep_data(self, now: Inventory) -> None:
+        """Note what the data consists of."""
+        if self.data != now:
+            now.save(self.data_file)
 
     def __enter__(self) -> Self:
         if not self.is_main:

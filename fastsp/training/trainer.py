@@ -110,12 +110,17 @@ class Trainer:
             seed=config.seed,
             device=self.device,
             bad_samples_file=run.bad_samples_file,
+            known_shards=run.known_shards,
             **_fingerprints(self.model) if config.data.source == "latents" else {},
         )
+        self.inventory = self.source.reader.inventory()
+        changed_data = run.check_data(self.inventory)
         console.print(
             f"run {run.root}: {len(self.source)} samples of {config.data.source}, UNet of "
             f"{_size(self.model.unet)}, {config.precision} on {_device_name(self.device)}{_share(config, ranks)}"
         )
+        if changed_data:
+            console.print(f"changed: the data ({changed_data})")
 
     def train(self, resume: bool) -> None:
         """All stages, then ``final/``."""
@@ -125,6 +130,7 @@ class Trainer:
         if is_main:
             self.samples = SampleDrawer(self.model, self.config, self._some_captions(), self.run.samples, self.device)
             self.run.keep_changes()
+            self.run.keep_data(self.inventory)
             self.run.rewind_metrics(reached)
         self.attention: Any = self.ranks.broadcast(self._choose_attention() if is_main else None)
         with Trackers(self.run, self.config, reached) if is_main else nullcontext() as trackers:

@@ -1,0 +1,146 @@
+"""A run goes on with the data that it began with: what is gone keeps its place or is named, nothing is reordered."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from data.helpers import encode, photo, write_tar
+from training.processes import ROOT, Run, logged_steps, metrics, start
+
+from fastsp.data.folder import FolderReader
+from fastsp.data.inventory import Inventory, Part
+from fastsp.data.shards import ShardReader
+from fastsp.errors import UserError
+
+SHARDS, PER_SHARD, STEPS = 4, 25, 20
+
+
+def members(shard: int) -> list[tuple[str, bytes]]:
+    keys = range(shard * PER_SHARD, (shard + 1) * PER_SHARD)
+    image = {key: encode(photo(key, 16, 16, 1)) for key in keys}
+    return [(f"{key:03d}.{end}", image[key] if end == "jpg" else b"seven") for key in keys for end in ("jpg", "txt")]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("FASTSP_CACHE", str(tmp_path / "cache"))
+    for shard in range(SHARDS):
+        write_tar(tmp_path / "data" / f"{shard}.tar", members(shard))
+    return tmp_path
+
+
+def train(folder: Path, name: str, *more: str, source: str = "shards") -> Run:
+    overrides = [
+        f"run_dir={folder / name}",
+        f"data={{source: {source}, path: {folder / 'data'}, batch_size: 10, resolution: 16, max_bad_fraction: 0.5}}",
+        f"stages=[{{name: mse, objective: mse, steps: {STEPS}, learning_rate: 1e-3}}]",
+        "final=mse",
+        "log.every=1",
+        "checkpoint.every=5",
+        "samples={every: 0, count: 1, steps: 1, prompts: [a handwritten one]}",
+        "evaluation.enabled=false",
+    ]
+    config = ROOT / "configs" / "quickstart.yaml"
+    return start(folder / f"{name}.out", "train", "--config", config, *overrides, *more)
+
+
+def stop(folder: Path, name: str, source: str = "shards") -> None:
+    run = train(folder, name, source=source)
+    run.until(lambda: logged_steps(folder / name) >= 3)
+    run.signal(signal.SIGTERM)
+    assert run.wait() == 143, run.output()
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in metrics(run_dir)]
+
+
+@pytest.mark.slow
+def test_a_shard_that_is_gone_keeps_its_place_or_is_named(folder):
+    stop(folder, "run")
+    reached = logged_steps(folder / "run")
+    gone = folder / "data" / "2.tar"
+    gone.rename(folder / "2.tar")
+    run = train(folder, "run", "--resume")
+    assert run.wait() == 0, run.output()
+    assert f"{SHARDS * PER_SHARD} samples of shards" in run.output()
+    bad = [json.loads(line) for line in (folder / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert bad[0] == {"sample": str(gone), "reason": "gone since the run began; its samples keep their places"} | {
+        "position": None
+    }
+    places = range(2 * PER_SHARD, 3 * PER_SHARD)
+    assert {line["sample"] for line in bad[1:]} == {f"{gone}#{place:03d}" for place in places}
+    (folder / "2.tar").rename(gone)
+    straight = train(folder, "straight")
+    assert straight.wait() == 0
+    assert losses(folder / "straight")[:reached] == losses(folder / "run")[:reached]
+    assert losses(folder / "straight")[reached:] != losses(folder / "run")[reached:]
+
+
+def test_without_the_index_a_shard_that_is_gone_is_refused(folder):
+    stop(folder, "run")
+    (folder / "data" / "0.tar").unlink()
+    for index in (folder / "data").glob(".fastsp-index-*"):
+        index.unlink()
+    run = train(folder, "run", "--resume")
+    assert run.wait() == 2, run.output()
+    message = "began with other data: 100 samples before, 75 now, 0.tar is missing; samples would come again or be left"
+    assert message in run.output() and "--allow-changes" in run.output() and "Traceback" not in run.output()
+    run = train(folder, "run", "--resume", "--allow-changes")
+    assert run.wait() == 0, run.output()
+    assert "changed: the data (100 samples before, 75 now, 0.tar is missing)" in run.output()
+    assert train(folder, "run", "--resume").wait() == 0, "the new data are now the run's"
+
+
+def test_a_folder_that_lost_or_got_an_image_is_refused_by_its_name(folder):
+    for name, content in members(0):
+        (folder / "data" / name).write_bytes(content)
+    stop(folder, "run", "images")
+    (folder / "data" / "003.jpg").rename(folder / "003.jpg")
+    run = train(folder, "run", "--resume", source="images")
+    assert run.wait() == 2 and "25 samples before, 24 now, 003.jpg is missing" in run.output()
+    (folder / "003.jpg").rename(folder / "data" / "003.jpg")
+    (folder / "data" / "new.jpg").write_bytes(b"")
+    run = train(folder, "run", "--resume", source="images")
+    assert run.wait() == 2 and "25 samples before, 26 now, new.jpg is new" in run.output()
+    (folder / "run" / "data.json").unlink()  # as of a run that began before it was kept
+    assert train(folder, "run", "--resume", source="images").wait() == 0
+
+
+def test_an_inventory_is_kept_as_it_is(folder):
+    write_tar(folder / "data" / "caf\udce9.tar", [("caf\udce9.jpg", b"x")])
+    for inventory in (ShardReader(folder / "data").inventory(), Inventory((Part("", 0, ""),), names=("a", "b"))):
+        inventory.save(folder / "data.json")
+        assert Inventory.load(folder / "data.json") == inventory
+    (folder / "data.json").write_text('{"parts": 3}')
+    with pytest.raises(UserError, match=r"data\.json cannot be read"):
+        Inventory.load(folder / "data.json")
+
+
+def test_differences_of_shards(folder):
+    before = ShardReader(folder / "data").inventory()
+    assert before.samples == 100 and before.difference(before) is None
+    back = ShardReader([folder / "data" / f"{shard}.tar" for shard in (1, 0, 2, 3)]).inventory()
+    assert before.difference(back) == "100 samples before, 100 now, in another order"
+    write_tar(folder / "data" / "1.tar", members(1)[2:])
+    fewer = ShardReader(folder / "data").inventory()
+    assert before.difference(fewer) == "100 samples before, 99 now, 1.tar had 25 and has 24"
+    write_tar(folder / "data" / "1.tar", [("x.jpg", b"x"), *members(1)[2:]])
+    others = ShardReader(folder / "data").inventory()
+    assert before.difference(others) == "100 samples before, 100 now, 1.tar has others of the same number"
+    moved = (folder / "data").rename(folder / "moved")
+    assert others.difference(ShardReader(moved).inventory()) is None, "the same data in another place"
+
+
+def test_differences_of_large_folders_name_a_folder(folder, monkeypatch):
+    monkeypatch.setattr("fastsp.data.folder.MAX_NAMES", 10)
+    for number in range(12):
+        (folder / "pictures" / f"{number % 2}").mkdir(parents=True, exist_ok=True)
+        (folder / "pictures" / f"{number % 2}" / f"{number}.jpg").touch()
+    before = FolderReader(folder / "pictures").inventory()
+    (folder / "pictures" / "1" / "3.jpg").rename(folder / "pictures" / "1" / "13.jpg")
+    after = FolderReader(folder / "pictures").inventory()
+    assert before.difference(after) == "12 samples before, 12 now, 1 has others of the same number"
