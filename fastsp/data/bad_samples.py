@@ -79,7 +79,9 @@ class BadSampleLog:
             fcntl.flock(file, fcntl.LOCK_EX)
             torn = self._read(file)
             if record["sample"] not in self._named:
-                file.write(b"\n" * torn + json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                file.write(
+                    b"\n" * torn + json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+                )
 
     def _read(self, file: BinaryIO) -> bool:
         """Take in the lines since the last time; true if the file ends in a torn one."""

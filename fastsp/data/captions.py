@@ -37,7 +37,7 @@ def caption_from_json(content: bytes) -> str:
     """
     try:
         record = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadSample(f"the caption's JSON cannot be read: {error}") from error
     return caption_from_record(record)
 
@@ -47,8 +47,18 @@ def caption_from_record(record: Any) -> str:
     captions = [record.get(key) for key in JSON_KEYS] if isinstance(record, dict) else []
     for caption in captions:
         if isinstance(caption, str) and caption.strip():
-            return caption.strip()
+            return _unicode(caption.strip())
     raise BadSample("no caption")
+
+
+def _unicode(caption: str) -> str:
+    """JSON can write half of a surrogate pair, which is no character: no tokenizer takes it, and no file."""
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        half = caption[error.start : error.start + 1].encode(errors="backslashreplace").decode()
+        raise BadSample(f"the caption is not Unicode: half of a surrogate pair, {half}") from error
+    return caption
 
 
 class Tokenize:

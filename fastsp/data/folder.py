@@ -2,28 +2,30 @@
 
 In this order: a `metadata.jsonl` in the image's folder or above it, as Hugging Face's imagefolder has it (one object a
 line: "file_name", relative to the `metadata.jsonl`, and "text" or "caption"); a `.txt` file beside the image with the
-same stem; and, where there is no `metadata.jsonl` and the folder has no `.txt`, the folder's name, with blanks for `_`
-and `-`.
+same stem; and, where there is no `metadata.jsonl` and no image of the folder has a `.txt`, the folder's name, with
+blanks for `_` and `-`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastsp.data.captions import caption_from_record, caption_from_text
-from fastsp.data.samples import BadSample, EncodedSample
-from fastsp.data.tar_index import IMAGE_SUFFIXES
+from fastsp.data.inventory import MAX_NAMES, Inventory, Part
+from fastsp.data.samples import BadSample, EncodedSample, printable
+from fastsp.data.tar_scan import IMAGE_SUFFIXES, split_name
 from fastsp.errors import UserError
 
 METADATA = "metadata.jsonl"
 
 
 class FolderReader:
-    """The images below a folder, sorted by path. Hidden files and folders are skipped.
+    """The images below a folder, sorted by path. Hidden files and folders are skipped, links are followed.
 
     Args:
         folder: of the images.
@@ -39,21 +41,38 @@ class FolderReader:
             raise UserError(f"data.path is {str(folder)!r}; it must be a folder of images")
         self.captioned = captioned
         self.damaged: list[tuple[str, str]] = []
+        """What could not be used, with the reason."""
+        self.notes: list[tuple[str, str]] = []
+        """What may surprise, though nothing is lost."""
+        self.lost = 0
+        """Folders that could not be read: samples, at least."""
         self.paths: list[str] = []
         self._records: dict[str, Any] = {}
+        self._odd_sidecars: dict[str, str] = {}
+        """The sidecars that do not end in just `.txt`, by their path without the suffix."""
         self._captioned_by_name: set[str] = set()
-        for directory, names in _directories(self.root):
-            self._add(directory, names)
+        self._walk()
         self.paths.sort(key=lambda path: path.split("/"))
         if not self.paths:
             raise UserError(f"data.path is {str(folder)!r}; it holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        self._name_missing()
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, index: int) -> str:
         """The image's path."""
-        return str(self.root / self.paths[index])
+        return printable(str(self.root / self.paths[index]))
+
+    def inventory(self) -> Inventory:
+        """The images of every folder, and their names."""
+        folders: dict[str, list[str]] = {}
+        for path in self.paths:
+            directory, _, name = path.rpartition("/")
+            folders.setdefault(directory, []).append(name)
+        parts = tuple(Part(printable(path), len(names), _names_sha256(names)) for path, names in folders.items())
+        names = tuple(map(printable, self.paths)) if len(self.paths) <= MAX_NAMES else ()
+        return Inventory(parts, names=names)
 
     def read(self, index: int) -> EncodedSample:
         """One sample; raises BadSample."""
@@ -61,15 +80,58 @@ class FolderReader:
         image = _read_file(self.root / path, "image")
         return EncodedSample(image, self._caption(path) if self.captioned else "")
 
-    def _add(self, directory: str, names: list[str]) -> None:
-        """The images of one directory, and where its captions are."""
+    def _walk(self) -> None:
+        """Every directory below the root, each with the identities of those that it lies in: a link to one of these
+        would lead round and round."""
+        pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+        while pending:
+            directory, above = pending.pop()
+            try:
+                status = (self.root / directory).stat()
+                identity = (status.st_dev, status.st_ino)
+                if identity in above:
+                    self.notes.append((self._name(directory), "a link to a folder that it lies in, not followed"))
+                    continue
+                folders = self._add(directory, _list(self.root / directory))
+            except OSError as error:
+                self.damaged.append((self._name(directory), f"cannot read the folder: {error.strerror or error}"))
+                self.lost += 1
+                continue
+            pending += [(folder, above | {identity}) for folder in reversed(folders)]
+
+    def _add(self, directory: str, listing: _Listing) -> list[str]:
+        """Takes the images of one directory, and where its captions are. Returns the directories in it."""
         prefix = f"{directory}/" if directory else ""
-        self.paths += [prefix + name for name in names if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES]
-        if METADATA in names:
-            records = _read_metadata(self.root / directory / METADATA)
-            self._records |= {os.path.normpath(prefix + name): record for name, record in records}
-        elif not any(name.endswith(".txt") for name in names):
+        images = [name for name in listing.files if split_name(name)[1] in IMAGE_SUFFIXES]
+        sidecars = {split_name(name)[0]: name for name in sorted(listing.files) if split_name(name)[1] == "txt"}
+        self.paths += [prefix + name for name in images]
+        self._odd_sidecars |= {
+            prefix + stem: prefix + name for stem, name in sidecars.items() if not name.endswith(".txt")
+        }
+        for name in listing.special:
+            if split_name(name)[1] in IMAGE_SUFFIXES:
+                self.damaged.append((self._name(prefix + name), "not a regular file"))
+        if self.captioned and METADATA in (*listing.files, *listing.special):
+            self._add_metadata(directory)
+        elif not any(split_name(name)[0] in sidecars for name in images):
             self._captioned_by_name.add(directory)
+        return [prefix + name for name in listing.folders]
+
+    def _add_metadata(self, directory: str) -> None:
+        root = os.path.abspath(self.root)
+        for name, record in _read_metadata(self.root / directory / METADATA):
+            path = os.path.relpath(os.path.join(root, directory, name), root).replace(os.sep, "/")
+            if path in self._records:
+                self.notes.append((self._name(path), f"is in {METADATA} more than once; the last line counts"))
+            self._records[path] = record
+
+    def _name_missing(self) -> None:
+        """Lines of metadata without their image."""
+        for path in sorted(self._records.keys() - set(self.paths)) if self._records else ():
+            self.damaged.append((self._name(path), f"is in {METADATA}, but there is no such image"))
+
+    def _name(self, path: str) -> str:
+        return printable(str(self.root / path))
 
     def _caption(self, path: str) -> str:
         directory, _, _ = path.rpartition("/")
@@ -77,32 +139,67 @@ class FolderReader:
             return caption_from_record(self._records[path])
         if not self._records and directory in self._captioned_by_name:
             name = Path(directory).name or self.root.resolve().name
-            return name.replace("_", " ").replace("-", " ").strip()
-        sidecar = (self.root / path).with_suffix(".txt")
-        if not sidecar.exists():
+            return printable(name).replace("_", " ").replace("-", " ").strip()
+        stem = split_name(path)[0]
+        sidecar = self.root / self._odd_sidecars.get(stem, f"{stem}.txt")
+        if not sidecar.is_file():
             raise BadSample("no caption")
         return caption_from_text(_read_file(sidecar, "caption"))
 
 
-def _directories(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Every directory below the root, as a relative path with `/`, and the names of its files."""
-    for directory, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        relative = os.path.relpath(directory, root).replace(os.sep, "/")
-        yield "" if relative == "." else relative, [name for name in names if not name.startswith(".")]
+class _Listing(NamedTuple):
+    """The names in a directory that are not hidden. A link is what it leads to, and a file where that is missing."""
+
+    folders: list[str]
+    files: list[str]
+    special: list[str]
+    """Pipes, sockets and devices, which could be read for ever."""
+
+
+def _list(directory: Path) -> _Listing:
+    listing = _Listing([], [], [])
+    with os.scandir(directory) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not entry.name.startswith("."):
+                _kind(entry, listing).append(entry.name)
+    return listing
+
+
+def _kind(entry: os.DirEntry[str], listing: _Listing) -> list[str]:
+    try:
+        if entry.is_dir():
+            return listing.folders
+        is_file = entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:  # a link that leads to itself, or where nobody may look: reading it says so
+        is_file = True
+    return listing.files if is_file else listing.special
+
+
+def _names_sha256(names: list[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
 
 
 def _read_metadata(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                    yield record["file_name"], record
-                except (ValueError, KeyError, TypeError) as error:
-                    raise UserError(
-                        f"{path}, line {number}: {error!r}; it must be a JSON object with file_name and text"
-                    ) from error
+    if not path.is_file():
+        raise UserError(f"{path} is not a file that can be read")
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _record(line, f"{path}, line {number}")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _record(line: bytes, where: str) -> tuple[str, Any]:
+    try:
+        record = json.loads(line)
+        name = record["file_name"]
+        if not isinstance(name, str):
+            raise TypeError(f"file_name is {name!r}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{where}: {error!r}; it must be a JSON object with file_name and text") from error
+    return name, record
 
 
 def _read_file(path: Path, what: str) -> bytes:

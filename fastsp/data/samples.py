@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fastsp.data.inventory import Inventory
+
 
 @dataclass(frozen=True)
 class EncodedSample:
@@ -16,6 +18,11 @@ class EncodedSample:
     content: bytes
     """The image file (JPEG, PNG, WebP, ...), or the latents' safetensors."""
     caption: str
+
+
+def printable(name: str) -> str:
+    """A name of the file system as text that every file and screen takes: bytes that are not UTF-8 become `\\udcXX`."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 class BadSample(Exception):  # noqa: N818 - it is the sample that is bad, and the run goes on
@@ -40,10 +47,21 @@ class SampleReader(Protocol):
     def damaged(self) -> Sequence[tuple[str, str]]:
         """Files of many samples that could be read only in part, with the reason; what could be read is used."""
 
+    @property
+    def notes(self) -> Sequence[tuple[str, str]]:
+        """Files in which something may surprise, though nothing is lost, and what."""
+
+    @property
+    def lost(self) -> int:
+        """Samples that the damage cost and that therefore have no index, at least."""
+
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
         """The sample's name, which is unique in the data set and tells a person where to look."""
+
+    def inventory(self) -> Inventory:
+        """What the data set consists of: the same as long as the samples and their order are."""
 
     def read(self, index: int) -> EncodedSample:
         """The sample's bytes and caption.

@@ -1,37 +1,44 @@
 """Random access to tar shards in WebDataset layout, through an index that is made once.
 
-A sample is the members of one tar that share a key, the part of the name before the first dot of its last component: an
-image, and a caption as `.txt`, or as `.json` with the caption under "caption" or "text" as img2dataset writes it. The
-index holds where they lie, so that any sample is one seek away and the order of an epoch is free.
+A sample is the members of one tar that share a key, the name up to its last dot: an image, and a caption as `.txt`, or
+as `.json` with the caption under "caption" or "text" as img2dataset writes it. The index holds where they lie, so that
+any sample is one seek away and the order of an epoch is free.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 
 from fastsp.data.captions import caption_from_json, caption_from_text
-from fastsp.data.samples import BadSample, EncodedSample
-from fastsp.data.tar_index import IMAGE_SUFFIXES, TarIndex, load_or_build_index
+from fastsp.data.inventory import Inventory
+from fastsp.data.samples import BadSample, EncodedSample, printable
+from fastsp.data.tar_index import TarIndex, load_index, load_or_build_index
+from fastsp.data.tar_scan import IMAGE_SUFFIXES, Span
 from fastsp.errors import UserError
 
+Patterns = str | Path | Iterable[str | Path]
 
-def expand_shards(patterns: str | Path | Iterable[str | Path]) -> list[Path]:
+
+def expand_shards(patterns: Patterns, gone: Collection[Path] = ()) -> list[Path]:
     """The tar files that patterns stand for, in the order given and each pattern's sorted by name.
 
     Args:
         patterns: one or several of: a tar file, a folder of them, or a pattern with braces (`{00000..00231}`, `{a,b}`)
             and wildcards (`*`, `?`, `[0-9]`, `**`).
+        gone: files that may be named though they are not there any more.
 
     Raises:
         UserError: a name in braces is missing, or a pattern matches nothing.
     """
     if isinstance(patterns, str | Path):
         patterns = [patterns]
-    shards = [shard for pattern in patterns for name in expand_braces(str(pattern)) for shard in _matches(name)]
+    names = [name for pattern in patterns for name in expand_braces(str(pattern))]
+    shards = [shard for name in names for shard in _matches(name, gone)]
     if not shards:
         raise UserError("data.path names no shards; allowed: tar files, folders of them, brace and glob patterns")
     return list(dict.fromkeys(shards))
@@ -52,9 +59,10 @@ def expand_braces(pattern: str) -> list[str]:
     return [name for choice in choices for name in expand_braces(before + choice + after)]
 
 
-def _matches(name: str) -> list[Path]:
+def _matches(name: str, gone: Collection[Path]) -> list[Path]:
     path = Path(name).expanduser()
-    found = sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.is_file() else []
+    is_one = path.is_file() or path.resolve() in gone
+    found = sorted(path.glob("*.tar")) if path.is_dir() else [path] if is_one else []
     found = found or sorted(Path(match) for match in glob(str(path), recursive=True) if match.endswith(".tar"))
     if not found:
         raise UserError(f"data.path: no shard at {name!r}; allowed: tar files, their folders, brace and glob patterns")
@@ -68,6 +76,8 @@ class ShardReader:
         patterns: see `expand_shards`.
         captioned: whether a sample needs a caption; if not, captions are not read and are empty.
         suffixes: of the members that make a sample; images, if nothing else is said.
+        known: all the shards when the run began (`Inventory.shards`). Of one that is gone since, the samples keep their
+            place and cannot be read, if the index still has them: so nothing of the order changes.
 
     Raises:
         UserError: no shards, or none that holds a sample.
@@ -75,47 +85,81 @@ class ShardReader:
 
     def __init__(
         self,
-        patterns: str | Path | Iterable[str | Path],
+        patterns: Patterns,
         captioned: bool = True,
         suffixes: Sequence[str] = IMAGE_SUFFIXES,
+        known: Sequence[str] = (),
     ):
-        self.index: TarIndex = load_or_build_index(expand_shards(patterns), suffixes)
+        patterns = patterns if isinstance(patterns, str | Path) else list(patterns)
+        index = _index_with_gone(patterns, suffixes, [Path(shard) for shard in known])
+        self.index: TarIndex = index or load_or_build_index(expand_shards(patterns), suffixes)
         self.captioned = captioned
         if len(self.index) == 0:
-            kinds = ", ".join(suffixes)
-            raise UserError(
-                f"data.path: no samples ({kinds}) in {len(self.index.shards)} shards from {self.index.shards[0]}"
-            )
+            kinds, shards = ", ".join(suffixes), self.index.shards
+            why = f": {self.index.damaged[0][1]}" if self.index.damaged else ""
+            raise UserError(f"data.path: no samples ({kinds}) in {len(shards)} shards from {shards[0]}{why}")
 
     def __len__(self) -> int:
         return len(self.index)
 
     @property
     def damaged(self) -> list[tuple[str, str]]:
-        """Tars that could be read only in part, with the reason; their samples up to the damage are used."""
+        """Tars and members that could not be read, with the reason; everything else is used."""
         return self.index.damaged
+
+    @property
+    def notes(self) -> list[tuple[str, str]]:
+        """Tars in which something may surprise, though nothing is lost, and what."""
+        return self.index.notes
+
+    @property
+    def lost(self) -> int:
+        """Samples that the damage cost, see `TarScan`."""
+        return self.index.lost
 
     def name(self, index: int) -> str:
         """The tar's path and the sample's key."""
         shard, key = self.index.name(index)
         return f"{shard}#{key}"
 
+    def inventory(self) -> Inventory:
+        """The samples of every tar."""
+        return self.index.inventory()
+
     def read(self, index: int) -> EncodedSample:
         """One sample. The tar is opened for it alone: no handles to keep, and a tar that is gone is noticed."""
-        entry = self.index[index]
+        shard, sample = self.index[index]
         try:
-            with open(entry.shard, "rb", buffering=0) as tar:
-                image = _read_at(tar.fileno(), entry.image_offset, entry.image_size)
-                text = _read_at(tar.fileno(), entry.caption_offset, entry.caption_size) if self.captioned else b""
+            with open(shard, "rb", buffering=0) as tar:
+                image = _read_at(tar.fileno(), sample.image)
+                if not self.captioned:
+                    return EncodedSample(image, "")
+                text = _read_at(tar.fileno(), sample.text)
+                as_json = b"" if text.strip() else _read_at(tar.fileno(), sample.json)
         except OSError as error:
             raise BadSample(f"cannot read the shard: {error.strerror or error}") from error
-        if not self.captioned:
-            return EncodedSample(image, "")
-        return EncodedSample(image, caption_from_json(text) if entry.caption_is_json else caption_from_text(text))
+        return EncodedSample(image, caption_from_json(as_json) if as_json else caption_from_text(text))
 
 
-def _read_at(descriptor: int, offset: int, size: int) -> bytes:
-    content = os.pread(descriptor, size, offset)
+def _index_with_gone(patterns: Patterns, suffixes: Sequence[str], known: Sequence[Path]) -> TarIndex | None:
+    """The kept index of all known shards where some of them are gone; None where none is, or it does not fit."""
+    gone = {shard for shard in known if not shard.is_file()}
+    if not gone:
+        return None
+    try:
+        found = expand_shards(patterns, gone)
+    except UserError:
+        return None
+    index = load_index(known, suffixes) if {shard.resolve() for shard in found} <= set(known) else None
+    if index is None:
+        return None
+    reason = "gone since the run began; its samples keep their places"
+    return replace(index, damaged=index.damaged + [(printable(str(shard)), reason) for shard in sorted(gone)])
+
+
+def _read_at(descriptor: int, span: Span) -> bytes:
+    offset, size = span
+    content = os.pread(descriptor, size, offset) if size else b""
     if len(content) != size:
         raise BadSample(f"the shard ends early: {len(content)} of {size} bytes")
     return content

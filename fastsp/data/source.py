@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -87,6 +87,7 @@ def open_source(
     shuffle: bool = True,
     vae_sha256: str | None = None,
     text_sha256: str | None = None,
+    known_shards: Sequence[str] = (),
 ) -> Source:
     """Open the data that a configuration names.
 
@@ -109,32 +110,32 @@ def open_source(
         shuffle: a new order every epoch; else that of the data set.
         vae_sha256: of a source of latents, the `fingerprint` of the VAE that they must come from; None: any.
         text_sha256: the same of the text encoders, where the latents have text features beside them.
+        known_shards: of a run that goes on, `Inventory.shards` of when it began, see `ShardReader`.
 
     Raises:
-        UserError: a path that is missing or holds nothing, an unknown source, split or crop, latents that do not fit.
+        UserError: a path that is missing or holds nothing, an unknown source, split or crop, latents that do not fit,
+            more samples lost in damaged files than `max_bad_fraction` allows.
     """
     if config.source not in SOURCES:
         raise UserError(f"data.source is {config.source!r}; allowed: {', '.join(SOURCES)}")
     if config.crop not in CROPS:
         raise UserError(f"data.crop is {config.crop!r}; allowed: {', '.join(CROPS)}")
-    reader = _open_reader(config)
+    reader = _open_reader(config, known_shards)
+    _check_lost(reader, config.max_bad_fraction)
     header = LatentsHeader.load(config.path) if config.source == "latents" else None
     if header is not None:
         header.check(config, vae_sha256, text_sha256)
-    bad_samples = BadSampleLog(bad_samples_file, config.max_bad_fraction, len(reader))
-    for shard, reason in reader.damaged:
-        bad_samples.add(shard, reason)
     return Source(
         reader,
         order=SampleOrder(len(reader), seed) if shuffle else (lambda positions: positions % len(reader)),
         open_collator=_collator(config, Tokenize(tokenizer, tokenizer_2), channels, seed, torch.device(device), header),
-        bad_samples=bad_samples,
+        bad_samples=BadSampleLog(bad_samples_file, config.max_bad_fraction, len(reader)),
         workers=config.workers,
         prefetch=config.prefetch,
     )
 
 
-def _open_reader(config: DataConfig) -> SampleReader:
+def _open_reader(config: DataConfig, known_shards: Sequence[str]) -> SampleReader:
     captioned = not config.unconditional
     if config.source == "digits":
         return ShardReader(digits_shards(config.split), captioned)
@@ -146,7 +147,19 @@ def _open_reader(config: DataConfig) -> SampleReader:
         return FolderReader(config.path, captioned)
     if config.source == "latents":
         return ShardReader(latent_shards(config.path), captioned, suffixes=LATENT_SUFFIXES)
-    return ShardReader(config.path, captioned)
+    return ShardReader(config.path, captioned, known=known_shards)
+
+
+def _check_lost(reader: SampleReader, max_fraction: float) -> None:
+    """What damaged files have lost counts as bad samples do, though it has no positions."""
+    samples = len(reader) + reader.lost
+    if reader.lost > max_fraction * samples:
+        name, reason = reader.damaged[0]
+        raise UserError(
+            f"at least {reader.lost} of {samples} samples are lost in damaged files, more than data.max_bad_fraction "
+            f"= {max_fraction:g} allows; the first is {name} ({reason}); `fastsp data check` lists all: mend them, or "
+            "set data.max_bad_fraction higher"
+        )
 
 
 def _collator(
@@ -246,6 +259,8 @@ class Source:
         Raises:
             UserError: fewer samples in a batch than ranks.
         """
+        for name, reason in self.reader.damaged:  # not before: only now is there a place to write to
+            self.bad_samples.add(name, reason)
         if batch_size < world_size:
             raise UserError(f"data.batch_size is {batch_size}; it must be at least the number of ranks, {world_size}")
         steps = rank_slices(first_position, last_position, batch_size, rank, world_size)

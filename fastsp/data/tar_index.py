@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,22 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastsp.data.cache import cache_folder
+from fastsp.data.inventory import Inventory, Part
+from fastsp.data.samples import printable
+from fastsp.data.tar_scan import IMAGE_SUFFIXES, Sample, TarScan, scan_tar
 from fastsp.files import new_file
 
-VERSION = 1
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-BLOCK = 512  # a tar is a sequence of blocks of this many bytes
-
-
-class Entry(NamedTuple):
-    """Where one sample lies: byte offsets and sizes in its tar. A caption that is missing has size 0."""
-
-    shard: str
-    image_offset: int
-    image_size: int
-    caption_offset: int
-    caption_size: int
-    caption_is_json: bool
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -45,25 +34,46 @@ class TarIndex:
     """The columns of the index, one row per sample, and the tars that they speak of."""
 
     shards: list[str]
-    damaged: list[tuple[str, str]]
-    """Tars that end early or are broken inside, with the reason."""
     columns: dict[str, Tensor]
-    """`locations` (N, 6) int64: shard, image offset and size, caption offset and size, caption is JSON; `keys` uint8:
-    the keys' UTF-8 one after the other; `key_ends` (N,) int64."""
+    """`locations` (N, 7) int64: shard, then offset and size of image, text and JSON; `keys` uint8: the keys' bytes one
+    after the other; `key_ends` (N,) int64."""
+    damaged: list[tuple[str, str]] = field(default_factory=list)
+    """Tars that are broken, and members that cannot be read (`TAR#MEMBER`), with the reason."""
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    """Tars in which something may surprise, though nothing is lost."""
+    lost: int = 0
+    """Samples that the damage cost, see `TarScan`."""
 
     def __len__(self) -> int:
         return len(self.columns["locations"])
 
-    def __getitem__(self, index: int) -> Entry:
-        shard, image, image_size, caption, caption_size, is_json = self.columns["locations"][index].tolist()
-        return Entry(self.shards[shard], image, image_size, caption, caption_size, bool(is_json))
+    def inventory(self) -> Inventory:
+        """The samples of every tar."""
+        sizes = torch.bincount(self.columns["locations"][:, 0], minlength=len(self.shards)).tolist()
+        first, parts = 0, []
+        for shard, size in zip(self.shards, sizes, strict=True):
+            parts.append(Part(printable(Path(shard).name), size, self._names_sha256(first, first + size)))
+            first += size
+        return Inventory(tuple(parts), shards=tuple(self.shards))
+
+    def _names_sha256(self, first: int, last: int) -> str:
+        ends = self.columns["key_ends"][max(first - 1, 0) : last]
+        start, stop = (int(ends[0]) if first else 0, int(ends[-1])) if last > first else (0, 0)
+        digest = hashlib.sha256(self.columns["keys"][start:stop].numpy().tobytes())
+        digest.update((self.columns["key_ends"][first:last] - start).numpy().tobytes())
+        return digest.hexdigest()
+
+    def __getitem__(self, index: int) -> tuple[str, Sample]:
+        """The sample's tar, and where it lies there."""
+        shard, *spans = self.columns["locations"][index].tolist()
+        return self.shards[shard], Sample((spans[0], spans[1]), (spans[2], spans[3]), (spans[4], spans[5]))
 
     def name(self, index: int) -> tuple[str, str]:
-        """The sample's tar and key."""
+        """The sample's tar and key, in which bytes that are not UTF-8 are escaped."""
         ends = self.columns["key_ends"]
         start = int(ends[index - 1]) if index else 0
-        key = bytes(self.columns["keys"][start : int(ends[index])].tolist()).decode()
-        return self[index].shard, key
+        key = bytes(self.columns["keys"][start : int(ends[index])].tolist()).decode(errors="surrogateescape")
+        return printable(self[index][0]), printable(key)
 
 
 def load_or_build_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarIndex:
@@ -73,119 +83,102 @@ def load_or_build_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_
         shards: the tars.
         suffixes: of the members that make a sample, in order of preference; its caption has the same key.
     """
-    paths = [shard.resolve() for shard in shards]
-    signature = json.dumps([VERSION, list(suffixes), [_signature(path) for path in paths]])
-    name = f"index-{hashlib.sha256(json.dumps([str(path) for path in paths]).encode()).hexdigest()[:16]}.safetensors"
-    places = [paths[0].parent / f".fastsp-{name}", cache_folder() / name]
-    for place in places:
-        index = _load(place, signature, paths)
-        if index is not None:
-            return index
-    index = build_index(paths, suffixes)
-    for place in places:
-        if _save(index, signature, place):
-            break
+    index = load_index(shards, suffixes)
+    if index is None:
+        paths = [shard.resolve() for shard in shards]
+        index = build_index(paths, suffixes)
+        signature = json.dumps([VERSION, list(suffixes), [_signature(path) for path in paths]])
+        for place in _places(paths):
+            if _save(index, signature, place):
+                break
     return index
 
 
+def load_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarIndex | None:
+    """The index of these tars from its file, if there is one and no tar has changed since; one may be gone."""
+    paths = [shard.resolve() for shard in shards]
+    indices = (_load(place, paths, suffixes) for place in _places(paths))
+    return next((index for index in indices if index is not None), None)
+
+
 def build_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarIndex:
-    """Read the headers of the tars, several at a time. A tar that is damaged gives what lies before the damage."""
+    """Read the headers of the tars, several at a time. A tar that is damaged gives what can be read of it."""
     with ThreadPoolExecutor(min(16, len(shards))) as pool:
         parts = list(pool.map(lambda number: _part(number, scan_tar(shards[number], suffixes)), range(len(shards))))
     columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
     columns["key_ends"] = columns.pop("key_sizes").cumsum(0)
-    damaged = [(str(shard), part.damage) for shard, part in zip(shards, parts, strict=True) if part.damage]
-    return TarIndex([str(shard) for shard in shards], damaged, columns)
+    damaged: list[tuple[str, str]] = []
+    notes: list[tuple[str, str]] = []
+    for shard, part in zip(shards, parts, strict=True):
+        name = printable(str(shard))
+        damaged += [(name, printable(part.scan.damage))] if part.scan.damage else []
+        damaged += [(f"{name}#{printable(member)}", printable(reason)) for member, reason in part.scan.unusable]
+        notes += [(name, printable("; ".join(part.scan.notes)))] if part.scan.notes else []
+    return TarIndex([str(shard) for shard in shards], columns, damaged, notes, sum(part.scan.lost for part in parts))
 
 
 class _Part(NamedTuple):
-    """One tar's rows of the index, and its damage."""
+    """One tar's rows of the index, and what else was found, without the samples."""
 
     columns: dict[str, Tensor]
-    damage: str | None
+    scan: TarScan
 
 
 def _part(number: int, scan: TarScan) -> _Part:
     """Packed at once: as Python objects, the samples of a large data set would fill the memory."""
-    keys = [key.encode() for key, _ in scan.samples]
+    keys = [key.encode(errors="surrogateescape") for key, _ in scan.samples]
+    rows = [(number, *image, *text, *as_json) for _, (image, text, as_json) in scan.samples]
     columns = {
-        "locations": torch.tensor([(number, *place) for _, place in scan.samples], dtype=torch.int64).view(-1, 6),
+        "locations": torch.tensor(rows, dtype=torch.int64).view(-1, 7),
         "keys": torch.tensor(list(b"".join(keys)), dtype=torch.uint8),
         "key_sizes": torch.tensor([len(key) for key in keys], dtype=torch.int64),
     }
-    return _Part(columns, scan.damage)
+    return _Part(columns, scan._replace(samples=[]))
 
 
-class TarScan(NamedTuple):
-    """The samples of one tar as (key, (image offset, size, caption offset, size, caption is JSON)), and its damage."""
+def _places(paths: Sequence[Path]) -> tuple[Path, Path]:
+    """Where the index of these tars may be kept."""
+    name = f"index-{hashlib.sha256(json.dumps([str(path) for path in paths]).encode()).hexdigest()[:16]}.safetensors"
+    return paths[0].parent / f".fastsp-{name}", cache_folder() / name
 
-    samples: list[tuple[str, tuple[int, int, int, int, int]]]
-    damage: str | None
 
-
-def scan_tar(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarScan:
-    """Read one tar's headers, seeking over the contents."""
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    damage = None
+def _signature(path: Path) -> list | None:
+    """What changes when a tar does; None where it is gone."""
     try:
-        size = path.stat().st_size
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile() and member.offset_data + member.size <= size:
-                    key, suffix = _split_name(member.name)
-                    members.setdefault(key, {})[suffix] = (member.offset_data, member.size)
-            damage = _damage_at(path, tar.offset)
-    except (tarfile.TarError, OSError) as error:
-        damage = f"not a whole tar file: {error}"
-    samples = [(key, place) for key, files in members.items() if (place := _place(files, suffixes))]
-    return TarScan(samples, damage)
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """WebDataset's key and suffix: `a/b.c.jpg` is `a/b` and `c.jpg`; only the last part of the suffix counts here."""
-    folder, _, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return f"{folder}/{stem}" if folder else stem, suffix.lower()
-
-
-def _place(files: dict[str, tuple[int, int]], suffixes: Sequence[str]) -> tuple[int, int, int, int, int] | None:
-    image = next((files[suffix] for suffix in suffixes if suffix in files), None)
-    if image is None:
+        status = path.stat()
+    except OSError:
         return None
-    is_json = "txt" not in files and "json" in files
-    caption = files.get("txt") or files.get("json") or (0, 0)
-    return (*image, *caption, int(is_json))
-
-
-def _damage_at(path: Path, end: int) -> str | None:
-    """`tarfile` stops silently at a damaged header; a whole archive ends with a block of zeros, or with the file."""
-    with path.open("rb") as tar:
-        tar.seek(end - end % BLOCK)
-        block = tar.read(BLOCK)
-    return f"damaged tar header at byte {end}" if block.strip(b"\0") else None
-
-
-def _signature(path: Path) -> list:
-    status = path.stat()
     return [str(path), status.st_size, status.st_mtime_ns]
 
 
-def _load(place: Path, signature: str, shards: Sequence[Path]) -> TarIndex | None:
+def _load(place: Path, shards: Sequence[Path], suffixes: Sequence[str]) -> TarIndex | None:
     try:
         with safe_open(place, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("signature") != signature:
+            if not _fits(metadata.get("signature", "null"), shards, suffixes):
                 return None
             columns = {name: file.get_tensor(name) for name in ("locations", "keys", "key_ends")}
     except (OSError, SafetensorError):
         return None
-    damaged = [(path, reason) for path, reason in json.loads(metadata["damaged"])]
-    return TarIndex([str(shard) for shard in shards], damaged, columns)
+    damaged, notes = ([(path, what) for path, what in json.loads(metadata[name])] for name in ("damaged", "notes"))
+    return TarIndex([str(shard) for shard in shards], columns, damaged, notes, int(metadata["lost"]))
+
+
+def _fits(signature: str, shards: Sequence[Path], suffixes: Sequence[str]) -> bool:
+    kept: Any = json.loads(signature)
+    if not isinstance(kept, list) or kept[:2] != [VERSION, list(suffixes)]:
+        return False
+    return all(_signature(shard) in (old, None) for shard, old in zip(shards, kept[2], strict=True))
 
 
 def _save(index: TarIndex, signature: str, place: Path) -> bool:
     """Write the index; false where that cannot be."""
-    metadata = {"signature": signature, "damaged": json.dumps(index.damaged)}
+    metadata = {
+        "signature": signature,
+        "damaged": json.dumps(index.damaged),
+        "notes": json.dumps(index.notes),
+        "lost": str(index.lost),
+    }
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with new_file(place) as unfinished:

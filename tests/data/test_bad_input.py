@@ -124,11 +124,10 @@ def test_a_broken_tar_and_a_shard_that_disappears(tmp_path):
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
     source = open_broken(folder, "shards", tmp_path / "bad_samples.jsonl")
     assert 600 < len(source) < 990  # what lies before the damage is used
-    log = (tmp_path / "bad_samples.jsonl").read_text()
-    assert "1.tar" in log and len(log.splitlines()) == 1
     source.bad_samples.max_fraction = 1.0
     with closing(source.batches(batch_size=20, last_position=len(source))) as batches:
         seen = [next(batches)]
+        assert "1.tar" in (tmp_path / "bad_samples.jsonl").read_text()
         (folder / "shards" / "2.tar").unlink()
         seen += list(batches)
     gone = sum(int((batch.weights == 0).sum()) for batch in seen)

@@ -1,6 +1,7 @@
 """Folders of images: where captions come from, and the same batches as from shards."""
 
 import json
+import os
 from contextlib import closing
 
 import pytest
@@ -77,6 +78,104 @@ def test_mistakes(tmp_path):
         FolderReader(
             write(tmp_path, {"0.jpg": b"", "metadata.jsonl": '{"file_name": "0.jpg", "text": "a"}\n{"text": 1}\n'})
         )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"file_name": 5, "text": "a"}', "file_name is 5"),
+        ('{"file_name": null, "text": "a"}', "file_name is None"),
+        ("[1]", "TypeError"),
+        ("[" * 100_000, "RecursionError"),
+        (b'{"file_name": "0.jpg", "text": "caf\xe9"}', "UnicodeDecodeError"),
+    ],
+)
+def test_a_line_of_metadata_that_cannot_be_used(tmp_path, line, message):
+    write(tmp_path, {"0.jpg": b"", "metadata.jsonl": line})
+    with pytest.raises(UserError, match=rf"metadata\.jsonl, line 1: .*{message}"):
+        FolderReader(tmp_path)
+    assert len(FolderReader(tmp_path, captioned=False)) == 1
+
+
+def test_metadata_that_cannot_be_read(tmp_path):
+    write(tmp_path, {"0.jpg": b""})
+    for make in (lambda path: path.symlink_to("nowhere"), os.mkfifo):
+        make(tmp_path / "metadata.jsonl")
+        with pytest.raises(UserError, match=r"metadata\.jsonl is not a file that can be read"):
+            FolderReader(tmp_path)
+        (tmp_path / "metadata.jsonl").unlink()
+
+
+def test_lines_of_metadata_without_their_image_are_named(tmp_path):
+    names = ["0.jpg", "missing.jpg", f"../{tmp_path.name}/1.jpg", str(tmp_path / "2.jpg"), "0.jpg"]
+    lines = [json.dumps({"file_name": name, "text": f"{number}"}) for number, name in enumerate(names)]
+    images = {f"{number}.jpg": b"" for number in range(3)}
+    reader = FolderReader(write(tmp_path, images | {"metadata.jsonl": "\n".join(lines)}))
+    assert captions(reader) == {"0.jpg": "4", "1.jpg": "2", "2.jpg": "3"}
+    assert reader.damaged == [(f"{tmp_path}/missing.jpg", "is in metadata.jsonl, but there is no such image")]
+    assert reader.notes == [(f"{tmp_path}/0.jpg", "is in metadata.jsonl more than once; the last line counts")]
+
+
+def test_half_of_a_surrogate_pair_is_no_caption(tmp_path):
+    metadata = '{"file_name": "0.jpg", "text": "cut emoji \\ud83d"}'
+    reader = FolderReader(write(tmp_path, {"0.jpg": b"", "metadata.jsonl": metadata}))
+    with pytest.raises(BadSample, match=r"half of a surrogate pair, \\ud83d"):
+        reader.read(0)
+
+
+def test_sidecars_in_any_case_and_only_those_of_images(tmp_path):
+    files = {"a/0.jpg": b"", "a/0.TXT": "upper", "a/1.b.jpg": b"", "a/1.b.txt": "dotted"}
+    files |= {"my_cats/2.jpg": b"", "my_cats/notes.txt": "not a caption"}
+    reader = FolderReader(write(tmp_path, files))
+    assert captions(reader) == {"a/0.jpg": "upper", "a/1.b.jpg": "dotted", "my_cats/2.jpg": "my cats"}
+
+
+def test_links_that_go_round_are_followed_once(tmp_path):
+    write(tmp_path, {"a/0.jpg": b"", "a/0.txt": "zero"})
+    for name, target in {"here": ".", "a/up": "..", "a/again": "../a", "b": "a", "round": "round"}.items():
+        (tmp_path / name).symlink_to(target)
+    reader = FolderReader(tmp_path)
+    assert captions(reader) == {"a/0.jpg": "zero", "b/0.jpg": "zero"}, "a second way to a folder is no loop"
+    assert {name.removeprefix(f"{tmp_path}/") for name, _ in reader.notes} >= {"here", "a/up", "a/again"}
+
+
+def test_only_regular_files_are_read(tmp_path):
+    write(tmp_path, {"0.jpg": b"", "0.txt": "zero", "1.jpg": b"", "2.txt": "dangling"})
+    for name in ("pipe.jpg", "1.txt"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "2.jpg").symlink_to("nowhere.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "3.jpg").symlink_to("3.jpg")
+    reader = FolderReader(tmp_path)
+    assert reader.paths == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert reader.damaged == [(f"{tmp_path}/{name}.jpg", "not a regular file") for name in ("pipe", "zero")]
+    for index, reason in {1: "no caption", 2: "No such file", 3: "symbolic links"}.items():
+        with pytest.raises(BadSample, match=reason):
+            reader.read(index)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write(tmp_path, {"a/0.jpg": b"", "b/1.jpg": b""})
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("/a"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)  # as root, modes do not forbid anything
+    reader = FolderReader(tmp_path)
+    assert reader.paths == ["b/1.jpg"] and reader.lost == 1
+    assert reader.damaged == [(f"{tmp_path}/a", "cannot read the folder: Permission denied")]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    name = "caf\udce9"  # how Python spells the byte E9
+    reader = FolderReader(write(tmp_path / name, {f"{name}.jpg": b"x", f"{name}.txt": "latin"}))
+    assert reader.name(0) == f"{tmp_path}/caf\\udce9/caf\\udce9.jpg" and reader.read(0).caption == "latin"
+    assert reader.inventory().names == ("caf\\udce9.jpg",)
+    (tmp_path / name / f"{name}.txt").unlink()
+    assert FolderReader(tmp_path / name).read(0).caption == "caf\\udce9"
 
 
 def test_folder_and_shards_give_identical_batches(tmp_path):

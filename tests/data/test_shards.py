@@ -89,15 +89,24 @@ def test_a_broken_index_file_is_made_again(shards):
     assert len(load_or_build_index(shards)) == 6
 
 
-def test_damaged_tars_give_what_lies_before_the_damage(shards):
+def test_damage_costs_what_it_hits(shards):
     whole = shards[0].read_bytes()
     shards[0].write_bytes(whole[: 512 * 9])  # a sample is four blocks: this ends with the third image's header
     broken = bytearray(shards[1].read_bytes())
-    broken[512 * 8 + 10] ^= 255  # the header of the fifth member
+    broken[512 * 4 + 10] ^= 255  # the header of the third member, the second sample's caption
     shards[1].write_bytes(broken)
     index = build_index(shards)
     assert [path for path, _ in index.damaged] == [str(shard) for shard in shards]
-    assert [index.name(i)[1] for i in range(len(index))] == ["000", "001", "sub/003", "sub/004"]
+    assert [index.name(i)[1] for i in range(len(index))] == ["000", "001", "sub/003", "sub/004", "sub/005"]
+    assert [reason for _, reason in index.damaged] == [
+        "ends early, in 002.jpg",
+        "damaged tar header at byte 2048",
+    ]
+    assert index.lost == 2
+    reader = ShardReader(shards)
+    with pytest.raises(BadSample, match="no caption"):
+        reader.read(3)
+    assert reader.read(4).caption == "txt5"
 
 
 def test_junk_and_empty_files_are_damaged_tars(shards):
@@ -117,6 +126,8 @@ def test_junk_and_empty_files_are_damaged_tars(shards):
         ([("0.jpg", b"x"), ("0.txt", b"caf\xe9")], "not UTF-8"),
         ([("0.jpg", b"x"), ("0.json", b"{")], "JSON"),
         ([("0.jpg", b"x"), ("0.json", b'{"caption": null}')], "no caption"),
+        ([("0.jpg", b"x"), ("0.json", b"[" * 100_000)], "recursion"),
+        ([("0.jpg", b"x"), ("0.json", b'{"caption": "cut emoji \\ud83d"}')], r"half of a surrogate pair, \\ud83d"),
     ],
 )
 def test_bad_captions(tmp_path, members, reason):
@@ -134,3 +145,37 @@ def test_a_shard_that_disappears_or_shrinks_in_mid_run(shards):
         reader.read(0)
     with pytest.raises(BadSample, match="ends early"):
         reader.read(5)
+
+
+def test_a_blank_text_does_not_hide_a_good_json(tmp_path):
+    members = [("0.jpg", b"x"), ("0.txt", b""), ("0.json", b'{"caption": "zero"}')]
+    members += [("1.jpg", b"x"), ("1.txt", b" \n"), ("1.json", b'{"caption": "one"}')]
+    members += [("2.jpg", b"x"), ("2.txt", b"two"), ("2.json", b'{"caption": "not this"}')]
+    reader = ShardReader(write_tar(tmp_path / "0.tar", members))
+    assert [reader.read(index).caption for index in range(3)] == ["zero", "one", "two"]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    name = "caf\udce9"  # how Python spells the byte E9
+    tar = write_tar(tmp_path / f"{name}.tar", [(f"{name}.jpg", b"x"), (f"{name}.txt", b"latin"), ("b.jpg", b"x")])
+    for _ in range(2):  # made, and from its file
+        reader = ShardReader(tar)
+        assert reader.name(0) == f"{tmp_path}/caf\\udce9.tar#caf\\udce9" and reader.name(1).endswith("#b")
+        assert reader.read(0).caption == "latin"
+
+
+def test_a_shard_that_is_gone_keeps_its_place_in_a_run_that_goes_on(shards):
+    before = ShardReader(shards[0].parent)
+    known = before.inventory().shards
+    shards[0].unlink()
+    for patterns in (shards[0].parent, f"{shards[0].parent}/{{00008..00009}}.tar", f"{shards[0].parent}/*.tar"):
+        reader = ShardReader(patterns, known=known)
+        assert reader.inventory() == before.inventory() and reader.name(0) == before.name(0)
+        assert reader.damaged == [(str(shards[0]), "gone since the run began; its samples keep their places")]
+        with pytest.raises(BadSample, match="No such file"):
+            reader.read(0)
+        assert reader.read(5).caption == "txt5"
+    assert len(ShardReader(shards[0].parent)) == 3, "a new run does without it"
+    write_tar(shards[1], [("new.jpg", b"jpg"), ("new.txt", b"text")])
+    changed = ShardReader(shards[0].parent, known=known).inventory()
+    assert before.inventory().difference(changed) == "6 samples before, 1 now, 00008.tar is missing"

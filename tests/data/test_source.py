@@ -167,6 +167,47 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
         collect(source, batch_size=5, last_position=25)
 
 
+def test_what_damaged_tars_lost_counts_as_bad(tmp_path):
+    tar = write_set(tmp_path, 20, {})
+    content = bytearray(tar.read_bytes())
+    content[content.index(b"good007.jpg")] ^= 255
+    tar.write_bytes(content)
+    config = Config(source="shards", path=str(tar), max_bad_fraction=0.04)
+    with pytest.raises(
+        UserError, match=r"at least 1 of 20 samples are lost in damaged files.* = 0\.04 .*0\.tar \(damaged"
+    ):
+        open_source(config, tokenizer=None, channels=3, seed=0)
+    log = tmp_path / "run" / "bad_samples.jsonl"  # of a run whose folder is made after its source is opened
+    config.max_bad_fraction = 0.05
+    source = open_source(config, tokenizer=None, channels=3, seed=0, bad_samples_file=log)
+    log.parent.mkdir()
+    assert len(collect(source, batch_size=19, last_position=19)) == 1 and "damaged tar header" in log.read_text()
+
+
+@pytest.mark.parametrize("kind", ["images", "shards"])
+def test_odd_strings_are_bad_samples_and_end_no_run(tmp_path, kind):
+    """Names that are not UTF-8, half of a surrogate pair, JSON that is nested too deep."""
+    image, name = encode(photo(0, 20, 20)), "caf\udce9"
+    members = [(f"{name}.jpg", image), (f"{name}.txt", b"latin"), (f"bad{name}.jpg", b"junk"), (f"bad{name}.txt", b"x")]
+    if kind == "shards":
+        members += [("deep.jpg", image), ("deep.json", b"[" * 100_000)]
+        members += [("half.jpg", image), ("half.json", b'{"caption": "cut emoji \\ud83d"}')]
+        path = write_tar(tmp_path / name / "0.tar", members)
+    else:
+        (path := tmp_path / name).mkdir()
+        for file, content in members:
+            (path / file).write_bytes(content)
+    config = Config(source=kind, path=str(path), max_bad_fraction=1.0)
+    log = tmp_path / "bad_samples.jsonl"
+    source = open_source(config, tokenizer=ByteTokenizer(), channels=3, seed=0, bad_samples_file=log)
+    (batch,) = collect(source, batch_size=len(source), last_position=len(source))
+    assert sorted(filter(None, batch.captions)) == ["latin"]
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    names = {line["sample"].rpartition("/")[2].removeprefix("0.tar#").removesuffix(".jpg") for line in lines}
+    assert names == {"badcaf\\udce9"} | ({"deep", "half"} if kind == "shards" else set())
+    assert len(source.names_sha256()) == 64
+
+
 def test_mistakes(tmp_path):
     good = Config()
     for wrong, message in [
