@@ -20,10 +20,17 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     if request.param != "interpreter":
         yield torch.device("cuda" if request.param == "gpu" else "cpu")
         return
+    request.getfixturevalue("interpreter")
+    yield torch.device("cpu")
+
+
+@pytest.fixture
+def interpreter() -> Iterator[None]:
+    """While it runs, ops on CPU tensors take the interpreted kernel."""
     if triton is None or not INTERPRETED:
         pytest.skip("the kernels are compiled for a GPU here: set TRITON_INTERPRET=1 to interpret them")
     with use_triton_on_cpu():
-        yield torch.device("cpu")
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+from fastsp_kernels import Stream
+from fastsp_kernels.philox import _random_normals_reference
 from torch import Tensor
 
 SHAPES = [(1, 1, 3, 5), (3, 4, 7, 6), (2, 16, 6, 6)]  # the last takes two Triton programs a sample, one of them ragged
+# Samples of which 4 is no divisor, of one channel, and of more elements than any program takes.
+SEEDED_SHAPES = [(1, 1, 3, 5), (3, 1, 23, 29), (1, 16, 13, 11), (2, 4, 33, 17), (1, 4, 37, 31)]
+BLOCKS = [128, 2048]  # that interpreted kernels are told to take, beside the first one they are tuned over
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 VIEWS = ["every other", "column", "expanded"]
@@ -48,6 +53,13 @@ def per_sample_view(values: Tensor, view: str) -> Tensor:
         return values[:1].expand(batch)
     spread = between[: 2 * batch : 2] if view == "every other" else between.view(batch, 4)[:, 1]
     return spread.copy_(values)
+
+
+def stream_noise(seed: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The normals of stream NOISE by the reference, on the CPU, also where ops on CPU tensors run the kernel."""
+    count = math.prod(shape)
+    drawn = _random_normals_reference(torch.tensor(seed), positions.cpu(), int(Stream.NOISE), count)
+    return drawn.view(len(positions), *shape)
 
 
 def levels64(tables: Tables, timesteps: Tensor) -> tuple[Tensor, Tensor]:

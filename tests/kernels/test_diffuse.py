@@ -7,17 +7,21 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from fastsp_kernels import Stream, diffuse, diffuse_seeded, random_integers, random_normals
+from fastsp_kernels import Stream, diffuse, diffuse_seeded, random_integers
+from fastsp_kernels.diffuse import _diffuse_kernel
 from kernel_oracles import (
+    BLOCKS,
     DTYPES,
     LAYOUTS,
     PREDICTION_TYPES,
+    SEEDED_SHAPES,
     SHAPES,
     VIEWS,
     assert_rounded,
     diffuse64,
     make_tables,
     per_sample_view,
+    stream_noise,
 )
 from torch import Tensor
 
@@ -108,13 +112,37 @@ def test_seeded_is_given_with_the_reference_draws(
     noisy, target, timesteps = diffuse_seeded(
         latents, seed, positions, *tables.levels, target=prediction_type, memory_format=layout
     )
-    noise = random_normals(SEED, Stream.NOISE, positions.cpu(), shape[1:])
+    noise = stream_noise(SEED, positions, shape[1:])
     assert timesteps.tolist() == random_integers(SEED, Stream.TIMESTEP, positions.cpu(), 50).tolist()
     oracle_noisy, oracle_velocity = diffuse64(latents, noise, timesteps, tables)
     oracle = {"v_prediction": oracle_velocity, "epsilon": noise.double(), "sample": latents.cpu().double()}
     assert_rounded(noisy, oracle_noisy, 3e-6)
     assert_rounded(target, oracle[prediction_type], 3e-6)
     assert noisy.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("shape", SEEDED_SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_seeded_noise_at_odd_sizes(device: torch.device, shape: tuple, layout: torch.memory_format) -> None:
+    latents, _, _, tables = make_case(device, shape)
+    seed, positions = seeded_arguments(device, shape[0])
+    options = {"target": "epsilon", "memory_format": layout}
+    noisy, target, timesteps = diffuse_seeded(latents, seed, positions, *tables.levels, **options)
+    noise = stream_noise(SEED, positions, shape[1:])
+    assert_rounded(target, noise.double(), 3e-6)
+    assert_rounded(noisy, diffuse64(latents, noise, timesteps, tables)[0], 3e-6)
+
+
+@pytest.mark.parametrize("shape", SEEDED_SHAPES)
+@pytest.mark.usefixtures("interpreter")
+def test_block_sizes_do_not_matter(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
+    latents, _, _, tables = make_case(torch.device("cpu"), shape)
+    arguments = (latents, *seeded_arguments(latents.device, shape[0]), *tables.levels)
+    expected = diffuse_seeded(*arguments, target="epsilon")
+    for block in BLOCKS:
+        monkeypatch.setattr(_diffuse_kernel, "block", block)
+        actual = diffuse_seeded(*arguments, target="epsilon")
+        assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 def test_a_split_batch_draws_the_same(device: torch.device) -> None:
@@ -208,7 +236,8 @@ def test_one_compilation_for_all_batch_sizes(device: torch.device) -> None:
     assert counter.frame_count == 1
 
 
-def test_compiles_without_a_break(device: torch.device) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_without_a_break(device: torch.device, backend: str) -> None:
     latents, _, _, tables = make_case(device)
     seed, positions = seeded_arguments(device, 3)
 
@@ -216,5 +245,5 @@ def test_compiles_without_a_break(device: torch.device) -> None:
         noisy, target, timesteps = diffuse_seeded(latents, seed, first, *tables.levels, target="v_prediction")
         return (noisy + target).sum(dim=(1, 2, 3)) + timesteps
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(latents, seed, positions[0]), step(latents, seed, positions[0]))

@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from fastsp_kernels import Stream, diffuse, random_normals, reproject
+from fastsp_kernels import diffuse, reproject
+from fastsp_kernels.reproject import _reproject_kernel
+from fastsp_kernels.reproject_backward import _backward_kernel
 from kernel_oracles import (
+    BLOCKS,
     DTYPES,
     LAYOUTS,
     PREDICTION_TYPES,
+    SEEDED_SHAPES,
     SHAPES,
     VIEWS,
     Tables,
@@ -19,6 +23,7 @@ from kernel_oracles import (
     make_tables,
     per_sample_view,
     reproject64,
+    stream_noise,
 )
 from torch import Tensor
 
@@ -155,16 +160,38 @@ def test_zero_terminal_snr_is_safe_at_every_pair_of_timesteps(device: torch.devi
     assert model_pred.grad is not None and bool(model_pred.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("shape", [SHAPES[2], *SEEDED_SHAPES])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_seeded_noise_is_that_of_the_stream(device: torch.device, layout: torch.memory_format) -> None:
-    case = Case(device, SHAPES[2])
-    positions = torch.tensor([2**32 + 7, 3], device=device)
+def test_seeded_noise_is_that_of_the_stream(
+    device: torch.device, shape: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    case = Case(device, shape)
+    positions = torch.tensor([2**32 + 7, 3, 5], device=device)[: shape[0]]
     seed = torch.tensor(-99, device=device)
     pair = case.run(noise=None, seed=seed, positions=positions, memory_format=layout)
-    noise = random_normals(-99, Stream.NOISE, positions.cpu(), SHAPES[2][1:])
+    noise = stream_noise(-99, positions, shape[1:])
     assert_rounded(pair, case.oracle("v_prediction", noise=noise), 5e-6)
     first = case.run(noise=None, seed=seed, positions=positions[0])
-    assert torch.equal(first[::2], pair[::2])  # the first sample of either half
+    assert torch.equal(first[:: shape[0]], pair[:: shape[0]])  # the first sample of either half
+
+
+@pytest.mark.parametrize("shape", SEEDED_SHAPES)
+@pytest.mark.usefixtures("interpreter")
+def test_block_sizes_do_not_matter(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
+    """Forward and backward."""
+    case = Case(torch.device("cpu"), shape)
+    case.model_pred.requires_grad_()
+    seeded = {"noise": None, "seed": torch.tensor(-99), "positions": torch.arange(shape[0])}
+
+    def run() -> tuple[Tensor, ...]:
+        pair = case.run(**seeded)
+        return pair, *torch.autograd.grad(pair, case.model_pred, case.weight)
+
+    expected = run()
+    for block in BLOCKS:
+        monkeypatch.setattr(_reproject_kernel, "block", block)
+        monkeypatch.setattr(_backward_kernel, "block", block)
+        assert all(torch.equal(one, other) for one, other in zip(run(), expected, strict=True))
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
