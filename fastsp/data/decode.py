@@ -1,130 +1,180 @@
-"""Decoding of image files by nvImageCodec, the decoder under DALI: on the GPU where there is one, else on the CPU.
+"""Decoding of image files: JPEG on the GPU where there is one, by nvImageCodec; everything else on the CPU's threads.
 
-DALI's own decoder raises for the whole batch where one file is broken. nvImageCodec, called directly, tells which one
-it was; so it decodes here, strictly and once, and DALI does the rest. Only what it rejects is looked at again, by
-Pillow: to read the kinds that nvImageCodec does not know, and to say what is wrong with the others.
+DALI's own decoder raises for the whole batch where one file is broken. So the files are decoded here, strictly and
+once, each for itself, and DALI does the rest. On the CPU, JPEG is decoded by libjpeg-turbo (`fastsp.data.jpeg`); the
+other kinds are read by Pillow, on either device (`fastsp.data.pillow_images`).
 """
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeGuard, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from fastsp.data.jpeg import JpegFile, decode_jpeg, read_jpeg
+from fastsp.data.orientation import upright
+from fastsp.data.pillow_images import check_size, decode_image, kind_of, open_image
 from fastsp.data.samples import BadSample
 
-# The decoder prints a line for every file that it rejects; fastsp names them itself. Read when the library is loaded.
-os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
-os.environ.setdefault("NVIMGCODEC_VERBOSITY", "0")
+T = TypeVar("T")
 
-from nvidia import nvimgcodec
 
-MAX_PIXELS = 178_956_970  # more is refused before it is decoded: what Pillow calls a decompression bomb
-KINDS_FOR_PILLOW = ("GIF", "WEBP", "TIFF", "BMP")  # nvImageCodec reads no GIF, and no WebP with metadata
-WITH_ALPHA = (nvimgcodec.SampleFormat.I_RGBA, nvimgcodec.SampleFormat.P_RGBA, nvimgcodec.SampleFormat.I_YA)
-LUMINANCE = (0.299, 0.587, 0.114)  # of ITU-R BT.601, as JPEG has it
-
-DecodedImage = Any
-"""(H, W, C) uint8, upright: on a GPU a tensor; on the CPU an `nvimgcodec.Image` or a NumPy array."""
+OpenedImage = JpegFile | Image.Image
+"""A file of which the header has been read, and nothing else; of the other kinds than JPEG by Pillow."""
 
 
 class ImageDecoder:
     """Decodes batches of image files: JPEG, PNG, WebP, TIFF, BMP, GIF, of any colour space and depth.
 
     The result is upright (EXIF orientation applied), of 8 bits, and opaque: transparency is laid over white. On a GPU
-    it is there in the order of torch's current stream.
+    it is there in the order of torch's current stream. What a file decodes to does not depend on the others of its
+    batch, broken or not.
 
     Args:
         channels: 1 for luminance, 3 for RGB.
         device: a CUDA device, or the CPU.
-        threads: of the CPU; 0: one per core.
+        threads: of the CPU; 0: see `default_threads`.
+        gpu_options: more keywords for nvImageCodec's `Decoder`, such as `options` and `backends`.
     """
 
-    def __init__(self, channels: int, device: torch.device, threads: int = 0):
-        backends = [nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)] if device.type == "cpu" else None
-        device_id = nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY if device.type == "cpu" else device.index or 0
-        self.decoder = nvimgcodec.Decoder(device_id=device_id, max_num_cpu_threads=threads, backends=backends)
-        color = nvimgcodec.ColorSpec.GRAY if channels == 1 else nvimgcodec.ColorSpec.SRGB
-        self.opaque = nvimgcodec.DecodeParams(color_spec=color)
-        self.alpha = nvimgcodec.DecodeParams(sample_format=nvimgcodec.SampleFormat.I_RGBA)
+    def __init__(
+        self,
+        channels: int,
+        device: torch.device,
+        threads: int = 0,
+        gpu_options: dict[str, Any] | None = None,
+    ):
+        threads = threads or default_threads()
         self.channels = channels
         self.device = device
+        self.pool = ThreadPoolExecutor(threads, "fastsp-decode")
+        self.gpu = JpegsOnGpu(channels, device, threads, **(gpu_options or {})) if device.type == "cuda" else None
+        Image.init()  # loads Pillow's plugins: here, not in several threads at once
 
-    def __call__(self, files: Sequence[bytes]) -> list[DecodedImage | BadSample]:
-        """Decode the files; one that cannot be is a `BadSample` with the reason, in its place."""
-        streams = {row: stream for row, file in enumerate(files) if (stream := _parse(file)) is not None}
-        with_alpha = {row: stream for row, stream in streams.items() if _has_alpha(stream)}
-        others = {row: stream for row, stream in streams.items() if row not in with_alpha}
-        images: dict[int, DecodedImage] = {}
-        for group, params in ((others, self.opaque), (with_alpha, self.alpha)):
-            if group:
-                decoded = self._decode(list(group.values()), params)
-                images |= {row: image for row, image in zip(group, decoded, strict=True) if image is not None}
-        for row in images.keys() & with_alpha.keys():
-            images[row] = self._over_white(images[row])
-        return [images[row] if row in images else self._second_look(file) for row, file in enumerate(files)]
+    def __call__(self, files: Sequence[bytes]) -> list[Tensor | BadSample]:
+        """Decode the files.
 
-    def _decode(self, streams: list[nvimgcodec.CodeStream], params: Any) -> list[DecodedImage | None]:
-        """None where a file is rejected."""
-        if self.device.type == "cpu":
-            return self.decoder.decode(streams, params=params)
+        Returns:
+            For each file (H, W, channels) uint8 on the device, or a `BadSample` with the reason why not.
+        """
+        return self.decode(self.open(files))
+
+    def open(self, files: Sequence[bytes]) -> list[OpenedImage | BadSample]:
+        """Read the files' headers: sizes, at little cost, and files that are not images."""
+        return list(self.pool.map(_or_bad(_open), files))
+
+    def decode(self, images: Sequence[OpenedImage | BadSample]) -> list[Tensor | BadSample]:
+        """Decode what `open` gave; a `BadSample` stays one."""
+        for_gpu = {row: image for row, image in enumerate(images) if self.gpu is not None and _is_for_gpu(image)}
+        running = self._on_cpu({row: image for row, image in enumerate(images) if row not in for_gpu})
+        decoded: dict[int, Tensor | BadSample] = {}
+        if self.gpu is not None and for_gpu:  # while the CPU decodes
+            found = dict(zip(for_gpu, self.gpu(list(for_gpu.values())), strict=True))
+            decoded |= {row: image for row, image in found.items() if image is not None}
+            # What it does not decode is looked at by libjpeg-turbo, which knows more kinds, or what is wrong.
+            decoded |= self._on_cpu({row: image for row, image in for_gpu.items() if row not in decoded})
+        decoded |= running
+        return [self._placed(decoded[row]) for row in range(len(images))]
+
+    def _placed(self, image: Tensor | BadSample) -> Tensor | BadSample:
+        return image if isinstance(image, BadSample) else image.to(self.device)
+
+    def _on_cpu(self, images: Mapping[int, OpenedImage | BadSample]) -> Iterable[tuple[int, Tensor | BadSample]]:
+        """Started in the pool at once, waited for one by one."""
+        return zip(images, self.pool.map(_or_bad(self._decode_on_cpu), images.values()), strict=True)
+
+    def _decode_on_cpu(self, image: OpenedImage | BadSample) -> Tensor:
+        """(H, W, channels) uint8 in the CPU's memory."""
+        if isinstance(image, BadSample):
+            raise image
+        if isinstance(image, JpegFile):
+            return upright(torch.from_numpy(decode_jpeg(image, self.channels)), image.orientation)
+        pixels, orientation = decode_image(image, self.channels)
+        return upright(torch.from_numpy(pixels), orientation)
+
+
+class JpegsOnGpu:
+    """nvImageCodec: the hardware decoder where there is one, else nvJPEG.
+
+    Args:
+        channels: 1 for luminance, 3 for RGB.
+        device: a CUDA device.
+        threads: of the CPU, for the Huffman codes of what the hardware does not decode.
+        options: more keywords for its `Decoder`.
+    """
+
+    def __init__(self, channels: int, device: torch.device, threads: int, **options: Any):
+        # It prints a line for every file that it rejects; fastsp names them itself. Read when the library is loaded.
+        os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
+        os.environ.setdefault("NVIMGCODEC_VERBOSITY", "0")
+        from nvidia import nvimgcodec  # only here: a CPU needs none of it
+
+        self.device = device
+        self.stream = nvimgcodec.CodeStream
+        self.decoder = nvimgcodec.Decoder(device_id=device.index or 0, max_num_cpu_threads=threads, **options)
+        color = nvimgcodec.ColorSpec.GRAY if channels == 1 else nvimgcodec.ColorSpec.SRGB
+        # Its own turning gave images with alpha with their sides exchanged: see `upright`.
+        self.params = nvimgcodec.DecodeParams(color_spec=color, apply_exif_orientation=False)
+
+    def __call__(self, images: Sequence[JpegFile]) -> list[Tensor | BadSample | None]:
+        """(H, W, channels) uint8 on the GPU, upright, for each image. None where it was rejected for what may be
+        a reason of the decoder's own, such as a kind of JPEG that it does not know."""
+        # A hardware decoder may say of a whole batch what is true of one file: most bad ones are kept from it.
+        cut_off = BadSample("the image is truncated: the JPEG file has no end")
+        decoded: list[Tensor | BadSample | None] = [None if image.is_whole() else cut_off for image in images]
+        whole = [row for row, image in enumerate(decoded) if image is None]
+        for row, pixels in zip(whole, self._decode([images[row] for row in whole]), strict=True):
+            decoded[row] = self._decode([images[row]])[0] if pixels is None else pixels  # again, alone
+        return decoded
+
+    def _decode(self, images: Sequence[JpegFile]) -> list[Tensor | None]:
+        streams = {row: stream for row, image in enumerate(images) if (stream := self._parse(image)) is not None}
+        if not streams:
+            return [None] * len(images)
         order = torch.cuda.current_stream(self.device).cuda_stream
-        images = self.decoder.decode(streams, params=params, cuda_stream=order)
-        return [None if image is None else torch.as_tensor(image, device=self.device).contiguous() for image in images]
+        found = self.decoder.decode(list(streams.values()), params=self.params, cuda_stream=order)
+        decoded = {row: pixels for row, pixels in zip(streams, found, strict=True) if pixels is not None}
+        return [self._upright(decoded[row], image) if row in decoded else None for row, image in enumerate(images)]
 
-    def _over_white(self, image: DecodedImage) -> DecodedImage:
-        """Lay (H, W, 4) over white. What lies under full transparency is often black, or anything."""
-        rgba = torch.from_numpy(np.asarray(image)) if self.device.type == "cpu" else image
-        color, alpha = rgba[..., :3].float(), rgba[..., 3:].float() / 255
-        opaque = color * alpha + 255 * (1 - alpha)
-        if self.channels == 1:
-            opaque = (opaque * opaque.new_tensor(LUMINANCE)).sum(-1, keepdim=True)
-        levels: Tensor = opaque.round().to(torch.uint8)
-        return levels.numpy() if self.device.type == "cpu" else levels
-
-    def _second_look(self, file: bytes) -> DecodedImage | BadSample:
-        """What Pillow says of a file that nvImageCodec rejects."""
-        if not file:
-            return BadSample("the image file is empty")
+    def _parse(self, image: JpegFile) -> Any:
         try:
-            with Image.open(io.BytesIO(file)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    return BadSample(f"the image is too large: {image.width} x {image.height} pixels")
-                image.load()
-                if image.format in KINDS_FOR_PILLOW:
-                    array = _as_array(image, self.channels)
-                    return array if self.device.type == "cpu" else torch.from_numpy(array).to(self.device)
-                return BadSample(f"the {image.format} file is damaged")
-        except Image.UnidentifiedImageError:
-            return BadSample("not an image of a known kind")
-        except Image.DecompressionBombError as error:
-            return BadSample(f"the image is too large: {error}")
-        except Exception as error:  # Pillow's plugins raise anything from OSError to struct.error at damaged files
-            return BadSample(f"the image is truncated or damaged: {error}")
+            return self.stream(image.content)
+        except RuntimeError:  # a header that it cannot read
+            return None
+
+    def _upright(self, pixels: Any, image: JpegFile) -> Tensor:
+        return upright(torch.as_tensor(pixels, device=self.device), image.orientation)
 
 
-def _parse(file: bytes) -> nvimgcodec.CodeStream | None:
-    """The file with its header read, or None where that is not possible or the image is too large."""
-    try:
-        stream = nvimgcodec.CodeStream(file)
-        return stream if stream.height * stream.width <= MAX_PIXELS else None
-    except RuntimeError:
-        return None
+def default_threads() -> int:
+    """The cores that this process may use, shared among the processes that torchrun started on this machine."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-def _has_alpha(stream: nvimgcodec.CodeStream) -> bool:
-    """Whether there may be transparency; a palette's is not told apart."""
-    return stream.sample_format in WITH_ALPHA or stream.color_spec == nvimgcodec.ColorSpec.PALETTE
+def _or_bad(function: Callable[..., T]) -> Callable[..., T | BadSample]:
+    """The function, with the `BadSample` that it raises as its result."""
+
+    def call(*args: Any) -> T | BadSample:
+        try:
+            return function(*args)
+        except BadSample as bad:
+            return bad
+
+    return call
 
 
-def _as_array(image: Image.Image, channels: int) -> np.ndarray:
-    """(H, W, channels) uint8: upright, transparency over white."""
-    rgba = ImageOps.exif_transpose(image).convert("RGBA")
-    opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return np.asarray(opaque.convert("L" if channels == 1 else "RGB")).reshape(rgba.height, rgba.width, channels)
+def _open(file: bytes) -> OpenedImage:
+    kind = kind_of(file)
+    image = read_jpeg(file) if kind == "JPEG" else open_image(file, kind)
+    check_size(image.height, image.width)
+    return image
+
+
+def _is_for_gpu(image: OpenedImage | BadSample) -> TypeGuard[JpegFile]:
+    return isinstance(image, JpegFile) and image.is_common

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +10,12 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
-from fastsp.data.decode import DecodedImage, ImageDecoder
+from fastsp.data.decode import ImageDecoder, OpenedImage, default_threads
 from fastsp.data.geometry import crop_geometry
 from fastsp.data.samples import BadSample
+
+# Decoded at once, at full size: 400 MB of RGB. Large photographs would otherwise take many gigabytes a batch.
+CHUNK_PIXELS = 2**27
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class ImagePipeline:
         random_crop: else the centre.
         flip: mirror half of the samples.
         device: where the images are decoded and the result lies.
-        threads: of the CPU, for decoding and for DALI; 0: one per core.
+        threads: of the CPU, for decoding and for DALI; 0: see `default_threads`.
     """
 
     def __init__(
@@ -61,13 +63,14 @@ class ImagePipeline:
         self.random_crop, self.flip = random_crop, flip
         # On a GPU a stream of its own: on the default one it would queue up behind the training.
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        threads = threads or default_threads()
         self.decoder = ImageDecoder(channels, self.device, threads)
         self.dali = _dali_pipeline(
             channels=channels,
             resolution=resolution,
             on_gpu=self.device.type == "cuda",
             batch_size=batch_size,
-            num_threads=threads or len(os.sched_getaffinity(0)),
+            num_threads=threads,
             device_id=None if self.device.type == "cpu" else self.device.index or 0,
             prefetch_queue_depth=1,  # a thread of ours runs ahead of the training, see `prefetch`
         )
@@ -88,7 +91,15 @@ class ImagePipeline:
             return self._pixels(files, positions)
 
     def _pixels(self, files: Sequence[bytes], positions: Tensor) -> Pixels:
-        decoded = self.decoder(files)
+        opened = self.decoder.open(files)
+        parts = [self._chunk(opened[rows], positions[rows]) for rows in chunks(opened)]
+        pixels = parts[0] if len(parts) == 1 else _joined(parts)
+        if self.stream is not None:
+            self.stream.synchronize()  # of this thread alone: what it gives away is there
+        return pixels
+
+    def _chunk(self, opened: Sequence[OpenedImage | BadSample], positions: Tensor) -> Pixels:
+        decoded = self.decoder.decode(opened)
         rejections = {index: image for index, image in enumerate(decoded) if isinstance(image, BadSample)}
         images = [self._placeholder() if isinstance(image, BadSample) else image for image in decoded]
         sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.int64)
@@ -107,16 +118,40 @@ class ImagePipeline:
         values = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)  # a view: channels_last
         if self.stream is not None:
             values = values.clone()  # off DALI's memory, which it takes back without regard for who still reads it
-            self.stream.synchronize()  # of this thread alone: what it gives away is there
         return Pixels(values, sizes, geometry.seen_offsets, rejections)
 
-    def _placeholder(self) -> DecodedImage:
-        nothing = torch.zeros(1, 1, self.channels, dtype=torch.uint8, device=self.device)
-        return nothing.numpy() if self.device.type == "cpu" else nothing
+    def _placeholder(self) -> Tensor:
+        return torch.zeros(1, 1, self.channels, dtype=torch.uint8, device=self.device)
 
-    def _dali_input(self, image: DecodedImage) -> np.ndarray | Tensor:
-        """Without a copy: DALI reads the decoder's memory, as an array or, on a GPU, as a tensor in stream order."""
-        return np.asarray(image) if self.device.type == "cpu" else image
+    def _dali_input(self, image: Tensor) -> np.ndarray | Tensor:
+        """Without a copy: DALI reads the same memory, as an array or, on a GPU, as a tensor in stream order."""
+        return image.numpy() if self.device.type == "cpu" else image
+
+
+def chunks(images: Sequence[OpenedImage | BadSample]) -> Iterator[slice]:
+    """Consecutive rows of at most `CHUNK_PIXELS` together, or a single larger image."""
+    start, total = 0, 0
+    for row, image in enumerate(images):
+        pixels = 0 if isinstance(image, BadSample) else image.height * image.width
+        if row > start and total + pixels > CHUNK_PIXELS:
+            yield slice(start, row)
+            start, total = row, 0
+        total += pixels
+    yield slice(start, len(images))
+
+
+def _joined(parts: Sequence[Pixels]) -> Pixels:
+    rejections: dict[int, BadSample] = {}
+    first = 0
+    for part in parts:
+        rejections |= {first + row: bad for row, bad in part.rejections.items()}
+        first += len(part.values)
+    return Pixels(
+        torch.cat([part.values for part in parts]).contiguous(memory_format=torch.channels_last),
+        torch.cat([part.original_sizes for part in parts]),
+        torch.cat([part.crop_offsets for part in parts]),
+        rejections,
+    )
 
 
 @pipeline_def

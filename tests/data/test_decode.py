@@ -1,17 +1,21 @@
 """Image files of every kind: what they decode to, and why bad ones are rejected."""
 
 import io
+import random
 import re
 import struct
+import subprocess
 import zlib
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from data.helpers import encode, photo
-from PIL import Image
+from PIL import Image, ImageOps
 
-from fastsp.data.decode import ImageDecoder
+from fastsp.data.decode import ImageDecoder, JpegsOnGpu, default_threads
+from fastsp.data.jpeg import read_jpeg
 from fastsp.data.samples import BadSample
 
 H, W = 60, 90
@@ -42,15 +46,38 @@ def png_of_16_bits(pixels: np.ndarray) -> bytes:
     return png((width, height, 16, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0), rows)
 
 
+def with_pillow(file, channels=3):
+    """Upright and over white: the reference."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(file))).convert("RGBA")
+    opaque = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(opaque.convert("L" if channels == 1 else "RGB")).reshape(image.height, image.width, channels)
+
+
 def test_lossless_kinds():
     for file in (encode(RGB, "PNG"), encode(RGB, "BMP"), encode(RGB, "TIFF"), encode(RGB, "WEBP", lossless=True)):
         assert difference(decode(file), RGB) == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
-def test_jpeg_equals_pillow(options):
-    file = encode(RGB, "JPEG", quality=85, **options)
-    assert difference(decode(file), np.asarray(Image.open(io.BytesIO(file)))) == 0
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"subsampling": "4:4:4"},
+        {"subsampling": "4:2:2"},
+        {"subsampling": "4:1:1"},
+        {"subsampling": "4:1:1", "progressive": True},
+        {"restart_marker_blocks": 2},
+        {"keep_rgb": True},
+    ],
+)
+@pytest.mark.parametrize("size", [(60, 90), (61, 35), (1, 1), (1, 50)])
+def test_jpeg_equals_pillow(options, size):
+    file = encode(photo(0, *size).reshape(*size, 3), "JPEG", quality=85, **options)
+    assert difference(decode(file), with_pillow(file)) == 0
+    assert difference(decode(file, channels=1), with_pillow(file, channels=1)) <= 1
+    grey = encode(photo(0, *size, channels=1).reshape(size), "JPEG", progressive="progressive" in options)
+    assert difference(decode(grey), with_pillow(grey)) == 0 == difference(decode(grey, 1), with_pillow(grey, 1))
 
 
 def test_grey_images_become_rgb_and_the_other_way_round():
@@ -70,11 +97,79 @@ def test_16_bits_keep_their_upper_half():
         assert difference(decode(png_of_16_bits(deep)), np.broadcast_to(deep / 257, (H, W, 3)).round().astype(int)) <= 1
 
 
-def test_cmyk_equals_pillow():
+def save(image: Image.Image, kind: str, orientation: int | None = None, **options) -> bytes:
+    if orientation is not None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options["exif"] = exif.tobytes()
     content = io.BytesIO()
-    Image.fromarray(RGB).convert("CMYK").save(content, "JPEG", quality=95)
-    expected = np.asarray(Image.open(content).convert("RGB"))
-    assert difference(decode(content.getvalue()), expected) <= 1
+    image.save(content, kind, **options)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["Adobe's CMYK", "YCCK", "no Adobe marker"])
+def test_print_colours_equal_pillow(kind):
+    file = bytearray(save(Image.fromarray(RGB).convert("CMYK"), "JPEG", quality=95))
+    adobe = file.index(b"Adobe")
+    if kind == "YCCK":
+        file[adobe + 11] = 2
+    elif kind == "no Adobe marker":
+        file[adobe : adobe + 5] = b"Xdobe"
+    file = bytes(file)
+    for channels in (1, 3):
+        assert difference(decode(file, channels), with_pillow(file, channels)) <= 1
+    assert isinstance(decode(file[:-50]), BadSample)
+
+
+def picture(mode: str, height: int = H, width: int = W) -> Image.Image:
+    """With a ramp as its alpha channel, where it has one, and as its palette's index where it has one."""
+    colour = Image.fromarray(photo(0, height, width))
+    alpha = Image.fromarray(np.linspace(0, 255, height * width).reshape(height, width).astype(np.uint8))
+    if mode == "RGBA":
+        colour.putalpha(alpha)
+        return colour
+    if mode == "LA":
+        return Image.merge("LA", (colour.convert("L"), alpha))
+    return colour.quantize(16) if mode == "P" else colour.convert(mode)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(60, 90), (90, 60), (80, 20)])
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGBA", {}),
+        ("LA", {}),
+        ("P", {}),
+        ("P", {"bits": 4}),
+        ("P", {"transparency": 3}),
+        ("P", {"transparency": bytes(range(0, 256, 16))}),
+        ("L", {}),
+        ("L", {"transparency": 100}),
+        ("RGB", {"transparency": tuple(RGB[0, 0].tolist())}),
+        ("1", {}),
+    ],
+)
+def test_png_equals_pillow(mode, options, size, orientation):
+    file = save(picture(mode, *size), "PNG", orientation, **options)
+    for channels in (1, 3):
+        assert difference(decode(file, channels), with_pillow(file, channels)) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "modes"),
+    [
+        ("TIFF", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK", "YCbCr"]),
+        ("WEBP", ["RGB", "RGBA", "LA", "L", "P"]),
+        ("BMP", ["RGB", "RGBA", "L", "P", "1"]),
+        ("GIF", ["RGB", "RGBA", "L", "P", "1"]),
+    ],
+)
+def test_the_other_kinds_equal_pillow(kind, modes):
+    for mode in modes:
+        for orientation in (1, 3, 6, 8) if kind in ("TIFF", "WEBP") else (None,):
+            file = save(picture(mode), kind, orientation)
+            assert difference(decode(file), with_pillow(file)) == 0
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -119,6 +214,13 @@ def test_transparency_lies_over_white(kind):
     assert np.abs(image[20:40].astype(int) - RGB[20:40]).mean() < (10 if kind in ("GIF", "palette") else 1)
 
 
+def test_transparency_in_strips(monkeypatch):
+    file = save(picture("RGBA"), "PNG")
+    for pixels in (1, 7 * W, H * W):
+        monkeypatch.setattr("fastsp.data.pillow_images.STRIP_PIXELS", pixels)
+        assert difference(decode(file), with_pillow(file)) == 0
+
+
 def test_half_transparent_grey():
     rgba = np.full((H, W, 4), 100, np.uint8)
     assert (decode(encode(rgba, "PNG")) == round(100 * 100 / 255 + 255 * 155 / 255)).all()
@@ -140,20 +242,30 @@ def with_bytes_changed(file, at, count=1):
         (JPEG[: len(JPEG) // 2], "truncated"),
         (JPEG[:-2], "truncated"),
         (JPEG[:100], "truncated"),
-        (JPEG[:3], "not an image"),
+        (JPEG[:2], "not an image"),
+        (JPEG[:3], "truncated: the JPEG file ends in its header"),
+        (JPEG[:200] + b"<html>" * 100, "damaged"),
         (PNG[: len(PNG) // 2], "truncated"),
-        (PNG[:-12], "PNG file is damaged"),
+        (PNG[:-12], "truncated"),
         (with_bytes_changed(PNG, len(PNG) // 2), "damaged"),
         (WEBP[: len(WEBP) // 2], "truncated"),
-        (b"GIF89a" + bytes(50), "truncated|not an image"),
+        (b"GIF89a" + bytes(50), "truncated"),
         (png((60_000, 60_000, 8, 2, 0, 0, 0), bytes(1000)), "too large: .*60000"),
+        (png((100, 100, 8, 2, 0, 0, 0), bytes(1000)), "truncated"),
+        (save(Image.fromarray(RGB), "AVIF"), "^an AVIF file, which is not read"),
+        (save(Image.fromarray(RGB), "JPEG2000"), "^a JPEG 2000 file, which is not read"),
+        (save(Image.fromarray(RGB), "EPS"), "^a PostScript file, which is not read"),
+        (save(Image.fromarray(RGB), "PDF"), "^a PDF file, which is not read"),
+        (save(Image.fromarray(RGB), "PPM"), "not an image of a known kind"),
+        (b"\0\0\0\x18ftypheic" + bytes(200), "^a HEIC file, which is not read"),
+        (save(Image.fromarray(RGB[..., 0].astype(np.float32)), "TIFF"), "floating-point"),
     ],
 )
 def test_rejected_with_a_reason_of_one_line(file, reason, capfd):
     image = decode(file)
     assert isinstance(image, BadSample)
     assert re.search(reason, str(image)) and "\n" not in str(image)
-    assert re.fullmatch("(libpng error: .*\n)?", capfd.readouterr().err)  # libpng itself cannot be silenced
+    assert not capfd.readouterr().err
 
 
 def test_bad_files_do_not_touch_their_neighbours():
@@ -165,6 +277,111 @@ def test_bad_files_do_not_touch_their_neighbours():
         assert difference(np.asarray(image), decode(file)) == 0
 
 
-def test_a_jpeg_damaged_inside_decodes_in_every_decoder():
-    """The known limit: with its end intact nothing tells that the middle is not what was taken."""
-    assert not isinstance(decode(with_bytes_changed(JPEG, len(JPEG) // 2)), BadSample)
+def test_no_parser_but_the_documented_ones_sees_a_file(monkeypatch):
+    """Pillow's EPS reader would run Ghostscript."""
+    files = [save(picture("RGB"), kind) for kind in ("EPS", "JPEG2000", "PPM", "ICO")]
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("Pillow was asked"))
+    assert all(isinstance(decode(file), BadSample) for file in files)
+
+
+def damaged_inside(count):
+    """JPEGs of several kinds with one byte to a few hundred changed in their data, their ends intact."""
+    rnd = random.Random(0)
+    for index in range(count):
+        options = [{}, {"progressive": True}, {"subsampling": "4:4:4"}, {"restart_marker_blocks": 4}][index % 4]
+        file = bytearray(encode(photo(index, 64, 80, channels=1 + 2 * (index % 3 > 0)), "JPEG", quality=90, **options))
+        length = rnd.choice([1, 1, 16, 300])
+        at = rnd.randrange(read_jpeg(bytes(file)).scan + 20, len(file) - 2 - length)
+        file[at : at + length] = rnd.randbytes(length)
+        yield bytes(file)
+
+
+def test_exactly_those_are_rejected_that_strict_libjpeg_turbo_rejects():
+    """Of a hundred that other decoders take, most with wrong pixels from the damage on."""
+    files = list(damaged_inside(100))
+    images = ImageDecoder(3, torch.device("cpu"), threads=2)(files)
+    rejected = 0
+    for image, file in zip(images, files, strict=True):
+        try:
+            expected = simplejpeg.decode_jpeg(file, strict=True)
+        except ValueError as error:
+            assert isinstance(image, BadSample) and str(error) in str(image)
+            rejected += 1
+        else:
+            assert difference(np.asarray(image), expected) == 0
+    assert 30 < rejected < 100
+
+
+def test_damage_that_no_decoder_finds():
+    """The known limit: scans of a progressive file that are missing, or data in which every code still fits."""
+    file = encode(RGB, "JPEG", quality=95, progressive=True)
+    second_scan = file.index(b"\xff\xda", file.index(b"\xff\xda") + 2)
+    assert not isinstance(decode(file[:second_scan] + b"\xff\xd9"), BadSample)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
+def test_a_jpeg_that_was_cut_off_has_no_end(options):
+    """What is looked for before a GPU decodes: at any length, and with anything behind it."""
+    thumbnail = b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0" + encode(RGB[:20, :20], "JPEG")
+    file = encode(RGB, "JPEG", quality=90, exif=thumbnail, **options)
+    scan = read_jpeg(file).scan
+    assert all(read_jpeg(whole).is_whole() for whole in (file, file + bytes(100), file + file))
+    for length in range(scan + 20, len(file)):
+        assert not read_jpeg(file[:length]).is_whole()
+    assert not any(read_jpeg(file[:-2] + junk).is_whole() for junk in (bytes(1000), b"\xff" * 9, b"\xff\0"))
+
+
+class GpuThatFailsBatches(JpegsOnGpu):
+    """Stands for a decoder in hardware: one status for a whole batch, and one kind of JPEG that it does not know."""
+
+    def __init__(self):
+        self.batches = []
+
+    def _decode(self, images):
+        self.batches.append([image.content for image in images])
+        fails = any(image.content == UNKNOWN_TO_GPU or image.content in CORRUPT for image in images)
+        return [None if fails else torch.full((1, 1, 3), 7, dtype=torch.uint8) for _ in images]
+
+
+UNKNOWN_TO_GPU = encode(photo(5, H, W), "JPEG", subsampling="4:1:1")
+CORRUPT = [with_bytes_changed(JPEG, len(JPEG) // 2, 300)]
+
+
+def test_what_a_gpu_rejects_is_decoded_alone_and_then_by_the_cpu():
+    decoder = ImageDecoder(3, torch.device("cpu"), threads=1)
+    decoder.gpu = GpuThatFailsBatches()
+    cmyk = save(Image.fromarray(RGB).convert("CMYK"), "JPEG")
+    files = [JPEG, UNKNOWN_TO_GPU, JPEG[:-50], PNG, CORRUPT[0], cmyk, b""]
+    images = decoder(files)
+    whole = [JPEG, UNKNOWN_TO_GPU, CORRUPT[0]]
+    assert decoder.gpu.batches == [whole, *([file] for file in whole)]  # what was cut off, and print, never come near
+    assert (np.asarray(images[0]) == 7).all()
+    assert difference(np.asarray(images[1]), with_pillow(UNKNOWN_TO_GPU)) == 0
+    assert difference(np.asarray(images[3]), RGB) == 0 == difference(np.asarray(images[5]), with_pillow(cmyk))
+    reasons = {row: str(image) for row, image in enumerate(images) if isinstance(image, BadSample)}
+    assert list(reasons) == [2, 4, 6]
+    assert "no end" in reasons[2] and "is damaged: " in reasons[4] and "empty" in reasons[6]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF
+def test_headers_of_any_bytes_end_in_an_image_or_a_rejection():
+    rnd = random.Random(1)
+    decoder = ImageDecoder(3, torch.device("cpu"), threads=1)
+    modes = {"JPEG": "RGB", "PNG": "RGBA", "WEBP": "RGB", "TIFF": "RGB", "GIF": "P", "BMP": "L"}
+    for kind, mode in modes.items():
+        file = save(picture(mode), kind, None if kind in ("GIF", "BMP") else 6)
+        for _ in range(60):
+            changed = bytearray(file)
+            for _ in range(rnd.choice([1, 2, 8])):
+                changed[rnd.randrange(min(len(changed), 200))] = rnd.choice([0, 255, 127, rnd.randrange(256)])
+            assert len(decoder([bytes(changed), bytes(changed[: rnd.randrange(len(changed))])])) == 2
+
+
+def test_cores_are_shared_among_the_processes_of_a_machine(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
+    for processes, threads in (("1", 16), ("8", 2), ("32", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert default_threads() == threads
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert default_threads() == 16

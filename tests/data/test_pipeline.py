@@ -9,6 +9,7 @@ from data.helpers import encode, photo
 from fastsp_kernels.philox import random_words
 from PIL import Image
 
+from fastsp.data import pipeline as module
 from fastsp.data.geometry import crop_geometry
 from fastsp.data.pipeline import ImagePipeline
 
@@ -116,6 +117,32 @@ def test_bad_images_are_black_and_named():
     assert "truncated" in str(pixels.rejections[1]) and "not an image" in str(pixels.rejections[3])
     assert (pixels.values[[1, 2, 3, 5]] == -1).all()
     assert torch.equal(pixels.values[0], run([good]).values[0]) and torch.equal(pixels.values[0], pixels.values[4])
+
+
+def test_large_images_are_decoded_a_few_at_a_time(monkeypatch):
+    """A batch of photographs of 24 megapixels would take gigabytes. What comes out is the same."""
+    files = [encode(photo(seed, *size)) for seed, size in enumerate(SIZES)]
+    files[3] = files[3][:-100]
+    files.insert(0, b"")
+    expected = run(files, random_crop=True, flip=True)
+    pixels = [height * width for height, width in SIZES]
+    decoded, decode = [], module.ImageDecoder.decode
+    monkeypatch.setattr(
+        module.ImageDecoder, "decode", lambda self, images: decoded.append(images) or decode(self, images)
+    )
+    for limit in (1, 6000, max(pixels), sum(pixels)):
+        monkeypatch.setattr(module, "CHUNK_PIXELS", limit)
+        decoded.clear()
+        result = run(files, random_crop=True, flip=True)
+        assert torch.equal(result.values, expected.values) and torch.equal(result.crop_offsets, expected.crop_offsets)
+        assert result.values.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(result.original_sizes, expected.original_sizes)
+        assert {row: str(bad) for row, bad in result.rejections.items()} == {
+            row: str(bad) for row, bad in expected.rejections.items()
+        }
+        sizes = [sum(image.height * image.width for image in chunk if hasattr(image, "height")) for chunk in decoded]
+        assert sum(sizes) == sum(pixels) and all(size <= max(limit, max(pixels)) for size in sizes)
+        assert (len(sizes) == 1) == (limit == sum(pixels))
 
 
 def test_results_do_not_share_memory():

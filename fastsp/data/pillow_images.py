@@ -1,0 +1,186 @@
+"""Image files other than JPEG: PNG, WebP, GIF, BMP and TIFF, read by Pillow; and what all the others are.
+
+No parser sees a file whose first bytes are not of one of these kinds. Pillow itself would open many more: its EPS
+reader runs Ghostscript.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+from PIL import Image
+
+from fastsp.data.jpeg import ORIENTATION
+from fastsp.data.samples import BadSample
+
+MAX_PIXELS = 178_956_970  # more is refused before it is decoded: what Pillow calls a decompression bomb
+PNG_START = b"\x89PNG\r\n\x1a\n"
+GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
+MODES = {1: "L", 3: "RGB"}  # by the number of channels
+STRIP_PIXELS = 2**20
+TOO_DEEP = {"I": "32-bit integers", "F": "floating-point numbers"}
+
+# Of sizes from half of that on, and of damaged EXIF. Once: filters around each call would be a race between threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+# Kind, offset, bytes: the first that fits. Those of the first group are read.
+READ = (
+    ("JPEG", 0, b"\xff\xd8\xff"),
+    ("PNG", 0, PNG_START),
+    ("WEBP", 8, b"WEBP"),
+    ("GIF", 0, b"GIF87a"),
+    ("GIF", 0, b"GIF89a"),
+    ("BMP", 0, b"BM"),
+    ("TIFF", 0, b"II*\0"),
+    ("TIFF", 0, b"MM\0*"),
+    ("TIFF", 0, b"II+\0"),
+    ("TIFF", 0, b"MM\0+"),
+)
+NOT_READ = (
+    ("an AVIF file", 4, b"ftypavi"),
+    ("a HEIC file", 4, b"ftyphei"),
+    ("a HEIC file", 4, b"ftyphev"),
+    ("a HEIF file", 4, b"ftypmif"),
+    ("a video", 4, b"ftyp"),
+    ("a JPEG 2000 file", 0, b"\0\0\0\x0cjP  "),
+    ("a JPEG 2000 file", 0, b"\xff\x4f\xff\x51"),
+    ("a JPEG XL file", 0, b"\0\0\0\x0cJXL "),
+    ("a JPEG XL file", 0, b"\xff\x0a"),
+    ("a PDF file", 0, b"%PDF"),
+    ("a PostScript file", 0, b"%!PS"),
+    ("a Photoshop file", 0, b"8BPS"),
+    ("an icon", 0, b"\0\0\1\0"),
+    ("an SVG drawing", 0, b"<svg"),
+)
+
+
+def kind_of(file: bytes) -> str:
+    """ "JPEG", "PNG", "WEBP", "GIF", "BMP" or "TIFF".
+
+    Raises:
+        BadSample: it is something else, or empty.
+    """
+    if not file:
+        raise BadSample("the image file is empty")
+    for kind, at, magic in READ:
+        if file.startswith(magic, at):
+            return kind
+    for name, at, magic in NOT_READ:
+        if file.startswith(magic, at):
+            raise BadSample(f"{name}, which is not read")
+    start = file[:200].lstrip().lower()
+    if start.startswith((b"<html", b"<!doctype html")):
+        raise BadSample("a web page, not an image")
+    raise BadSample("not an image of a known kind")
+
+
+def check_size(height: int, width: int) -> None:
+    """Raises `BadSample` for a decompression bomb."""
+    if height * width > MAX_PIXELS:
+        raise BadSample(f"the image is too large: {width} x {height} pixels")
+
+
+def open_image(file: bytes, kind: str) -> Image.Image:
+    """Read the header; `decode_image` does the rest.
+
+    Raises:
+        BadSample: the header cannot be read, or the image is too large.
+    """
+    if kind == "PNG":
+        _check_png(file)
+    try:
+        return Image.open(io.BytesIO(file), formats=[kind])
+    except Image.DecompressionBombError as error:
+        raise BadSample(f"the image is too large: {error}") from None
+    except Exception as error:  # Pillow raises anything from OSError to struct.error at damaged files
+        raise _damaged(kind, error) from None
+
+
+def _check_png(file: bytes) -> None:
+    """Checksums and end: what Pillow skips."""
+    at = len(PNG_START)
+    while at + 12 <= len(file):
+        length, name = struct.unpack_from(">I4s", file, at)
+        end = at + 12 + length
+        if end > len(file):
+            break
+        if zlib.crc32(memoryview(file)[at + 4 : end - 4]) != int.from_bytes(file[end - 4 : end], "big"):
+            raise BadSample(f"the PNG file is damaged: a wrong checksum of its {name.decode('latin-1')!r} chunk")
+        if name == b"IEND":
+            return
+        at = end
+    raise BadSample("the image is truncated: the PNG file has no end")
+
+
+def decode_image(image: Image.Image, channels: int) -> tuple[np.ndarray, int]:
+    """Decode an image that `open_image` opened, the first one of an animation. Other Python threads run meanwhile.
+
+    Args:
+        image: closed by this.
+        channels: 1 for luminance, 3 for RGB.
+
+    Returns:
+        (H, W, channels) uint8, transparency laid over white, 16 bits cut to the upper eight; and the EXIF orientation
+        that is still to be applied, 1 .. 8.
+
+    Raises:
+        BadSample: it is truncated or damaged.
+    """
+    kind = image.format or "image"
+    try:
+        image.load()
+        orientation = _orientation(image)
+        return _as_array(image, channels), orientation
+    except BadSample:
+        raise
+    except Exception as error:  # see above
+        raise _damaged(kind, error) from None
+    finally:
+        image.close()  # frees the pixels, which whoever holds the opened image would keep
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged EXIF is no reason to lose the picture
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _as_array(image: Image.Image, channels: int) -> np.ndarray:
+    """(H, W, channels) uint8, not turned."""
+    if image.mode in TOO_DEEP:
+        raise BadSample(f"the image is of {TOO_DEEP[image.mode]}, whose range is not known")
+    if image.mode in GREY_16:
+        deep = np.asarray(image)
+        levels = (deep >> 8).astype(np.uint8)
+        levels[deep == image.info.get("transparency", -1)] = 255
+        return np.repeat(levels[..., None], channels, axis=-1)
+    if image.has_transparency_data:
+        return _over_white(image, channels)
+    mode = MODES[channels]
+    return np.array(image if image.mode == mode else image.convert(mode)).reshape(image.height, image.width, channels)
+
+
+def _over_white(image: Image.Image, channels: int) -> np.ndarray:
+    """What lies under full transparency is often black, or anything. In strips: each takes several copies."""
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    result = np.empty((rgba.height, rgba.width, channels), np.uint8)
+    rows = max(1, STRIP_PIXELS // rgba.width)
+    for top in range(0, rgba.height, rows):
+        strip = rgba.crop((0, top, rgba.width, min(top + rows, rgba.height)))
+        opaque = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert(MODES[channels])
+        result[top : top + rows] = np.asarray(opaque).reshape(strip.height, strip.width, channels)
+    return result
+
+
+def _damaged(kind: str, error: Exception) -> BadSample:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, Image.UnidentifiedImageError):
+        return BadSample(f"the {kind} file is truncated or damaged in its header")
+    return BadSample(f"the image is truncated or damaged: {reason}")
