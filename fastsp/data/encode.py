@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastsp.conditioning import Conditioning
 from fastsp.data.batch import Batch
-from fastsp.data.latents import DTYPES, LatentsHeader, encode_moments, fingerprint, shard_path
+from fastsp.data.latents import DTYPES, LatentsHeader, bad_sample, encode_moments, fingerprint, shard_path
 from fastsp.data.source import Source
 from fastsp.errors import UserError
 from fastsp.files import UNFINISHED, new_file
@@ -41,7 +41,7 @@ class LatentEncoder:
         text_sha256: `fingerprint` of the text encoders, for the header.
         dtype: of what is written: "float16" (moments fit it, unlike the VAE's activations), "bfloat16" or "float32".
         batch_size: images at once; it must divide `samples_per_shard`.
-        samples_per_shard: of the source; bad ones are left out.
+        samples_per_shard: of the source, bad ones included.
 
     Raises:
         UserError: `batch_size` does not divide `samples_per_shard`.
@@ -77,6 +77,7 @@ class LatentEncoder:
             pooled_text_shape=_shape(sample, "pooled_text_features"),
             text_sha256=text_sha256,
             names_sha256=source.names_sha256(),
+            contents_sha256=source.contents_sha256(),
         )
 
     def missing(self, folder: Path, rank: int = 0, world_size: int = 1) -> list[int]:
@@ -125,8 +126,20 @@ class LatentEncoder:
             left_by_a_kill.unlink(missing_ok=True)
         with new_file(path) as unfinished, tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
             for batch in batches:
-                _add_samples(tar, batch, self._tensors(batch, DTYPES[self.header.dtype]))
+                self._add_samples(tar, batch, self._tensors(batch, DTYPES[self.header.dtype]))
                 after_batch(len(batch))
+
+    def _add_samples(self, tar: tarfile.TarFile, batch: Batch, tensors: dict[str, Tensor]) -> None:
+        for row, (position, weight) in enumerate(zip(batch.positions.tolist(), batch.weights.tolist(), strict=True)):
+            if weight:
+                sample = save({name: value[row].contiguous() for name, value in tensors.items()})
+            else:
+                name = self.source.reader.name(position)
+                sample = bad_sample(f"{name}: {self.source.bad_samples.reasons.get(name, 'a bad sample')}")
+            for suffix, content in (("safetensors", sample), ("txt", batch.captions[row].encode())):
+                member = tarfile.TarInfo(f"{position:09d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
 
     def _batches(self, first: int, last: int) -> Generator[Batch, None, None]:
         with closing(
@@ -165,13 +178,3 @@ def _consecutive(shards: Sequence[int]) -> Iterator[range]:
         if end == len(shards) or shards[end] != shards[end - 1] + 1:
             yield range(shards[start], shards[end - 1] + 1)
             start = end
-
-
-def _add_samples(tar: tarfile.TarFile, batch: Batch, tensors: dict[str, Tensor]) -> None:
-    for row, (position, weight) in enumerate(zip(batch.positions.tolist(), batch.weights.tolist(), strict=True)):
-        if weight:
-            sample = save({name: value[row].contiguous() for name, value in tensors.items()})
-            for suffix, content in (("safetensors", sample), ("txt", batch.captions[row].encode())):
-                member = tarfile.TarInfo(f"{position:09d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))

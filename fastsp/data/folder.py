@@ -64,6 +64,11 @@ class FolderReader:
         """The image's path."""
         return printable(str(self.root / self.paths[index]))
 
+    def size(self, index: int) -> int:
+        """Bytes of the image and of its sidecar, as far as they are there."""
+        path = self.paths[index]
+        return sum(file.stat().st_size for file in (self.root / path, self._sidecar(path)) if file.is_file())
+
     def inventory(self) -> Inventory:
         """The images of every folder, and their names."""
         folders: dict[str, list[str]] = {}
@@ -140,11 +145,14 @@ class FolderReader:
         if not self._records and directory in self._captioned_by_name:
             name = Path(directory).name or self.root.resolve().name
             return printable(name).replace("_", " ").replace("-", " ").strip()
-        stem = split_name(path)[0]
-        sidecar = self.root / self._odd_sidecars.get(stem, f"{stem}.txt")
+        sidecar = self._sidecar(path)
         if not sidecar.is_file():
             raise BadSample("no caption")
         return caption_from_text(_read_file(sidecar, "caption"))
+
+    def _sidecar(self, path: str) -> Path:
+        stem = split_name(path)[0]
+        return self.root / self._odd_sidecars.get(stem, f"{stem}.txt")
 
 
 class _Listing(NamedTuple):

@@ -4,7 +4,8 @@ A data set of latents is a folder with `latents.json`, the header, and tars `000
 layout. Each sample is `KEY.safetensors` and `KEY.txt`, its caption. The tensors are `moments` (2 C, H, W), mean and log
 variance of the VAE's posterior, `original_size` (2,) and `crop_offset` (2,) int64 and, if asked for, `text_features`
 (L, D) and Stable Diffusion XL's `pooled_text_features` (P,). The moments are as the VAE gives them: the scaling factor
-is applied when a latent is drawn.
+is applied when a latent is drawn. A sample that could not be encoded keeps its place, so that the order of an epoch is
+that of the pictures: its `KEY.safetensors` holds no tensors, and the reason under "bad" in its metadata.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from typing import Any
 
 import torch
 from fastsp_kernels.philox import Stream, random_normals
+from safetensors.torch import save
 from torch import Tensor
 
+from fastsp.data.samples import BadSample
+from fastsp.data.shards import ShardReader
 from fastsp.errors import UserError
 from fastsp.files import write_file
 
@@ -26,7 +30,47 @@ LATENT_SUFFIXES = ("safetensors",)
 TEXT_TENSORS = ("text_features", "pooled_text_features")
 HEADER = "latents.json"
 VERSION = 1
+_OF_PICTURES = {
+    "names_sha256": "pictures with other names",
+    "contents_sha256": "pictures with these names, which have changed since",
+}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def bad_sample(reason: str) -> bytes:
+    """What stands in the place of a sample that could not be encoded: safetensors without a tensor."""
+    return save({}, metadata={"bad": reason})
+
+
+def kept_reason(content: bytes) -> str | None:
+    """Why a sample could not be encoded; None for one that was."""
+    if int.from_bytes(content[:8], "little") != len(content) - 8:  # more than a header
+        return None
+    try:
+        return json.loads(content[8:])["__metadata__"]["bad"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+class LatentReader(ShardReader):
+    """The samples of a folder of latents, in the order of the pictures that they were made of.
+
+    Args:
+        folder: written by `fastsp encode`.
+        captioned: whether a sample needs a caption; if not, captions are not read and are empty.
+
+    Raises:
+        UserError: no such folder, or an encoding that was stopped.
+    """
+
+    def __init__(self, folder: str | Path, captioned: bool = True):
+        super().__init__(latent_shards(folder), captioned, suffixes=LATENT_SUFFIXES)
+
+    def check(self, content: bytes) -> None:
+        """Refuse what stands in the place of a bad sample."""
+        reason = kept_reason(content)
+        if reason is not None:
+            raise BadSample(f"could not be encoded: {reason}")
 
 
 def encode_moments(vae: Any, pixel_values: Tensor) -> Tensor:
@@ -95,7 +139,7 @@ class LatentsHeader:
     text_shape: tuple[int, ...] | None
     """(L, D) of the text features; None: there are none."""
     source_samples: int
-    """Samples that were to be encoded; bad ones are left out."""
+    """Samples that were to be encoded, bad ones included."""
     samples_per_shard: int
     pooled_text_shape: tuple[int, ...] | None = None
     """(P,) of Stable Diffusion XL's pooled text features."""
@@ -103,6 +147,8 @@ class LatentsHeader:
     """`fingerprint` of the text encoders, where there are text features."""
     names_sha256: str | None = None
     """`Source.names_sha256` of what was encoded, so that no other pictures are added to it."""
+    contents_sha256: str | None = None
+    """`Source.contents_sha256` of it, so that the same names are the same pictures; None: of before this was kept."""
     version: int = VERSION
 
     @property
@@ -144,10 +190,13 @@ class LatentsHeader:
         if (folder / HEADER).exists():
             existing = asdict(LatentsHeader.load(folder))
             for key, value in asdict(self).items():
-                if existing[key] != value:
-                    raise UserError(
-                        f"{folder} holds latents with {key} = {existing[key]}, not {value}; use another folder"
+                if existing[key] != value and not (key in _OF_PICTURES and existing[key] is None):
+                    held = (
+                        f"of {_OF_PICTURES[key]}"
+                        if key in _OF_PICTURES
+                        else f"with {key} = {existing[key]}, not {value}"
                     )
+                    raise UserError(f"{folder} holds latents {held}; use another folder")
             return
         write_file(folder / HEADER, json.dumps(asdict(self), indent=2) + "\n")
 

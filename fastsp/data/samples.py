@@ -60,6 +60,9 @@ class SampleReader(Protocol):
     def name(self, index: int) -> str:
         """The sample's name, which is unique in the data set and tells a person where to look."""
 
+    def size(self, index: int) -> int:
+        """Bytes that the sample takes where it lies."""
+
     def inventory(self) -> Inventory:
         """What the data set consists of: the same as long as the samples and their order are."""
 

@@ -122,6 +122,13 @@ class ShardReader:
         shard, key = self.index.name(index)
         return f"{shard}#{key}"
 
+    def size(self, index: int) -> int:
+        """Bytes of the sample's members."""
+        return sum(size for _, size in self.index[index][1])
+
+    def check(self, content: bytes) -> None:
+        """Raises BadSample for what says of itself that it is none; images do not."""
+
     def inventory(self) -> Inventory:
         """The samples of every tar."""
         return self.index.inventory()
@@ -132,6 +139,7 @@ class ShardReader:
         try:
             with open(shard, "rb", buffering=0) as tar:
                 image = _read_at(tar.fileno(), sample.image)
+                self.check(image)
                 if not self.captioned:
                     return EncodedSample(image, "")
                 text = _read_at(tar.fileno(), sample.text)

@@ -19,7 +19,7 @@ from fastsp.data.captions import Tokenize
 from fastsp.data.collate import Collator, ImageCollator, LatentCollator
 from fastsp.data.digits import digits_shards
 from fastsp.data.folder import FolderReader
-from fastsp.data.latents import LATENT_SUFFIXES, LatentsHeader, latent_shards
+from fastsp.data.latents import LatentReader, LatentsHeader
 from fastsp.data.order import SampleOrder
 from fastsp.data.pipeline import ImagePipeline
 from fastsp.data.prefetch import Prefetcher
@@ -29,6 +29,7 @@ from fastsp.errors import UserError
 
 SOURCES = ("digits", "images", "shards", "latents")
 CROPS = ("center", "random")
+READ_WHOLE = 64  # samples whose contents `contents_sha256` looks at
 
 
 class DataConfig(Protocol):
@@ -146,7 +147,7 @@ def _open_reader(config: DataConfig, known_shards: Sequence[str]) -> SampleReade
     if config.source == "images":
         return FolderReader(config.path, captioned)
     if config.source == "latents":
-        return ShardReader(latent_shards(config.path), captioned, suffixes=LATENT_SUFFIXES)
+        return LatentReader(config.path, captioned)
     return ShardReader(config.path, captioned, known=known_shards)
 
 
@@ -231,6 +232,16 @@ class Source:
         digest = hashlib.sha256()
         for index in range(len(self.reader)):
             digest.update(self.reader.name(index).rpartition("/")[2].encode() + b"\n")
+        return digest.hexdigest()
+
+    def contents_sha256(self) -> str:
+        """Of the sizes of all samples and of the contents of a few: what changes when pictures do, and is cheap."""
+        count = len(self.reader)
+        sizes = torch.tensor([self.reader.size(index) for index in range(count)], dtype=torch.int64)
+        digest = hashlib.sha256(sizes.numpy().tobytes())
+        for sample in self._read(list(range(0, count, -(-count // READ_WHOLE)))):
+            if isinstance(sample, EncodedSample):
+                digest.update(sample.content + sample.caption.encode())
         return digest.hexdigest()
 
     def batches(

@@ -127,17 +127,72 @@ def test_stock_tools_open_the_shards(images, vae, tmp_path):
     assert load(samples[3]["safetensors"])["moments"].shape == (8, 16, 16)
 
 
-def test_bad_images_are_left_out(images, vae, tmp_path):
-    members = []
+def test_bad_images_keep_their_places(images, vae, tmp_path):
+    """So the order of an epoch, and what is trained on, is that of training on the pictures."""
     with tarfile.open(images) as tar:
         members = [(member.name, tar.extractfile(member).read()) for member in tar]
     members[6] = (members[6][0], members[6][1][:100])
+    members[21] = (members[21][0], b"caf\xe9")
     write_tar(images, members)
     config = Config(source="shards", path=str(images), resolution=32, max_bad_fraction=0.5)
-    source = open_source(config, tokenizer=None, channels=3, seed=0, shuffle=False)
-    list(LatentEncoder(source, vae, vae_name="tiny", resolution=32, batch_size=8).write(tmp_path / "latents"))
-    assert len(open_latents(tmp_path / "latents")) == SAMPLES - 1
-    assert list(source.bad_samples.reasons) == [f"{images}#003"]
+
+    def open_pictures(shuffle):
+        return open_source(config, tokenizer=ByteTokenizer(), channels=3, seed=5, shuffle=shuffle)
+
+    folder = tmp_path / "latents"
+    options = {"vae_name": "tiny", "resolution": 32, "batch_size": 8, "dtype": "float32"}
+    list(LatentEncoder(open_pictures(shuffle=False), vae, **options).write(folder))
+    kept = Config(source="latents", path=str(folder), resolution=32, max_bad_fraction=0.5)
+    latents = open_source(kept, tokenizer=ByteTokenizer(), channels=3, seed=5)
+    epoch = {"batch_size": 5, "last_position": 2 * SAMPLES}
+    for batch, expected in zip(collect(latents, **epoch), collect(open_pictures(True), **epoch), strict=True):
+        assert torch.equal(batch.weights, expected.weights) and batch.captions == expected.captions
+        good = batch.weights > 0
+        moments = encode_moments(vae, expected.pixel_values)
+        assert torch.allclose(batch.moments[good], moments[good], atol=1e-5) and not batch.moments[~good].any()
+    assert latents.bad_samples.reasons.keys() == {f"{folder}/00000.tar#{index:09d}" for index in (3, 10)}
+    reasons = "".join(latents.bad_samples.reasons.values())
+    assert f"could not be encoded: {images}#003: the image" in reasons and f"{images}#010: the caption" in reasons
+    stock = list(webdataset.WebDataset(str(folder / "00000.tar"), shardshuffle=False))
+    assert [index for index, sample in enumerate(stock) if not load(sample["safetensors"])] == [3, 10]
+
+
+def test_changed_pictures_of_the_same_names_are_noticed(images, vae, tmp_path):
+    folder = tmp_path / "latents"
+    shards = encoder(images, vae).write(folder)
+    assert next(shards) == 0
+    shards.close()
+    with tarfile.open(images) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+    write_tar(images, [*members[:14], ("007.jpg", encode(photo(70, 47, 50))), *members[15:]])
+    with pytest.raises(UserError, match="holds latents of pictures with these names, which have changed since"):
+        list(encoder(images, vae).write(folder))
+    write_tar(images, members)  # back, though later: a copy of the data is the same data
+    header = json.loads((folder / "latents.json").read_text())
+    del header["contents_sha256"]  # as of an encoding that began before this was kept
+    (folder / "latents.json").write_text(json.dumps(header))
+    assert list(encoder(images, vae).write(folder)) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("kind", ["images", "shards"])
+def test_what_changes_contents_sha256(tmp_path, kind):
+    members = [(f"{index}.jpg", b"picture %d" % index) for index in range(300)]
+    members += [(f"{index}.txt", b"caption") for index in range(300)]
+
+    def digest(changed):
+        if kind == "shards":
+            path = write_tar(tmp_path / "0.tar", list((dict(members) | changed).items()))
+        else:
+            path = tmp_path / "images"
+            path.mkdir(exist_ok=True)
+            for name, content in (dict(members) | changed).items():
+                (path / name).write_bytes(content)
+        return open_source(
+            Config(source=kind, path=str(path)), tokenizer=None, channels=3, seed=0, shuffle=False
+        ).contents_sha256()
+
+    changes = [{}, {"7.jpg": b"another picture"}, {"8.txt": b"another caption"}, {"0.jpg": b"picturE 0"}]
+    assert len({digest(change) for change in changes}) == 4 and digest({}) == digest({})
 
 
 def test_headers_that_do_not_fit_are_refused_by_name(images, vae, tmp_path):
