@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from fastsp.data.batch import Batch
 from fastsp.data.digits import SPLITS
+from fastsp.data.latents import HEADER, LatentsHeader
 from fastsp.data.shards import expand_shards
 from fastsp.data.source import DataOptions, Source, open_source
+from fastsp.data.tar_scan import IMAGE_SUFFIXES, split_name
 from fastsp.errors import UserError
 
 BATCH_SIZE = 64
@@ -49,6 +52,10 @@ class Report:
     """Of these, how many were read for this report."""
     bad: dict[str, str]
     """Name and reason of every bad sample among those read, and of damaged shards."""
+    lost: int
+    """Samples that damaged shards have lost, at least."""
+    notes: dict[str, str]
+    """What may surprise though nothing is lost, by the file's name."""
     heights: Spread | None
     """Of the good images, in pixels, upright."""
     widths: Spread | None
@@ -73,10 +80,13 @@ class Report:
             f"speed             {self.images_per_second:.0f} images/s ({self.seconds:.1f} s)",
             f"bad               {len(self.bad)}" + self._compared_with_the_limit(),
             *(f"  {name}: {reason}" for name, reason in sorted(self.bad.items())),
+            *[f"notes             {len(self.notes)}"] * bool(self.notes),
+            *(f"  {name}: {note}" for name, note in sorted(self.notes.items())),
         ]
 
     def _compared_with_the_limit(self) -> str:
-        share, limit = len(self.bad) / max(1, self.read), DataOptions.max_bad_fraction
+        share = (len(self.bad) + self.lost) / max(1, self.read + self.lost)
+        limit = DataOptions.max_bad_fraction
         if share <= limit:
             return ""
         return f", {share:.1%}: a run stops above data.max_bad_fraction, {limit:.0%} unless set; mend or remove them"
@@ -85,18 +95,44 @@ class Report:
 def options_for(source: str, resolution: int, split: str = "train") -> DataOptions:
     """What a person's SOURCE means: "digits", a folder of images, or shards (a tar, a folder of them, a pattern).
 
+    A folder with images in it is one of images, though there may be tars in it too.
+
     Raises:
-        UserError: there is nothing at SOURCE, or an unknown split.
+        UserError: there is nothing at SOURCE, it holds latents, or an unknown split.
     """
     if source == "digits":
         if split not in SPLITS:
             raise UserError(f"split of the digits is {split!r}; allowed: {', '.join(SPLITS)}")
         return DataOptions("digits", None, resolution, split=split)
     folder = Path(source).expanduser()
-    if folder.is_dir() and not any(folder.glob("*.tar")):
+    if (folder / HEADER).is_file():
+        count = LatentsHeader.load(folder).source_samples
+        raise UserError(
+            f"{source} holds latents of {count} samples, written by fastsp encode; data check looks at pictures: "
+            "give it those that were encoded"
+        )
+    if folder.is_dir() and (_holds_images(folder) or not any(folder.glob("*.tar"))):
         return DataOptions("images", source, resolution)
     expand_shards(source)  # names what is missing
     return DataOptions("shards", source, resolution)
+
+
+def _holds_images(folder: Path) -> bool:
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if any(split_name(name)[1] in IMAGE_SUFFIXES and not name.startswith(".") for name in names):
+            return True
+    return False
+
+
+def _notes(options: DataOptions, source: Source) -> dict[str, str]:
+    notes = dict(source.reader.notes)
+    if options.source == "images":
+        folder = Path(str(options.path)).expanduser()
+        tars = sum(1 for _ in folder.glob("*.tar"))
+        if tars:
+            notes[str(folder)] = f"read as a folder of images; the {tars} tars in it are '{folder}/*.tar'"
+    return notes
 
 
 def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report, Tensor]:
@@ -132,6 +168,8 @@ def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report
         samples=len(source),
         read=count,
         bad=dict(source.bad_samples.reasons),
+        lost=source.reader.lost,
+        notes=_notes(options, source),
         heights=Spread.of(heights.tolist()),
         widths=Spread.of(widths.tolist()),
         smaller_than_resolution=int((torch.minimum(heights, widths) < options.resolution).sum()),

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from fastsp.cli.data import app
 from fastsp.data.check import check_source, options_for
+from fastsp.data.latents import LatentsHeader
 from fastsp.errors import UserError
 
 
@@ -41,6 +42,43 @@ def test_what_a_source_means(shard, tmp_path, monkeypatch):
         options_for(str(tmp_path / "nowhere"), 8)
     with pytest.raises(UserError, match="'test'"):
         options_for("digits", 8, "test")
+
+
+def test_a_folder_with_images_is_one_of_images(shard, tmp_path):
+    (shard.parent / "sub").mkdir()
+    (shard.parent / "sub" / "0.png").write_bytes(encode(photo(0, 20, 20), "PNG"))
+    options = options_for(str(shard.parent), 8)
+    assert options.source == "images"
+    report, _ = check_source(options)
+    assert report.samples == 1
+    assert report.notes == {
+        str(shard.parent): f"read as a folder of images; the 1 tars in it are '{shard.parent}/*.tar'"
+    }
+    assert f"  {shard.parent}: read as a folder of images" in "\n".join(report.lines())
+
+
+def test_a_folder_of_latents_is_refused_as_what_it_is(tmp_path):
+    header = LatentsHeader("vae", "0", 32, "float16", (8, 4, 4), None, source_samples=7, samples_per_shard=4)
+    header.save(tmp_path)
+    with pytest.raises(UserError, match="holds latents of 7 samples, written by fastsp encode"):
+        options_for(str(tmp_path), 32)
+
+
+def test_damage_and_notes(shard):
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"7.jpg")] ^= 255
+    end = content.rindex(b"9.txt") + 1024
+    shard.write_bytes(content[:end])
+    report, _ = check_source(options_for(str(shard), resolution=32))
+    assert (report.samples, report.lost) == (9, 1)
+    assert "damaged tar header" in report.bad[str(shard)] and "perhaps it was cut short" in report.notes[str(shard)]
+    assert "bad               2, 30.0%: a run stops" in "\n".join(report.lines())
+
+
+def test_names_that_no_screen_shows_are_escaped(tmp_path):
+    (tmp_path / "caf\udce9.jpg").write_bytes(b"junk")
+    result = CliRunner().invoke(app, ["check", str(tmp_path)], catch_exceptions=False)
+    assert result.exit_code == 0 and "caf\\udce9.jpg: " in result.output
 
 
 def test_command(shard, tmp_path):
