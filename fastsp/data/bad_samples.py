@@ -18,21 +18,25 @@ class BadSampleLog:
     A line of the file is `{"sample": name, "reason": text, "position": first position in the run that met it}`. Several
     processes may share the file; a sample that one of them named is not named again, nor after a resume.
 
+    Whether there are too many is a matter of the position alone: how many samples were met below it that are bad, by
+    any process, before a resume too, all of which the file says. So a run that goes on stops where the straight one
+    does, and where another number of processes does (but for the steps that these read ahead of each other).
+
     Args:
-        path: the file, which is appended to; None: nothing is written.
-        max_fraction: of the positions delivered by this process.
+        path: the file, which is appended to; None: nothing is written, and each process counts for itself.
+        max_fraction: of the samples delivered, each counted once however many epochs deliver it.
         size: of the source.
     """
 
     def __init__(self, path: Path | None, max_fraction: float, size: int):
         self.path = path
         self.max_fraction = max_fraction
-        self.min_positions = min(size, MIN_POSITIONS)
+        self.size = size
         self.reasons: dict[str, str] = {}
         self._named: dict[str, int] = {}  # by any process, as far as the file was read: the first position
         self._read_up_to = 0  # bytes
-        self._delivered = 0
-        self._rejected = 0
+        self._delivered = 0  # by this process
+        self._end = 0  # behind the last bad sample's position
 
     def __len__(self) -> int:
         """Bad samples met by this process, each counted once."""
@@ -40,13 +44,13 @@ class BadSampleLog:
 
     def met_before(self, position: int) -> int:
         """Bad samples that this run has met below a position, in any process and before a resume too."""
-        if self.path is not None and self.path.exists():
-            with self.path.open("rb") as file:
-                self._read(file)
+        self._refresh()
         return sum(first < position for first in self._named.values())
 
     def add(self, sample: str, reason: str, position: int | None = None) -> None:
-        """Name a bad sample, if it has not been."""
+        """Name a bad sample, if it has not been. Without a position: a file of many samples, which counts as none."""
+        if position is not None:
+            self._end = max(self._end, position + 1)
         if sample in self.reasons:
             return
         self.reasons[sample] = reason
@@ -56,21 +60,32 @@ class BadSampleLog:
             self._append({"sample": sample, "reason": reason, "position": position})
 
     def count(self, delivered: int, rejected: int) -> None:
-        """Count the samples of one batch.
+        """Count the samples of one batch, after its bad ones were named.
 
         Raises:
-            UserError: more than `max_fraction` of all positions so far (of `min_positions`, at first) were rejected.
+            UserError: more than `max_fraction` of the samples so far (of `MIN_POSITIONS` or one epoch, at first) are
+                bad.
         """
         self._delivered += delivered
-        self._rejected += rejected
-        if self._rejected > self.max_fraction * max(self._delivered, self.min_positions):
+        if not rejected:
+            return  # what others met is theirs to complain about
+        self._refresh()
+        end = self._end if self.path is not None else self._delivered
+        bad = sum(0 <= first < self._end for first in self._named.values())
+        if bad > self.max_fraction * min(max(end, MIN_POSITIONS), self.size):
             name, reason = next(reversed(self.reasons.items()))
             where = f"; they are named in {self.path}" if self.path else ""
             raise UserError(
-                f"{self._rejected} of {self._delivered} samples are bad, more than data.max_bad_fraction = "
+                f"{bad} of {min(end, self.size)} samples are bad, more than data.max_bad_fraction = "
                 f"{self.max_fraction:g} allows; the latest is {name} ({reason}){where}; `fastsp data check` lists all: "
-                "remove or mend them, or set data.max_bad_fraction higher"
+                f"remove or mend them{' and remove that file' if self.path else ''}, or set data.max_bad_fraction higher"
             )
+
+    def _refresh(self) -> None:
+        """Take in what any process has written since the last time."""
+        if self.path is not None and self.path.exists():
+            with self.path.open("rb") as file:
+                self._read(file)
 
     def _append(self, record: dict) -> None:
         """Under a lock, so that processes which meet the same sample name it once."""

@@ -52,23 +52,81 @@ def test_how_many_were_met_is_a_function_of_the_position(tmp_path, name):
         assert again.met_before(26) == 5
 
 
+def deliver(log, positions, size, is_bad):
+    """As a source does, one sample a batch; returns the position where the run stops."""
+    for position in positions:
+        bad = is_bad(position % size)
+        if bad:
+            log.add(f"sample {position % size}", "empty", position)
+        try:
+            log.count(1, int(bad))
+        except UserError:
+            return position
+    return None
+
+
 def test_the_fraction_is_of_at_least_an_epoch_or_1000_samples():
     log = BadSampleLog(None, 0.01, size=5000)
-    log.add("a", "empty")
-    log.count(64, 10)  # of 1000 that is 1 %, no more
-    with pytest.raises(UserError, match=r"11 of 128 samples.*0\.01.*a \(empty\).*max_bad_fraction higher"):
-        log.count(64, 1)
-    small = BadSampleLog(None, 0.01, size=100)
-    small.add("a", "empty")
-    small.count(10, 1)
-    with pytest.raises(UserError):
-        small.count(10, 1)
+    assert deliver(log, range(1000), 5000, lambda index: index < 10) is None  # of 1000 that is 1 %, no more
+    log = BadSampleLog(None, 0.01, size=5000)
+    assert deliver(log, range(1000), 5000, lambda index: index < 11) == 10
+    log = BadSampleLog(None, 0.01, size=100)
+    assert deliver(log, range(1000), 100, lambda index: index == 3) is None
+    log = BadSampleLog(None, 0.01, size=100)
+    assert deliver(log, range(1000), 100, lambda index: index in (3, 50)) == 50
 
 
 def test_after_many_samples_the_fraction_is_theirs():
-    log = BadSampleLog(None, 0.01, size=5000)
-    log.add("a", "empty")
-    for _ in range(100):
-        log.count(100, 1)
-    with pytest.raises(UserError):
-        log.count(100, 2)
+    log = BadSampleLog(None, 0.01, size=50_000)
+    assert deliver(log, range(10_000), 50_000, lambda index: index % 100 == 99) is None
+    assert deliver(log, range(10_000, 11_000), 50_000, lambda index: index >= 10_050) == 10_050  # the 101st of 10,051
+
+
+def test_what_stops_a_run_says_what_to_do(tmp_path):
+    log = BadSampleLog(tmp_path / "bad_samples.jsonl", 0.01, size=150)
+    log.add("a", "empty", 20)
+    log.count(64, 1)
+    log.add("b", "not an image", 130)
+    with pytest.raises(
+        UserError, match=r"2 of 131 samples.*0\.01.*b \(not an image\).*jsonl;.*max_bad_fraction higher"
+    ):
+        log.count(64, 1)
+
+
+def every_fiftieth(index):
+    return index % 50 == 0
+
+
+@pytest.mark.parametrize("sitting", [7, 450, 1000])
+def test_a_run_that_goes_on_stops_where_the_straight_one_does(tmp_path, sitting):
+    straight = BadSampleLog(tmp_path / "straight.jsonl", 0.01, size=100_000)
+    expected = deliver(straight, range(5000), 100_000, every_fiftieth)
+    assert expected == 500
+    for start in range(0, 5000, sitting):
+        log = BadSampleLog(tmp_path / "in_sittings.jsonl", 0.01, size=100_000)
+        ahead = deliver(log, range(start, start + sitting + 40), 100_000, every_fiftieth)  # read ahead of the last step
+        if ahead is not None:
+            break
+    assert ahead == expected
+
+
+def test_the_same_samples_in_every_epoch_count_once(tmp_path):
+    log = BadSampleLog(tmp_path / "bad_samples.jsonl", 0.02, size=1000)
+    assert deliver(log, range(5000), 1000, every_fiftieth) is None
+    again = BadSampleLog(tmp_path / "bad_samples.jsonl", 0.02, size=1000)
+    assert deliver(again, range(4900, 6000), 1000, lambda index: index % 50 == 0 or index == 400 + 11) == 5411
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_where_a_run_stops_does_not_depend_on_the_number_of_processes(tmp_path, world_size):
+    """Each counts what all have met, without a word to the others."""
+    logs = [BadSampleLog(tmp_path / "bad_samples.jsonl", 0.01, size=100_000) for _ in range(world_size)]
+    share = 64 // world_size
+    for step in range(100):
+        stopped = [
+            deliver(log, range(first := 64 * step + share * rank, first + share), 100_000, every_fiftieth)
+            for rank, log in enumerate(logs)
+        ]
+        if any(position is not None for position in stopped):
+            break
+    assert min(position for position in stopped if position is not None) == 500
