@@ -75,10 +75,11 @@ class BadSampleLog:
         if bad > self.max_fraction * min(max(end, MIN_POSITIONS), self.size):
             name, reason = next(reversed(self.reasons.items()))
             where = f"; they are named in {self.path}" if self.path else ""
+            again = " and remove that file" if self.path else ""
             raise UserError(
                 f"{bad} of {min(end, self.size)} samples are bad, more than data.max_bad_fraction = "
                 f"{self.max_fraction:g} allows; the latest is {name} ({reason}){where}; `fastsp data check` lists all: "
-                f"remove or mend them{' and remove that file' if self.path else ''}, or set data.max_bad_fraction higher"
+                f"remove or mend them{again}, or set data.max_bad_fraction higher"
             )
 
     def _refresh(self) -> None:

@@ -54,6 +54,12 @@ class Batch:
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
+    def pinned(self) -> Batch:
+        """The batch with what lies in the CPU's memory page-locked, so that copies of it to a GPU do not wait."""
+        on_cpu = {name: value for name, value in self.tensors().items() if value.device.type == "cpu"}
+        copies: dict[str, Any] = {name: value.pin_memory() for name, value in on_cpu.items()}
+        return replace(self, **copies)
+
     def to(self, device: torch.device | str) -> Batch:
         """The batch with everything the networks read on `device`; positions stay on the CPU.
 

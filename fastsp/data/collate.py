@@ -23,7 +23,7 @@ class Collator(Protocol):
 
 
 class ImageCollator:
-    """Batches of pixels.
+    """Batches of pixels; for a GPU everything that is not there yet is pinned.
 
     Args:
         pipeline: from image files to pixels.
@@ -47,6 +47,9 @@ class ImageCollator:
             crop_offsets=pixels.crop_offsets,
             **self.tokenize(captions),
         )
+        if self.pipeline.device.type == "cuda":
+            with torch.cuda.device(self.pipeline.device):  # page-locking would take memory on GPU 0 else
+                batch = batch.pinned()
         return batch, bad
 
 
@@ -80,7 +83,7 @@ class LatentCollator:
             **self.tokenize(captions),
             **{name: self._stack(tensors, name) for name in TEXT_TENSORS if name in self.placeholder},
         )
-        return batch, bad
+        return batch.pinned() if self.pin else batch, bad
 
     def _row(self, sample: EncodedSample | BadSample) -> dict[str, Tensor] | BadSample:
         if isinstance(sample, BadSample):
@@ -97,8 +100,7 @@ class LatentCollator:
 
     def _stack(self, rows: list[dict[str, Tensor]], name: str) -> Tensor:
         empty = self.placeholder[name][None][:0]
-        stacked = torch.stack([row[name] for row in rows]) if rows else empty
-        return stacked.pin_memory() if self.pin else stacked
+        return torch.stack([row[name] for row in rows]) if rows else empty
 
 
 def _unread(step: ReadStep) -> dict[int, BadSample]:
