@@ -13,6 +13,7 @@ from data.test_decode import png
 from fastsp.data.source import open_source
 
 SAMPLES, PER_SHARD = 1000, 250
+CUT, HIT = 40, 20  # of the damaged tars: where one is cut, and the sample of the other whose header is hit
 JPEG = encode(photo(0, 40, 50))
 BAD = {
     "truncated": (JPEG[: len(JPEG) // 2], b"x"),
@@ -53,14 +54,44 @@ def write_both(folder):
     return folder
 
 
+def write_damaged(folder):
+    """Beside the shards of `write_both`, a tar with a damaged header inside and one that is cut: 50 samples in each."""
+    damaged = folder / "damaged"
+    damaged.mkdir()
+    for shard in (folder / "shards").glob("*.tar"):
+        (damaged / shard.name).symlink_to(shard)
+    for number in (4, 5):
+        keys = range(1000 + 50 * (number - 4), 1050 + 50 * (number - 4))
+        members = [(f"{key}.jpg", encode(photo(key, 36, 48)), f"{key}.txt", b"good %d" % key) for key in keys]
+        write_tar(damaged / f"{number}.tar", [pair for row in members for pair in (row[:2], row[2:])])
+    hit = bytearray((damaged / "4.tar").read_bytes())
+    hit[hit.index(b"%d.jpg" % (1000 + HIT))] ^= 255
+    (damaged / "4.tar").write_bytes(hit)
+    cut = (damaged / "5.tar").read_bytes()
+    (damaged / "5.tar").write_bytes(cut[: cut.index(b"%d.jpg" % (1050 + CUT)) + 1000])
+
+
+def good_numbers(source):
+    """Of the samples that are whole."""
+    numbers = [index for index in range(SAMPLES) if index % 50 != 25]
+    if source == "damaged":
+        numbers += [number for number in range(1000, 1050 + CUT) if number != 1000 + HIT]
+    return numbers
+
+
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
-    return write_both(tmp_path_factory.mktemp("broken"))
+    folder = write_both(tmp_path_factory.mktemp("broken"))
+    write_damaged(folder)
+    return folder
 
 
-def open_broken(folder, source, log=None):
-    config = Config(source=source, path=str(folder / source), resolution=16, max_bad_fraction=0.05, crop="random")
-    return open_source(config, tokenizer=None, channels=3, seed=11, bad_samples_file=log)
+def open_broken(folder, source, log=None, **options):
+    options = {"max_bad_fraction": 0.05, "known_shards": ()} | options
+    known = options.pop("known_shards")
+    kind = "shards" if source == "damaged" else source
+    config = Config(source=kind, path=str(folder / source), resolution=16, crop="random", **options)
+    return open_source(config, tokenizer=None, channels=3, seed=11, bad_samples_file=log, known_shards=known)
 
 
 def collect(source, **options):
@@ -68,17 +99,22 @@ def collect(source, **options):
         return list(batches)
 
 
-@pytest.mark.parametrize("source", ["images", "shards"])
+@pytest.mark.parametrize("source", ["images", "shards", "damaged"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_an_epoch_delivers_every_good_sample_once_and_names_every_bad_one(broken, tmp_path, source, world_size):
     log = tmp_path / "bad_samples.jsonl"
-    options = {"batch_size": 48, "last_position": SAMPLES, "world_size": world_size}
+    count = SAMPLES + (49 + CUT if source == "damaged" else 0)
+    options = {"batch_size": 48, "last_position": count, "world_size": world_size}
     ranks = [collect(open_broken(broken, source, log), rank=rank, **options) for rank in range(world_size)]
     batches = [batch for rank in ranks for batch in rank]
-    assert sorted(torch.cat([batch.positions for batch in batches]).tolist()) == list(range(SAMPLES))
+    assert sorted(torch.cat([batch.positions for batch in batches]).tolist()) == list(range(count))
     captions = [text for batch in batches for text, weight in zip(batch.captions, batch.weights, strict=True) if weight]
-    assert sorted(captions) == sorted(f"good {index}" for index in range(SAMPLES) if index % 50 != 25)
+    assert sorted(captions) == sorted(f"good {number}" for number in good_numbers(source))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
+    if source == "damaged":
+        tars = {line["sample"].rpartition("/")[2]: line["reason"] for line in lines if line["position"] is None}
+        assert "damaged tar header" in tars.pop("4.tar") and tars == {"5.tar": f"ends early, in {1050 + CUT}.jpg"}
+        lines = [line for line in lines if line["position"] is not None]
     named = sorted(line["sample"].replace("#", "/").rpartition("/")[2].removesuffix(".jpg") for line in lines)
     assert named == sorted(key for key, *_ in samples() if "-" in key)
     reasons = {line["sample"].rpartition("-")[2].removesuffix(".jpg"): line["reason"] for line in lines}
@@ -94,19 +130,24 @@ def test_an_epoch_delivers_every_good_sample_once_and_names_every_bad_one(broken
         assert expected in reasons[kind]
 
 
-@pytest.mark.parametrize("source", ["images", "shards"])
-def test_two_stops_at_random_steps_change_nothing(broken, source):
-    straight = collect(open_broken(broken, source), batch_size=32, last_position=1600)
+def equal(batch, expected):
+    tensors = ("positions", "weights", "pixel_values", "original_sizes", "crop_offsets")
+    same = all(torch.equal(getattr(batch, name), getattr(expected, name)) for name in tensors)
+    return same and batch.captions == expected.captions
+
+
+@pytest.mark.parametrize("source", ["images", "shards", "damaged"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_two_stops_at_random_steps_change_nothing(broken, source, world_size):
     stops = sorted(random.Random(source).sample(range(1, 50), 2))
-    parts = []
-    for first, last in zip([0, *stops], [*stops, 50], strict=True):
-        with closing(open_broken(broken, source).batches(first_position=32 * first, batch_size=32)) as batches:
-            parts += [next(batches) for _ in range(last - first)]  # endless, and closed while threads run ahead
-    assert len(parts) == len(straight)
-    for batch, expected in zip(parts, straight, strict=True):
-        assert batch.captions == expected.captions
-        assert torch.equal(batch.positions, expected.positions) and torch.equal(batch.weights, expected.weights)
-        assert torch.equal(batch.pixel_values, expected.pixel_values)
+    for rank in range(world_size):
+        options = {"batch_size": 32, "rank": rank, "world_size": world_size}
+        straight = collect(open_broken(broken, source), last_position=1600, **options)
+        parts = []
+        for first, last in zip([0, *stops], [*stops, 50], strict=True):
+            with closing(open_broken(broken, source).batches(first_position=32 * first, **options)) as batches:
+                parts += [next(batches) for _ in range(last - first)]  # endless, and closed while threads run ahead
+        assert len(parts) == len(straight) and all(map(equal, parts, straight))
 
 
 def test_folder_and_shards_agree(broken):
@@ -118,18 +159,67 @@ def test_folder_and_shards_agree(broken):
         assert batch.captions == expected.captions and torch.equal(batch.pixel_values, expected.pixel_values)
 
 
-def test_a_broken_tar_and_a_shard_that_disappears(tmp_path):
+@pytest.fixture
+def own(tmp_path):
+    """A copy that a test may take from."""
     folder = write_both(tmp_path)
-    tar = folder / "shards" / "1.tar"
-    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
-    source = open_broken(folder, "shards", tmp_path / "bad_samples.jsonl")
-    assert 600 < len(source) < 990  # what lies before the damage is used
-    source.bad_samples.max_fraction = 1.0
+    write_damaged(folder)
+    for link in (folder / "damaged").iterdir():
+        if link.is_symlink():
+            link.resolve().replace(link)
+    return folder
+
+
+def names_by_position(source):
+    indices = source.order(torch.arange(len(source))).tolist()
+    return [source.reader.name(index) for index in indices]
+
+
+def test_a_shard_disappears_while_it_is_read(own, tmp_path):
+    source = open_broken(own, "damaged", tmp_path / "bad_samples.jsonl", max_bad_fraction=1.0)
+    names = names_by_position(source)
     with closing(source.batches(batch_size=20, last_position=len(source))) as batches:
         seen = [next(batches)]
-        assert "1.tar" in (tmp_path / "bad_samples.jsonl").read_text()
-        (folder / "shards" / "2.tar").unlink()
+        (own / "damaged" / "2.tar").unlink()
         seen += list(batches)
-    gone = sum(int((batch.weights == 0).sum()) for batch in seen)
-    assert 150 < gone <= 275 and sum(map(len, seen)) == len(source)
-    assert "No such file" in (tmp_path / "bad_samples.jsonl").read_text()
+    weights = torch.cat([batch.weights for batch in seen]).bool().tolist()
+    captions = [caption for batch in seen for caption in batch.captions]
+    lines = {
+        line["sample"]: line for line in map(json.loads, (tmp_path / "bad_samples.jsonl").read_text().splitlines())
+    }
+    gone = {name for name, line in lines.items() if "No such file" in line["reason"]}
+    assert 150 < len(gone) <= PER_SHARD and all("/2.tar#" in name for name in gone)
+    delivered = {f"good {number}" for number in good_numbers("damaged")}
+    delivered -= {f"good {int(name.rpartition('#')[2])}" for name in gone if "-" not in name.rpartition("#")[2]}
+    assert sorted(filter(None, captions)) == sorted(delivered), "once each: all but what is named"
+    for position, (name, weight) in enumerate(zip(names, weights, strict=True)):
+        assert weight != (name in lines) and (weight or lines[name]["position"] == position)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_shard_that_is_gone_at_the_first_of_two_resumes(own, world_size):
+    """From there on its samples are bad ones, and nothing else is different: ids, order and pixels."""
+    fresh = open_broken(own, "damaged")
+    known = fresh.reader.inventory().shards
+    steps = -(-len(fresh) // 32)
+    stops = sorted(random.Random(world_size).sample(range(1, steps), 2))
+    options = [{"batch_size": 32, "rank": rank, "world_size": world_size} for rank in range(world_size)]
+    straight = [collect(open_broken(own, "damaged"), last_position=32 * steps, **rank) for rank in options]
+
+    def part(first, last):
+        for rank, expected in zip(options, straight, strict=True):
+            source = open_broken(own, "damaged", max_bad_fraction=1.0, known_shards=known)
+            batches = collect(source, first_position=32 * first, last_position=32 * last, **rank)
+            yield from zip(batches, expected[first:last], strict=True)
+
+    assert all(equal(*pair) for pair in part(0, stops[0]))
+    (own / "damaged" / "2.tar").unlink()
+    for first, last in ((stops[0], stops[1]), (stops[1], steps)):
+        for batch, expected in part(first, last):
+            assert torch.equal(batch.positions, expected.positions)
+            names = map(fresh.reader.name, fresh.order(batch.positions).tolist())
+            gone = torch.tensor([f"{own}/damaged/2.tar#" in name for name in names], dtype=torch.bool)
+            assert torch.equal(batch.weights, expected.weights * ~gone)
+            assert torch.equal(batch.pixel_values[~gone], expected.pixel_values[~gone])
+            captions = zip(expected.captions, gone.tolist(), strict=True)
+            assert batch.captions == tuple("" if is_gone else caption for caption, is_gone in captions)

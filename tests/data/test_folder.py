@@ -1,16 +1,12 @@
-"""Folders of images: where captions come from, and the same batches as from shards."""
+"""Folders of images: where captions come from, links, and files that are none."""
 
 import json
 import os
-from contextlib import closing
 
 import pytest
-import torch
-from data.helpers import ByteTokenizer, Config, encode, photo, write_tar
 
 from fastsp.data.folder import FolderReader
 from fastsp.data.samples import BadSample
-from fastsp.data.source import open_source
 from fastsp.errors import UserError
 
 
@@ -176,41 +172,3 @@ def test_names_that_are_not_utf8(tmp_path):
     assert reader.inventory().names == ("caf\\udce9.jpg",)
     (tmp_path / name / f"{name}.txt").unlink()
     assert FolderReader(tmp_path / name).read(0).caption == "caf\\udce9"
-
-
-def test_folder_and_shards_give_identical_batches(tmp_path):
-    """The same images in four layouts."""
-    images = {f"{i:03d}": encode(photo(i, 40 + i, 60), "PNG" if i % 3 else "JPEG") for i in range(12)}
-    text = {key: f"photograph {key}" for key in images}
-    records = [{"file_name": f"{key}.jpg", "text": caption} for key, caption in text.items()]
-    jpg = {f"{key}.jpg": image for key, image in images.items()}
-    write(tmp_path / "sidecars", jpg | {f"{key}.txt": caption for key, caption in text.items()})
-    write(tmp_path / "metadata", jpg | {"metadata.jsonl": "\n".join(map(json.dumps, records))})
-    for shard in range(3):
-        keys = list(images)[4 * shard : 4 * shard + 4]
-        txt = [
-            (f"{key}.{end}", images[key] if end == "jpg" else text[key].encode())
-            for key in keys
-            for end in ("jpg", "txt")
-        ]
-        jsons = [(f"{key}.jpg", images[key]) for key in keys]
-        jsons += [(f"{key}.json", json.dumps({"caption": text[key], "url": "x"}).encode()) for key in keys]
-        write_tar(tmp_path / "txt" / f"{shard}.tar", txt)
-        write_tar(tmp_path / "json" / f"{shard}.tar", jsons)
-
-    def batches(source, path):
-        config = Config(source=source, path=path, crop="random", flip=True)
-        source = open_source(config, tokenizer=ByteTokenizer(), channels=3, seed=1)
-        with closing(source.batches(batch_size=5, last_position=30)) as batches:
-            return list(batches)
-
-    reference = batches("images", str(tmp_path / "sidecars"))
-    for source, path in [
-        ("images", tmp_path / "metadata"),
-        ("shards", tmp_path / "txt"),
-        ("shards", f"{tmp_path}/json/{{0..2}}.tar"),
-    ]:
-        for batch, expected in zip(batches(source, str(path)), reference, strict=True):
-            assert batch.captions == expected.captions
-            for name in ("positions", "pixel_values", "input_ids", "weights", "original_sizes", "crop_offsets"):
-                assert torch.equal(getattr(batch, name), getattr(expected, name)), name
