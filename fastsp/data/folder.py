@@ -22,6 +22,7 @@ from fastsp.data.tar_scan import IMAGE_SUFFIXES, split_name
 from fastsp.errors import UserError
 
 METADATA = "metadata.jsonl"
+UNREAD_METADATA = {"metadata.csv", "metadata.parquet"}  # which Hugging Face's imagefolder takes too
 
 
 class FolderReader:
@@ -116,6 +117,8 @@ class FolderReader:
         for name in listing.special:
             if split_name(name)[1] in IMAGE_SUFFIXES:
                 self.damaged.append((self._name(prefix + name), "not a regular file"))
+        for name in UNREAD_METADATA.intersection(listing.files) if self.captioned else ():
+            self.notes.append((self._name(prefix + name), f"is not read; captions of this kind go into {METADATA}"))
         if self.captioned and METADATA in (*listing.files, *listing.special):
             self._add_metadata(directory)
         elif not any(split_name(name)[0] in sidecars for name in images):

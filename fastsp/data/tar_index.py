@@ -107,14 +107,28 @@ def build_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES
         parts = list(pool.map(lambda number: _part(number, scan_tar(shards[number], suffixes)), range(len(shards))))
     columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
     columns["key_ends"] = columns.pop("key_sizes").cumsum(0)
-    damaged: list[tuple[str, str]] = []
-    notes: list[tuple[str, str]] = []
-    for shard, part in zip(shards, parts, strict=True):
-        name = printable(str(shard))
-        damaged += [(name, printable(part.scan.damage))] if part.scan.damage else []
-        damaged += [(f"{name}#{printable(member)}", printable(reason)) for member, reason in part.scan.unusable]
-        notes += [(name, printable("; ".join(part.scan.notes)))] if part.scan.notes else []
+    scans = {printable(str(shard)): part.scan for shard, part in zip(shards, parts, strict=True)}
+    damaged, notes = _damaged(scans), _notes(scans)
     return TarIndex([str(shard) for shard in shards], columns, damaged, notes, sum(part.scan.lost for part in parts))
+
+
+def _damaged(scans: dict[str, TarScan]) -> list[tuple[str, str]]:
+    """What is broken. A tar that lacks the end that the others have was cut between two members."""
+    damaged: list[tuple[str, str]] = []
+    others_end = any(scan.has_end and not scan.damage for scan in scans.values())
+    for name, scan in scans.items():
+        reasons = [scan.damage] if scan.damage else []
+        if not scan.has_end and others_end:
+            reasons.append("ends without the blocks of zeros that the other tars have: cut short between two members")
+        damaged += [(name, printable("; ".join(reasons)))] if reasons else []
+        damaged += [(f"{name}#{printable(member)}", printable(reason)) for member, reason in scan.unusable]
+    return damaged
+
+
+def _notes(scans: dict[str, TarScan]) -> list[tuple[str, str]]:
+    what = "ends without the blocks of zeros that most writers put there: perhaps it was cut short"
+    notes = {name: [*scan.notes, *[what] * (not scan.has_end)] for name, scan in scans.items()}
+    return [(name, printable("; ".join(reasons))) for name, reasons in notes.items() if reasons]
 
 
 class _Part(NamedTuple):

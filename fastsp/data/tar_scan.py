@@ -51,6 +51,9 @@ class TarScan(NamedTuple):
     has lost with its end cannot be known."""
     notes: list[str]
     """What is no loss, but may surprise."""
+    has_end: bool
+    """Whether it ends with the blocks of zeros that most writers put there. Without, it may have been cut just between
+    two members."""
 
 
 def scan_tar(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarScan:
@@ -91,6 +94,7 @@ class _Scan:
         self.damages: list[tuple[str, int]] = []
         """Reason, and the bytes that no header leads to."""
         self.notes: list[str] = []
+        self.has_end = True
 
     def take(self, member: tarfile.TarInfo) -> None:
         """A member; the last of a name counts, as when the tar is unpacked."""
@@ -119,7 +123,7 @@ class _Scan:
         self._follow_links()
         samples = list(self._samples(suffixes))
         self._note(sorted(+self.again), "is there more than once; the last one counts, as when the tar is unpacked")
-        return TarScan(samples, self._damage(), self.unusable, self._lost(len(samples)), self.notes)
+        return TarScan(samples, self._damage(), self.unusable, self._lost(len(samples)), self.notes, self.has_end)
 
     def _follow_links(self) -> None:
         for name, target in self.links.items():
@@ -203,7 +207,7 @@ def _go_on(file: BinaryIO, end: int, cut: str | None, size: int, scan: _Scan) ->
         what = f"damaged tar header at byte {end}" if end else "not a tar: no header at its start"
         scan.damages.append((what, stop - end))
     elif header is None and end >= size:
-        scan.notes.append("ends without the blocks of zeros that most writers put there: perhaps it was cut short")
+        scan.has_end = False
     return header
 
 

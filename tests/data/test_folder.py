@@ -112,6 +112,11 @@ def test_lines_of_metadata_without_their_image_are_named(tmp_path):
     assert reader.notes == [(f"{tmp_path}/0.jpg", "is in metadata.jsonl more than once; the last line counts")]
 
 
+def test_metadata_of_other_kinds_is_said_not_to_be_read(tmp_path):
+    reader = FolderReader(write(tmp_path, {"0.jpg": b"", "metadata.csv": "file_name,text"}))
+    assert reader.notes == [(f"{tmp_path}/metadata.csv", "is not read; captions of this kind go into metadata.jsonl")]
+
+
 def test_half_of_a_surrogate_pair_is_no_caption(tmp_path):
     metadata = '{"file_name": "0.jpg", "text": "cut emoji \\ud83d"}'
     reader = FolderReader(write(tmp_path, {"0.jpg": b"", "metadata.jsonl": metadata}))

@@ -109,6 +109,17 @@ def test_damage_costs_what_it_hits(shards):
     assert reader.read(4).caption == "txt5"
 
 
+def test_a_tar_that_is_cut_between_two_members(shards):
+    for shard in shards:  # by a writer that ends no tar: nothing says whether this is all
+        shard.write_bytes(shard.read_bytes()[: 512 * 12])
+    index = build_index(shards)
+    assert not index.damaged and [path for path, _ in index.notes] == [str(shard) for shard in shards]
+    assert "perhaps it was cut short" in index.notes[0][1]
+    write_tar(shards[1], [("0.jpg", b"jpg")])  # by one that does, as all of a set are
+    (path, reason), *others = build_index(shards).damaged
+    assert path == str(shards[0]) and "cut short between two members" in reason and not others
+
+
 def test_junk_and_empty_files_are_damaged_tars(shards):
     shards[0].write_bytes(b"<html>not found</html>" * 100)
     shards[1].write_bytes(b"")
