@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from fastsp_kernels import diffuse_seeded
+from fastsp_kernels.diffuse import _diffuse_kernel
 
-from benchmarks.kernels.latents import Latents, plain_diffuse
-from benchmarks.kernels.measure import run
+from benchmarks.kernels.latents import Latents, describe, plain_diffuse
+from benchmarks.kernels.measure import rotations, run
 
 Provider = Callable[[Latents], Any]
 
@@ -42,5 +43,8 @@ def compiled(batch: Latents) -> Any:
 @pytest.mark.parametrize("provider", [ours, eager, compiled])
 def test_diffuse(benchmark: Any, device: torch.device, copy_bandwidth: float, provider: Provider) -> None:
     batch = Latents.on(device)
-    bytes_moved = batch.latents.nbytes + batch.latents.numel() * 2  # x0 read in float32, x_t written in bfloat16
-    run(benchmark, lambda: provider(batch), provider.__name__, bytes_moved, copy_bandwidth)
+    required_bytes = (4 + 2) * batch.latents.numel()  # x0 read in float32, x_t written in bfloat16
+    batches = [batch, *(Latents.on(device) for _ in range(rotations(required_bytes) - 1))]
+    calls = [lambda batch=batch: provider(batch) for batch in batches]
+    kernel = _diffuse_kernel if provider is ours else None
+    run(benchmark, provider.__name__, calls, required_bytes, copy_bandwidth, kernel=kernel, **describe(device))

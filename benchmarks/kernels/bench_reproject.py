@@ -8,18 +8,20 @@ from typing import Any
 import pytest
 import torch
 from fastsp_kernels import Stream, random_normals, reproject
+from fastsp_kernels.reproject import _reproject_kernel
+from fastsp_kernels.reproject_backward import _backward_kernel, reproject_backward
 from torch import Tensor
 
-from benchmarks.kernels.latents import Latents, plain_reproject
-from benchmarks.kernels.measure import run
+from benchmarks.kernels.latents import Latents, describe, plain_reproject, plain_reproject_backward
+from benchmarks.kernels.measure import rotations, run
 
-Provider = Callable[[Latents, Tensor, Tensor], Tensor]
+Provider = Callable[[Latents, Tensor], Tensor]
 
 
-def ours(batch: Latents, noise: Tensor, model_pred: Tensor) -> Tensor:
+def ours(batch: Latents, noise: Tensor) -> Tensor:
     """Makes the noise again from its seed, and so reads none."""
     return reproject(
-        model_pred,
+        batch.model_pred,
         batch.latents,
         batch.t,
         batch.t2,
@@ -32,41 +34,59 @@ def ours(batch: Latents, noise: Tensor, model_pred: Tensor) -> Tensor:
     )
 
 
-def eager(batch: Latents, noise: Tensor, model_pred: Tensor) -> Tensor:
-    return plain_reproject(batch, noise, model_pred)
+def eager(batch: Latents, noise: Tensor) -> Tensor:
+    images, levels = (batch.model_pred, batch.latents, noise), (batch.signal, batch.noise_level)
+    return plain_reproject(*images, batch.t, batch.t2, *levels)
 
 
 compiled_reproject = torch.compile(plain_reproject)
 
 
-def compiled(batch: Latents, noise: Tensor, model_pred: Tensor) -> Tensor:
-    return compiled_reproject(batch, noise, model_pred)
-
-
-PROVIDERS = [ours, eager, compiled]
-
-
-def make_inputs(device: torch.device) -> tuple[Latents, Tensor]:
-    batch = Latents.on(device)
-    return batch, random_normals(batch.seed, Stream.NOISE, batch.positions, batch.latents.shape[1:])
+def compiled(batch: Latents, noise: Tensor) -> Tensor:
+    images, levels = (batch.model_pred, batch.latents, noise), (batch.signal, batch.noise_level)
+    return compiled_reproject(*images, batch.t, batch.t2, *levels)
 
 
 @pytest.mark.benchmark(group="reproject")
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", [ours, eager, compiled])
 def test_forward(benchmark: Any, device: torch.device, copy_bandwidth: float, provider: Provider) -> None:
-    batch, noise = make_inputs(device)
-    elements = batch.latents.numel()
-    bytes_moved = (4 + 2 + 2 * 2) * elements  # x0 in float32 and v^ in bfloat16 read, two halves in bfloat16 written
-    call = lambda: provider(batch, noise, batch.model_pred)  # noqa: E731
-    run(benchmark, call, provider.__name__, bytes_moved, copy_bandwidth)
+    batch = Latents.on(device)
+    # x0 in float32 and v^ in bfloat16 read, two halves in bfloat16 written
+    required_bytes = (4 + 2 + 2 * 2) * batch.latents.numel()
+    batches = [batch, *(Latents.on(device) for _ in range(rotations(required_bytes) - 1))]
+    noises = [random_normals(one.seed, Stream.NOISE, one.positions, one.latents.shape[1:]) for one in batches]
+    calls = [lambda one=one, noise=noise: provider(one, noise) for one, noise in zip(batches, noises, strict=True)]
+    kernel = _reproject_kernel if provider is ours else None
+    run(benchmark, provider.__name__, calls, required_bytes, copy_bandwidth, kernel=kernel, **describe(device))
+
+
+def our_backward(batch: Latents) -> Tensor:
+    schedule = (batch.t, batch.t2, batch.signal, batch.noise_level, batch.angles)
+    return reproject_backward(batch.gradient, *schedule, 0, torch.bfloat16, 1)  # of v, into channels_last
+
+
+def eager_backward(batch: Latents) -> Tensor:
+    return plain_reproject_backward(batch.gradient, batch.t, batch.t2, batch.signal, batch.noise_level)
+
+
+compiled_reproject_backward = torch.compile(plain_reproject_backward)
+
+
+def compiled_backward(batch: Latents) -> Tensor:
+    return compiled_reproject_backward(batch.gradient, batch.t, batch.t2, batch.signal, batch.noise_level)
+
+
+BACKWARD = {"ours": our_backward, "eager": eager_backward, "compiled": compiled_backward}
 
 
 @pytest.mark.benchmark(group="reproject backward")
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_backward(benchmark: Any, device: torch.device, copy_bandwidth: float, provider: Provider) -> None:
-    batch, noise = make_inputs(device)
-    model_pred = batch.model_pred.requires_grad_()
-    pair = provider(batch, noise, model_pred)
-    bytes_moved = (2 + 2) * batch.latents.numel()  # half of the pair's gradient read, that of v^ written, in bfloat16
-    call = lambda: torch.autograd.grad(pair, model_pred, batch.gradient, retain_graph=True)  # noqa: E731
-    run(benchmark, call, provider.__name__, bytes_moved, copy_bandwidth, graph=False)
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward(benchmark: Any, device: torch.device, copy_bandwidth: float, name: str) -> None:
+    batch = Latents.on(device)
+    required_bytes = (
+        2 + 2
+    ) * batch.latents.numel()  # half of the pair's gradient read, that of v^ written, in bfloat16
+    batches = [batch, *(Latents.on(device) for _ in range(rotations(required_bytes) - 1))]
+    calls = [lambda batch=batch: BACKWARD[name](batch) for batch in batches]
+    kernel = _backward_kernel if name == "ours" else None
+    run(benchmark, name, calls, required_bytes, copy_bandwidth, kernel=kernel, **describe(device))

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fastsp_kernels._triton import triton
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # lets the files here import each other as benchmarks.kernels
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    if file_path.suffix == ".py" and file_path.name.startswith("bench_"):
+    """A file that is named on the command line is collected by pytest itself, whatever it is called."""
+    named = parent.session.isinitpath(file_path)
+    if file_path.suffix == ".py" and file_path.name.startswith("bench_") and not named:
         return pytest.Module.from_parent(parent, path=file_path)
     return None
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    machine_info["torch"] = torch.__version__
-    machine_info["triton"] = None if triton is None else triton.__version__
+    from benchmarks.kernels.measure import machine
+
+    machine_info.update(machine())
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -39,9 +42,18 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read plus written, of the best of a few large copies: the ceiling of a memory-bound kernel."""
-    from benchmarks.kernels.measure import device_seconds
+    """Bytes per second, read plus written, of a large copy: the ceiling of a memory-bound kernel."""
+    from benchmarks.kernels.measure import seconds_of_one
 
     source = torch.rand((1 << 28) if device.type == "cuda" else (1 << 24), device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / device_seconds(lambda: target.copy_(source), graph=False)[1]
+    return 2 * source.nbytes / seconds_of_one([lambda: target.copy_(source)])[1]
+
+
+@pytest.fixture(autouse=True)
+def freed_memory() -> Iterator[None]:
+    """What the benchmark before has left: an optimizer's state is a good part of a GPU's memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    yield
