@@ -172,10 +172,10 @@ def _load(place: Path, shards: Sequence[Path], suffixes: Sequence[str]) -> TarIn
             if not _fits(metadata.get("signature", "null"), shards, suffixes):
                 return None
             columns = {name: file.get_tensor(name) for name in ("locations", "keys", "key_ends")}
-    except (OSError, SafetensorError):
+        damaged, notes = ([(path, what) for path, what in json.loads(metadata[name])] for name in ("damaged", "notes"))
+        return TarIndex([str(shard) for shard in shards], columns, damaged, notes, int(metadata["lost"]))
+    except (OSError, SafetensorError, ValueError, KeyError):
         return None
-    damaged, notes = ([(path, what) for path, what in json.loads(metadata[name])] for name in ("damaged", "notes"))
-    return TarIndex([str(shard) for shard in shards], columns, damaged, notes, int(metadata["lost"]))
 
 
 def _fits(signature: str, shards: Sequence[Path], suffixes: Sequence[str]) -> bool:

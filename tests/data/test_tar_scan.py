@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import random
 import subprocess
 import tarfile
 
@@ -181,3 +182,37 @@ def test_what_is_not_a_tar(tmp_path):
     assert scan_tar(path).damage == "not a tar: the file is empty"
     assert "No such file" in str(scan_tar(tmp_path / "nowhere.tar").damage)
     assert scan_tar(write_tar(path, [])) == ([], None, [], 0, [], True)
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_no_damage_raises_or_leads_out_of_the_tar(tmp_path, kind):
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w", format=kind) as tar:
+        for name, text in members():
+            info = tarfile.TarInfo(name if kind == tarfile.USTAR_FORMAT else "é" * 120 + name)
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+    path = tmp_path / "0.tar"
+    for seed in range(200):
+        path.write_bytes(damage(whole.getvalue(), random.Random(seed)))
+        spans = [span for _, sample in scan_tar(path).samples for span in sample]
+        assert all(0 <= offset <= offset + size <= path.stat().st_size for offset, size in spans), seed
+
+
+def damage(content, numbers):
+    """Some bytes changed, taken out, or changed in a header whose checksum is then right again."""
+    content = bytearray(content)
+    for _ in range(numbers.randint(1, 5)):
+        place, count = numbers.randrange(len(content)), numbers.choice((1, 16, 512, 600))
+        header = slice(place // 512 * 512, place // 512 * 512 + 512)
+        kind = numbers.choice(("change", "remove", "header"))
+        if kind == "remove":
+            del content[place : place + count]
+        elif kind == "change":
+            content[place : place + count] = numbers.randbytes(count)
+        elif len(block := content[header]) == 512:
+            block[numbers.randrange(512)] = numbers.randrange(256)
+            block[148:156] = b" " * 8
+            block[148:156] = b"%06o\0 " % sum(block)
+            content[header] = block
+    return bytes(content)
