@@ -192,12 +192,12 @@ def _update_reference(lists: Lists, scalars: Scalars) -> None:
 
 
 def _update_triton(lists: Lists, scalars: Scalars) -> None:
-    factors = scalars.factors()
-    kind = (*(tensors[0].dtype for tensors in lists if tensors), are_aligned(lists), factors.device)
+    factors, aligned = scalars.factors(), are_aligned(lists)
+    kind = (*(tensors[0].dtype for tensors in lists if tensors), aligned, factors.device)
     if kind not in _tuned and not INTERPRETED:
-        _launch(_scratch(lists), are_aligned(lists), factors, scalars)
+        _launch(_scratch(lists), aligned, factors, scalars)
         _tuned.add(kind)
-    _launch(lists, are_aligned(lists), factors, scalars)
+    _launch(lists, aligned, factors, scalars)
 
 
 _address_tables = AddressTables()
