@@ -22,15 +22,18 @@ from PIL import Image
 SAMPLES_PER_SHARD = 500
 
 
-def photograph(seed: int, longest_side: int = 640) -> tuple[bytes, str]:
+def photograph(seed: int, longest_side: int = 640, square: bool = False) -> tuple[bytes, str]:
     """A JPEG with the statistics that matter to a decoder, smooth areas, edges and some noise, and its caption.
 
     Args:
         seed: of the picture; sizes and aspect ratios vary with it.
         longest_side: in pixels, of the largest.
+        square: every picture has that height and width.
     """
     rng = np.random.default_rng(seed)
     height, width = (int(longest_side * share) for share in (rng.uniform(0.6, 1), rng.uniform(0.75, 1)))
+    if square:
+        height = width = longest_side
     coarse = rng.integers(0, 256, (height // 64 + 2, width // 64 + 2, 3), dtype=np.uint8)
     picture = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
     for _ in range(6):  # rectangles: edges
@@ -50,6 +53,13 @@ def write_layouts(folder: Path, count: int, longest_side: int = 640) -> None:
     write_metadata(folder / "metadata", samples)
     for shard, start in enumerate(range(0, count, SAMPLES_PER_SHARD)):
         write_shard(folder / "shards" / f"{shard:05d}.tar", samples[start : start + SAMPLES_PER_SHARD])
+
+
+def write_squares(folder: Path, count: int, side: int) -> None:
+    """Write one tar of square pictures."""
+    with ThreadPoolExecutor() as pool:
+        samples = list(pool.map(lambda seed: (f"{seed:06d}", *photograph(seed, side, square=True)), range(count)))
+    write_shard(folder / "00000.tar", samples)
 
 
 def write_sidecars(folder: Path, samples: list[tuple[str, bytes, str]]) -> None:

@@ -1,6 +1,8 @@
 """The time that a training step waits for its data, and what making the data costs a step that shares its cores.
 
-OMP_NUM_THREADS=1 pytest benchmarks/data/test_waiting.py -s
+    OMP_NUM_THREADS=1 pytest benchmarks/data/test_waiting.py -s [--benchmark-json FILE]
+
+On a GPU large matrix products stand for the step of a network of Stable Diffusion's size: no weights are needed.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import cycle
 
+import pytest
 import torch
 
 from fastsp.data.batch import Batch
@@ -18,6 +21,7 @@ from fastsp.data.source import DataOptions, open_source
 from fastsp.models import load_model
 
 STEPS, BATCH_SIZE, ROUNDS = 10, 64, 3
+GPU_STEPS, STEP_MS = 30, 300.0
 
 
 def times(step: Callable[[Batch], None], batches: Iterator[Batch]) -> tuple[float, float]:
@@ -32,7 +36,7 @@ def times(step: Callable[[Batch], None], batches: Iterator[Batch]) -> tuple[floa
     return (time.perf_counter() - start) / STEPS, waiting / STEPS
 
 
-def test_digits():
+def test_digits(benchmark, record):
     """The quickstart's network, forward and backward on the CPU; real batches and replayed ones take turns."""
     model = load_model("digits", None, 16, seed=0)
     source = open_source(DataOptions("digits", None, 16), tokenizer=model.tokenizer, channels=1, seed=0)
@@ -46,15 +50,89 @@ def test_digits():
 
     with closing(source.batches(batch_size=BATCH_SIZE, last_position=4 * BATCH_SIZE)) as batches:
         kept = list(batches)
-    real, waiting, replayed = [], [], []
-    for _ in range(ROUNDS):
+    real: list[float] = []
+    waiting: list[float] = []
+    replayed: list[float] = []
+
+    def turn() -> None:
         with closing(source.batches(batch_size=BATCH_SIZE)) as batches:
             seconds, waited = times(step, batches)
         real.append(seconds)
         waiting.append(waited / seconds)
         replayed.append(times(step, cycle(kept))[0])
-    print(
-        f"\nstep: {statistics.median(real):.4f} s on real batches, {statistics.median(replayed):.4f} s on replayed ones"
+
+    benchmark.pedantic(turn, rounds=ROUNDS)
+    share = statistics.median(waiting)
+    record("cpu", real_s=statistics.median(real), replayed_s=statistics.median(replayed), waiting_share=share)
+    assert share < 0.01
+
+
+class GpuStep:
+    """Matrix products of about `STEP_MS`, after a look at the batch; timed by events on the GPU."""
+
+    def __init__(self) -> None:
+        self.matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        self.products = 1
+        for _ in range(3):  # the first is slow, and clocks rise
+            begin, end = self.run(None)
+            end.synchronize()
+            self.products = max(1, round(self.products * STEP_MS / begin.elapsed_time(end)))
+
+    def run(self, batch: Batch | None) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Enqueue it; events at its begin and end."""
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if batch is not None:
+            batch = batch.to("cuda")
+            assert batch.pixel_values is not None and batch.input_ids is not None
+            batch.pixel_values.sum() + batch.input_ids.sum()
+        begin.record()
+        for _ in range(self.products):
+            torch.mm(self.matrix, self.matrix)
+        end.record()
+        return begin, end
+
+    def times(self, batches: Iterator[Batch]) -> tuple[float, float]:
+        """Milliseconds a step, waiting included, and of these how many the GPU had nothing of the step to do."""
+        events = [self.run(next(batches))]
+        for _ in range(GPU_STEPS):
+            if len(events) > 1:
+                events[-2][1].synchronize()  # as a training loop, never more than two steps ahead
+            events.append(self.run(next(batches)))
+        torch.cuda.synchronize()
+        ends = [end for _, end in events]
+        idle = sum(before.elapsed_time(begin) for before, (begin, _) in zip(ends, events[1:], strict=False))
+        return ends[0].elapsed_time(ends[-1]) / GPU_STEPS, idle / GPU_STEPS
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_step_on_gpu(benchmark, record, squares, tokenizer):
+    """Under 1 % of the step waiting; decoding on the GPU also takes some of its time from the step beside it."""
+    source = open_source(
+        DataOptions("shards", str(squares), 512), tokenizer=tokenizer, channels=3, seed=0, device="cuda"
     )
-    print(f"waiting, round by round: {', '.join(f'{share:.2%}' for share in waiting)} of the step")
-    assert statistics.median(waiting) < 0.01
+    step = GpuStep()
+    with closing(source.batches(batch_size=BATCH_SIZE)) as batches:
+        kept = [next(batches) for _ in range(4)]
+    real: list[tuple[float, float]] = []
+    replayed: list[tuple[float, float]] = []
+
+    def turn() -> None:
+        with closing(source.batches(batch_size=BATCH_SIZE)) as batches:
+            for _ in range(2):  # the first wait, for the queues to fill, is not a step's
+                step.run(next(batches))
+            real.append(step.times(batches))
+        replayed.append(step.times(cycle(kept)))
+
+    benchmark.pedantic(turn, rounds=ROUNDS)
+    milliseconds, idle = (statistics.median(column) for column in zip(*real, strict=True))
+    without, idle_without = (statistics.median(column) for column in zip(*replayed, strict=True))
+    record(
+        "cuda",
+        real_ms=milliseconds,
+        replayed_ms=without,
+        idle_ms=idle,
+        idle_replayed_ms=idle_without,
+        waiting_share=(idle - idle_without) / milliseconds,
+        slower_by=milliseconds / without - 1,
+    )
+    assert (idle - idle_without) / milliseconds < 0.01

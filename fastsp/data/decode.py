@@ -8,8 +8,9 @@ other kinds are read by Pillow, on either device (`fastsp.data.pillow_images`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from fastsp.data.pillow_images import check_size, decode_image, kind_of, open_im
 from fastsp.data.samples import BadSample
 
 T = TypeVar("T")
+SHARES_PER_THREAD = 4  # of a batch: images take unequally long
 
 
 OpenedImage = JpegFile | Image.Image
@@ -52,6 +54,7 @@ class ImageDecoder:
         threads = threads or default_threads()
         self.channels = channels
         self.device = device
+        self.threads = threads
         self.pool = ThreadPoolExecutor(threads, "fastsp-decode")
         self.gpu = JpegsOnGpu(channels, device, threads, **(gpu_options or {})) if device.type == "cuda" else None
         Image.init()  # loads Pillow's plugins: here, not in several threads at once
@@ -66,7 +69,7 @@ class ImageDecoder:
 
     def open(self, files: Sequence[bytes]) -> list[OpenedImage | BadSample]:
         """Read the files' headers: sizes, at little cost, and files that are not images."""
-        return list(self.pool.map(_or_bad(_open), files))
+        return list(self._map(_open, files))
 
     def decode(self, images: Sequence[OpenedImage | BadSample]) -> list[Tensor | BadSample]:
         """Decode what `open` gave; a `BadSample` stays one."""
@@ -86,7 +89,14 @@ class ImageDecoder:
 
     def _on_cpu(self, images: Mapping[int, OpenedImage | BadSample]) -> Iterable[tuple[int, Tensor | BadSample]]:
         """Started in the pool at once, waited for one by one."""
-        return zip(images, self.pool.map(_or_bad(self._decode_on_cpu), images.values()), strict=True)
+        return zip(images, self._map(self._decode_on_cpu, list(images.values())), strict=True)
+
+    def _map(self, function: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T | BadSample]:
+        """The function's results, in order, from the pool: a few items at a time, which small images cost less than
+        the handing over."""
+        share = -(-len(items) // (SHARES_PER_THREAD * self.threads)) or 1
+        shares = [items[start : start + share] for start in range(0, len(items), share)]
+        return chain.from_iterable(self.pool.map(lambda part: [_or_bad(function, item) for item in part], shares))
 
     def _decode_on_cpu(self, image: OpenedImage | BadSample) -> Tensor:
         """(H, W, channels) uint8 in the CPU's memory."""
@@ -157,16 +167,12 @@ def default_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-def _or_bad(function: Callable[..., T]) -> Callable[..., T | BadSample]:
-    """The function, with the `BadSample` that it raises as its result."""
-
-    def call(*args: Any) -> T | BadSample:
-        try:
-            return function(*args)
-        except BadSample as bad:
-            return bad
-
-    return call
+def _or_bad(function: Callable[[Any], T], item: Any) -> T | BadSample:
+    """The function's result, or the `BadSample` that it raises."""
+    try:
+        return function(item)
+    except BadSample as bad:
+        return bad
 
 
 def _open(file: bytes) -> OpenedImage:
