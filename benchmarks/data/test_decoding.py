@@ -18,6 +18,9 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("nvidia.dali")
+pytest.importorskip("simplejpeg")
+
 from benchmarks.data.conftest import DEVICES
 from fastsp.data.decode import ImageDecoder, default_threads
 from fastsp.data.source import DataOptions, open_source

@@ -12,7 +12,12 @@ import os
 import statistics
 import time
 
+import pytest
 import torch
+
+pytest.importorskip("nvidia.dali")
+pytest.importorskip("simplejpeg")
+pytest.importorskip("webdataset")
 
 from benchmarks.data.conftest import IMAGES
 from benchmarks.data.loaders import LOADERS, Batches

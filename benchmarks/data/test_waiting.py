@@ -16,6 +16,9 @@ from itertools import cycle
 import pytest
 import torch
 
+pytest.importorskip("nvidia.dali")
+pytest.importorskip("simplejpeg")
+
 from fastsp.data.batch import Batch
 from fastsp.data.source import DataOptions, open_source
 from fastsp.models import load_model

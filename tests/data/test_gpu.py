@@ -8,6 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("nvidia.dali")
+pytest.importorskip("simplejpeg")
 
 from data.helpers import ByteTokenizer, Config, encode, photo, write_tar
 from data.test_bad_input import BAD
