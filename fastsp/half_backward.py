@@ -193,10 +193,10 @@ def trace(
         features = traced(fake_parameters, *fakes)
         torch.autograd.grad([feature.sum() for feature in features], fakes[0])
     _refuse_constants(graphs)
-    for graph in graphs.values():  # fused attention's forward is left in the backward, unused: it passes for random
-        graph.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-        graph.recompile()
-    outputs, count = _results(graphs["forward"]), len(features)
+    count = len(features)
+    _read_only_what_counts(graphs["backward"])
+    _save_only_what_is_used(graphs["forward"], graphs["backward"], count)
+    outputs = _results(graphs["forward"])
     tangents = _placeholders(graphs["backward"])[-count:]
     gradient_index = next(i for i, node in enumerate(_results(graphs["backward"])) if node is not None)
     return Trace(
@@ -208,9 +208,61 @@ def trace(
     )
 
 
+def _read_only_what_counts(backward: GraphModule) -> None:
+    """Give the backward's operators empty tensors of their own where they look at a shape alone."""
+    for node in list(backward.graph.nodes):
+        for index in _unread(node):
+            value = _value(node.args[index])
+            size, strides = list(value.shape), list(value.stride())
+            with backward.graph.inserting_before(node):
+                empty = backward.graph.call_function(
+                    torch.ops.aten.empty_strided.default,
+                    (size, strides),
+                    {"dtype": value.dtype, "device": value.device},
+                )
+            empty.meta["val"] = value
+            node.update_arg(index, empty)
+
+
+def _unread(node: Node) -> list[int]:
+    """Which arguments of a node have no say in its result.
+
+    - A convolution's input, where the gradient of its weight is not asked for.
+    - The seeds of attention's dropout, where there is none. PyTorch's memory-efficient kernel gives them on the CPU,
+      but on the GPU while a CUDA graph is recorded: kept, they would have the backward compiled anew in its midst.
+    """
+    if node.target is torch.ops.aten.convolution_backward.default:
+        return [] if node.args[-1][1] else [1]  # type: ignore[index]
+    schema = getattr(node.target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    if "philox_seed" not in names or node.args[names.index("dropout_p")] != 0.0:
+        return []
+    return [names.index("philox_seed"), names.index("philox_offset")]
+
+
+def _save_only_what_is_used(forward: GraphModule, backward: GraphModule, num_features: int) -> None:
+    """Leave out of both graphs what the backward does not use, and what was computed for that alone."""
+    _eliminate_dead_code(backward)
+    results, saved = _results(forward), _placeholders(backward)[: len(_results(forward)) - num_features]
+    used = [node for node in saved if node.users]
+    kept = [result for result, node in zip(results[num_features:], saved, strict=True) if node.users]
+    for node in set(saved) - set(used):
+        backward.graph.erase_node(node)
+    _set_results(forward, [*results[:num_features], *kept])
+    _eliminate_dead_code(forward)
+    for graph in (forward, backward):
+        graph.graph.lint()
+        graph.recompile()
+
+
+def _eliminate_dead_code(graph: GraphModule) -> None:
+    """Fused attention too, which passes for random: AOTAutograd leaves its forward, unused, in the backward."""
+    graph.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+
+
 def _keep_prefixes(forward: GraphModule, num_features: int, kept: Sequence[Kept]) -> None:
     """Let the 2B forward answer with copies of the prefixes, each made where its tensor is: that one's memory is free
-    from then on, and a compiler can write the copy where it computes the value."""
+    once its other readers are done."""
     graph = forward.graph
     results = _results(forward)
     for index, keep in enumerate(kept, start=num_features):
@@ -222,8 +274,7 @@ def _keep_prefixes(forward: GraphModule, num_features: int, kept: Sequence[Kept]
             prefix = graph.call_function(torch.ops.aten.slice.Tensor, (node, 0, 0, keep.rows))
         with graph.inserting_after(prefix):
             results[index] = graph.call_function(_dense_copy, (prefix, keep.shape, keep.strides))
-    (output,) = (node for node in graph.nodes if node.op == "output")
-    output.args = (tuple(results),)
+    _set_results(forward, results)
     graph.lint()
     forward.recompile()
 
@@ -277,6 +328,11 @@ def _plain(like: Tensor) -> Any:
 def _results(graph: GraphModule) -> list[Any]:
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
     return list(output.args[0])
+
+
+def _set_results(graph: GraphModule, results: Sequence[Any]) -> None:
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    output.args = (tuple(results),)
 
 
 def _placeholders(graph: GraphModule) -> list[Node]:

@@ -6,13 +6,17 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
+from functorch.compile import default_partition, min_cut_rematerialization_partition
 from tiny import batch, scheduler, tiny_unet
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastsp import half_backward
 from fastsp.attention import TORCH_BACKENDS, use_attention
 from fastsp.loss import SelfPerceptualLoss
+from fastsp.perceptual import PerceptualNetwork
 
 LAYERS = ("mid", "encoder", "decoder", "encoder+mid")
 
@@ -121,7 +125,67 @@ def test_only_the_predicted_half_outlives_the_forward():
             loss = criterion(pred, **data)
         kept[criterion.teacher] = sum(storages.values())
         loss.backward()
-    assert kept["batched"] < 1.25 * kept["split"]
+    assert kept["batched"] < 1.1 * kept["split"]
+
+
+CUDA_ATTENTION = {
+    "flash": lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0],
+    "cudnn": lambda q, k, v: torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[0],
+    "efficient": lambda q, k, v: torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0],
+}
+
+
+class CudaAttention(TorchFunctionMode):
+    """A GPU's kernels in place of PyTorch's choice; on the meta device, which knows their outputs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.kernel = CUDA_ATTENTION[name]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return self.kernel(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+def meta_inputs(batch_size=4):
+    sample = torch.empty(batch_size, 4, 8, 8, device="meta", dtype=torch.bfloat16, memory_format=torch.channels_last)
+    states = torch.empty(batch_size, 5, 16, device="meta", dtype=torch.bfloat16)
+    timesteps = torch.zeros(batch_size, dtype=torch.int64, device="meta")
+    return {"sample": sample, "timesteps": timesteps, "encoder_hidden_states": states}
+
+
+@pytest.mark.parametrize("options", [None, {}], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", CUDA_ATTENTION)
+def test_with_a_gpu_s_attention_the_traces_line_up_and_save_no_seed(name, options, monkeypatch):
+    """A seed lies on the CPU, and on the GPU while a CUDA graph is recorded."""
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    network = PerceptualNetwork(tiny_unet().bfloat16().to("meta"))
+    partition = default_partition if options is None else min_cut_rematerialization_partition
+    with CudaAttention(name):
+        half_backward.build(network, meta_inputs(), options)  # Misaligned, if they do not
+        traced = half_backward.trace(network, meta_inputs(), 2, partition)
+        monkeypatch.setattr(half_backward, "_unread", lambda node: [])
+        before = half_backward.trace(network, meta_inputs(), 2, partition)
+    assert [value for value in traced.saved.values() if not value.is_floating_point()] == []
+    seeds = [value for value in before.saved.values() if not value.is_floating_point()]
+    assert seeds and len(traced.saved) < len(before.saved) - len(seeds), (
+        "nor what only convolutions' weights would need"
+    )
+
+
+@pytest.fixture
+def nan_where_nothing_was_written():
+    """Memory that is taken and not written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_what_is_not_saved_has_no_say(nan_where_nothing_was_written):
+    (_, ours), (_, theirs) = (value_and_gradient(c, batch(), torch.randn(3, 4, 8, 8).fill_(0.5)) for c in pair())
+    assert ours.isfinite().all() and (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
 def test_what_does_not_fit_goes_on_as_split(monkeypatch, caplog):
