@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastsp import draws
 from fastsp.attention import use_attention
+from fastsp.channels_last import keep_channels_last
 from fastsp.conditioning import Conditioning, time_ids
 from fastsp.config import Config, StageConfig
 from fastsp.data.batch import Batch
@@ -257,6 +258,9 @@ def build_step(
             unet.compile(**options)
     if options is not None and objective.self_perceptual is not None:
         objective.self_perceptual.compile_teacher(**options)
+    if options is not None and device.type != "cpu":  # there PyTorch's own operators keep the layout
+        for module in (objective,) if sharded else (objective, unet):
+            keep_channels_last(module)
     optimizer = AdamWEMA(unet, ema_unet, config.optimizer, config.ema)
     gradients = gather_gradients(unet, optimizer, ranks)
     return TrainingStep(config, stage, gradients, objective, schedule, model, empty), ema_unet

@@ -216,14 +216,16 @@ def test_gpu_twenty_steps_bit_for_bit(deterministic, objective, teacher, microba
     take_step = captured(ours)
     rows = run(ours, take_step)
     assert isinstance(take_step, CapturedStep) and take_step.recording is not None
+    criterion = ours.objective.self_perceptual
+    assert criterion is None or criterion.teacher == teacher, "it did not go on as split"
     assert rows == run(expected, expected)
     assert_same(ours, expected)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("microbatch", [None, 2])
-def test_gpu_replays_never_wait_for_the_host(microbatch):
-    step = make("cuda", microbatch=microbatch, compile=False, cuda_graph=True)
+@pytest.mark.parametrize(("teacher", "microbatch", "compile"), [("split", None, False), ("batched", 2, True)])
+def test_gpu_replays_never_wait_for_the_host(teacher, microbatch, compile):
+    step = make("cuda", teacher=teacher, microbatch=microbatch, compile=compile, cuda_graph=True)
     take_step = captured(step)
     run(step, take_step, WARM_UP_STEPS + 1)
     following = [batch(number, "cuda") for number in range(50, 53)]

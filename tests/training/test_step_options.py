@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from bench.workloads import tiny_workload
+from torch._dynamo.utils import counters
 from torch._inductor import list_mode_options
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastsp.attention import TORCH_BACKENDS
 from fastsp.bench.fastsp_step import FastspStep
+from fastsp.training.capture import WARM_UP_STEPS
 from fastsp.training.compilation import compile_options, keep_compiled_code
+
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 def loss_and_gradients(step: FastspStep) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +53,7 @@ def test_bfloat16_is_close_to_float32(objective):
     assert ours[0].dtype == torch.float32, "the loss is float32"
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", GPU])
 def test_group_norm_of_bfloat16_takes_its_statistics_in_float32(device):
     """A mean of 8 and a deviation of 1: sums of squares in bfloat16 would leave little of the variance."""
     values = (torch.randn(2, 32, 64, 64, generator=torch.Generator().manual_seed(0)) + 8.0).to(device, torch.bfloat16)
@@ -60,14 +65,41 @@ def test_group_norm_of_bfloat16_takes_its_statistics_in_float32(device):
         norm.float()
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), GPU])
 @pytest.mark.parametrize("teacher", ["split", "batched"])
-def test_compiled_equals_eager(teacher):
+def test_compiled_equals_eager(teacher, device):
     eager, compiled = (
-        loss_and_gradients(FastspStep(tiny_workload(teacher=teacher).with_settings(compile=compiles)))
+        loss_and_gradients(FastspStep(tiny_workload(teacher=teacher, device=device).with_settings(compile=compiles)))
         for compiles in (False, True)
     )
     assert_close(compiled, eager, 1e-5)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), GPU])
+def test_compiled_bfloat16_is_close_to_float32(device):
+    """Compiled code rounds less than eager code: it keeps float32 between the operators that it fuses."""
+    workloads = [tiny_workload(32, precision, "batched", device) for precision in ("fp32", "bf16")]
+    exact, ours = (
+        loss_and_gradients(FastspStep(workload.with_settings(compile=compiles)))
+        for workload, compiles in zip(workloads, (False, True), strict=True)
+    )
+    assert_close(ours, exact, 3e-2)
+    assert (ours[1] - exact[1]).norm() > 1e-3 * exact[1].norm(), "it was computed in bfloat16"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", *TORCH_BACKENDS])
+def test_gpu_nothing_is_compiled_after_the_first_step(attention):
+    """While a CUDA graph is recorded, what is compiled anew would be tuned in its midst."""
+    workload = tiny_workload(4, "bf16", "batched", "cuda")
+    step = FastspStep(workload.with_settings(compile=True, cuda_graph=True, attention=attention))
+    compiled = []
+    for _ in range(WARM_UP_STEPS + 2):
+        step.step()
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert len(set(compiled)) == 1 and compiled[0] > 0
+    assert step.take_step.recording is not None
+    assert step.training_step.objective.self_perceptual.teacher == "batched", "it did not go on as split"
 
 
 def test_batched_equals_split():
