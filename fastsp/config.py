@@ -194,6 +194,7 @@ class Config(Section):
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 computes in bf16 and keeps float32 master weights
     compile: Auto = "auto"  # torch.compile; auto: on a GPU
     compile_mode: Literal["default", "max-autotune"] = "default"  # the latter tries more kernels, for minutes
+    deterministic: bool = False  # on a GPU too the same bits every time, for some speed; a CPU's are so anyway
     gradient_checkpointing: bool = False  # less memory for activations, the online forward runs twice
     cuda_graph: Auto = "auto"  # the whole step in one CUDA graph; auto: on a GPU
     attention: str = "auto"  # or sdpa, cudnn, flash, efficient, xformers, math; auto: the fastest, measured on a GPU
@@ -319,12 +320,21 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     tree = parse_yaml(read_text(file, f"configuration file {file}"), str(file))
     if not isinstance(tree, dict):
         raise UserError(f"{file} is empty or no mapping: a configuration has keys such as run_dir, model, data, stages")
+    return config_of(tree, overrides, str(file))
+
+
+def config_of(tree: dict[str, Any], overrides: Sequence[str], where: str) -> Config:
+    """A configuration from plain values, which are changed by the overrides; ``where`` names them in errors.
+
+    Raises:
+        UserError: see :func:`load_config`.
+    """
     for override in overrides:
         apply_override(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{file}: {_describe(error)}") from None
+        raise UserError(f"{where}: {_describe(error)}") from None
 
 
 def _earlier(names: list[str]) -> str:

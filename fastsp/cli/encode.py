@@ -38,8 +38,8 @@ def encode(
     from fastsp.data.latents import DTYPES, fingerprint
     from fastsp.data.source import open_source
     from fastsp.errors import UserError
+    from fastsp.gpu_settings import gpu_settings
     from fastsp.progress import steps_bar
-    from fastsp.tf32 import tf32_matmuls
 
     settings = load_config(config, overrides or [])
     data = settings.data
@@ -75,7 +75,7 @@ def encode(
     )
     missing = encoder.missing(out, rank, world_size)
     samples, began = sum(map(encoder.samples, missing)), time.monotonic()
-    with tf32_matmuls(), steps_bar("encode", samples, shown=rank == 0) as advance:
+    with gpu_settings(), steps_bar("encode", samples, shown=rank == 0) as advance:
         for number, shard in enumerate(encoder.write(out, rank, world_size, advance), start=1):
             if not sys.stderr.isatty():
                 minutes = (time.monotonic() - began) / 60 * (len(missing) - number) / number

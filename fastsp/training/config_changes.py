@@ -40,6 +40,7 @@ _MEANING = {
     "precision": _ROUNDING,
     "compile": _ROUNDING,
     "compile_mode": _ROUNDING,
+    "deterministic": _ROUNDING,
     "gradient_checkpointing": _ROUNDING,
     "cuda_graph": _ROUNDING,
     "attention": _ROUNDING,

@@ -19,10 +19,10 @@ from fastsp.config import Config, StageConfig
 from fastsp.data.latents import fingerprint
 from fastsp.data.source import Source, open_source
 from fastsp.errors import UserError
+from fastsp.gpu_settings import gpu_settings
 from fastsp.lora import Base, add_adapters, load_adapters, save_adapters, save_for_use
 from fastsp.models import TextToImageModel, load_model, load_unet
 from fastsp.perceptual import shared_copy
-from fastsp.tf32 import tf32_matmuls
 from fastsp.training.capture import captured
 from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
 from fastsp.training.checkpoint_folder import Progress
@@ -70,7 +70,7 @@ def train(
             # The missing are named while `stop` still holds: torchrun sends SIGTERM as soon as one process has ended.
             for context in (explained(run), run, stop, ranks.naming_the_missing()):
                 stack.enter_context(context)
-        with tf32_matmuls(config.precision == "bf16"):  # of the frozen encoders, which stay float32
+        with gpu_settings(config.precision == "bf16", config.deterministic):
             trainer.train(resume)
 
 
