@@ -153,7 +153,7 @@ def memory_table() -> Iterator[str]:
 
 def rates_of(file: Path) -> tuple[Rate, Rate]:
     """MSE and self-perceptual, of a JSON of `fastsp bench`."""
-    rows = {row["provider"]: row for row in json.loads(file.read_text())}
+    rows = {row["name"]: row for row in json.loads(file.read_text())}
     mse, sp = (rows[name] for name in ("fastsp_mse", "fastsp_sp"))
     return Rate(mse["samples_per_s"], mse["batch_size"]), Rate(sp["samples_per_s"], sp["batch_size"])
 

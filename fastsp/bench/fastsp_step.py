@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from fastsp.bench.workload import Workload
 from fastsp.conditioning import Conditioning
 from fastsp.data.batch import Batch
 from fastsp.models import TextToImageModel
-from fastsp.training.capture import captured
+from fastsp.training.capture import CapturedStep, captured
 from fastsp.training.step import TrainingStep, build_step
 
 
@@ -29,7 +30,7 @@ class FastspStep:
 
     def __init__(self, workload: Workload, objective: str = "self_perceptual", teacher: str | None = None) -> None:
         self.training_step = build_training_step(workload, objective, teacher)
-        self.take_step = captured(self.training_step)
+        self.take_step: TrainingStep | CapturedStep = captured(self.training_step)
         self.numbers = itertools.count(1)
         batch_size = workload.batch_size
         self.batch = Batch(
@@ -39,6 +40,17 @@ class FastspStep:
             pixel_values=workload.latents(),  # without a VAE, what the step is given are the latents
             text_features=workload.text_features(),
         )
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """Whether a CUDA graph is replayed, and how the teacher is called: as it turned out, whatever was asked for."""
+        criterion = self.training_step.objective.self_perceptual
+        captured = isinstance(self.take_step, CapturedStep) and self.take_step.recording is not None
+        return {"cuda_graph": captured, "teacher": None if criterion is None else criterion.teacher}
+
+    def uncapture(self) -> None:
+        """Let go of the CUDA graph and its memory: uncaptured steps have an inside to look at."""
+        self.take_step = self.training_step
 
     def step(self) -> None:
         """One optimizer step."""

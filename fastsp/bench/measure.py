@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from fastsp.bench.timing import STEPS_PER_TURN, seconds_per_call, synchronize
 from fastsp.bench.workload import Workload
 
 WARM_UP_STEPS = 2
+LEAST_ROUNDS = 3
 Say = Callable[[str], None]
 
 
@@ -24,6 +26,7 @@ class Entry:
     name: str
     steps: Steps | None
     first_step_s: float  # compiling and autotuning included
+    how: dict[str, Any]  # as it turned out, where a provider can tell: whether captured, how the teacher is called
     peak_bytes: int | None  # device memory at most, as if the provider had the device to itself; None on a CPU
     seconds: list[float] = field(default_factory=list)  # of a step, one value a turn
 
@@ -50,12 +53,17 @@ def prepare(name: str, provider: Provider, workload: Workload, say: Say) -> Entr
     # Here and not in the turns: the replay of a CUDA graph, recorded by now, allocates nothing that could be seen.
     peak = None if before is None else torch.cuda.max_memory_allocated(device) - before
     say(f"{name}: {provider.says}; first step {first:.1f} s")
-    return Entry(name, steps, first, peak)
+    return Entry(name, steps, first, getattr(steps, "how", {}), peak)
 
 
-def take_turns(entries: Mapping[str, Entry], device: torch.device, rounds: int) -> None:
-    """``rounds`` times, each entry takes a turn of a few steps; the order is that of the mapping."""
-    for _ in range(rounds):
+def take_turns(
+    entries: Mapping[str, Entry], device: torch.device, rounds: int, late: Callable[[], bool] = lambda: False
+) -> None:
+    """``rounds`` times, each entry takes a turn of a few steps; the order is that of the mapping. Once it is ``late``,
+    LEAST_ROUNDS must do."""
+    for number in range(rounds):
+        if number >= LEAST_ROUNDS and late():
+            return
         for entry in entries.values():
             assert entry.steps is not None
             entry.seconds.append(seconds_per_call(entry.steps.step, device, STEPS_PER_TURN[device.type]))

@@ -8,11 +8,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 from unittest import mock
 
-import torch
-
 from fastsp.bench.fastsp_step import FastspStep
-from fastsp.bench.timing import seconds_between, timestamp
-from fastsp.bench.workload import Workload
+from fastsp.bench.timing import seconds_between, synchronize, timestamp
 from fastsp.training.step import TrainingStep
 
 PHASES = ("draws and diffusion", "online forward", "reprojection", "teacher", "backward", "update")
@@ -63,16 +60,15 @@ def _around(
     return call
 
 
-def time_phases(workload: Workload, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each phase. On a GPU by device events, without a CUDA graph, which has no inside."""
-    provider = FastspStep(workload.with_settings(cuda_graph=False))
+def time_phases(provider: FastspStep, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each phase of an uncaptured step. On a GPU by device events."""
+    device = provider.training_step.seed.device
     provider.step()
     times: dict[str, list[float]] = {name: [] for name in PHASES}
-    with marked(provider.training_step, lambda: timestamp(workload.device)) as readings:
+    with marked(provider.training_step, lambda: timestamp(device)) as readings:
         for _ in range(rounds):
             provider.step()
-            if workload.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             for name, start, end in zip(PHASES, readings, readings[1:], strict=False):
                 times[name].append(1e3 * seconds_between(start, end))
     return {name: statistics.median(values) for name, values in times.items()}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fastsp.bench.baselines import Algorithm1, DiffusersMSE, Split
@@ -63,7 +64,7 @@ PROVIDERS: dict[str, Provider] = {
     "fastsp_sp_split": Provider(
         lambda workload: FastspStep(workload, teacher="split"),
         "fastsp, self-perceptual, the teacher in two calls",
-        by_default=False,
+        by_default=torch.cuda.is_available(),  # on a CPU there is no launch to be saved
     ),
     "fastsp_mse": Provider(lambda workload: FastspStep(workload, "mse"), "fastsp, MSE"),
     "diffusers_mse": Provider(DiffusersMSE, "MSE in the manner of diffusers' scripts"),

@@ -69,6 +69,13 @@ def phase_lines(rows: Sequence[Row]) -> list[str]:
     return ["Where the time of fastsp_sp goes:", *lines] if lines else []
 
 
+def operator_lines(rows: Sequence[Row]) -> list[str]:
+    """The groups of operators that fastsp's step spends its time in."""
+    groups: list[Row] = next((row["operators"] for row in rows if row.get("operators")), [])
+    lines = [f"{row['group']:20s} {row['ms']:9.2f} ms {row['share']:6.1%}  {row['calls']} calls" for row in groups]
+    return ["The operators of fastsp_sp, profiled:", *lines] if lines else []
+
+
 def sweep_lines(rows: Sequence[Row]) -> list[str]:
     """Samples per second of fastsp's step at other batch sizes."""
     sweep: list[Row] = next((row["batch_sweep"] for row in rows if row.get("batch_sweep")), [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -12,14 +12,17 @@ from typing import Any
 import torch
 
 from fastsp.bench.cost import Cost, count_phases, count_step
+from fastsp.bench.fastsp_step import FastspStep
 from fastsp.bench.measure import Entry, Say, compiler_settings, empty_caches, prepare, ratios, take_turns
+from fastsp.bench.operators import operator_rows
 from fastsp.bench.phases import time_phases
 from fastsp.bench.providers import PROVIDERS, REFERENCE
 from fastsp.bench.timing import Ceilings, measure_ceilings, quantiles
 from fastsp.bench.workload import STATE_BYTES_PER_PARAMETER, Workload
 from fastsp.evaluation.environment import environment
+from fastsp.gpu_settings import gpu_settings
 
-SWEEP = (0.25, 0.5, 2, 4, 8)  # times the batch size
+SWEEP = (2, 4, 8), (0.5, 0.25)  # times the batch size: up, then down, each until one does not fit
 SWEEP_TURNS = 5
 Row = dict[str, Any]
 
@@ -49,11 +52,12 @@ def run(workload: Workload, plan: Plan, say: Say, keep: Callable[[list[Row]], No
         named by ``say`` and have none.
     """
     bench = Bench(workload, plan, say, keep)
-    with compiler_settings():
+    with compiler_settings(), gpu_settings(tf32=False):
         for group in groups(plan.names, workload):
             bench.measure(group)
-        bench.release_all()
         bench.look_inside()
+        bench.release_all()
+        bench.measure_sweep()
         bench.measure_ceilings_again()
     return bench.rows
 
@@ -78,7 +82,6 @@ class Bench:
         self.facts = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "environment": environment(),
-            "cuda_graph": workload.config.captures_on(workload.device),
             "attention": attention.name,
             "attention_ms": attention.milliseconds,
         }
@@ -94,13 +97,16 @@ class Bench:
         if not ready.keys() - {REFERENCE} and start:
             return  # the group's own provider is missing
         self.say(f"{self.plan.rounds} rounds of {', '.join(ready)}")
-        take_turns(ready, self.workload.device, self.plan.rounds)
+        take_turns(ready, self.workload.device, self.plan.rounds, late=self.is_late)
         for name, entry in ready.items():
             if reference:
                 self.speeds[name] = ratios(entry, reference, start) if entry is not reference else [1.0]
             if entry is not reference:
                 entry.release()
         self.update_rows()
+        for row in self.rows:
+            if row["name"] in ready:
+                self.say(f"{row['name']}: {row['samples_per_s']:.4g} samples/s")
 
     def prepare(self, name: str) -> None:
         self.say(f"{name}: counting operations, then compiling or warming up")
@@ -112,18 +118,30 @@ class Bench:
         empty_caches()
 
     def look_inside(self) -> None:
-        """Phases and batch sweep of the reference, which are more than side by side."""
-        if REFERENCE not in self.entries:
+        """Phases and operators of the reference, which has been compiled for the turns."""
+        entry = self.entries.get(REFERENCE)
+        if entry is None or not isinstance(entry.steps, FastspStep) or not self.plan.phases:
             return
-        if self.plan.phases and self.has_time("phases"):
-            self.say(f"phases of {REFERENCE}")
-            self.extras["phases"] = phase_rows(self.workload, self.plan.rounds)
+        if not self.has_time("phases and operators"):
+            return
+        self.say(f"phases and operators of {REFERENCE}, without a CUDA graph")
+        try:
+            entry.steps.uncapture()
             empty_caches()
-            self.update_rows()
-        if self.plan.sweep:
-            self.extras["batch_sweep"] = []
-            for row in self.sweep():
-                self.extras["batch_sweep"].append(row)
+            self.extras["phases"] = phase_rows(self.workload, entry.steps, self.plan.rounds)
+            self.extras["operators"] = operator_rows(entry.steps)
+        except torch.OutOfMemoryError:
+            self.say("phases and operators: they do not fit")
+        self.update_rows()
+
+    def measure_sweep(self) -> None:
+        """The reference at other batch sizes, each compiled anew."""
+        if REFERENCE not in self.entries or not self.plan.sweep:
+            return
+        rows = self.extras["batch_sweep"] = []
+        for factors in SWEEP:
+            for row in self.sweep(factors):
+                rows.append(row)
                 self.update_rows()
 
     def measure_ceilings_again(self) -> None:
@@ -132,12 +150,13 @@ class Bench:
         self.ceilings = self.ceilings.best(measure_ceilings(workload.device, workload.dtype))
         self.update_rows()
 
-    def sweep(self) -> Any:
-        """Samples/s at other batch sizes, until one does not fit."""
-        sizes = sorted(
-            {max(1, round(factor * self.workload.batch_size)) for factor in SWEEP} - {self.workload.batch_size}
-        )
+    def sweep(self, factors: Sequence[float]) -> Iterator[Row]:
+        """Samples/s at so many times the batch size, until one does not fit."""
+        batch_size = self.workload.batch_size
+        sizes = dict.fromkeys(max(1, round(factor * batch_size)) for factor in factors)
         for size in sizes:
+            if size == batch_size:
+                continue
             if not self.has_time(f"batch {size}"):
                 return
             workload = self.workload.with_settings(batch_size=size)
@@ -181,6 +200,7 @@ class Bench:
             "precision": workload.config.precision,
             "compiled": PROVIDERS[entry.name].compiled or (entry.name.startswith("fastsp") and workload.compiles),
             "rounds": len(entry.seconds),
+            **entry.how,
             "model": workload.name,
             "threads": torch.get_num_threads(),
             "matmul_tflops_per_s": self.ceilings.matmul_flops_per_s / 1e12,
@@ -190,11 +210,14 @@ class Bench:
         }
         return row | (self.extras if entry.name == REFERENCE else {})
 
-    def has_time(self, what: str) -> bool:
+    def is_late(self) -> bool:
         limit = self.plan.time_limit_s
-        if limit is None or time.monotonic() - self.started < limit:
+        return limit is not None and time.monotonic() - self.started >= limit
+
+    def has_time(self, what: str) -> bool:
+        if not self.is_late():
             return True
-        self.say(f"{what}: skipped, the time limit of {limit:.0f} s has passed")
+        self.say(f"{what}: skipped, the time limit of {self.plan.time_limit_s:.0f} s has passed")
         return False
 
     def release_all(self) -> None:
@@ -220,7 +243,7 @@ def groups(names: Sequence[str], workload: Workload) -> list[tuple[str, ...]]:
     return [(REFERENCE, name) for name in others] or [(REFERENCE,)]
 
 
-def phase_rows(workload: Workload, rounds: int) -> list[Row]:
+def phase_rows(workload: Workload, provider: FastspStep, rounds: int) -> list[Row]:
     """Time, FLOPs and bytes of the phases of fastsp's self-perceptual step."""
     costs = count_phases(workload)
     return [
@@ -230,7 +253,7 @@ def phase_rows(workload: Workload, rounds: int) -> list[Row]:
             "gflop_per_sample": costs[name].flops / 1e9,
             "gbyte_per_sample": costs[name].bytes / 1e9,
         }
-        for name, ms in time_phases(workload, rounds).items()
+        for name, ms in time_phases(provider, rounds).items()
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from fastsp.attention import Choice, choose
-from fastsp.config import Config, StageConfig, load_config
+from fastsp.config import Config, StageConfig, config_of, load_config
 from fastsp.errors import UserError
 from fastsp.models import ddim_scheduler, digits_model, load_model
 from fastsp.schedule import NoiseSchedule
@@ -123,17 +124,21 @@ class Workload:
         return torch.randn(shape, generator=generator, device=self.device)
 
 
-def default_workload(device: torch.device) -> Workload:
-    """SD2.1-base's configuration in bf16 on a GPU, the quickstart's model in float32 on a CPU."""
+def default_workload(device: torch.device, overrides: Sequence[str] = ()) -> Workload:
+    """SD2.1-base's configuration in bf16 on a GPU, the quickstart's model in float32 on a CPU.
+
+    Raises:
+        UserError: an override that the configuration refuses.
+    """
     if device.type != "cuda":
         model = digits_model(DIGITS_RESOLUTION, seed=0)
-        config = _config("digits", DIGITS_RESOLUTION, DIGITS_BATCH_SIZE, "fp32")
+        config = _config("digits", DIGITS_RESOLUTION, DIGITS_BATCH_SIZE, "fp32", overrides)
         return _workload("the quickstart's digits model", config, model, device)
-    config = _config("stabilityai/stable-diffusion-2-1-base", 512, _sd21_batch_size(device), "bf16")
+    config = _config("stabilityai/stable-diffusion-2-1-base", 512, _sd21_batch_size(device), "bf16", overrides)
     return Workload("SD2.1-base, random weights", config, SD21_BASE_UNET, (4, 64, 64), SD21_TEXT_SHAPE, device)
 
 
-def workload_of(file: Path, device: torch.device) -> Workload:
+def workload_of(file: Path, device: torch.device, overrides: Sequence[str] = ()) -> Workload:
     """The model and the settings of a configuration file, its weights random: speed does not depend on them.
 
     A configuration that trains in microbatches is measured at the size of one.
@@ -142,7 +147,7 @@ def workload_of(file: Path, device: torch.device) -> Workload:
         UserError: what :func:`fastsp.config.load_config` and :func:`fastsp.models.load_model` refuse; adapters;
             Stable Diffusion XL.
     """
-    config = load_config(file)
+    config = load_config(file, overrides)
     if config.model.lora is not None:
         raise UserError(f"{file}: fastsp bench measures the training of whole UNets: take model.lora out")
     data = config.data
@@ -159,20 +164,19 @@ def _workload(name: str, config: Config, model: Any, device: torch.device) -> Wo
     return Workload(name, config, dict(model.unet.config), latent_shape, text_shape, device)
 
 
-def _config(model: str, resolution: int, batch_size: int, precision: str) -> Config:
+def _config(model: str, resolution: int, batch_size: int, precision: str, overrides: Sequence[str]) -> Config:
     """A run as the paper describes it: an MSE stage, then a self-perceptual one."""
-    return Config.model_validate(
-        {
-            "run_dir": "runs/bench",
-            "precision": precision,
-            "model": {"preset": model} if model == "digits" else {"pretrained": model},
-            "data": {"source": "digits", "resolution": resolution, "batch_size": batch_size},
-            "stages": [
-                {"name": "mse", "objective": "mse", "steps": 1, "learning_rate": 3e-5},
-                {"name": "sp", "objective": "self_perceptual", "steps": 1, "learning_rate": 3e-5},
-            ],
-        }
-    )
+    tree: dict[str, Any] = {
+        "run_dir": "runs/bench",
+        "precision": precision,
+        "model": {"preset": model} if model == "digits" else {"pretrained": model},
+        "data": {"source": "digits", "resolution": resolution, "batch_size": batch_size},
+        "stages": [
+            {"name": "mse", "objective": "mse", "steps": 1, "learning_rate": 3e-5},
+            {"name": "sp", "objective": "self_perceptual", "steps": 1, "learning_rate": 3e-5},
+        ],
+    }
+    return config_of(tree, overrides, "fastsp bench")
 
 
 def _sd21_batch_size(device: torch.device) -> int:

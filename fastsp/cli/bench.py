@@ -9,13 +9,18 @@ import typer
 
 
 def bench(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the configuration's values.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="A run's YAML file; its weights are not read.", metavar="FILE")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows.", metavar="FILE")] = None,
     png: Annotated[Path | None, typer.Option("--png", help="Draw the roofline.", metavar="FILE.png")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples of a step.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each provider.")] = 20,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Turns of each provider; by default 20 of a step, on a GPU 6 of four.")
+    ] = None,
     only: Annotated[list[str] | None, typer.Option("--only", help="A provider; may be given several times.")] = None,
     compiled: Annotated[
         bool | None,
@@ -35,14 +40,14 @@ def bench(
     Without --config: Stable Diffusion 2.1-base in bf16 on a GPU, the quickstart's digits model in float32 on a CPU;
     weights are random in any case. Compiling takes minutes.
 
-    Example: fastsp bench --json bench.json --png roofline.png
+    Example: fastsp bench --json bench.json --png roofline.png attention=flash
     """
     import json
 
     import torch
     from rich.console import Console
 
-    from fastsp.bench.report import phase_lines, sweep_lines, table, verdict
+    from fastsp.bench.report import operator_lines, phase_lines, sweep_lines, table, verdict
     from fastsp.bench.roofline import save_roofline
     from fastsp.bench.run import Plan, run
     from fastsp.bench.workload import default_workload, workload_of
@@ -53,11 +58,12 @@ def bench(
     _check_outputs(json_file, png)
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    workload = workload_of(config, device) if config else default_workload(device)
+    workload = workload_of(config, device, overrides or []) if config else default_workload(device, overrides or [])
     if compiled is None and config is None:
         compiled = True
     settings = {"compile": compiled, "cuda_graph": False if no_cuda_graph else None}
     workload = workload.with_settings(batch_size, **{key: on for key, on in settings.items() if on is not None})
+    rounds = rounds or (6 if device.type == "cuda" else 20)
     plan = Plan(names, rounds, device.type == "cuda" if sweep is None else sweep, time_limit_s=time_limit)
 
     def say(line: str) -> None:
@@ -72,7 +78,7 @@ def bench(
         say("nothing was measured")
         raise typer.Exit(1)
     console.print(table(rows))
-    for line in (*phase_lines(rows), *sweep_lines(rows), *verdict(rows)):
+    for line in (*phase_lines(rows), *operator_lines(rows), *sweep_lines(rows), *verdict(rows)):
         say(line)
     if png is not None:
         save_roofline(rows, png)

@@ -34,6 +34,9 @@ def environment() -> dict[str, str]:
             facts[package] = "not installed"
     facts["commit"] = _commit()
     on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        facts["cuda"], facts["cudnn"] = str(torch.version.cuda), str(torch.backends.cudnn.version())
+        facts["device_memory_gb"] = f"{torch.cuda.get_device_properties(0).total_memory / 1e9:.1f}"
     facts["device"] = torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores"
     facts["platform"] = platform.platform(terse=True)
     return facts

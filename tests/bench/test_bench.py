@@ -20,9 +20,10 @@ from fastsp.bench.cost import count_phases, count_step
 from fastsp.bench.fastsp_step import FastspStep
 from fastsp.bench.measure import prepare, take_turns
 from fastsp.bench.need import missing
+from fastsp.bench.operators import group_of
 from fastsp.bench.phases import PHASES, time_phases
 from fastsp.bench.providers import PROVIDERS
-from fastsp.bench.report import phase_lines, verdict
+from fastsp.bench.report import operator_lines, phase_lines, verdict
 from fastsp.bench.run import Plan, groups, run
 from fastsp.bench.timing import datasheet_flops_per_s, quantiles
 from fastsp.bench.workload import SD21_BASE_UNET, SD21_TEXT_SHAPE, default_workload
@@ -120,7 +121,7 @@ def test_counted_operations():
 def test_phases_add_up_to_the_step():
     workload = tiny_workload(batch_size=2)
     phases = count_phases(workload)
-    assert tuple(phases) == PHASES == tuple(time_phases(workload, rounds=2))
+    assert tuple(phases) == PHASES == tuple(time_phases(FastspStep(workload), rounds=2))
     total = sum(phase.flops for phase in phases.values())
     assert total == count_step(PROVIDERS["fastsp_sp"], workload).flops
     assert phases["update"].flops == phases["reprojection"].flops == 0 < phases["teacher"].flops
@@ -161,6 +162,33 @@ def test_rows_have_the_contract_s_keys():
     assert [name for name, row in zip(names, rows, strict=True) if "phases" in row] == ["fastsp_sp"]
     assert len(phase_lines(rows)) == 1 + len(PHASES)
     assert kept[0] == len(names)
+    assert (rows[1]["cuda_graph"], rows[1]["teacher"]) == (False, "split") and "teacher" not in rows[0]
+    operators = rows[1]["operators"]
+    assert sum(row["share"] for row in operators) == pytest.approx(1.0)
+    assert {"convolutions", "matrix products", "fastsp's kernels"} <= {row["group"] for row in operators}
+    assert len(operator_lines(rows)) == 1 + len(operators)
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, ...>", "layout conversions"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x64x64", "attention"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>", "attention"),
+        ("fmha_cutlassB_bf16_aligned_64x64_k64_sm80(...)", "attention"),
+        ("triton_red_fused_native_group_norm_silu_12", "compiled kernels"),
+        ("_adamw_ema_kernel", "fastsp's kernels"),
+        ("_reproject_kernel", "fastsp's kernels"),
+        ("sm90_xmma_wgrad_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolutions"),
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "matrix products"),
+        ("aten::addmm", "matrix products"),
+        ("aten::mkldnn_convolution", "convolutions"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>", "other"),
+    ],
+)
+def test_operators_are_told_apart_by_their_names(name, group):
+    assert group_of(name) == group
 
 
 def test_the_time_limit_names_what_is_left_out():

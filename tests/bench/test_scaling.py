@@ -62,7 +62,7 @@ def test_every_plan_splits_the_batch_and_sharding_saves_memory(scaling):
 def test_figures_of_fastsp_bench(scaling, tmp_path, capsys):
     file = tmp_path / "step.json"
     rows = [
-        {"provider": f"fastsp_{name}", "samples_per_s": rate, "batch_size": 16}
+        {"name": f"fastsp_{name}", "samples_per_s": rate, "batch_size": 16}
         for name, rate in (("mse", 80.0), ("sp", 60.0))
     ]
     file.write_text(json.dumps(rows))
