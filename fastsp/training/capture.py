@@ -13,15 +13,14 @@ must not be during a recording. They are steps like any other. Recording compute
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastsp.cuda_graphs import Work, record_cuda_graphs
 from fastsp.data.batch import Batch
 from fastsp.errors import UserError
 from fastsp.training.parallel import ReplicatedGradients, ShardedGradients
@@ -29,7 +28,6 @@ from fastsp.training.step import StepResult, TrainingStep
 
 WARM_UP_STEPS = 2  # the first compiles and tunes; the second finds that done
 
-Work = Callable[[], None]
 Recorder = Callable[[Sequence[Work]], list[Work]]
 
 _log = logging.getLogger(__name__)
@@ -146,22 +144,6 @@ class Recording:
             torch._foreach_zero_(self.sums)
 
 
-def record_cuda_graphs(works: Sequence[Work]) -> list[Work]:
-    """A CUDA graph of each. They share their memory, so they are to be replayed one after the other.
-
-    Threads that read data go on meanwhile (``thread_local``).
-    """
-    pool, graphs = torch.cuda.graph_pool_handle(), []
-    # The current stream as a context: torch's own stays on the recording's stream when a recording fails.
-    with _no_garbage_collection(), _usable_generator(), torch.cuda.stream(torch.cuda.current_stream()):
-        for work in works:
-            graph: Any = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                work()
-            graphs.append(graph)
-    return [graph.replay for graph in graphs]
-
-
 def captured(step: TrainingStep) -> TrainingStep | CapturedStep:
     """The step as `cuda_graph` asks for it; auto: captured on a GPU.
 
@@ -184,28 +166,3 @@ def _cause(error: BaseException) -> BaseException:
     while error.__context__ is not None:
         error = error.__context__
     return error
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A tensor or graph that is collected during a recording would free memory, which breaks it."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextmanager
-def _usable_generator() -> Iterator[None]:
-    """A recording that fails leaves the device's generator waiting for its end, and everything random is refused from
-    then on: a copy of its state takes its place, which knows of no recording."""
-    try:
-        yield
-    except BaseException:
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        generator.graphsafe_set_state(generator.clone_state())
-        raise

@@ -1,0 +1,53 @@
+"""Work recorded as CUDA graphs: one launch instead of many."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+Work = Callable[[], None]
+
+
+def record_cuda_graphs(works: Sequence[Work]) -> list[Work]:
+    """A CUDA graph of each. They share their memory, so they are to be replayed one after the other.
+
+    Threads that read data go on meanwhile (``thread_local``).
+    """
+    pool, graphs = torch.cuda.graph_pool_handle(), []
+    # The current stream as a context: torch's own stays on the recording's stream when a recording fails.
+    with _no_garbage_collection(), _usable_generator(), torch.cuda.stream(torch.cuda.current_stream()):
+        for work in works:
+            graph: Any = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                work()
+            graphs.append(graph)
+    return [graph.replay for graph in graphs]
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A tensor or graph that is collected during a recording would free memory, which breaks it."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def _usable_generator() -> Iterator[None]:
+    """A recording that fails leaves the device's generator waiting for its end, and everything random is refused from
+    then on: a copy of its state takes its place, which knows of no recording."""
+    try:
+        yield
+    except BaseException:
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
