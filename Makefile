@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 OUT ?= out
 
-.PHONY: quickstart results test test-all lint unit slow bench gpu-test gpu-bench gpu-graph gpu-train clean
+.PHONY: quickstart results test test-all lint unit slow bench gpu gpu-test gpu-bench gpu-graph gpu-data gpu-train clean
 
 quickstart: $(VENV)/.train
 	@echo "== training and evaluating: configs/quickstart.yaml (goes on where it stopped)"
@@ -54,50 +54,71 @@ bench: $(VENV)/.test
 	$(PYTEST) benchmarks/kernels benchmarks/data benchmarks/step benchmarks/checkpoint -s --benchmark-json=$(OUT)/bench.json
 
 # On a machine with one NVIDIA GPU and its own Python: no .venv, nothing installed, each target by itself in less than
-# nine minutes. What they write goes to OUT, the compilers' caches too: a second run with the same OUT compiles little.
+# nine minutes. What they write goes to OUT, the compilers' caches to CACHE: a second run with the same one compiles little.
+# What is not installed is named, and only what needs it is left out. `make gpu` does everything, in half an hour.
 PYTHON_GPU ?= python3
-CACHE = $(abspath $(OUT))/cache
-GPU_ENV = PYTHONPATH=.:kernels FASTSP_CACHE=$(CACHE)/fastsp TORCHINDUCTOR_CACHE_DIR=$(CACHE)/inductor \
-	TRITON_CACHE_DIR=$(CACHE)/triton CUBLAS_WORKSPACE_CONFIG=:4096:8
-NEED = PYTHONPATH=.:kernels $(PYTHON_GPU) -m fastsp.bench.need
+CACHE ?= $(abspath $(OUT))/cache
+FASTSP_COMMIT ?= $(shell git describe --always --dirty --abbrev=10 2>/dev/null)
+IMPORTS = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH}
+GPU_ENV = $(IMPORTS) FASTSP_COMMIT=$(FASTSP_COMMIT) FASTSP_CACHE=$(CACHE)/fastsp CUBLAS_WORKSPACE_CONFIG=:4096:8 \
+	TORCHINDUCTOR_CACHE_DIR=$(CACHE)/inductor TRITON_CACHE_DIR=$(CACHE)/triton
+NEED = $(IMPORTS) $(PYTHON_GPU) -m fastsp.bench.need
 HAS_GPU = $(PYTHON_GPU) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch finds no GPU')"
+KERNEL_PACKAGES = torch triton pytest
+MODEL_PACKAGES = $(KERNEL_PACKAGES) diffusers transformers tokenizers pydantic yaml rich typer PIL
+DATA_PACKAGES = $(MODEL_PACKAGES) nvidia.dali simplejpeg
+GPU_PYTEST = $(GPU_ENV) timeout -s INT -k 20 $(1) $(PYTHON_GPU) -m pytest -p no:cacheprovider $(2)
 # Only these files are read: others may need packages that the machine does not have.
-GPU_TESTS = `grep -rl "mark\.gpu" tests --include="test_*.py"`
-GPU_PACKAGES = torch triton diffusers transformers tokenizers pydantic yaml rich typer PIL
+GPU_TESTS = `grep -rl "mark\.gpu" tests --include="test_*.py" | grep -v "^tests/kernels"`
+
+gpu:
+	@$(MAKE) --keep-going gpu-test gpu-bench gpu-graph gpu-data gpu-train
 
 gpu-test:
-	@echo "== tests that need a GPU; into $(OUT)/gpu-test.xml"
+	@echo "== tests that need a GPU; into $(OUT)/gpu-test*.xml"
 	@mkdir -p $(OUT)
-	@$(NEED) nvidia.dali xformers sklearn scipy peft accelerate webdataset || true
-	@if $(NEED) $(GPU_PACKAGES) pytest && $(HAS_GPU); then $(GPU_ENV) timeout 530 $(PYTHON_GPU) -m pytest $(GPU_TESTS) -m gpu \
-		--continue-on-collection-errors -p no:cacheprovider --durations=10 --junitxml=$(OUT)/gpu-test.xml; \
-	else echo "gpu-test: skipped"; fi
+	@$(NEED) nvidia.dali simplejpeg xformers sklearn scipy peft accelerate webdataset || true
+	@failed=0; \
+	if $(NEED) $(KERNEL_PACKAGES) && $(HAS_GPU); then $(call GPU_PYTEST,200,tests/kernels -m gpu --durations=5 \
+		--continue-on-collection-errors --junitxml=$(OUT)/gpu-test-kernels.xml) || failed=1; \
+	else echo "gpu-test: kernels skipped"; fi; \
+	if $(NEED) $(MODEL_PACKAGES) && $(HAS_GPU); then $(call GPU_PYTEST,300,$(GPU_TESTS) -m gpu --durations=10 \
+		--continue-on-collection-errors --junitxml=$(OUT)/gpu-test.xml) || failed=1; \
+	else echo "gpu-test: the rest skipped"; fi; \
+	exit $$failed
 
 gpu-bench:
-	@echo "== fastsp bench, and the kernels' benchmarks; into $(OUT)/*.json and $(OUT)/roofline.png"
+	@echo "== the kernels' benchmarks, then fastsp bench; into $(OUT)/*.json and $(OUT)/roofline.png"
 	@mkdir -p $(OUT)
-	@if $(NEED) $(GPU_PACKAGES) && $(HAS_GPU); then $(GPU_ENV) timeout 420 $(PYTHON_GPU) -m fastsp bench --time-limit 300 \
-		--json $(OUT)/step.json `$(NEED) matplotlib && echo --png $(OUT)/roofline.png`; \
-	else echo "gpu-bench: fastsp bench skipped"; fi
-	@if $(NEED) torch triton pytest pytest_benchmark && $(HAS_GPU); then $(GPU_ENV) timeout 110 $(PYTHON_GPU) -m pytest \
-		benchmarks/kernels -s -p no:cacheprovider --benchmark-json=$(OUT)/kernels.json; \
+	@if $(NEED) $(KERNEL_PACKAGES) pytest_benchmark && $(HAS_GPU); then for file in benchmarks/kernels/bench_*.py; do \
+		$(call GPU_PYTEST,40,$$file -s --benchmark-json=$(OUT)/kernels-`basename $$file .py`.json) || true; done; \
 	else echo "gpu-bench: the kernels' benchmarks skipped"; fi
+	@if $(NEED) $(MODEL_PACKAGES) && $(HAS_GPU); then $(GPU_ENV) timeout -s INT -k 20 360 $(PYTHON_GPU) -m fastsp bench \
+		--time-limit 270 --json $(OUT)/step.json `$(NEED) matplotlib && echo --png $(OUT)/roofline.png`; \
+	else echo "gpu-bench: fastsp bench skipped"; fi
 
 # What of fastsp's own step is worth what: one CUDA graph or none, the teacher in one call or in two.
 gpu-graph:
 	@echo "== fastsp bench with and without a CUDA graph, teacher batched and split; into $(OUT)/step-*.json"
 	@mkdir -p $(OUT)
-	@if $(NEED) $(GPU_PACKAGES) && $(HAS_GPU); then \
-		$(GPU_ENV) timeout 290 $(BENCH_OWN) --json $(OUT)/step-graph.json; \
-		$(GPU_ENV) timeout 240 $(BENCH_OWN) --no-cuda-graph --json $(OUT)/step-no-graph.json; \
+	@if $(NEED) $(MODEL_PACKAGES) && $(HAS_GPU); then \
+		$(GPU_ENV) timeout -s INT -k 20 290 $(BENCH_OWN) --json $(OUT)/step-graph.json; \
+		$(GPU_ENV) timeout -s INT -k 20 220 $(BENCH_OWN) --no-cuda-graph --json $(OUT)/step-no-graph.json; \
 	else echo "gpu-graph: skipped"; fi
-BENCH_OWN = $(PYTHON_GPU) -m fastsp bench --time-limit 150 --no-sweep \
+BENCH_OWN = $(PYTHON_GPU) -m fastsp bench --time-limit 150 --no-sweep --rounds 4 \
 	--only fastsp_sp --only fastsp_sp_split --only fastsp_mse
+
+gpu-data:
+	@echo "== pictures decoded a second, and what a step waits for them; into $(OUT)/data.json"
+	@mkdir -p $(OUT)
+	@if $(NEED) $(DATA_PACKAGES) pytest_benchmark webdataset && $(HAS_GPU); then \
+		$(call GPU_PYTEST,500,benchmarks/data -s --benchmark-json=$(OUT)/data.json); \
+	else echo "gpu-data: skipped"; fi
 
 gpu-train:
 	@echo "== about a minute of training: pictures in $(OUT)/train/samples"
 	@mkdir -p $(OUT)
-	@if $(NEED) $(GPU_PACKAGES) nvidia.dali sklearn tensorboard && $(HAS_GPU); then \
+	@if $(NEED) $(DATA_PACKAGES) sklearn tensorboard && $(HAS_GPU); then \
 		$(GPU_ENV) timeout 530 $(PYTHON_GPU) -m fastsp train --config configs/quickstart.yaml --resume \
 		run_dir=$(OUT)/train evaluation.enabled=false samples.every=200 \
 		stages.0.steps=800 stages.1.steps=200 stages.2.steps=200; \
