@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastsp.data.jpeg import JpegFile, decode_jpeg, read_jpeg
+from fastsp.data.libraries import library
 from fastsp.data.orientation import upright
 from fastsp.data.pillow_images import check_size, decode_image, kind_of, open_image
 from fastsp.data.samples import BadSample
@@ -122,8 +123,7 @@ class JpegsOnGpu:
         # It prints a line for every file that it rejects; fastsp names them itself. Read when the library is loaded.
         os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
         os.environ.setdefault("NVIMGCODEC_VERBOSITY", "0")
-        from nvidia import nvimgcodec  # only here: a CPU needs none of it
-
+        nvimgcodec = library("nvidia.nvimgcodec")
         self.device = device
         self.stream = nvimgcodec.CodeStream
         self.decoder = nvimgcodec.Decoder(device_id=device.index or 0, max_num_cpu_threads=threads, **options)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
+from fastsp.data.libraries import library
 from fastsp.data.samples import BadSample
 
 START, END, EXIF = b"\xff\xd8", b"\xff\xd9", b"Exif\0\0"
@@ -148,6 +148,8 @@ def decode_jpeg(jpeg: JpegFile, channels: int) -> np.ndarray:
     Raises:
         BadSample: libjpeg-turbo has an error or a warning to report.
     """
+    simplejpeg = library("simplejpeg")
+
     file = jpeg.content
     try:
         if len(jpeg.components) == 4:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
 from fastsp.data.decode import ImageDecoder, OpenedImage, default_threads
 from fastsp.data.geometry import crop_geometry
+from fastsp.data.libraries import library
 from fastsp.data.samples import BadSample
 
 # Decoded at once, at full size: 400 MB of RGB. Large photographs would otherwise take many gigabytes a batch.
@@ -74,7 +75,6 @@ class ImagePipeline:
             device_id=None if self.device.type == "cpu" else self.device.index or 0,
             prefetch_queue_depth=1,  # a thread of ours runs ahead of the training, see `prefetch`
         )
-        self.dali.build()
 
     def __call__(self, files: Sequence[bytes], positions: Tensor) -> Pixels:
         """Images from encoded files.
@@ -154,23 +154,31 @@ def _joined(parts: Sequence[Pixels]) -> Pixels:
     )
 
 
-@pipeline_def
-def _dali_pipeline(*, channels: int, resolution: int, on_gpu: bool):
+def _dali_pipeline(*, channels: int, resolution: int, on_gpu: bool, **settings: Any) -> Any:
+    library("nvidia.dali")
+    from nvidia.dali import Pipeline, fn, types
+
     device = "gpu" if on_gpu else "cpu"
-    images = fn.external_source(name="images", device=device, layout="HWC", dtype=types.UINT8, ndim=3, no_copy=True)
-    size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
-    top = fn.external_source(name="top", dtype=types.FLOAT, ndim=0)
-    left = fn.external_source(name="left", dtype=types.FLOAT, ndim=0)
-    mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
-    images = fn.resize_crop_mirror(
-        images,
-        size=size,
-        crop=(resolution, resolution),
-        crop_pos_y=top,
-        crop_pos_x=left,
-        mirror=mirror,
-        interp_type=types.INTERP_LINEAR,
-        antialias=True,
-    )
-    middle = [127.5] * channels
-    return fn.crop_mirror_normalize(images, mean=middle, std=middle, dtype=types.FLOAT, output_layout="HWC")
+    pipeline = Pipeline(**settings)
+    with pipeline:
+        images = fn.external_source(name="images", device=device, layout="HWC", dtype=types.UINT8, ndim=3, no_copy=True)
+        size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
+        top = fn.external_source(name="top", dtype=types.FLOAT, ndim=0)
+        left = fn.external_source(name="left", dtype=types.FLOAT, ndim=0)
+        mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
+        images = fn.resize_crop_mirror(
+            images,
+            size=size,
+            crop=(resolution, resolution),
+            crop_pos_y=top,
+            crop_pos_x=left,
+            mirror=mirror,
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+        )
+        middle = [127.5] * channels
+        pipeline.set_outputs(
+            fn.crop_mirror_normalize(images, mean=middle, std=middle, dtype=types.FLOAT, output_layout="HWC")
+        )
+    pipeline.build()
+    return pipeline

@@ -20,6 +20,7 @@ from fastsp.data.collate import Collator, ImageCollator, LatentCollator
 from fastsp.data.digits import digits_shards
 from fastsp.data.folder import FolderReader
 from fastsp.data.latents import LatentReader, LatentsHeader
+from fastsp.data.libraries import library
 from fastsp.data.order import SampleOrder
 from fastsp.data.pipeline import ImagePipeline
 from fastsp.data.prefetch import Prefetcher
@@ -115,12 +116,15 @@ def open_source(
 
     Raises:
         UserError: a path that is missing or holds nothing, an unknown source, split or crop, latents that do not fit,
-            more samples lost in damaged files than `max_bad_fraction` allows.
+            more samples lost in damaged files than `max_bad_fraction` allows, a package that is not installed.
     """
     if config.source not in SOURCES:
         raise UserError(f"data.source is {config.source!r}; allowed: {', '.join(SOURCES)}")
     if config.crop not in CROPS:
         raise UserError(f"data.crop is {config.crop!r}; allowed: {', '.join(CROPS)}")
+    device = torch.device(device)
+    if config.source != "latents":
+        library("nvidia.dali"), library("simplejpeg")  # at once, not when the first batch is made
     reader = _open_reader(config, known_shards)
     _check_lost(reader, config.max_bad_fraction)
     header = LatentsHeader.load(config.path) if config.source == "latents" else None
@@ -129,7 +133,7 @@ def open_source(
     return Source(
         reader,
         order=SampleOrder(len(reader), seed) if shuffle else (lambda positions: positions % len(reader)),
-        open_collator=_collator(config, Tokenize(tokenizer, tokenizer_2), channels, seed, torch.device(device), header),
+        open_collator=_collator(config, Tokenize(tokenizer, tokenizer_2), channels, seed, device, header),
         bad_samples=BadSampleLog(bad_samples_file, config.max_bad_fraction, len(reader)),
         workers=config.workers,
         prefetch=config.prefetch,

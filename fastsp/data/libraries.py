@@ -1,0 +1,33 @@
+"""The libraries that turn files into pixels, which are imported only where there are pictures.
+
+Latents, and everything else that imports `fastsp.data`, work without them: DALI is for Linux alone.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from fastsp.errors import UserError
+
+PACKAGES = {
+    "nvidia.dali": "nvidia-dali-cuda130",
+    "nvidia.nvimgcodec": "nvidia-nvimgcodec-cu13",  # comes with DALI; for a GPU alone
+    "simplejpeg": "simplejpeg",
+}
+
+
+def library(module: str) -> Any:
+    """Import one of them.
+
+    Args:
+        module: its import name, a key of `PACKAGES`.
+
+    Raises:
+        UserError: it is not installed, or cannot be imported.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        what = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported: {error}"
+        raise UserError(f"pictures need {PACKAGES[module]}, which {what}; pip install 'fastsp[train]'") from error
