@@ -1,5 +1,8 @@
 """Work in a thread: order, errors, and an end that leaves no thread behind."""
 
+import gc
+import subprocess
+import sys
 import threading
 import time
 from itertools import count
@@ -56,3 +59,25 @@ def test_close_stops_a_chain_of_threads(taken):
     assert not threads("chain")
     with pytest.raises(StopIteration):
         next(items)
+
+
+def test_one_that_is_dropped_leaves_no_thread():
+    items = Prefetcher(count(), 2, "dropped")
+    assert next(items) == 0 and threads("dropped")
+    del items
+    gc.collect()
+    assert not threads("dropped")
+
+
+def test_a_program_that_ends_without_closing_ends_well():
+    """A thread that is within a library's code when the interpreter goes would abort it."""
+    code = """
+import itertools, torch
+from fastsp.data.prefetch import Prefetcher
+items = Prefetcher((torch.randn(300, 300) @ torch.randn(300, 300) for _ in itertools.count()), 2, "left")
+next(items)
+print("done")
+"""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
