@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import threading
+from bisect import bisect_left, insort
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,7 +35,9 @@ class BadSampleLog:
         self.max_fraction = max_fraction
         self.size = size
         self.reasons: dict[str, str] = {}
-        self._named: dict[str, int] = {}  # by any process, as far as the file was read: the first position
+        self._lock = threading.Lock()  # the thread that collates adds, the training asks
+        self._named: set[str] = set()  # by any process, as far as the file was read
+        self._positions: list[int] = []  # the first of each, sorted; -1: it has none
         self._read_up_to = 0  # bytes
         self._delivered = 0  # by this process
         self._end = 0  # behind the last bad sample's position
@@ -44,8 +48,9 @@ class BadSampleLog:
 
     def met_before(self, position: int) -> int:
         """Bad samples that this run has met below a position, in any process and before a resume too."""
-        self._refresh()
-        return sum(first < position for first in self._named.values())
+        with self._lock:
+            self._refresh()
+            return bisect_left(self._positions, position)
 
     def add(self, sample: str, reason: str, position: int | None = None) -> None:
         """Name a bad sample, if it has not been. Without a position: a file of many samples, which counts as none."""
@@ -54,10 +59,11 @@ class BadSampleLog:
         if sample in self.reasons:
             return
         self.reasons[sample] = reason
-        if self.path is None:
-            self._named[sample] = -1 if position is None else position
-        else:
-            self._append({"sample": sample, "reason": reason, "position": position})
+        with self._lock:
+            if self.path is None:
+                self._name(sample, position)
+            elif sample not in self._named:
+                self._append({"sample": sample, "reason": reason, "position": position})
 
     def count(self, delivered: int, rejected: int) -> None:
         """Count the samples of one batch, after its bad ones were named.
@@ -69,9 +75,8 @@ class BadSampleLog:
         self._delivered += delivered
         if not rejected:
             return  # what others met is theirs to complain about
-        self._refresh()
         end = self._end if self.path is not None else self._delivered
-        bad = sum(0 <= first < self._end for first in self._named.values())
+        bad = self.met_before(self._end) - self.met_before(0)
         if bad > self.max_fraction * min(max(end, MIN_POSITIONS), self.size):
             name, reason = next(reversed(self.reasons.items()))
             where = f"; they are named in {self.path}" if self.path else ""
@@ -113,6 +118,11 @@ class BadSampleLog:
         """A line of the file; that of a run which was killed in the midst of it says nothing."""
         try:
             record = json.loads(line)
-            self._named.setdefault(record["sample"], -1 if record["position"] is None else record["position"])
+            self._name(record["sample"], record["position"])
         except (ValueError, KeyError, TypeError):
             return
+
+    def _name(self, sample: str, position: int | None) -> None:
+        if sample not in self._named:
+            insort(self._positions, -1 if position is None else position)  # nearly always at the end
+            self._named.add(sample)

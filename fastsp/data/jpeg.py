@@ -22,7 +22,7 @@ START, END, EXIF = b"\xff\xd8", b"\xff\xd9", b"Exif\0\0"
 SOS, APP1, APP14 = 0xDA, 0xE1, 0xEE
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 .. SOF15; the others are tables
 WITHOUT_LENGTH = frozenset([0x01, *range(0xD0, 0xD8)])
-NEXT_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # FF 00 is a byte of data, FF D0 .. D7 a restart within it
+NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # FF 00 is a byte of data, FF D0 .. D7 a restart within it
 ORIENTATION = 0x0112
 UNKNOWN_SAMPLING = "Could not determine subsampling level"
 

@@ -1,6 +1,8 @@
 """The record of bad samples: each named once, by several processes too, and a fraction that means something."""
 
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -130,3 +132,18 @@ def test_where_a_run_stops_does_not_depend_on_the_number_of_processes(tmp_path, 
         if any(position is not None for position in stopped):
             break
     assert min(position for position in stopped if position is not None) == 500
+
+
+def test_one_thread_adds_while_another_asks(tmp_path):
+    """The training's progress display asks what the data's threads have met."""
+    log = BadSampleLog(tmp_path / "bad_samples.jsonl", 1.0, size=1000)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            asking = [pool.submit(lambda: [log.met_before(1000) for _ in range(20)]) for _ in range(50)]
+            assert deliver(log, range(1000), 1000, lambda index: True) is None
+            assert all(found == sorted(found) for found in (future.result() for future in asking))
+    finally:
+        sys.setswitchinterval(interval)
+    assert log.met_before(1000) == 1000 == len((tmp_path / "bad_samples.jsonl").read_text().splitlines())

@@ -330,6 +330,8 @@ def test_a_jpeg_that_was_cut_off_has_no_end(options):
     for length in range(scan + 20, len(file)):
         assert not read_jpeg(file[:length]).is_whole()
     assert not any(read_jpeg(file[:-2] + junk).is_whole() for junk in (bytes(1000), b"\xff" * 9, b"\xff\0"))
+    erased = file[:-2] + b"\xff" * 2_000_000 + b"\0"  # as flash memory is; looked at once, not from every byte anew
+    assert not read_jpeg(erased).is_whole() and read_jpeg(erased + b"\xff\xff\xd9" + bytes(9)).is_whole()
 
 
 class GpuThatFailsBatches(JpegsOnGpu):
