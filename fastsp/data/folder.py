@@ -11,13 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastsp.data.captions import caption_from_record, caption_from_text
+import torch
+from torch import Tensor
+
+from fastsp.data.captions import JSON_KEYS, caption_from_record, caption_from_text
 from fastsp.data.inventory import MAX_NAMES, Inventory, Part
-from fastsp.data.samples import BadSample, EncodedSample, printable
+from fastsp.data.samples import BadSample, EncodedSample, check_file_size, printable
 from fastsp.data.tar_scan import IMAGE_SUFFIXES, split_name
 from fastsp.errors import UserError
 
@@ -53,7 +57,7 @@ class FolderReader:
         """The sidecars that do not end in just `.txt`, by their path without the suffix."""
         self._captioned_by_name: set[str] = set()
         self._walk()
-        self.paths.sort(key=lambda path: path.split("/"))
+        self.paths.sort(key=lambda path: path.replace("/", "\0"))  # folder by folder: before any other character
         if not self.paths:
             raise UserError(f"data.path is {str(folder)!r}; it holds no images ({', '.join(IMAGE_SUFFIXES)})")
         self._name_missing()
@@ -65,10 +69,9 @@ class FolderReader:
         """The image's path."""
         return printable(str(self.root / self.paths[index]))
 
-    def size(self, index: int) -> int:
-        """Bytes of the image and of its sidecar, as far as they are there."""
-        path = self.paths[index]
-        return sum(file.stat().st_size for file in (self.root / path, self._sidecar(path)) if file.is_file())
+    def sizes(self) -> Tensor:
+        """(N,) int64: bytes of every image and of its sidecar, as far as they are there."""
+        return torch.tensor([_size(self.root / path) + _size(self._sidecar(path)) for path in self.paths])
 
     def inventory(self) -> Inventory:
         """The images of every folder, and their names."""
@@ -210,11 +213,21 @@ def _record(line: bytes, where: str) -> tuple[str, Any]:
             raise TypeError(f"file_name is {name!r}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: {error!r}; it must be a JSON object with file_name and text") from error
-    return name, record
+    return name, {key: record[key] for key in JSON_KEYS if key in record}  # of millions, the other columns are a burden
+
+
+def _size(path: Path) -> int:
+    try:
+        status = path.stat()
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def _read_file(path: Path, what: str) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb", buffering=0) as file:
+            check_file_size(os.fstat(file.fileno()).st_size)
+            return file.readall()
     except OSError as error:
         raise BadSample(f"cannot read the {what}: {error.strerror or error}") from error

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastsp.data.inventory import Inventory
 
+MAX_FILE_BYTES = 2_000_000_000  # an uncompressed image of the largest size, of 16 bits and with alpha, has 1.4e9
+
 
 @dataclass(frozen=True)
 class EncodedSample:
@@ -27,6 +29,12 @@ def printable(name: str) -> str:
 
 class BadSample(Exception):  # noqa: N818 - it is the sample that is bad, and the run goes on
     """A sample that cannot be trained on, and why: one line, without the sample's name."""
+
+
+def check_file_size(size: int) -> None:
+    """Raises `BadSample` for a file of so many bytes that it would fill the memory."""
+    if size > MAX_FILE_BYTES:
+        raise BadSample(f"too large: {size} bytes")
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,8 @@ class SampleReader(Protocol):
     def name(self, index: int) -> str:
         """The sample's name, which is unique in the data set and tells a person where to look."""
 
-    def size(self, index: int) -> int:
-        """Bytes that the sample takes where it lies."""
+    def sizes(self) -> Tensor:
+        """(N,) int64: bytes that every sample takes where it lies."""
 
     def inventory(self) -> Inventory:
         """What the data set consists of: the same as long as the samples and their order are."""

@@ -14,9 +14,11 @@ from dataclasses import replace
 from glob import glob
 from pathlib import Path
 
+from torch import Tensor
+
 from fastsp.data.captions import caption_from_json, caption_from_text
 from fastsp.data.inventory import Inventory
-from fastsp.data.samples import BadSample, EncodedSample, printable
+from fastsp.data.samples import BadSample, EncodedSample, check_file_size, printable
 from fastsp.data.tar_index import TarIndex, load_index, load_or_build_index
 from fastsp.data.tar_scan import IMAGE_SUFFIXES, Span
 from fastsp.errors import UserError
@@ -122,9 +124,9 @@ class ShardReader:
         shard, key = self.index.name(index)
         return f"{shard}#{key}"
 
-    def size(self, index: int) -> int:
-        """Bytes of the sample's members."""
-        return sum(size for _, size in self.index[index][1])
+    def sizes(self) -> Tensor:
+        """(N,) int64: bytes of every sample's members."""
+        return self.index.columns["locations"][:, 2::2].sum(1)
 
     def check(self, content: bytes) -> None:
         """Raises BadSample for what says of itself that it is none; images do not."""
@@ -167,6 +169,7 @@ def _index_with_gone(patterns: Patterns, suffixes: Sequence[str], known: Sequenc
 
 def _read_at(descriptor: int, span: Span) -> bytes:
     offset, size = span
+    check_file_size(size)
     content = os.pread(descriptor, size, offset) if size else b""
     if len(content) != size:
         raise BadSample(f"the shard ends early: {len(content)} of {size} bytes")

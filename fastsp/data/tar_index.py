@@ -174,7 +174,7 @@ def _load(place: Path, shards: Sequence[Path], suffixes: Sequence[str]) -> TarIn
             columns = {name: file.get_tensor(name) for name in ("locations", "keys", "key_ends")}
         damaged, notes = ([(path, what) for path, what in json.loads(metadata[name])] for name in ("damaged", "notes"))
         return TarIndex([str(shard) for shard in shards], columns, damaged, notes, int(metadata["lost"]))
-    except (OSError, SafetensorError, ValueError, KeyError):
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError):
         return None
 
 

@@ -19,7 +19,7 @@ import numpy as np
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 CAPTION_SUFFIXES = ("txt", "json")
 BLOCK = 512  # a tar is a sequence of blocks of this many bytes
-_READ_BLOCKS = 8192  # at once, when looking for the next header
+_READ_BLOCKS, _MAX_READ_BLOCKS = 128, 8192  # at once, when looking for the next header: mostly it is near
 _CHECKSUM_DIGITS = slice(148, 154)  # of a header: six octal digits, blanks before them in old archives
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _NAMED = 3  # damaged places of one tar that are named, of perhaps thousands
@@ -213,10 +213,10 @@ def _go_on(file: BinaryIO, end: int, cut: str | None, size: int, scan: _Scan) ->
 
 def _next_header(file: BinaryIO, start: int, size: int) -> tuple[int | None, bool]:
     """The first block after the one at `start` that is a header by its checksum, and whether only zeros lie before."""
-    only_zeros = True
-    for offset in range(start, size, BLOCK * _READ_BLOCKS):
+    only_zeros, offset, count = True, start, _READ_BLOCKS
+    while offset < size:
         file.seek(offset)
-        content = file.read(BLOCK * _READ_BLOCKS)
+        content = file.read(BLOCK * count)
         blocks = np.frombuffer(content[: len(content) // BLOCK * BLOCK], np.uint8).reshape(-1, BLOCK)
         digits = blocks[:, _CHECKSUM_DIGITS]
         likely = ((digits >= ord("0")) & (digits <= ord("7")) | (digits == ord(" "))).all(1)
@@ -225,6 +225,7 @@ def _next_header(file: BinaryIO, start: int, size: int) -> tuple[int | None, boo
             if place > start and _is_header(blocks[index].tobytes()):
                 return place, only_zeros and not blocks[:index].any()
         only_zeros = only_zeros and not content.strip(b"\0")
+        offset, count = offset + BLOCK * count, min(2 * count, _MAX_READ_BLOCKS)
     return None, only_zeros
 
 

@@ -177,3 +177,17 @@ def test_names_that_are_not_utf8(tmp_path):
     assert reader.inventory().names == ("caf\\udce9.jpg",)
     (tmp_path / name / f"{name}.txt").unlink()
     assert FolderReader(tmp_path / name).read(0).caption == "caf\\udce9"
+
+
+def test_the_order_is_that_of_the_folders_not_of_the_letters(tmp_path):
+    names = ["a/z.jpg", "a/b/c.jpg", "a b/c.jpg", "a-b.jpg", "a.jpg"]
+    reader = FolderReader(write(tmp_path, dict.fromkeys(names, b"x")), captioned=False)
+    assert reader.paths == sorted(names, key=lambda name: name.split("/"))
+
+
+def test_a_file_that_would_fill_the_memory_is_a_bad_sample(tmp_path):
+    reader = FolderReader(write(tmp_path, {"big.jpg": b"", "big.txt": "x"}))
+    os.truncate(tmp_path / "big.jpg", 2**33)  # takes no room on the disk
+    with pytest.raises(BadSample, match="too large: 8589934592 bytes"):
+        reader.read(0)
+    assert reader.sizes().tolist() == [2**33 + 1]

@@ -1,6 +1,8 @@
 """Tar shards: patterns, the index and its file, and what is said about damage."""
 
 import json
+import os
+import tarfile
 
 import pytest
 from data.helpers import write_tar
@@ -190,3 +192,15 @@ def test_a_shard_that_is_gone_keeps_its_place_in_a_run_that_goes_on(shards):
     write_tar(shards[1], [("new.jpg", b"jpg"), ("new.txt", b"text")])
     changed = ShardReader(shards[0].parent, known=known).inventory()
     assert before.inventory().difference(changed) == "6 samples before, 1 now, 00008.tar is missing"
+
+
+def test_a_member_that_would_fill_the_memory_is_a_bad_sample(tmp_path):
+    member = tarfile.TarInfo("big.jpg")
+    member.size = 2**33  # takes no room on the disk
+    tar = tmp_path / "0.tar"
+    tar.write_bytes(member.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(tar, 512 + 2**33)
+    reader = ShardReader(tar, captioned=False)
+    assert reader.sizes().tolist() == [2**33]
+    with pytest.raises(BadSample, match="too large: 8589934592 bytes"):
+        reader.read(0)
