@@ -36,6 +36,7 @@ class BadSampleLog:
         self.size = size
         self.reasons: dict[str, str] = {}
         self._lock = threading.Lock()  # the thread that collates adds, the training asks
+        self._news: list[tuple[str, str]] = []  # files of many samples that `news` has not told yet
         self._named: set[str] = set()  # by any process, as far as the file was read
         self._positions: list[int] = []  # the first of each, sorted; -1: it has none
         self._read_up_to = 0  # bytes
@@ -60,10 +61,20 @@ class BadSampleLog:
             return
         self.reasons[sample] = reason
         with self._lock:
+            self._news += [(sample, reason)] if position is None else []
             if self.path is None:
                 self._name(sample, position)
             elif sample not in self._named:
                 self._append({"sample": sample, "reason": reason, "position": position})
+
+    def news(self) -> str | None:
+        """What to tell a person: the files of many samples that were named since this was last asked for."""
+        with self._lock:
+            news, self._news = self._news, []
+        if not news:
+            return None
+        more = f" (and {len(news) - 1} more)" if len(news) > 1 else ""
+        return f"{news[0][0]}: {news[0][1]}{more}{f'; see {self.path}' if self.path else ''}"
 
     def count(self, delivered: int, rejected: int) -> None:
         """Count the samples of one batch, after its bad ones were named.

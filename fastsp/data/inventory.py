@@ -15,6 +15,7 @@ from typing import NamedTuple
 from fastsp.errors import UserError
 from fastsp.files import read_text, write_file
 
+FILE = "data.json"  # in the folder of a run
 MAX_NAMES = 100_000  # kept one by one up to so many; above, a difference is told by the folder it is in
 
 
@@ -61,6 +62,11 @@ class Inventory:
             return cls(parts, tuple(fields["shards"]), tuple(fields["names"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
+
+    @classmethod
+    def of_run(cls, folder: Path) -> Inventory | None:
+        """What a run keeps of its data; None where it keeps nothing, being new or from before this was kept."""
+        return cls.load(folder / FILE) if (folder / FILE).exists() else None
 
     def difference(self, now: Inventory) -> str | None:
         """What is different now, for people; None: the samples and their order are the same."""

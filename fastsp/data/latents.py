@@ -240,6 +240,6 @@ def latent_shards(folder: str | Path) -> list[Path]:
     if missing:
         raise UserError(
             f"data.path is {str(folder)!r}; {len(missing)} of {len(shards)} shards are missing, such as "
-            f"{missing[0].name}: go on with fastsp encode"
+            f"{missing[0].name}: put back what was there, or let fastsp encode make it"
         )
     return shards

@@ -37,6 +37,14 @@ def check_file_size(size: int) -> None:
         raise BadSample(f"too large: {size} bytes")
 
 
+class LostFile(BadSample):
+    """A sample that is bad because a whole file of samples cannot be read any more."""
+
+    def __init__(self, file: str, reason: str):
+        super().__init__(reason)
+        self.file = file
+
+
 @dataclass(frozen=True)
 class ReadStep:
     """One rank's samples of one optimizer step as they were read, in the order of their positions."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastsp.data.captions import caption_from_json, caption_from_text
 from fastsp.data.inventory import Inventory
-from fastsp.data.samples import BadSample, EncodedSample, check_file_size, printable
+from fastsp.data.samples import BadSample, EncodedSample, LostFile, check_file_size, printable
 from fastsp.data.tar_index import TarIndex, load_index, load_or_build_index
 from fastsp.data.tar_scan import IMAGE_SUFFIXES, Span
 from fastsp.errors import UserError
@@ -147,7 +147,8 @@ class ShardReader:
                 text = _read_at(tar.fileno(), sample.text)
                 as_json = b"" if text.strip() else _read_at(tar.fileno(), sample.json)
         except OSError as error:
-            raise BadSample(f"cannot read the shard: {error.strerror or error}") from error
+            reason = f"cannot read the shard: {error.strerror or error}"
+            raise LostFile(printable(shard), reason) from error
         return EncodedSample(image, caption_from_json(as_json) if as_json else caption_from_text(text))
 
 

@@ -24,7 +24,7 @@ from fastsp.data.libraries import library
 from fastsp.data.order import SampleOrder
 from fastsp.data.pipeline import ImagePipeline
 from fastsp.data.prefetch import Prefetcher
-from fastsp.data.samples import BadSample, EncodedSample, ReadStep, SampleReader
+from fastsp.data.samples import BadSample, EncodedSample, LostFile, ReadStep, SampleReader
 from fastsp.data.shards import ShardReader
 from fastsp.errors import UserError
 
@@ -305,8 +305,10 @@ class Source:
             for step in steps:
                 batch, bad = collate(step)
                 for row in sorted(bad):
-                    name = self.reader.name(step.indices[row])
-                    self.bad_samples.add(name, str(bad[row]), int(step.positions[row]))
+                    rejected, name = bad[row], self.reader.name(step.indices[row])
+                    if isinstance(rejected, LostFile):
+                        self.bad_samples.add(rejected.file, f"lost since the run began: {rejected}")
+                    self.bad_samples.add(name, str(rejected), int(step.positions[row]))
                 self.bad_samples.count(len(batch), len(bad))
                 yield batch
 

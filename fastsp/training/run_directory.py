@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fastsp.config import Config
-from fastsp.data.inventory import Inventory
+from fastsp.data.inventory import FILE, Inventory
 from fastsp.errors import UserError
 from fastsp.files import new_folder, remove_unfinished, sync, write_file
 from fastsp.training.config_changes import Change, config_changes
@@ -44,7 +44,6 @@ class RunDirectory:
         self.bad_samples_file = self.root / "bad_samples.jsonl"
         self.attention_file = self.root / "attention.json"
         self.checkpoints = self.root / "checkpoints"
-        self.data_file = self.root / "data.json"
         self.samples = self.root / "samples"
         self.tensorboard = self.root / "tensorboard"
         self.final = self.root / "final"
@@ -53,7 +52,7 @@ class RunDirectory:
         self._lock: Any = None
         if is_main:
             self._check(resume, allow_changes)
-        self.data = Inventory.load(self.data_file) if self.data_file.exists() else None
+        self.data = Inventory.of_run(self.root)
         """What the data consisted of when the run began; None: it begins now, or began before this was kept."""
 
     @property
@@ -81,7 +80,7 @@ class RunDirectory:
     def keep_data(self, now: Inventory) -> None:
         """Note what the data consists of."""
         if self.data != now:
-            now.save(self.data_file)
+            now.save(self.root / FILE)
 
     def __enter__(self) -> Self:
         if not self.is_main:

@@ -187,6 +187,9 @@ def test_a_shard_disappears_while_it_is_read(own, tmp_path):
     lines = {
         line["sample"]: line for line in map(json.loads, (tmp_path / "bad_samples.jsonl").read_text().splitlines())
     }
+    shard = str(own / "damaged" / "2.tar")
+    assert lines.pop(shard)["reason"] == "lost since the run began: cannot read the shard: No such file or directory"
+    assert source.bad_samples.news().startswith(f"{own}/damaged/4.tar: damaged") and source.bad_samples.news() is None
     gone = {name for name, line in lines.items() if "No such file" in line["reason"]}
     assert 150 < len(gone) <= PER_SHARD and all("/2.tar#" in name for name in gone)
     delivered = {f"good {number}" for number in good_numbers("damaged")}

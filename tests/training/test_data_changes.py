@@ -67,6 +67,7 @@ def test_a_shard_that_is_gone_keeps_its_place_or_is_named(folder):
     run = train(folder, "run", "--resume")
     assert run.wait() == 0, run.output()
     assert f"{SHARDS * PER_SHARD} samples of shards" in run.output()
+    assert run.output().count(f"data: {gone}: gone since the run began; its samples keep their places") == 1
     bad = [json.loads(line) for line in (folder / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert bad[0] == {"sample": str(gone), "reason": "gone since the run began; its samples keep their places"} | {
         "position": None
