@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -48,9 +50,15 @@ class FastspStep:
         captured = isinstance(self.take_step, CapturedStep) and self.take_step.recording is not None
         return {"cuda_graph": captured, "teacher": None if criterion is None else criterion.teacher}
 
-    def uncapture(self) -> None:
-        """Let go of the CUDA graph and its memory: uncaptured steps have an inside to look at."""
+    @contextmanager
+    def uncaptured(self) -> Iterator[None]:
+        """Steps that have an inside to look at. The CUDA graph and its memory are let go; afterwards one is recorded
+        anew, which takes as many steps as at first."""
         self.take_step = self.training_step
+        try:
+            yield
+        finally:
+            self.take_step = captured(self.training_step)
 
     def step(self) -> None:
         """One optimizer step."""

@@ -47,13 +47,18 @@ def prepare(name: str, provider: Provider, workload: Workload, say: Say) -> Entr
     first = seconds_per_call(steps.step, device)
     if before is not None:
         torch.cuda.reset_peak_memory_stats(device)  # compiling and tuning take memory of their own
-    for _ in range(WARM_UP_STEPS):
-        steps.step()
-    synchronize(device)
+    warm_up(steps, device)
     # Here and not in the turns: the replay of a CUDA graph, recorded by now, allocates nothing that could be seen.
     peak = None if before is None else torch.cuda.max_memory_allocated(device) - before
     say(f"{name}: {provider.says}; first step {first:.1f} s")
     return Entry(name, steps, first, getattr(steps, "how", {}), peak)
+
+
+def warm_up(steps: Steps, device: torch.device) -> None:
+    """After a first step: with it as many as are taken before a CUDA graph is recorded, and the recording."""
+    for _ in range(WARM_UP_STEPS):
+        steps.step()
+    synchronize(device)
 
 
 def take_turns(

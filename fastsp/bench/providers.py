@@ -61,11 +61,11 @@ PROVIDERS: dict[str, Provider] = {
         uncompiled=Split,
     ),
     "fastsp_sp": Provider(FastspStep, "fastsp, self-perceptual"),
+    "fastsp_mse": Provider(lambda workload: FastspStep(workload, "mse"), "fastsp, MSE"),
     "fastsp_sp_split": Provider(
         lambda workload: FastspStep(workload, teacher="split"),
         "fastsp, self-perceptual, the teacher in two calls",
         by_default=torch.cuda.is_available(),  # on a CPU there is no launch to be saved
     ),
-    "fastsp_mse": Provider(lambda workload: FastspStep(workload, "mse"), "fastsp, MSE"),
     "diffusers_mse": Provider(DiffusersMSE, "MSE in the manner of diffusers' scripts"),
 }

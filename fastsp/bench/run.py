@@ -13,7 +13,7 @@ import torch
 
 from fastsp.bench.cost import Cost, count_phases, count_step
 from fastsp.bench.fastsp_step import FastspStep
-from fastsp.bench.measure import Entry, Say, compiler_settings, empty_caches, prepare, ratios, take_turns
+from fastsp.bench.measure import Entry, Say, compiler_settings, empty_caches, prepare, ratios, take_turns, warm_up
 from fastsp.bench.operators import operator_rows
 from fastsp.bench.phases import time_phases
 from fastsp.bench.providers import PROVIDERS, REFERENCE
@@ -55,7 +55,6 @@ def run(workload: Workload, plan: Plan, say: Say, keep: Callable[[list[Row]], No
     with compiler_settings(), gpu_settings(tf32=False):
         for group in groups(plan.names, workload):
             bench.measure(group)
-        bench.look_inside()
         bench.release_all()
         bench.measure_sweep()
         bench.measure_ceilings_again()
@@ -71,6 +70,7 @@ class Bench:
         self.entries: dict[str, Entry] = {}
         self.speeds: dict[str, list[float]] = {}  # relative to the reference, round by round
         self.extras: dict[str, Any] = {}  # what the reference's row has besides
+        self.looked_inside = False
         self.rows: list[Row] = []
         say(f"{workload.name}, batch {workload.batch_size}, {workload.config.precision} on {_device_name(workload)}")
         say("measuring a large matrix product and a large copy")
@@ -107,6 +107,7 @@ class Bench:
         for row in self.rows:
             if row["name"] in ready:
                 self.say(f"{row['name']}: {row['samples_per_s']:.4g} samples/s")
+        self.look_inside()
 
     def prepare(self, name: str) -> None:
         self.say(f"{name}: counting operations, then compiling or warming up")
@@ -118,20 +119,24 @@ class Bench:
         empty_caches()
 
     def look_inside(self) -> None:
-        """Phases and operators of the reference, which has been compiled for the turns."""
+        """Phases and operators of the reference, once, when its first turns are done."""
         entry = self.entries.get(REFERENCE)
-        if entry is None or not isinstance(entry.steps, FastspStep) or not self.plan.phases:
+        if entry is None or not isinstance(entry.steps, FastspStep) or self.looked_inside or not self.plan.phases:
             return
         if not self.has_time("phases and operators"):
             return
         self.say(f"phases and operators of {REFERENCE}, without a CUDA graph")
+        self.looked_inside = True
         try:
-            entry.steps.uncapture()
-            empty_caches()
-            self.extras["phases"] = phase_rows(self.workload, entry.steps, self.plan.rounds)
-            self.extras["operators"] = operator_rows(entry.steps)
+            with entry.steps.uncaptured():
+                empty_caches()
+                self.extras["phases"] = phase_rows(self.workload, entry.steps, self.plan.rounds)
+                self.extras["operators"] = operator_rows(entry.steps)
         except torch.OutOfMemoryError:
             self.say("phases and operators: they do not fit")
+        empty_caches()
+        entry.steps.step()
+        warm_up(entry.steps, self.workload.device)
         self.update_rows()
 
     def measure_sweep(self) -> None:
