@@ -20,6 +20,7 @@ from fastsp.data.shards import expand_shards
 from fastsp.data.source import DataOptions, Source, open_source
 from fastsp.data.tar_scan import IMAGE_SUFFIXES, split_name
 from fastsp.errors import UserError
+from fastsp.progress import steps_bar
 
 BATCH_SIZE = 64
 SHEET_IMAGES = 64
@@ -181,5 +182,8 @@ def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report
 
 
 def _batches(source: Source, count: int) -> Iterator[Batch]:
-    with closing(source.batches(batch_size=BATCH_SIZE, last_position=count)) as batches:
-        yield from batches
+    batches = source.batches(batch_size=BATCH_SIZE, last_position=count)
+    with closing(batches), steps_bar("read", count) as advance:
+        for batch in batches:
+            yield batch
+            advance(len(batch))

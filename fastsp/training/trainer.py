@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from fastsp.attention import check_available, kept_choice
 from fastsp.attention import choose as choose_attention
 from fastsp.config import Config, StageConfig
+from fastsp.data.inventory import Inventory
 from fastsp.data.latents import fingerprint
 from fastsp.data.source import Source, open_source
 from fastsp.errors import UserError
@@ -125,6 +126,7 @@ class Trainer:
     def train(self, resume: bool) -> None:
         """All stages, then ``final/``."""
         is_main = self.ranks.is_main
+        _check_same_data(self.inventory, self.ranks)
         checkpoint = self.ranks.broadcast(self._newest_checkpoint() if resume and is_main else None)
         reached = checkpoint.progress.global_step if checkpoint else 0
         if is_main:
@@ -358,6 +360,22 @@ def _size(unet: Any) -> str:
 def _fingerprints(model: TextToImageModel) -> dict[str, Any]:
     """What latents, and the text features beside them, must have been encoded with."""
     return {"vae_sha256": fingerprint(model.vae), "text_sha256": fingerprint(*model.text_encoders)}
+
+
+def _check_same_data(mine: Inventory, ranks: Ranks) -> None:
+    """See that all processes take their samples from the same epoch: each lists the files for itself, and a network's
+    file system may show a new one, or that one is gone, to some later than to others.
+
+    Raises:
+        UserError: this process sees other data than process 0.
+        SystemExit: another one does, and says so.
+    """
+    difference = ranks.broadcast(mine).difference(mine)
+    others = ranks.exchange([difference is not None])
+    if difference:
+        raise UserError(f"this process sees other data than process 0: {difference}; see that all read the same files")
+    if others.any():
+        raise SystemExit(1)
 
 
 def _due(number: int, every: int, last: int) -> bool:

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from data.helpers import encode, photo, write_tar
 from training.processes import ROOT, Run, logged_steps, metrics, start
 
@@ -14,6 +15,8 @@ from fastsp.data.folder import FolderReader
 from fastsp.data.inventory import Inventory, Part
 from fastsp.data.shards import ShardReader
 from fastsp.errors import UserError
+from fastsp.training.distributed import Ranks
+from fastsp.training.trainer import _check_same_data
 
 SHARDS, PER_SHARD, STEPS = 4, 25, 20
 
@@ -145,3 +148,27 @@ def test_differences_of_large_folders_name_a_folder(folder, monkeypatch):
     (folder / "pictures" / "1" / "3.jpg").rename(folder / "pictures" / "1" / "13.jpg")
     after = FolderReader(folder / "pictures").inventory()
     assert before.difference(after) == "12 samples before, 12 now, 1 has others of the same number"
+
+
+@pytest.mark.parametrize(("names", "error"), [("ab", None), ("a", UserError), ("abc", UserError)])
+def test_a_process_that_sees_other_data_than_the_first_is_refused(names, error):
+    main, mine = (Inventory(tuple(Part(f"{name}.tar", 5, name) for name in each)) for each in ("ab", names))
+
+    class Told(Ranks):
+        def __init__(self, told: int) -> None:
+            super().__init__(rank=1, world_size=2)
+            object.__setattr__(self, "told", told)
+
+        def broadcast(self, value):
+            return main
+
+        def exchange(self, values):
+            return torch.tensor([[self.told], [int(value) for value in values]])
+
+    if error is None:
+        _check_same_data(mine, Told(0))
+        with pytest.raises(SystemExit):
+            _check_same_data(mine, Told(1))
+    else:
+        with pytest.raises(error, match=r"other data than process 0: 10 samples before, (5|15) now, [bc]\.tar is"):
+            _check_same_data(mine, Told(0))
