@@ -12,7 +12,6 @@ from torch._dynamo.utils import counters
 from torch._inductor import list_mode_options
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastsp.attention import TORCH_BACKENDS
 from fastsp.bench.fastsp_step import FastspStep
 from fastsp.training.capture import WARM_UP_STEPS
 from fastsp.training.compilation import compile_options, keep_compiled_code
@@ -88,7 +87,7 @@ def test_compiled_bfloat16_is_close_to_float32(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("attention", ["sdpa", *TORCH_BACKENDS])
+@pytest.mark.parametrize("attention", ["sdpa", "flash", "efficient"])  # they save other tensors
 def test_gpu_nothing_is_compiled_after_the_first_step(attention):
     """While a CUDA graph is recorded, what is compiled anew would be tuned in its midst."""
     workload = tiny_workload(4, "bf16", "batched", "cuda")
