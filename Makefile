@@ -68,6 +68,8 @@ KERNEL_PACKAGES = torch triton pytest
 MODEL_PACKAGES = $(KERNEL_PACKAGES) diffusers transformers tokenizers pydantic yaml rich typer PIL
 DATA_PACKAGES = $(MODEL_PACKAGES) nvidia.dali simplejpeg
 GPU_PYTEST = $(GPU_ENV) timeout -s INT -k 20 $(1) $(PYTHON_GPU) -m pytest -p no:cacheprovider $(2)
+# Compiling takes most of the time, and is done by the host.
+PARALLEL = `$(NEED) xdist 2>/dev/null && printf -- "-n 4 --dist worksteal"`
 # Only these files are read: others may need packages that the machine does not have.
 GPU_TESTS = `grep -rl "mark\.gpu" tests --include="test_*.py" | grep -v "^tests/kernels"`
 
@@ -79,10 +81,10 @@ gpu-test:
 	@mkdir -p $(OUT)
 	@$(NEED) nvidia.dali simplejpeg xformers sklearn scipy peft accelerate webdataset || true
 	@failed=0; \
-	if $(NEED) $(KERNEL_PACKAGES) && $(HAS_GPU); then $(call GPU_PYTEST,200,tests/kernels -m gpu --durations=5 \
+	if $(NEED) $(KERNEL_PACKAGES) && $(HAS_GPU); then $(call GPU_PYTEST,200,tests/kernels -m gpu $(PARALLEL) --durations=5 \
 		--continue-on-collection-errors --junitxml=$(OUT)/gpu-test-kernels.xml) || failed=1; \
 	else echo "gpu-test: kernels skipped"; fi; \
-	if $(NEED) $(MODEL_PACKAGES) && $(HAS_GPU); then $(call GPU_PYTEST,300,$(GPU_TESTS) -m gpu --durations=10 \
+	if $(NEED) $(MODEL_PACKAGES) && $(HAS_GPU); then $(call GPU_PYTEST,300,$(GPU_TESTS) -m gpu $(PARALLEL) --durations=10 \
 		--continue-on-collection-errors --junitxml=$(OUT)/gpu-test.xml) || failed=1; \
 	else echo "gpu-test: the rest skipped"; fi; \
 	exit $$failed
