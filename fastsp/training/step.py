@@ -247,9 +247,9 @@ def build_step(
     objective = placed(Objective(stage, schedule, prediction_type, teacher), dtype)  # copies before `initial` is cast
     if config.gradient_checkpointing:
         checkpoint_activations(initial)
-    options = compile_options(config, device) if compiles else None
+    options = compile_options(config, device, channels_last=True) if compiles else None
     if sharded:
-        unet = shard(cast(initial.train(), torch.float32), device, dtype, options)
+        unet = shard(cast(initial.train(), torch.float32), device, dtype, options and compile_options(config, device))
         ema_unet = shard(ema_unet, device, torch.float32)
     else:
         unet = placed(initial, dtype).train()

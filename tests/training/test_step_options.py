@@ -115,11 +115,12 @@ def test_compiled_code_outlives_tmp(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("device", [torch.device("cpu"), torch.device("cuda")], ids=str)
-def test_no_mode_brings_cuda_graphs_of_its_own(device):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_no_mode_brings_cuda_graphs_of_its_own(device, channels_last):
     config = tiny_workload().config
     for tuned in (False, True):
         chosen = config.model_copy(update={"compile_mode": "max-autotune"}) if tuned else config
-        options = compile_options(chosen, device)
+        options = compile_options(chosen, device, channels_last)
         settings = options.get("options") or list_mode_options(options["mode"])
         assert not settings.get("triton.cudagraphs") and bool(settings.get("max_autotune")) == tuned
 
@@ -129,3 +130,8 @@ def test_kernels_are_called_from_cpp_on_a_cpu():
     config = tiny_workload().config
     assert compile_options(config, torch.device("cpu"))["options"]["cpp_wrapper"]
     assert compile_options(config, torch.device("cuda")) == {"mode": "default"}
+
+
+def test_a_network_that_keeps_its_layout_is_given_no_other():
+    ours = compile_options(tiny_workload().config, torch.device("cuda"), channels_last=True)["options"]
+    assert ours["layout_optimization"] is False
