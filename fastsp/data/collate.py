@@ -21,6 +21,9 @@ class Collator(Protocol):
 
     def __call__(self, step: ReadStep) -> tuple[Batch, dict[int, BadSample]]: ...
 
+    def close(self) -> None:
+        """End its threads."""
+
 
 class ImageCollator:
     """Batches of pixels; for a GPU everything that is not there yet is pinned.
@@ -51,6 +54,10 @@ class ImageCollator:
             with torch.cuda.device(self.pipeline.device):  # page-locking would take memory on GPU 0 else
                 batch = batch.pinned()
         return batch, bad
+
+    def close(self) -> None:
+        """End the pipeline's threads."""
+        self.pipeline.close()
 
 
 class LatentCollator:
@@ -84,6 +91,9 @@ class LatentCollator:
             **{name: self._stack(tensors, name) for name in TEXT_TENSORS if name in self.placeholder},
         )
         return batch.pinned() if self.pin else batch, bad
+
+    def close(self) -> None:
+        """It has no threads."""
 
     def _row(self, sample: EncodedSample | BadSample) -> dict[str, Tensor] | BadSample:
         if isinstance(sample, BadSample):

@@ -68,6 +68,10 @@ class ImageDecoder:
         """
         return self.decode(self.open(files))
 
+    def close(self) -> None:
+        """End the threads."""
+        self.pool.shutdown()
+
     def open(self, files: Sequence[bytes]) -> list[OpenedImage | BadSample]:
         """Read the files' headers: sizes, at little cost, and files that are not images."""
         return list(self._map(_open, files))

@@ -90,6 +90,10 @@ class ImagePipeline:
         with torch.cuda.stream(self.stream):  # does nothing on the CPU
             return self._pixels(files, positions)
 
+    def close(self) -> None:
+        """End the decoder's threads; DALI's end with the pipeline itself."""
+        self.decoder.close()
+
     def _pixels(self, files: Sequence[bytes], positions: Tensor) -> Pixels:
         opened = self.decoder.open(files)
         parts = [self._chunk(opened[rows], positions[rows]) for rows in chunks(opened)]

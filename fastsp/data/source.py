@@ -300,8 +300,7 @@ class Source:
         return samples
 
     def _collate_steps(self, steps: Prefetcher[ReadStep], batch_size: int) -> Iterator[Batch]:
-        with closing(steps):
-            collate = self.open_collator(batch_size)
+        with closing(steps), closing(self.open_collator(batch_size)) as collate:
             for step in steps:
                 batch, bad = collate(step)
                 for row in sorted(bad):
