@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -34,6 +35,7 @@ def operator_rows(provider: FastspStep) -> list[Row]:
     Returns:
         Rows of ``group``, ``ms``, ``share``, ``calls`` and ``longest``: names with their milliseconds.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it prints when it starts and stops
     device = provider.training_step.seed.device
     on_gpu = device.type == "cuda"
     provider.step()
