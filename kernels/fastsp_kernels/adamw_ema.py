@@ -99,7 +99,8 @@ def adamw_ema(
     Args:
         masters: the weights, float32. In every list, tensor i has the shape and the strides of master i, which are
             dense in some order of dimensions (contiguous or channels_last).
-        gradients: float32 or bfloat16, one dtype for the list, as in every list.
+        gradients: float32 or bfloat16, one dtype for the list, as in every list. They are used up: what they hold
+            afterwards is not defined.
         exp_avgs: first moments m, float32 or bfloat16.
         exp_avg_sqs: second moments v, float32 or bfloat16. In bfloat16 a change of less than 1/512 is rounded away, so
             with beta2 = 0.999 it stops decaying: use it only with beta2 <= 0.99.
@@ -129,7 +130,7 @@ def adamw_ema(
 
 @torch.library.custom_op(
     "fastsp::adamw_ema",
-    mutates_args=("masters", "exp_avgs", "exp_avg_sqs", "emas", "copies", "step", "skipped"),
+    mutates_args=("masters", "gradients", "exp_avgs", "exp_avg_sqs", "emas", "copies", "step", "skipped"),
 )
 def _adamw_ema(
     masters: list[Tensor],
@@ -167,12 +168,13 @@ def _update_reference(lists: Lists, scalars: Scalars) -> None:
     masters, gradients, exp_avgs, exp_avg_sqs, emas, copies = lists
     if not torch.isfinite(scalars.gradient_norm):
         return
-    clip = float(scalars.clip())
     gradients = [gradient.float() for gradient in gradients]  # themselves where float32, as the next two
+    if (clip := float(scalars.clip())) != 1:
+        torch._foreach_mul_(gradients, clip)  # in place: fresh memory would cost more than the update itself
     first, second = [m.float() for m in exp_avgs], [v.float() for v in exp_avg_sqs]
     torch._fused_adamw_(
         masters,
-        gradients if clip == 1 else list(torch._foreach_mul(gradients, clip)),
+        gradients,
         first,
         second,
         [],
