@@ -55,7 +55,7 @@ bench: $(VENV)/.test
 
 # On a machine with one NVIDIA GPU and its own Python: no .venv, nothing installed, each target by itself in less than
 # nine minutes. What they write goes to OUT, the compilers' caches to CACHE: a second run with the same one compiles little.
-# What is not installed is named, and only what needs it is left out. `make gpu` does everything, in half an hour.
+# What is not installed is named, and only what needs it is left out. `make gpu` does everything, in three quarters of an hour at most.
 PYTHON_GPU ?= python3
 CACHE ?= $(abspath $(OUT))/cache
 FASTSP_COMMIT ?= $(shell git describe --always --dirty --abbrev=10 2>/dev/null)
@@ -93,9 +93,9 @@ gpu-bench:
 	@echo "== the kernels' benchmarks, then fastsp bench; into $(OUT)/*.json and $(OUT)/roofline.png"
 	@mkdir -p $(OUT)
 	@if $(NEED) $(KERNEL_PACKAGES) pytest_benchmark && $(HAS_GPU); then for file in benchmarks/kernels/bench_*.py; do \
-		$(call GPU_PYTEST,40,$$file -s --benchmark-json=$(OUT)/kernels-`basename $$file .py`.json) || true; done; \
+		$(call GPU_PYTEST,30,$$file -s --benchmark-json=$(OUT)/kernels-`basename $$file .py`.json) || true; done; \
 	else echo "gpu-bench: the kernels' benchmarks skipped"; fi
-	@if $(NEED) $(MODEL_PACKAGES) && $(HAS_GPU); then $(GPU_ENV) timeout -s INT -k 20 360 $(PYTHON_GPU) -m fastsp bench \
+	@if $(NEED) $(MODEL_PACKAGES) && $(HAS_GPU); then $(GPU_ENV) timeout -s INT -k 20 350 $(PYTHON_GPU) -m fastsp bench \
 		--time-limit 270 --json $(OUT)/step.json `$(NEED) matplotlib && echo --png $(OUT)/roofline.png`; \
 	else echo "gpu-bench: fastsp bench skipped"; fi
 

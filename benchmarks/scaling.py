@@ -21,14 +21,14 @@ PARAMETERS = 865.9e6
 TEACHER_PARAMETERS = 351.7e6  # cut after the mid block
 BATCH_SIZE = 896
 STEPS = {"mse": 60_000, "sp": 50_000}
-SP_OVER_MSE = 1.37  # GFLOP of fastsp's self-perceptual step over those of the MSE step, docs/performance.md
+SP_OVER_MSE = 1.35  # GFLOP of fastsp's self-perceptual step over those of the MSE step, docs/performance.md
 
 # Memory, bytes
 STATE_BYTES = 4 + 4 + 4 + 4  # master weight, two moments, moving average, float32: sharded by FSDP2
 WEIGHT_BYTES = 2  # bf16; of FSDP2 what is gathered, at most
 GRADIENT_BYTES = 2  # bf16, of one microbatch
 SUM_BYTES = 4  # float32: over microbatches, over ranks
-ACTIVATION_BYTES = 3 * 2**30  # of one sample, rounded up
+ACTIVATION_BYTES = 1.23e9  # of one sample in the compiled step, docs/performance.md
 LARGEST_MICROBATCH = 28  # samples of one forward and backward
 
 # Communication

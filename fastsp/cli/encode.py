@@ -29,7 +29,7 @@ def encode(
 ) -> None:
     """Encode a data set with the VAE, once. Stopped, it goes on; under torchrun, the processes share the work.
 
-    Example: fastsp encode --config sd21.yaml --out latents; then train with data.source=latents data.path=latents
+    Example: fastsp encode --config configs/sd21-paper.yaml --out latents; then train with data.source=latents data.path=latents
     """
     import torch
 
