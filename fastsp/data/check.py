@@ -114,6 +114,8 @@ def options_for(source: str, resolution: int, split: str = "train") -> DataOptio
         )
     if folder.is_dir() and (_holds_images(folder) or not any(folder.glob("*.tar"))):
         return DataOptions("images", source, resolution)
+    if not folder.exists() and not set(source) & set("*?[{"):
+        raise UserError(f"{source} does not exist: give a folder of images, tars, a folder of tars or 'digits'")
     expand_shards(source)  # names what is missing
     return DataOptions("shards", source, resolution)
 

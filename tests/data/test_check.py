@@ -38,8 +38,10 @@ def test_what_a_source_means(shard, tmp_path, monkeypatch):
     assert options_for("digits", 8, "heldout").split == "heldout"
     (tmp_path / "images").mkdir()
     assert options_for(str(tmp_path / "images"), 8).source == "images"
-    with pytest.raises(UserError, match="no shard"):
+    with pytest.raises(UserError, match="does not exist: give a folder of images"):
         options_for(str(tmp_path / "nowhere"), 8)
+    with pytest.raises(UserError, match="no shard"):
+        options_for(str(tmp_path / "nothing-*.tar"), 16)
     with pytest.raises(UserError, match="'test'"):
         options_for("digits", 8, "test")
 
