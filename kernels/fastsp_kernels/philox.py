@@ -117,7 +117,8 @@ def _empty_words(seed: Tensor, positions: Tensor, stream: int, count: int) -> Te
 
 def _random_words_reference(seed: Tensor, positions: Tensor, stream: int, count: int) -> Tensor:
     blocks = torch.arange(-(-count // 4), dtype=torch.int64, device=positions.device)
-    words = philox_4x32_10(*_split(seed), blocks, stream, *_split(positions[:, None]))
+    key = _split(int(seed) if seed.is_cpu else seed)  # Python's integers cost less than tensors of one element
+    words = philox_4x32_10(*key, blocks, stream, *_split(positions[:, None]))
     return torch.stack(words, dim=-1).flatten(1)[:, :count].contiguous()
 
 
