@@ -29,7 +29,9 @@ def encode(
 ) -> None:
     """Encode a data set with the VAE, once. Stopped, it goes on; under torchrun, the processes share the work.
 
-    Example: fastsp encode --config configs/sd21-paper.yaml --out latents; then train with data.source=latents data.path=latents
+    Then train with data.source=latents data.path=latents.
+
+    Example: fastsp encode --config configs/sd15.yaml --out latents
     """
     import torch
 
