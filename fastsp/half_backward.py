@@ -243,12 +243,13 @@ def _unread(node: Node) -> list[int]:
 def _save_only_what_is_used(forward: GraphModule, backward: GraphModule, num_features: int) -> None:
     """Leave out of both graphs what the backward does not use, and what was computed for that alone."""
     _eliminate_dead_code(backward)
-    results, saved = _results(forward), _placeholders(backward)[: len(_results(forward)) - num_features]
-    used = [node for node in saved if node.users]
-    kept = [result for result, node in zip(results[num_features:], saved, strict=True) if node.users]
-    for node in set(saved) - set(used):
-        backward.graph.erase_node(node)
-    _set_results(forward, [*results[:num_features], *kept])
+    results = _results(forward)
+    features, saved = results[:num_features], results[num_features:]
+    placeholders = _placeholders(backward)[: len(saved)]
+    _set_results(forward, [*features, *(value for value, node in zip(saved, placeholders, strict=True) if node.users)])
+    for node in placeholders:
+        if not node.users:
+            backward.graph.erase_node(node)
     _eliminate_dead_code(forward)
     for graph in (forward, backward):
         graph.graph.lint()

@@ -63,7 +63,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
 
 def phase_lines(rows: Sequence[Row]) -> list[str]:
     """The phases of fastsp's step and their shares of its time."""
-    phases: list[Row] = next((row["phases"] for row in rows if row.get("phases")), [])
+    phases = _extra(rows, "phases")
     total = sum(phase["ms_p50"] for phase in phases)
     lines = [f"{phase['name']:20s} {phase['ms_p50']:9.2f} ms {phase['ms_p50'] / total:6.1%}" for phase in phases]
     return ["Where the time of fastsp_sp goes:", *lines] if lines else []
@@ -71,16 +71,21 @@ def phase_lines(rows: Sequence[Row]) -> list[str]:
 
 def operator_lines(rows: Sequence[Row]) -> list[str]:
     """The groups of operators that fastsp's step spends its time in."""
-    groups: list[Row] = next((row["operators"] for row in rows if row.get("operators")), [])
+    groups = _extra(rows, "operators")
     lines = [f"{row['group']:20s} {row['ms']:9.2f} ms {row['share']:6.1%}  {row['calls']} calls" for row in groups]
     return ["The operators of fastsp_sp, profiled:", *lines] if lines else []
 
 
 def sweep_lines(rows: Sequence[Row]) -> list[str]:
     """Samples per second of fastsp's step at other batch sizes."""
-    sweep: list[Row] = next((row["batch_sweep"] for row in rows if row.get("batch_sweep")), [])
+    sweep = _extra(rows, "batch_sweep")
     lines = [f"batch {point['batch_size']:5d} {point['samples_per_s']:9.1f} samples/s" for point in sweep]
     return ["fastsp_sp at other batch sizes:", *lines] if lines else []
+
+
+def _extra(rows: Sequence[Row], key: str) -> list[Row]:
+    """What only the reference's row has besides; empty where it was not measured."""
+    return next((row[key] for row in rows if row.get(key)), [])
 
 
 def _short(value: float) -> str:

@@ -258,7 +258,7 @@ def build_step(
             unet.compile(**options)
     if options is not None and objective.self_perceptual is not None:
         objective.self_perceptual.compile_teacher(**options)
-    if options is not None and device.type != "cpu":  # there PyTorch's own operators keep the layout
+    if options is not None and device.type != "cpu":  # on a CPU PyTorch's own operators do
         for module in (objective,) if sharded else (objective, unet):
             keep_channels_last(module)
     optimizer = AdamWEMA(unet, ema_unet, config.optimizer, config.ema)
