@@ -7,11 +7,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.upsampling import Upsample2D
 from tiny import POOLED_WIDTH, TEXT_LENGTH, TEXT_WIDTH, TIME_IDS, tiny_unet
 from torch import nn
+from torch._decomp import core_aten_decompositions
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsp.channels_last import ChannelsLastGroupNorm, keep_channels_last
+from fastsp.channels_last import ChannelsLastGroupNorm, RepeatingUpsample2D, keep_channels_last, repeat_pixels
 
 CHANNELS_LAST = torch.channels_last
 
@@ -65,6 +68,41 @@ def test_group_norm_of_bfloat16_has_float32_statistics():
     torch.testing.assert_close(result.double(), expected, rtol=2**-8, atol=1e-3)
     rows = torch.randn(2, 8, 5)
     assert torch.equal(norm(rows), F.group_norm(rows, 4)), "rows are not images"
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 1, 1, 1), (64, 2, 4, 4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CHANNELS_LAST])
+def test_repeated_pixels_are_nearest_neighbours(shape, dtype, layout):
+    torch.manual_seed(0)
+    ours = torch.randn(shape, dtype=dtype).to(memory_format=layout).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    repeated, expected = repeat_pixels(ours), F.interpolate(theirs, scale_factor=2.0, mode="nearest")
+    assert torch.equal(repeated, expected)
+    assert repeated.is_contiguous(memory_format=CHANNELS_LAST)
+    gradient = torch.randint(-8, 8, expected.shape).to(dtype)  # whose sums are exact, in whatever order
+    repeated.backward(gradient)
+    expected.backward(gradient)
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("size", [None, (10, 14), (9, 13)])
+@pytest.mark.parametrize("use_conv", [True, False])
+def test_an_upsampling_answers_every_size_as_before(size, use_conv):
+    torch.manual_seed(0)
+    plain = Upsample2D(4, use_conv=use_conv, out_channels=4)
+    ours = copy.deepcopy(plain)
+    keep_channels_last(ours)
+    assert type(ours) is RepeatingUpsample2D
+    image = torch.randn(2, 4, 5, 7)
+    torch.testing.assert_close(ours(image, size), plain(image, size), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"use_conv_transpose": True}, {"norm_type": "rms_norm", "eps": 1e-6}])
+def test_other_upsamplings_stay_as_they_are(options):
+    module = Upsample2D(4, **options)
+    keep_channels_last(module)
+    assert type(module) is Upsample2D
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
@@ -124,3 +162,27 @@ def test_no_convolution_is_handed_another_layout(kind, linear):
         assert convolutions.calls > 30
         converted[ours] = convolutions.converted
     assert converted[True] == [] and len(converted[False]) > 10
+
+
+def test_the_backward_of_a_unet_scatters_nothing():
+    """Additions to places that the compiler does not know are atomic on a GPU, in an order that changes."""
+    scattering = {}
+    for ours in (True, False):
+        unet = tiny_unet("sd")
+        if ours:
+            keep_channels_last(unet)
+        arguments, keywords = inputs("sd")
+        graphs: list[str] = []
+
+        def keep(graph, _inputs, graphs=graphs):
+            graphs.append(graph.code)
+            return graph
+
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            unet, backend=aot_autograd(fw_compiler=keep, decompositions=core_aten_decompositions())
+        )
+        compiled(*arguments, **keywords)[0].sum().backward()
+        assert len(graphs) == 2
+        scattering[ours] = "index_put" in graphs[1] or "upsample" in graphs[1]
+    assert scattering == {True: False, False: True}
