@@ -165,12 +165,11 @@ def _adamw_ema_fake(*arguments: object) -> None:
 
 def _update_reference(lists: Lists, scalars: Scalars) -> None:
     """torch's fused AdamW, then the average. Reads the scalars on the host, which on a CPU is nothing to wait for."""
-    masters, gradients, exp_avgs, exp_avg_sqs, emas, copies = lists
     if not torch.isfinite(scalars.gradient_norm):
         return
+    masters, gradients, exp_avgs, exp_avg_sqs, emas, copies = ([_flat(tensor) for tensor in group] for group in lists)
+    clip = scalars.clip()
     gradients = [gradient.float() for gradient in gradients]  # themselves where float32, as the next two
-    if (clip := float(scalars.clip())) != 1:
-        torch._foreach_mul_(gradients, clip)  # in place: fresh memory would cost more than the update itself
     first, second = [m.float() for m in exp_avgs], [v.float() for v in exp_avg_sqs]
     torch._fused_adamw_(
         masters,
@@ -186,11 +185,17 @@ def _update_reference(lists: Lists, scalars: Scalars) -> None:
         eps=scalars.eps,
         amsgrad=False,
         maximize=False,
+        grad_scale=None if clip == 1 else (1 / clip).float(),  # gradients are divided by it, in the same pass
     )
     torch._foreach_lerp_(emas, masters, 1 - float(scalars.ema_decay))
     for stored, values in ((exp_avgs, first), (exp_avg_sqs, second), (copies, masters)):
         if stored and stored[0].dtype != torch.float32:
             torch._foreach_copy_(stored, values)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The same memory in its own order, since PyTorch's fused update copies what is not contiguous."""
+    return tensor if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _update_triton(lists: Lists, scalars: Scalars) -> None:

@@ -18,7 +18,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -30,7 +33,8 @@ KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, a
 ROUNDS = 10
 MASK = 0xFFFFFFFF
 
-Words = int | Tensor  # u32 values: a Python int or an int64 tensor
+Seed = int | Tensor
+Words = int | Tensor | npt.NDArray[np.int64]  # u32 values
 
 
 class Stream(IntEnum):
@@ -48,16 +52,16 @@ class Stream(IntEnum):
 
 def philox_4x32_10(
     key_low: Words, key_high: Words, c0: Words, c1: Words, c2: Words, c3: Words
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Any, Any, Any, Any]:
     """The Philox 4x32-10 block function of Salmon et al. 2011, section 3.3.
 
     Args:
         key_low, key_high: the two u32 words of the key.
-        c0, c1, c2, c3: the four u32 words of the counter. All six broadcast against each other; at least one of the
-            counter's words is an int64 tensor.
+        c0, c1, c2, c3: the four u32 words of the counter. All six broadcast against each other: Python ints and int64
+            tensors, or ints and int64 arrays of NumPy's, but not all of them ints.
 
     Returns:
-        Four int64 tensors holding u32.
+        Four int64 tensors (or arrays) holding u32.
     """
     c0, c2 = c0 & MASK, c2 & MASK  # no index to inductor, which would compute its products in int32
     for _ in range(ROUNDS):
@@ -66,11 +70,10 @@ def philox_4x32_10(
         c0, c1, c2, c3 = high1 ^ c1 ^ key_low, low1, high0 ^ c3 ^ key_high, low0
         key_low = (key_low + KEY_INCREMENTS[0]) & MASK
         key_high = (key_high + KEY_INCREMENTS[1]) & MASK
-    w0, w1, w2, w3 = torch.broadcast_tensors(*(torch.as_tensor(word) for word in (c0, c1, c2, c3)))
-    return w0, w1, w2, w3
+    return c0, c1, c2, c3  # of one shape: after three rounds each depends on all six
 
 
-def random_words(seed: Words, stream: int, positions: Tensor, count: int) -> Tensor:
+def random_words(seed: Seed, stream: int, positions: Tensor, count: int) -> Tensor:
     """The first `count` random words of every sample.
 
     Args:
@@ -88,7 +91,7 @@ def random_words(seed: Words, stream: int, positions: Tensor, count: int) -> Ten
     return _random_words(_checked_seed(seed, positions, count), positions, int(stream), count)
 
 
-def _checked_seed(seed: Words, positions: Tensor, count: int) -> Tensor:
+def _checked_seed(seed: Seed, positions: Tensor, count: int) -> Tensor:
     """The seed as a 0-d tensor beside the positions; the errors are those of `random_words`."""
     if positions.ndim != 1 or positions.dtype != torch.int64:
         raise ValueError(f"positions must be a 1-D int64 tensor, got {positions.dtype} of {tuple(positions.shape)}")
@@ -116,13 +119,17 @@ def _empty_words(seed: Tensor, positions: Tensor, stream: int, count: int) -> Te
 
 
 def _random_words_reference(seed: Tensor, positions: Tensor, stream: int, count: int) -> Tensor:
-    blocks = torch.arange(-(-count // 4), dtype=torch.int64, device=positions.device)
-    key = _split(int(seed) if seed.is_cpu else seed)  # Python's integers cost less than tensors of one element
-    words = philox_4x32_10(*key, blocks, stream, *_split(positions[:, None]))
-    return torch.stack(words, dim=-1).flatten(1)[:, :count].contiguous()
+    blocks = -(-count // 4)
+    if positions.is_cpu:  # most draws are of a few numbers, and NumPy's calls cost a third of PyTorch's
+        key, column = _split(int(seed)), positions.numpy()[:, None]
+        words = torch.from_numpy(np.stack(philox_4x32_10(*key, np.arange(blocks), stream, *_split(column)), axis=-1))
+    else:
+        block = torch.arange(blocks, dtype=torch.int64, device=positions.device)
+        words = torch.stack(philox_4x32_10(*_split(seed), block, stream, *_split(positions[:, None])), dim=-1)
+    return words.flatten(1)[:, :count].contiguous()
 
 
-def random_integers(seed: Words, stream: int, positions: Tensor, bound: int) -> Tensor:
+def random_integers(seed: Seed, stream: int, positions: Tensor, bound: int) -> Tensor:
     """One integer per sample, uniform over 0 .. bound - 1: the high word of `word 0 * bound`.
 
     Args:
@@ -140,7 +147,7 @@ def random_integers(seed: Words, stream: int, positions: Tensor, bound: int) -> 
     return random_words(seed, stream, positions, 1)[:, 0] * bound >> 32
 
 
-def random_uniforms(seed: Words, stream: int, positions: Tensor, count: int) -> Tensor:
+def random_uniforms(seed: Seed, stream: int, positions: Tensor, count: int) -> Tensor:
     """(B, count) float32 in [0, 1): the upper 24 bits of every word, times 2^-24, which is exact in float32.
 
     Arguments and errors are those of `random_words`.
@@ -148,7 +155,7 @@ def random_uniforms(seed: Words, stream: int, positions: Tensor, count: int) -> 
     return (random_words(seed, stream, positions, count) >> 8).float() * 2.0**-24
 
 
-def random_normals(seed: Words, stream: int, positions: Tensor, shape: Sequence[int]) -> Tensor:
+def random_normals(seed: Seed, stream: int, positions: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normals by Box-Muller over word pairs. This docstring is the definition.
 
     Elements count in logical C, H, W order, whatever the memory layout. From words `2k` and `2k + 1` of the sample

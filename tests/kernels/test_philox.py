@@ -90,6 +90,20 @@ def test_words_match_python_integers(device: torch.device, seed: int, as_tensor:
     assert words.tolist() == [philox_words(seed, 2, position, count) for position in POSITIONS]
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor that is not on a CPU, as far as the reference can tell."""
+
+    is_cpu = False  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("count", [1, 11, 257])
+def test_the_reference_draws_the_same_where_numpy_does_not_reach(count: int) -> None:
+    positions, seed = torch.tensor(POSITIONS), torch.tensor(SEEDS[-1])
+    elsewhere = _random_words_reference(seed, positions.as_subclass(Elsewhere), 2, count)
+    assert isinstance(elsewhere, Elsewhere) and elsewhere.is_contiguous()
+    assert elsewhere.tolist() == _random_words_reference(seed, positions, 2, count).tolist()
+
+
 def test_an_int_seed_counts_by_its_64_bits() -> None:
     positions = torch.tensor(POSITIONS)
     assert torch.equal(random_words(2**64 - 7, 2, positions, 5), random_words(-7, 2, positions, 5))
