@@ -38,7 +38,7 @@ def encode(
     from fastsp.config import load_config
     from fastsp.data.encode import LatentEncoder
     from fastsp.data.latents import DTYPES, fingerprint
-    from fastsp.data.source import open_source
+    from fastsp.data.source import check_path, open_source
     from fastsp.errors import UserError
     from fastsp.gpu_settings import gpu_settings
     from fastsp.progress import steps_bar
@@ -50,6 +50,7 @@ def encode(
     if data.source == "latents" or data.crop != "center" or data.flip:
         has = f"here it is {data.source}, crop: {data.crop}, flip: {str(data.flip).lower()}"
         raise UserError(f"fastsp encode needs images, data.crop=center and data.flip=false; {has}")
+    check_path(data)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")

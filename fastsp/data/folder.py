@@ -29,6 +29,18 @@ METADATA = "metadata.jsonl"
 UNREAD_METADATA = {"metadata.csv", "metadata.parquet"}  # which Hugging Face's imagefolder takes too
 
 
+def image_folder(folder: str | Path) -> Path:
+    """The folder that a `data.path` names.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise UserError(f"data.path is {str(folder)!r}; it must be a folder of images")
+    return path
+
+
 class FolderReader:
     """The images below a folder, sorted by path. Hidden files and folders are skipped, links are followed.
 
@@ -41,9 +53,7 @@ class FolderReader:
     """
 
     def __init__(self, folder: str | Path, captioned: bool = True):
-        self.root = Path(folder).expanduser()
-        if not self.root.is_dir():
-            raise UserError(f"data.path is {str(folder)!r}; it must be a folder of images")
+        self.root = image_folder(folder)
         self.captioned = captioned
         self.damaged: list[tuple[str, str]] = []
         """What could not be used, with the reason."""

@@ -18,14 +18,14 @@ from fastsp.data.batch import Batch
 from fastsp.data.captions import Tokenize
 from fastsp.data.collate import Collator, ImageCollator, LatentCollator
 from fastsp.data.digits import digits_shards
-from fastsp.data.folder import FolderReader
-from fastsp.data.latents import LatentReader, LatentsHeader
+from fastsp.data.folder import FolderReader, image_folder
+from fastsp.data.latents import LatentReader, LatentsHeader, latent_shards
 from fastsp.data.libraries import library
 from fastsp.data.order import SampleOrder
 from fastsp.data.pipeline import ImagePipeline
 from fastsp.data.prefetch import Prefetcher
 from fastsp.data.samples import BadSample, EncodedSample, LostFile, ReadStep, SampleReader
-from fastsp.data.shards import ShardReader
+from fastsp.data.shards import ShardReader, expand_shards
 from fastsp.errors import UserError
 
 SOURCES = ("digits", "images", "shards", "latents")
@@ -118,13 +118,8 @@ def open_source(
         UserError: a path that is missing or holds nothing, an unknown source, split or crop, latents that do not fit,
             more samples lost in damaged files than `max_bad_fraction` allows, a package that is not installed.
     """
-    if config.source not in SOURCES:
-        raise UserError(f"data.source is {config.source!r}; allowed: {', '.join(SOURCES)}")
-    if config.crop not in CROPS:
-        raise UserError(f"data.crop is {config.crop!r}; allowed: {', '.join(CROPS)}")
+    _check_settings(config)
     device = torch.device(device)
-    if config.source != "latents":
-        library("nvidia.dali"), library("simplejpeg")  # at once, not when the first batch is made
     reader = _open_reader(config, known_shards)
     _check_lost(reader, config.max_bad_fraction)
     header = LatentsHeader.load(config.path) if config.source == "latents" else None
@@ -140,14 +135,43 @@ def open_source(
     )
 
 
+def check_path(config: DataConfig, known_shards: Sequence[str] = ()) -> None:
+    """See that `open_source` would find what a configuration names, without reading samples: before what takes long.
+
+    Args:
+        config: the `data` section.
+        known_shards: see `open_source`.
+
+    Raises:
+        UserError: a path that is missing or of another kind, and what else can be told at once.
+    """
+    _check_settings(config)
+    if config.source == "images":
+        image_folder(config.path)
+    elif config.source == "latents":
+        LatentsHeader.load(config.path).check(config, None, None)
+        latent_shards(config.path)
+    elif config.source == "shards":
+        expand_shards(config.path, {shard for shard in map(Path, known_shards) if not shard.is_file()})
+
+
+def _check_settings(config: DataConfig) -> None:
+    if config.source not in SOURCES:
+        raise UserError(f"data.source is {config.source!r}; allowed: {', '.join(SOURCES)}")
+    if config.crop not in CROPS:
+        raise UserError(f"data.crop is {config.crop!r}; allowed: {', '.join(CROPS)}")
+    if config.source != "latents":
+        library("nvidia.dali"), library("simplejpeg")  # at once, not when the first batch is made
+    if config.source != "digits" and config.path is None:
+        raise UserError(f"data.path is missing; data.source {config.source!r} needs one")
+    if config.source not in ("digits", "shards") and not isinstance(config.path, str | Path):
+        raise UserError(f"data.path is {config.path!r}; data.source {config.source!r} needs one folder")
+
+
 def _open_reader(config: DataConfig, known_shards: Sequence[str]) -> SampleReader:
     captioned = not config.unconditional
     if config.source == "digits":
         return ShardReader(digits_shards(config.split), captioned)
-    if config.path is None:
-        raise UserError(f"data.path is missing; data.source {config.source!r} needs one")
-    if config.source != "shards" and not isinstance(config.path, str | Path):
-        raise UserError(f"data.path is {config.path!r}; data.source {config.source!r} needs one folder")
     if config.source == "images":
         return FolderReader(config.path, captioned)
     if config.source == "latents":

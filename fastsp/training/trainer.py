@@ -18,7 +18,7 @@ from fastsp.attention import choose as choose_attention
 from fastsp.config import Config, StageConfig
 from fastsp.data.inventory import Inventory
 from fastsp.data.latents import fingerprint
-from fastsp.data.source import Source, open_source
+from fastsp.data.source import Source, check_path, open_source
 from fastsp.errors import UserError
 from fastsp.gpu_settings import gpu_settings
 from fastsp.lora import Base, add_adapters, load_adapters, save_adapters, save_for_use
@@ -95,6 +95,7 @@ class Trainer:
         if config.compiles_on(self.device):
             keep_compiled_code()
         check_installed(config)
+        check_path(config.data, run.known_shards)  # before a model is downloaded
         model = config.model
         self.model = load_model(model.preset, model.pretrained, config.data.resolution, config.seed, model.config)
         if model.lora is not None:

@@ -31,6 +31,18 @@ def test_command_line(fails, tmp_path):
         (["data.batch_size=0"], "data.batch_size: 0 is not allowed"),
         (["data.source=images"], "data.path is missing"),
         (["data.source=shards", "data.path=/nowhere/at/all"], "/nowhere/at/all"),
+        (
+            ["model={pretrained: /nowhere/model}", "data.source=images", "data.path=/nowhere/at/all"],
+            "data.path is '/nowh",
+        ),
+        (
+            ["model={pretrained: /nowhere/model}", "data.source=latents", "data.path=/nowhere/at/all"],
+            "data.path is '/nowh",
+        ),
+        (
+            ["model={pretrained: /nowhere/model}", "data.source=shards", "data.path=/nowhere/*.tar"],
+            "data.path: no shard",
+        ),
         (["model={pretrained: /nowhere/at/all}"], "/nowhere/at/all is no diffusers pipeline folder"),
         (["attention=magic"], "attention: 'magic' is unknown; on this "),
         (

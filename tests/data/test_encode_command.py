@@ -26,6 +26,7 @@ def run(folder, *arguments):
 
 
 def test_encode(tmp_path):
+    assert "no shard at" in str(run(tmp_path).exception), "before the model is looked for"
     members = [
         (f"{index}.{suffix}", content)
         for index in range(5)
