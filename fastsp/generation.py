@@ -14,7 +14,7 @@ from fastsp import draws
 from fastsp.config import load_config
 from fastsp.errors import UserError
 from fastsp.lora import DIFFUSERS_FILE
-from fastsp.models import TextToImageModel, load_model, load_pipeline, load_unet
+from fastsp.models import TextToImageModel, check_pipeline, check_unet, load_model, load_pipeline, load_unet
 from fastsp.sampling import NO_GUIDANCE, Guidance
 
 
@@ -58,20 +58,50 @@ def load_for_sampling(name: str) -> TextToImageModel:
     return model
 
 
+def check_for_sampling(name: str) -> None:
+    """See that `load_for_sampling` would find a model, without reading its weights: before another one is drawn.
+
+    Raises:
+        UserError: it would not.
+    """
+    folder = Path(name).expanduser()
+    run = _run_of_stage(folder, name)
+    if run is None:
+        check_pipeline(name)
+        return
+    check_unet(folder)
+    if (run / "final").is_dir():
+        check_pipeline(str(run / "final"))
+    elif (pretrained := load_config(run / "config.yaml").model.pretrained) is not None:
+        check_pipeline(pretrained)
+
+
 def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _load(folder: Path, name: str) -> TextToImageModel:
+def _run_of_stage(folder: Path, name: str) -> Path | None:
+    """The run that a folder is a stage of; None: it is a pipeline by itself, or adapters that name their base.
+
+    Raises:
+        UserError: it is a run directory, or a stage that is not there.
+    """
     if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
         raise UserError(f"{name} is a run directory: take its final/, or one of its stages/")
     run = folder.parent.parent
     of_run = folder.parent.name == "stages" and ((run / "final").is_dir() or (run / "config.yaml").is_file())
     if not of_run or (folder / DIFFUSERS_FILE).is_file():
-        return load_pipeline(name)
+        return None
     if not folder.is_dir():
         there = ", ".join(sorted(path.name for path in folder.parent.glob("[!.]*"))) or "none"
         raise UserError(f"{name}: the run has not finished that stage; finished: {there}")
+    return run
+
+
+def _load(folder: Path, name: str) -> TextToImageModel:
+    run = _run_of_stage(folder, name)
+    if run is None:
+        return load_pipeline(name)
     if (run / "final").is_dir():
         model = load_pipeline(str(run / "final"), with_unet=False)
     else:

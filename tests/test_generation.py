@@ -15,7 +15,7 @@ from export import pipelines
 from export.test_export import finished_run
 
 from fastsp.errors import UserError
-from fastsp.generation import Sampling, generate, load_for_sampling, num_batches, trajectories
+from fastsp.generation import Sampling, check_for_sampling, generate, load_for_sampling, num_batches, trajectories
 from fastsp.models import TextToImageModel, load_pipeline
 from fastsp.sampling import Guidance
 
@@ -61,14 +61,23 @@ def test_a_stage_is_sampled_while_the_run_trains_on(folder: Path, tmp_path: Path
     config["model"] |= {"preset": None, "pretrained": str(folder)}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     (run / "checkpoints").mkdir()
+    check_for_sampling(str(run / "stages" / "mse"))
     finished = pictures(load_for_sampling(str(run / "stages" / "mse")), Sampling(2))
     shutil.rmtree(run / "final")
+    check_for_sampling(str(run / "stages" / "mse"))
     assert torch.equal(pictures(load_for_sampling(str(run / "stages" / "mse")), Sampling(2)), finished)
     shutil.rmtree(run / "stages" / "sp")
-    with pytest.raises(UserError, match=r"stages/sp: the run has not finished that stage; finished: mse, mse_longer"):
-        load_for_sampling(str(run / "stages" / "sp"))
-    with pytest.raises(UserError, match="is a run directory: take its final/"):
-        load_for_sampling(str(run))
+    for look in (load_for_sampling, check_for_sampling):
+        with pytest.raises(UserError, match=r"stages/sp: the run has not finished that stage; finished: mse, mse_l"):
+            look(str(run / "stages" / "sp"))
+        with pytest.raises(UserError, match="is a run directory: take its final/"):
+            look(str(run))
+    another = shutil.copytree(folder, tmp_path / "another")
+    shutil.rmtree(another / "text_encoder")
+    config["model"]["pretrained"] = str(another)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="another lacks text_encoder"):
+        check_for_sampling(str(run / "stages" / "mse"))
 
 
 def test_too_many_steps(folder: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_stable_diffusion
 
 from fastsp.errors import UserError
-from fastsp.models import load_pipeline
+from fastsp.models import check_pipeline, load_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,7 @@ def test_a_model_in_the_cache(cache, folder):
     model, expected = load_pipeline("tiny/sd-2.1"), load_pipeline(str(folder))
     assert torch.equal(model.unet.conv_in.weight, expected.unet.conv_in.weight)
     assert model.prediction_type == "v_prediction"
+    check_pipeline("tiny/sd-2.1")
 
 
 def test_a_model_that_is_not_there(cache):
@@ -54,6 +55,8 @@ def test_a_model_that_is_not_there(cache):
         UserError, match=r"^tiny/sd is no folder here and cannot be had from the Hugging Face hub: .*off"
     ):
         load_pipeline("tiny/sd")
+    with pytest.raises(UserError, match=r"^tiny/sd is no folder here and cannot be had"):
+        check_pipeline("tiny/sd")
 
 
 def test_a_download_that_was_cut_off(cache, folder):

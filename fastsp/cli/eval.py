@@ -64,6 +64,7 @@ def evaluate(
     from fastsp.evaluation.evaluate_models import ModelEvaluation, RowFile, jobs_of
     from fastsp.evaluation.real_pictures import load_statistics
     from fastsp.evaluation.reference_set import open_reference
+    from fastsp.generation import check_for_sampling
     from fastsp.progress import steps_bar
 
     if features is None:
@@ -73,6 +74,8 @@ def evaluate(
     if save_reference is not None and save_reference.suffix != ".safetensors":
         raise UserError(f"--save-reference {save_reference} must end in .safetensors")
     RowFile(json_file)  # refuses what holds something else
+    for name in model:
+        check_for_sampling(name)
     found = read_captions(captions, num_samples)
     work = work or json_file.with_name(f"{json_file.name}.work")
     extractor, statistics = open_reference(features, reference, found, work, steps_bar, resolution)

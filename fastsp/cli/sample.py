@@ -108,10 +108,12 @@ def _pictures(
 ) -> Iterator[list[Image]]:
     """Of each model its pictures in the order of ``texts``; with ``trajectory`` those of every step in their place."""
     from fastsp.errors import UserError
-    from fastsp.generation import generate, load_for_sampling, num_batches, trajectories
+    from fastsp.generation import check_for_sampling, generate, load_for_sampling, num_batches, trajectories
     from fastsp.pictures import save_png, to_pil
     from fastsp.progress import steps_bar
 
+    for name in models[1:]:  # the first is loaded at once
+        check_for_sampling(name)
     size = None
     total = len(models) * num_batches(len(texts), settings.batch_size) * settings.steps
     with steps_bar("sampling", total) as advance:

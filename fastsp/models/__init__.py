@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastsp.errors import UserError
 from fastsp.models.digits import digits_model, digits_tokenizer
 from fastsp.models.model import TextToImageModel, tokenize
-from fastsp.models.pretrained import load_pipeline, load_unet
+from fastsp.models.pretrained import check_pipeline, check_unet, load_pipeline, load_unet
 from fastsp.models.saving import save_pipeline
 from fastsp.models.schedulers import ddim_scheduler, trained_scheduler
 
@@ -14,6 +14,8 @@ PRESETS = ("digits",)
 __all__ = [
     "PRESETS",
     "TextToImageModel",
+    "check_pipeline",
+    "check_unet",
     "ddim_scheduler",
     "digits_model",
     "digits_tokenizer",

@@ -18,12 +18,13 @@ from fastsp.models.hub import VARIANTS, download_pipeline, is_hub_id
 from fastsp.models.model import TextToImageModel
 from fastsp.models.quiet import quiet_libraries
 from fastsp.models.schedulers import loaded_scheduler
-from fastsp.models.single_file import load_single_file
+from fastsp.models.single_file import load_single_file, tensor_names
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixelTextToImagePipeline")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _PARTS = ("unet", "text_encoder", "tokenizer", "scheduler")
 _OPTIONAL_PARTS = ("vae", "text_encoder_2", "tokenizer_2")  # latents; Stable Diffusion XL
+_NETWORKS = {"unet", "text_encoder", "vae", "text_encoder_2"}
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last one has the safety checker
 _NUM_BYTES = 256  # CLIP's tokenizers have a token for each
 T = TypeVar("T")
@@ -42,25 +43,32 @@ def load_pipeline(name: str, config: str | None = None, with_unet: bool = True) 
         UserError: it is not there, is of another kind, or lacks a part; a part does not fit the others; pickled
             weights; code beside the weights.
     """
-    path = Path(name).expanduser()
-    if path.suffix in PICKLES:
-        raise UserError(f"{name} is a pickle, which can run code: fastsp reads safetensors alone; convert it first")
+    path = _find(name)
     if (path / DIFFUSERS_FILE).is_file():
         return _load_with_adapters(path, with_unet)
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise UserError(f"{name} is neither a pipeline folder nor a .safetensors file")
-        model = load_single_file(path, config)
-    elif path.exists() or not is_hub_id(name):
-        model = _load_folder(path, name, with_unet)
-    else:
-        model = _load_folder(download_pipeline(name), name, with_unet)
+    model = load_single_file(path, config) if path.is_file() else _load_folder(path, name, with_unet)
     for part in model.frozen_parts():
         part.eval().requires_grad_(False)
     _check_tokenizers(model, name)
     if model.unet is not None:
         _check_fit(model, name)
     return model
+
+
+def check_pipeline(name: str) -> None:
+    """See that `load_pipeline` would find all parts, without reading weights. A hub id is downloaded.
+
+    Raises:
+        UserError: it is not there, is of another kind, or lacks a part.
+    """
+    path = _find(name)
+    if (path / DIFFUSERS_FILE).is_file():
+        check_pipeline(base_of(path).name)
+    elif path.is_file():
+        tensor_names(path)
+    else:
+        for part in _parts(_read_index(path, name), path, name) & _NETWORKS:
+            _check_weights(path / part)
 
 
 def load_unet(folder: Path) -> Any:
@@ -71,10 +79,41 @@ def load_unet(folder: Path) -> Any:
     """
     if (folder / DIFFUSERS_FILE).is_file():
         return _load_with_adapters(folder).unet
+    return _load_part(UNet2DConditionModel, _unet_folder(folder))
+
+
+def check_unet(folder: Path) -> None:
+    """See that `load_unet` would find one, without reading weights.
+
+    Raises:
+        UserError: it would not.
+    """
+    if (folder / DIFFUSERS_FILE).is_file():
+        check_pipeline(base_of(folder).name)
+    else:
+        _check_weights(_unet_folder(folder))
+
+
+def _find(name: str) -> Path:
+    """The folder or file of a pipeline; a hub id is downloaded, or found in the cache."""
+    path = Path(name).expanduser()
+    if path.suffix in PICKLES:
+        raise UserError(f"{name} is a pickle, which can run code: fastsp reads safetensors alone; convert it first")
+    if path.is_file() and path.suffix != ".safetensors":
+        raise UserError(f"{name} is neither a pipeline folder nor a .safetensors file")
+    return path if path.exists() or not is_hub_id(name) else download_pipeline(name)
+
+
+def _unet_folder(folder: Path) -> Path:
     part = folder if (folder / "config.json").is_file() else folder / "unet"
     if not (part / "config.json").is_file():
         raise UserError(f"{folder} holds no UNet: there is no config.json in it, nor in its unet/")
-    return _load_part(UNet2DConditionModel, part)
+    return part
+
+
+def _check_weights(folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} has no .safetensors file, and fastsp reads no other weights")
 
 
 def _load_with_adapters(folder: Path, with_unet: bool = True) -> TextToImageModel:
@@ -88,10 +127,7 @@ def _load_with_adapters(folder: Path, with_unet: bool = True) -> TextToImageMode
 
 def _load_folder(root: Path, name: str, with_unet: bool) -> TextToImageModel:
     index = _read_index(root, name)
-    has = {part for part in _OPTIONAL_PARTS if (index.get(part) or [None])[0] is not None}
-    missing = [part for part in (*_PARTS, *sorted(has)) if not (root / part).is_dir()]
-    if missing:
-        raise UserError(f"{name} lacks {', '.join(missing)}: a pipeline folder holds one folder for each part")
+    has = _parts(index, root, name)
     is_xl = "text_encoder_2" in has
     return TextToImageModel(
         unet=_load_part(UNet2DConditionModel, root / "unet") if with_unet else None,
@@ -103,6 +139,15 @@ def _load_folder(root: Path, name: str, with_unet: bool) -> TextToImageModel:
         tokenizer_2=_tokenizer(root / "tokenizer_2") if is_xl else None,
         zeros_for_empty_prompt=is_xl and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
+
+
+def _parts(index: dict[str, Any], root: Path, name: str) -> set[str]:
+    """The parts that an index names, of which each has its folder."""
+    has = {part for part in _OPTIONAL_PARTS if (index.get(part) or [None])[0] is not None}
+    missing = [part for part in (*_PARTS, *sorted(has)) if not (root / part).is_dir()]
+    if missing:
+        raise UserError(f"{name} lacks {', '.join(missing)}: a pipeline folder holds one folder for each part")
+    return {*_PARTS, *has}
 
 
 def _read_index(root: Path, name: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def load_single_file(file: Path, config: str | None) -> TextToImageModel:
     """
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    keys = _keys(file)
+    keys = tensor_names(file)
     is_xl = _SECOND_TEXT_ENCODER in keys
     kind = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
     absent = {key: value for key, value in _NOT_NEEDED.items() if key in kind._optional_components}
@@ -54,7 +54,12 @@ def load_single_file(file: Path, config: str | None) -> TextToImageModel:
     )
 
 
-def _keys(file: Path) -> set[str]:
+def tensor_names(file: Path) -> set[str]:
+    """What a checkpoint holds, by its header.
+
+    Raises:
+        UserError: it is no safetensors file.
+    """
     try:
         with safe_open(file, framework="pt") as checkpoint:
             return set(checkpoint.keys())

@@ -157,6 +157,15 @@ def test_mistakes(fails, models: list[Path], captions: Path, tmp_path: Path) -> 
     assert out.read_text() == '{"thesis": "precious"}'
 
 
+def test_a_model_that_is_wrong_is_named_before_anything_is_looked_at(
+    fails, models: list[Path], captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastsp.evaluation.reference_set.open_reference", lambda *_: pytest.fail("too late"))
+    arguments = ("eval", "--model", models[0], "--captions", captions, "--json", tmp_path / "out.json", *COMMON)
+    assert "no diffusers pipeline folder" in fails(*arguments, "--model", tmp_path / "nowhere")
+    assert not (tmp_path / "out.json").exists()
+
+
 @pytest.mark.slow
 def test_stable_diffusion_in_the_features_of_inception(command, tmp_path: Path) -> None:
     """COCO's file, a folder with its pictures, Inception's layers with made-up weights, a tiny Stable Diffusion."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,29 @@ def test_mistakes(fails, run: Path, tmp_path: Path) -> None:
     more = ("--model", tmp_path / "digits", "--prompt", "a", "--steps", 1)
     assert "makes pictures of 8 px, the others of 16: give --resolution" in fails(*arguments, *more)
     assert not out.exists()
+
+
+def test_a_second_model_that_is_wrong_is_named_before_the_first_is_drawn(
+    fails, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str) -> None:
+        pytest.fail(f"{name} was loaded")
+
+    monkeypatch.setattr("fastsp.generation.load_for_sampling", load)
+    out = tmp_path / "out.png"
+    arguments = ("sample", "--model", run / "final", "--prompt", "a", "--out", out, "--model")
+    assert "no diffusers pipeline folder" in fails(*arguments, tmp_path / "nowhere")
+    assert "has not finished that stage; finished: mse, mse_longer, sp" in fails(*arguments, run / "stages" / "spp")
+    (tmp_path / "model.safetensors").write_text("hello")
+    assert "is no safetensors file" in fails(*arguments, tmp_path / "model.safetensors")
+    (tmp_path / "model.ckpt").write_text("hello")
+    assert "is a pickle" in fails(*arguments, tmp_path / "model.ckpt")
+    spoiled = shutil.copytree(run / "final", tmp_path / "spoiled")
+    for file in (spoiled / "vae").glob("*.safetensors"):
+        file.unlink()
+    assert "vae has no .safetensors file" in fails(*arguments, spoiled)
+    shutil.rmtree(spoiled / "vae")
+    assert "lacks vae" in fails(*arguments, spoiled)
 
 
 def test_short_names() -> None:

@@ -25,7 +25,7 @@ from fastsp.cli import app
 from fastsp.config import Config, load_config
 from fastsp.errors import UserError
 from fastsp.lora import DIFFUSERS_FILE, KOHYA_FILE, Base, adapters, add_adapters, load_adapters, save_for_use
-from fastsp.models import load_pipeline
+from fastsp.models import check_pipeline, load_pipeline
 from fastsp.perceptual import shared_copy
 from fastsp.training.checkpoint import newest_whole
 from fastsp.training.step import build_step
@@ -145,6 +145,7 @@ def test_stable_diffusion_xl_loads_both_layouts(tmp_path, layout):
 
 def test_the_ema_adapters_are_what_is_written(finished):
     """`final/` gives the picture that the run itself drew with the shared base and the adapters on top."""
+    check_pipeline(str(Path(finished.config.run_dir) / "final"))
     model = load_pipeline(str(Path(finished.config.run_dir) / "final"))
     noise = draws.evaluation_noise(1, torch.arange(1), (4, 4, 4))
     fused = model.generate(["a handwritten one"], noise, 3)
