@@ -20,7 +20,9 @@ def data() -> None:
 def check(
     source: Annotated[str, typer.Argument(help="digits, a folder of images, a tar, a folder of tars, or a pattern.")],
     resolution: Annotated[int, typer.Option(min=1, help="Side of the crops, in pixels.")] = 512,
-    split: Annotated[str, typer.Option(help="Of the digits: train or heldout.")] = "train",
+    split: Annotated[
+        str | None, typer.Option(help="Of the digits alone: train, which is the default, or heldout.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read so many samples at most.")] = None,
     contact_sheet: Annotated[Path | None, typer.Option(help="Write the first 64 crops.", metavar="FILE.png")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report.", metavar="FILE")] = None,
@@ -43,6 +45,8 @@ def check(
     if contact_sheet is not None and len(images):
         save_png(grid(_thumbnails(images)), contact_sheet)
         typer.echo(f"{contact_sheet}: the first {len(images)} crops")
+    elif contact_sheet is not None:
+        typer.echo(f"{contact_sheet} is not written: no picture could be read")
     if json_file is not None:
         write_file(json_file, json.dumps(report.as_json(), indent=2) + "\n")
 

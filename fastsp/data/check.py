@@ -93,18 +93,21 @@ class Report:
         return f", {share:.1%}: a run stops above data.max_bad_fraction, {limit:.0%} unless set; mend or remove them"
 
 
-def options_for(source: str, resolution: int, split: str = "train") -> DataOptions:
+def options_for(source: str, resolution: int, split: str | None = None) -> DataOptions:
     """What a person's SOURCE means: "digits", a folder of images, or shards (a tar, a folder of them, a pattern).
 
     A folder with images in it is one of images, though there may be tars in it too.
 
     Raises:
-        UserError: there is nothing at SOURCE, it holds latents, or an unknown split.
+        UserError: there is nothing at SOURCE, it holds latents, an unknown split, or one of what has none.
     """
     if source == "digits":
+        split = split or "train"
         if split not in SPLITS:
             raise UserError(f"split of the digits is {split!r}; allowed: {', '.join(SPLITS)}")
         return DataOptions("digits", None, resolution, split=split)
+    if split is not None:
+        raise UserError(f"--split {split} is of the digits alone; {source} has no splits: give the path of one")
     folder = Path(source).expanduser()
     if (folder / HEADER).is_file():
         count = LatentsHeader.load(folder).source_samples

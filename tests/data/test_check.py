@@ -42,6 +42,9 @@ def test_what_a_source_means(shard, tmp_path, monkeypatch):
         options_for(str(tmp_path / "nowhere"), 8)
     with pytest.raises(UserError, match="no shard"):
         options_for(str(tmp_path / "nothing-*.tar"), 16)
+    for source in (tmp_path / "images", shard):
+        with pytest.raises(UserError, match="--split heldout is of the digits alone"):
+            options_for(str(source), 8, "heldout")
     with pytest.raises(UserError, match="'test'"):
         options_for("digits", 8, "test")
 
@@ -96,7 +99,9 @@ def test_command(shard, tmp_path):
 
 def test_nothing_but_bad_files(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
-    result = CliRunner().invoke(app, ["check", str(tmp_path)], catch_exceptions=False)
+    arguments = ["check", str(tmp_path), "--contact-sheet", str(tmp_path / "sheet.png")]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert "sheet.png is not written: no picture could be read" in result.output
     assert "heights           no pixels" in result.output and "a.png: the image file is empty" in result.output
     with pytest.raises(UserError, match="a file in a folder that there is"):
         CliRunner().invoke(
