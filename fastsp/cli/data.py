@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,10 +25,15 @@ def check(
         str | None, typer.Option(help="Of the digits alone: train, which is the default, or heldout.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read so many samples at most.")] = None,
+    max_bad_fraction: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Of the run, data.max_bad_fraction.")
+    ] = 0.01,
     contact_sheet: Annotated[Path | None, typer.Option(help="Write the first 64 crops.", metavar="FILE.png")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report.", metavar="FILE")] = None,
 ) -> None:
     """Read a source once, as training would: counts, sizes, captions, speed, and every bad sample by name and reason.
+
+    Exit code 1, and a last line that says why, where a run would stop because too many samples are bad; else 0.
 
     Example: fastsp data check 'laion/{00000..00231}.tar' --contact-sheet sheet.png
     """
@@ -40,7 +46,8 @@ def check(
         raise UserError(f"--contact-sheet {contact_sheet} must end in .png")
     if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise UserError(f"--json {json_file}: a file in a folder that there is")
-    report, images = check_source(options_for(source, resolution, split), limit)
+    options = replace(options_for(source, resolution, split), max_bad_fraction=max_bad_fraction)
+    report, images = check_source(options, limit)
     typer.echo("\n".join(report.lines()))
     if contact_sheet is not None and len(images):
         save_png(grid(_thumbnails(images)), contact_sheet)
@@ -49,6 +56,9 @@ def check(
         typer.echo(f"{contact_sheet} is not written: no picture could be read")
     if json_file is not None:
         write_file(json_file, json.dumps(report.as_json(), indent=2) + "\n")
+    if report.stop is not None:
+        typer.echo(f"a run would stop: {report.stop}")
+        raise typer.Exit(1)
 
 
 def _thumbnails(images):

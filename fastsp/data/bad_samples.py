@@ -88,7 +88,7 @@ class BadSampleLog:
             return  # what others met is theirs to complain about
         end = self._end if self.path is not None else self._delivered
         bad = self.met_before(self._end) - self.met_before(0)
-        if bad > self.max_fraction * min(max(end, MIN_POSITIONS), self.size):
+        if self._too_many(bad, end, self.max_fraction):
             name, reason = next(reversed(self.reasons.items()))
             where = f"; they are named in {self.path}" if self.path else ""
             again = " and remove that file" if self.path else ""
@@ -97,6 +97,15 @@ class BadSampleLog:
                 f"{self.max_fraction:g} allows; the latest is {name} ({reason}){where}; `fastsp data check` lists all: "
                 f"remove or mend them{again}, or set data.max_bad_fraction higher"
             )
+
+    def first_stop(self, max_fraction: float) -> tuple[int, int] | None:
+        """Where a run with that limit would have stopped: the bad samples there, and of how many; None: nowhere."""
+        positions = self._positions[bisect_left(self._positions, 0) :]
+        stops = ((bad, position + 1) for bad, position in enumerate(positions, start=1))
+        return next((stop for stop in stops if self._too_many(*stop, max_fraction)), None)
+
+    def _too_many(self, bad: int, end: int, max_fraction: float) -> bool:
+        return bad > max_fraction * min(max(end, MIN_POSITIONS), self.size)
 
     def _refresh(self) -> None:
         """Take in what any process has written since the last time."""

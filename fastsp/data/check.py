@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -66,6 +66,8 @@ class Report:
     images_per_second: float
     """Read, decoded, resized and cropped, in this process on this machine."""
     seconds: float
+    stop: str | None
+    """Why a run would stop, if too many samples are bad."""
 
     def as_json(self) -> dict:
         return asdict(self)
@@ -79,18 +81,11 @@ class Report:
             f"enlarged          {self.smaller_than_resolution} images are smaller than the resolution",
             f"captions          {self.caption_characters or 'no'} characters",
             f"speed             {self.images_per_second:.0f} images/s ({self.seconds:.1f} s)",
-            f"bad               {len(self.bad)}" + self._compared_with_the_limit(),
+            f"bad               {len(self.bad)}",
             *(f"  {name}: {reason}" for name, reason in sorted(self.bad.items())),
             *[f"notes             {len(self.notes)}"] * bool(self.notes),
             *(f"  {name}: {note}" for name, note in sorted(self.notes.items())),
         ]
-
-    def _compared_with_the_limit(self) -> str:
-        share = (len(self.bad) + self.lost) / max(1, self.read + self.lost)
-        limit = DataOptions.max_bad_fraction
-        if share <= limit:
-            return ""
-        return f", {share:.1%}: a run stops above data.max_bad_fraction, {limit:.0%} unless set; mend or remove them"
 
 
 def options_for(source: str, resolution: int, split: str | None = None) -> DataOptions:
@@ -145,7 +140,8 @@ def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report
     """Read a source once, in the order of the first epoch of seed 0.
 
     Args:
-        options: the source; bad samples never stop this, whatever `max_bad_fraction` is.
+        options: the source; bad samples never stop this, whatever `max_bad_fraction` is, but the report says whether
+            they would stop a run.
         limit: samples to read at most; None: all.
 
     Returns:
@@ -154,8 +150,7 @@ def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report
     Raises:
         UserError: there is nothing to read.
     """
-    options.max_bad_fraction = 1.0
-    source = open_source(options, tokenizer=None, channels=3, seed=0)
+    source = open_source(replace(options, max_bad_fraction=1.0), tokenizer=None, channels=3, seed=0)
     count = min(len(source), limit or len(source))
     sizes: list[Tensor] = []
     lengths: list[int] = []
@@ -182,8 +177,24 @@ def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report
         caption_characters=Spread.of(lengths),
         images_per_second=count / seconds,
         seconds=seconds,
+        stop=_stop(source, count, options.max_bad_fraction),
     )
     return report, torch.cat(sheet)[:SHEET_IMAGES]
+
+
+def _stop(source: Source, read: int, limit: float) -> str | None:
+    """Why a run would stop that finds in all of the source what was found in the samples read; None: it would not."""
+    lost, log = source.reader.lost, source.bad_samples
+    bad = log.met_before(read) - log.met_before(0)
+    if lost > limit * (len(source) + lost):
+        what = f"at least {lost} of {len(source) + lost} samples are lost in damaged files"
+    elif bad > limit * read:
+        what = f"{bad} of {read} samples are bad ({bad / read:.1%})"
+    elif (first := log.first_stop(limit)) is not None:
+        what = f"{first[0]} of the first {first[1]} samples are bad, in the order of seed 0"
+    else:
+        return None
+    return f"{what}, more than data.max_bad_fraction = {limit:g} allows: mend or remove them, or set it higher"
 
 
 def _batches(source: Source, count: int) -> Iterator[Batch]:

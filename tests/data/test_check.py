@@ -1,6 +1,7 @@
 """`fastsp data check`: the figures and the names."""
 
 import json
+from contextlib import closing, nullcontext
 
 import pytest
 from data.helpers import encode, photo, write_tar
@@ -8,8 +9,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fastsp.cli.data import app
+from fastsp.data.bad_samples import BadSampleLog
 from fastsp.data.check import check_source, options_for
 from fastsp.data.latents import LatentsHeader
+from fastsp.data.source import open_source
 from fastsp.errors import UserError
 
 
@@ -77,24 +80,53 @@ def test_damage_and_notes(shard):
     report, _ = check_source(options_for(str(shard), resolution=32))
     assert (report.samples, report.lost) == (9, 1)
     assert "damaged tar header" in report.bad[str(shard)] and "perhaps it was cut short" in report.notes[str(shard)]
-    assert "bad               2, 30.0%: a run stops" in "\n".join(report.lines())
+    assert report.stop.startswith("at least 1 of 10 samples are lost in damaged files, more than data.max_bad_fraction")
 
 
 def test_names_that_no_screen_shows_are_escaped(tmp_path):
     (tmp_path / "caf\udce9.jpg").write_bytes(b"junk")
     result = CliRunner().invoke(app, ["check", str(tmp_path)], catch_exceptions=False)
-    assert result.exit_code == 0 and "caf\\udce9.jpg: " in result.output
+    assert result.exit_code == 1 and "caf\\udce9.jpg: " in result.output
 
 
 def test_command(shard, tmp_path):
     sheet, report = tmp_path / "sheet.png", tmp_path / "report.json"
     arguments = ["check", str(shard), "--resolution", "32", "--contact-sheet", str(sheet), "--json", str(report)]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert "samples           10" in result.output and f"{shard}#3: not an image of a known kind" in result.output
     assert json.loads(report.read_text())["bad"] == {f"{shard}#3": "not an image of a known kind"}
     assert Image.open(sheet).width > 3 * 32 and "sheet.png: the first 9 crops" in result.output
-    assert "bad               1, 10.0%: a run stops above data.max_bad_fraction, 1%" in result.output
+    stop = (
+        "1 of 10 samples are bad (10.0%), more than data.max_bad_fraction = 0.01 allows: mend or remove them, or set it"
+    )
+    assert result.output.splitlines()[-1] == f"a run would stop: {stop} higher"
+    assert json.loads(report.read_text())["stop"] == f"{stop} higher"
+    result = CliRunner().invoke(app, [*arguments, "--max-bad-fraction", "0.1"], catch_exceptions=False)
+    assert result.exit_code == 0 and "a run would stop" not in result.output
+    assert json.loads(report.read_text())["stop"] is None
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+def test_the_exit_code_says_what_training_does(tmp_path, bad):
+    """At the limit, and just above it."""
+    for index in range(100):
+        (tmp_path / f"{index}.png").write_bytes(b"" if index < bad else encode(photo(0, 8, 8), "PNG"))
+    source = open_source(options_for(str(tmp_path), 8), tokenizer=None, channels=3, seed=0)
+    with closing(source.batches(batch_size=10, last_position=100)) as batches:
+        stops = pytest.raises(UserError, match="are bad") if bad > 1 else nullcontext()
+        with stops:
+            list(batches)
+    result = CliRunner().invoke(app, ["check", str(tmp_path), "--resolution", "8"], catch_exceptions=False)
+    assert result.exit_code == (bad > 1)
+
+
+def test_bad_samples_in_a_row_stop_a_run_though_there_are_few_in_all():
+    log = BadSampleLog(None, 1.0, size=50_000)
+    log.add("shard.tar", "damaged")
+    for position in range(2000, 2030):
+        log.add(f"sample {position}", "empty", position)
+    assert log.first_stop(0.01) == (21, 2021) and log.first_stop(0.02) is None
 
 
 def test_nothing_but_bad_files(tmp_path):
