@@ -1,7 +1,7 @@
 """The typed configuration of a run: what `fastsp train --config FILE key=value ...` reads.
 
 Every section forbids unknown keys and converts nothing silently, so that a mistake is one clear line, not a run with
-the wrong setting. Units and defaults stand beside the keys.
+the wrong setting. Units and defaults stand beside the keys; `docs/config.md` has them for users.
 """
 
 from __future__ import annotations

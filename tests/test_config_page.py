@@ -1,0 +1,67 @@
+"""docs/config.md against the configuration: every key, what it may be, its default, and nothing that is not there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastsp.config import Config
+from fastsp.config_text import parse_yaml
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
+SCHEMA = Config.model_json_schema()
+NAMES = {"integer": "int", "number": "float", "string": "text", "boolean": "true, false"}
+REQUIRED = "required"
+
+
+def keys(section: dict[str, Any], path: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Of a section and those below it: the dotted key, what it may be, its default. Sections have headings instead."""
+    for name, field in section["properties"].items():
+        default = REQUIRED if name in section.get("required", ()) else field["default"]
+        below = part_of(field)
+        values, where = allowed(field), f"{path}{name}"
+        if values != "section":
+            yield where, values, default
+        if below is not None:
+            yield from keys(below, f"{where}.N." if values.startswith("list") else f"{where}.")
+
+
+def part_of(field: dict[str, Any]) -> dict[str, Any] | None:
+    """The section that a key holds, if it does."""
+    found = re.search(r'"#/\$defs/(\w+)"', json.dumps(field))
+    return SCHEMA["$defs"][found[1]] if found else None
+
+
+def allowed(field: dict[str, Any]) -> str:
+    """In words."""
+    if "$ref" in field:
+        return "section"
+    if "anyOf" in field:
+        return ", ".join(map(allowed, field["anyOf"]))
+    if "enum" in field:
+        return ", ".join(json.dumps(value).strip('"') for value in field["enum"])
+    if field["type"] == "null":
+        return "null"
+    if field["type"] == "array":
+        few = {1: " (at least one)", 2: " (two)"}.get(field.get("minItems"), "")
+        return f"list of {allowed(field['items'])}{few}"
+    return field.get("const") or NAMES[field["type"]] + bounds(field)
+
+
+def bounds(field: dict[str, Any]) -> str:
+    limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    found = [(sign, field[name]) for name, sign in limits.items() if name in field]
+    return " and".join(f" {sign} {'2^63' if limit == 2**63 else format(limit, 'g')}" for sign, limit in found)
+
+
+def written() -> list[tuple[str, str, Any]]:
+    """The tables' rows."""
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \| ([^|]+) \| [^|]+ \|$", PAGE.read_text(), re.MULTILINE)
+    return [(key, values, parse_yaml(default.strip("`"), "default")) for key, values, default in rows]
+
+
+def test_the_page_has_every_key_with_its_values_and_default():
+    assert sorted(written(), key=str) == sorted(keys(SCHEMA), key=str)
