@@ -108,6 +108,36 @@ def picture_files(folder: Path, names: Sequence[str] = ()) -> list[Path]:
     return files
 
 
+def check_pictures(files: Sequence[Path], advance: Callable[[], Any] = lambda: None) -> None:
+    """Decode picture files, to name the broken ones before the feature model, which takes much longer, begins.
+
+    Args:
+        files: of images.
+        advance: called for every picture.
+
+    Raises:
+        UserError: some are no pictures: names the first, and says how many more there are.
+    """
+    broken: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(files), CHUNK):
+            for fault in pool.map(_fault, files[start : start + CHUNK]):
+                broken += [fault] if fault is not None else []
+                advance()
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise UserError(f"{broken[0]}{more}; mend or replace it")
+
+
+def _fault(file: Path) -> str | None:
+    """Why a file is no picture."""
+    try:
+        _square(file)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def real_features(files: Sequence[Path], model: FeatureModel, advance: Callable[[], Any] = lambda: None) -> Features:
     """What the model sees in picture files: the largest square in the middle of each, in its own resolution.
 
@@ -139,7 +169,7 @@ def _square(file: Path) -> Tensor:
     try:
         with Image.open(file) as image:
             picture = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises anything from OSError to struct.error at damaged files
         raise UserError(f"reference {file} cannot be read: {error}") from None
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2

@@ -13,7 +13,13 @@ from fastsp.evaluation.classifier import CaptionClassifier, caption_classifier
 from fastsp.evaluation.features import FeatureModel
 from fastsp.evaluation.inception import load_inception
 from fastsp.evaluation.picture_set import Pictures
-from fastsp.evaluation.real_pictures import RealStatistics, load_statistics, picture_files, real_features
+from fastsp.evaluation.real_pictures import (
+    RealStatistics,
+    check_pictures,
+    load_statistics,
+    picture_files,
+    real_features,
+)
 from fastsp.evaluation.reference import heldout_pictures, training_pictures
 from fastsp.generation import best_device
 from fastsp.progress import Bar
@@ -57,6 +63,8 @@ def _statistics(reference: Path, captions: CaptionSet, extractor: FeatureModel, 
     kept = work / f"reference-{_digest(files, extractor.identity)}.safetensors"
     if kept.is_file():
         return load_statistics(kept, extractor.identity)
+    with bar("checking real pictures", len(files)) as advance:
+        check_pictures(files, advance)
     with bar("real pictures", len(files)) as advance:
         seen = real_features(files, extractor, advance)
     which = "the pictures of the captions" if captions.images else "all pictures"

@@ -15,6 +15,7 @@ import pytest
 import torch
 from export.test_export import finished_run
 from safetensors.torch import load_file, save_file
+from tiny import picture_folder
 
 from fastsp.evaluation.inception import InceptionV3
 from fastsp.models import digits_model
@@ -164,6 +165,17 @@ def test_a_model_that_is_wrong_is_named_before_anything_is_looked_at(
     arguments = ("eval", "--model", models[0], "--captions", captions, "--json", tmp_path / "out.json", *COMMON)
     assert "no diffusers pipeline folder" in fails(*arguments, "--model", tmp_path / "nowhere")
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_broken_real_picture_is_named_before_any_is_looked_at(
+    fails, models: list[Path], captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastsp.evaluation.reference_set.real_features", lambda *_: pytest.fail("too late"))
+    reference = picture_folder(tmp_path / "real", 3)
+    (reference / "001.png").write_bytes((reference / "001.png").read_bytes()[:60])
+    arguments = ("eval", "--model", models[0], "--captions", captions, "--json", tmp_path / "out.json", *COMMON)
+    assert "real/001.png cannot be read: " in (message := fails(*arguments, "--reference", reference))
+    assert "; mend or replace it" in message
 
 
 @pytest.mark.slow

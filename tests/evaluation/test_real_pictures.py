@@ -12,7 +12,13 @@ from safetensors.torch import save_file
 from fastsp.errors import UserError
 from fastsp.evaluation.features import FeatureModel, Features
 from fastsp.evaluation.metrics import FrechetDistance
-from fastsp.evaluation.real_pictures import RealStatistics, load_statistics, picture_files, real_features
+from fastsp.evaluation.real_pictures import (
+    RealStatistics,
+    check_pictures,
+    load_statistics,
+    picture_files,
+    real_features,
+)
 
 
 class Corners(FeatureModel):
@@ -71,6 +77,18 @@ def test_only_the_pictures_of_the_captions(tmp_path: Path) -> None:
         real_features(picture_files(tmp_path), Corners())
     with pytest.raises(UserError, match="there is no such folder"):
         picture_files(tmp_path / "nowhere")
+
+
+def test_all_broken_pictures_are_found_at_once(tmp_path: Path) -> None:
+    for name in ("a.png", "b.jpg", "c.png", "d.jpg"):
+        Image.effect_noise((64, 64), 80).save(tmp_path / name)
+    seen: list[int] = []
+    check_pictures(picture_files(tmp_path), lambda: seen.append(1))
+    assert len(seen) == 4
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:600])
+    (tmp_path / "c.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"b\.jpg cannot be read: .* \(and 1 more\); mend or replace it$"):
+        check_pictures(picture_files(tmp_path))
 
 
 def test_files_of_another_kind(tmp_path: Path) -> None:
