@@ -65,6 +65,7 @@ def encode(
         device=device,
         bad_samples_file=out / "bad_samples.jsonl",
         shuffle=False,
+        progress=rank == 0,
     )
     encoder = LatentEncoder(
         source,

@@ -150,7 +150,7 @@ def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report
     Raises:
         UserError: there is nothing to read.
     """
-    source = open_source(replace(options, max_bad_fraction=1.0), tokenizer=None, channels=3, seed=0)
+    source = open_source(replace(options, max_bad_fraction=1.0), tokenizer=None, channels=3, seed=0, progress=True)
     count = min(len(source), limit or len(source))
     sizes: list[Tensor] = []
     lengths: list[int] = []

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from fastsp.data.inventory import MAX_NAMES, Inventory, Part
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size, printable
 from fastsp.data.tar_scan import IMAGE_SUFFIXES, split_name
 from fastsp.errors import UserError
+from fastsp.progress import late_bar
 
 METADATA = "metadata.jsonl"
 UNREAD_METADATA = {"metadata.csv", "metadata.parquet"}  # which Hugging Face's imagefolder takes too
@@ -47,14 +48,16 @@ class FolderReader:
     Args:
         folder: of the images.
         captioned: whether a sample needs a caption; if not, captions are not read and are empty.
+        progress: show it where listing takes long.
 
     Raises:
         UserError: the folder is missing or holds no images, or a `metadata.jsonl` cannot be read.
     """
 
-    def __init__(self, folder: str | Path, captioned: bool = True):
+    def __init__(self, folder: str | Path, captioned: bool = True, progress: bool = False):
         self.root = image_folder(folder)
         self.captioned = captioned
+        self.progress = progress
         self.damaged: list[tuple[str, str]] = []
         """What could not be used, with the reason."""
         self.notes: list[tuple[str, str]] = []
@@ -66,7 +69,8 @@ class FolderReader:
         self._odd_sidecars: dict[str, str] = {}
         """The sidecars that do not end in just `.txt`, by their path without the suffix."""
         self._captioned_by_name: set[str] = set()
-        self._walk()
+        with late_bar("listing pictures", None, progress) as advance:
+            self._walk(advance)
         self.paths.sort(key=lambda path: path.replace("/", "\0"))  # folder by folder: before any other character
         if not self.paths:
             raise UserError(f"data.path is {str(folder)!r}; it holds no images ({', '.join(IMAGE_SUFFIXES)})")
@@ -81,7 +85,13 @@ class FolderReader:
 
     def sizes(self) -> Tensor:
         """(N,) int64: bytes of every image and of its sidecar, as far as they are there."""
-        return torch.tensor([_size(self.root / path) + _size(self._sidecar(path)) for path in self.paths])
+        sizes: list[int] = []
+        with late_bar("sizes of the pictures", len(self.paths), self.progress) as advance:
+            for start in range(0, len(self.paths), 1000):
+                paths = self.paths[start : start + 1000]
+                sizes += [_size(self.root / path) + _size(self._sidecar(path)) for path in paths]
+                advance(len(paths))
+        return torch.tensor(sizes)
 
     def inventory(self) -> Inventory:
         """The images of every folder, and their names."""
@@ -99,12 +109,13 @@ class FolderReader:
         image = _read_file(self.root / path, "image")
         return EncodedSample(image, self._caption(path) if self.captioned else "")
 
-    def _walk(self) -> None:
+    def _walk(self, advance: Callable[[int], object]) -> None:
         """Every directory below the root, each with the identities of those that it lies in: a link to one of these
         would lead round and round."""
         pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
         while pending:
             directory, above = pending.pop()
+            found = len(self.paths)
             try:
                 status = (self.root / directory).stat()
                 identity = (status.st_dev, status.st_ino)
@@ -116,6 +127,7 @@ class FolderReader:
                 self.damaged.append((self._name(directory), f"cannot read the folder: {error.strerror or error}"))
                 self.lost += 1
                 continue
+            advance(len(self.paths) - found)
             pending += [(folder, above | {identity}) for folder in reversed(folders)]
 
     def _add(self, directory: str, listing: _Listing) -> list[str]:

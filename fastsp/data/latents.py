@@ -58,13 +58,14 @@ class LatentReader(ShardReader):
     Args:
         folder: written by `fastsp encode`.
         captioned: whether a sample needs a caption; if not, captions are not read and are empty.
+        progress: show it where indexing takes long.
 
     Raises:
         UserError: no such folder, or an encoding that was stopped.
     """
 
-    def __init__(self, folder: str | Path, captioned: bool = True):
-        super().__init__(latent_shards(folder), captioned, suffixes=LATENT_SUFFIXES)
+    def __init__(self, folder: str | Path, captioned: bool = True, progress: bool = False):
+        super().__init__(latent_shards(folder), captioned, suffixes=LATENT_SUFFIXES, progress=progress)
 
     def check(self, content: bytes) -> None:
         """Refuse what stands in the place of a bad sample."""

@@ -80,6 +80,7 @@ class ShardReader:
         suffixes: of the members that make a sample; images, if nothing else is said.
         known: all the shards when the run began (`Inventory.shards`). Of one that is gone since, the samples keep their
             place and cannot be read, if the index still has them: so nothing of the order changes.
+        progress: show it where indexing takes long.
 
     Raises:
         UserError: no shards, or none that holds a sample.
@@ -91,10 +92,11 @@ class ShardReader:
         captioned: bool = True,
         suffixes: Sequence[str] = IMAGE_SUFFIXES,
         known: Sequence[str] = (),
+        progress: bool = False,
     ):
         patterns = patterns if isinstance(patterns, str | Path) else list(patterns)
         index = _index_with_gone(patterns, suffixes, [Path(shard) for shard in known])
-        self.index: TarIndex = index or load_or_build_index(expand_shards(patterns), suffixes)
+        self.index: TarIndex = index or load_or_build_index(expand_shards(patterns), suffixes, progress)
         self.captioned = captioned
         if len(self.index) == 0:
             kinds, shards = ", ".join(suffixes), self.index.shards

@@ -90,6 +90,7 @@ def open_source(
     vae_sha256: str | None = None,
     text_sha256: str | None = None,
     known_shards: Sequence[str] = (),
+    progress: bool = False,
 ) -> Source:
     """Open the data that a configuration names.
 
@@ -113,6 +114,7 @@ def open_source(
         vae_sha256: of a source of latents, the `fingerprint` of the VAE that they must come from; None: any.
         text_sha256: the same of the text encoders, where the latents have text features beside them.
         known_shards: of a run that goes on, `Inventory.shards` of when it began, see `ShardReader`.
+        progress: show it on a terminal where listing files or indexing tars takes long.
 
     Raises:
         UserError: a path that is missing or holds nothing, an unknown source, split or crop, latents that do not fit,
@@ -120,7 +122,7 @@ def open_source(
     """
     _check_settings(config)
     device = torch.device(device)
-    reader = _open_reader(config, known_shards)
+    reader = _open_reader(config, known_shards, progress)
     _check_lost(reader, config.max_bad_fraction)
     header = LatentsHeader.load(config.path) if config.source == "latents" else None
     if header is not None:
@@ -168,15 +170,15 @@ def _check_settings(config: DataConfig) -> None:
         raise UserError(f"data.path is {config.path!r}; data.source {config.source!r} needs one folder")
 
 
-def _open_reader(config: DataConfig, known_shards: Sequence[str]) -> SampleReader:
+def _open_reader(config: DataConfig, known_shards: Sequence[str], progress: bool) -> SampleReader:
     captioned = not config.unconditional
     if config.source == "digits":
         return ShardReader(digits_shards(config.split), captioned)
     if config.source == "images":
-        return FolderReader(config.path, captioned)
+        return FolderReader(config.path, captioned, progress)
     if config.source == "latents":
-        return LatentReader(config.path, captioned)
-    return ShardReader(config.path, captioned, known=known_shards)
+        return LatentReader(config.path, captioned, progress)
+    return ShardReader(config.path, captioned, known=known_shards, progress=progress)
 
 
 def _check_lost(reader: SampleReader, max_fraction: float) -> None:

@@ -25,6 +25,7 @@ from fastsp.data.inventory import Inventory, Part
 from fastsp.data.samples import printable
 from fastsp.data.tar_scan import IMAGE_SUFFIXES, Sample, TarScan, scan_tar
 from fastsp.files import new_file
+from fastsp.progress import late_bar
 
 VERSION = 2
 
@@ -76,17 +77,20 @@ class TarIndex:
         return printable(self[index][0]), printable(key)
 
 
-def load_or_build_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarIndex:
+def load_or_build_index(
+    shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES, progress: bool = False
+) -> TarIndex:
     """The index of these tars, from its file if that is up to date, else made and kept.
 
     Args:
         shards: the tars.
         suffixes: of the members that make a sample, in order of preference; its caption has the same key.
+        progress: show it where making it takes long.
     """
     index = load_index(shards, suffixes)
     if index is None:
         paths = [shard.resolve() for shard in shards]
-        index = build_index(paths, suffixes)
+        index = build_index(paths, suffixes, progress)
         signature = json.dumps([VERSION, list(suffixes), [_signature(path) for path in paths]])
         for place in _places(paths):
             if _save(index, signature, place):
@@ -101,10 +105,16 @@ def load_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES)
     return next((index for index in indices if index is not None), None)
 
 
-def build_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarIndex:
+def build_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES, progress: bool = False) -> TarIndex:
     """Read the headers of the tars, several at a time. A tar that is damaged gives what can be read of it."""
-    with ThreadPoolExecutor(min(16, len(shards))) as pool:
-        parts = list(pool.map(lambda number: _part(number, scan_tar(shards[number], suffixes)), range(len(shards))))
+    parts: list[_Part] = []
+    with (
+        late_bar("indexing tars", len(shards), progress) as advance,
+        ThreadPoolExecutor(min(16, len(shards))) as pool,
+    ):
+        for part in pool.map(lambda number: _part(number, scan_tar(shards[number], suffixes)), range(len(shards))):
+            parts.append(part)
+            advance(1)
     columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
     columns["key_ends"] = columns.pop("key_sizes").cumsum(0)
     scans = {printable(str(shard)): part.scan for shard, part in zip(shards, parts, strict=True)}

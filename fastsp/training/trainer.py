@@ -113,6 +113,7 @@ class Trainer:
             device=self.device,
             bad_samples_file=run.bad_samples_file,
             known_shards=run.known_shards,
+            progress=ranks.is_main,
             **_fingerprints(self.model) if config.data.source == "latents" else {},
         )
         self.inventory = self.source.reader.inventory()
