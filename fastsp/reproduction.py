@@ -114,6 +114,23 @@ TABLES: dict[int, Table] = {
 }
 
 
+def own_config(file: Path) -> Path:
+    """One of the configurations that come with the repository: below this folder, else beside the package, where an
+    editable install has it.
+
+    Raises:
+        UserError: neither is there; what is installed is the package alone.
+    """
+    beside = Path(__file__).resolve().parents[1] / file
+    for path in (file, beside):
+        if path.is_file():
+            return path
+    raise UserError(
+        f"configuration file {file} is neither here nor beside the package, in {beside.parent}: run this in a clone of "
+        "the repository, install from one with pip install -e, or give another file by --config"
+    )
+
+
 def table_config(number: int, base: Path, overrides: Sequence[str] = ()) -> Config:
     """The run of a table.
 

@@ -33,9 +33,9 @@ def reproduce(
     from fastsp.cli.train import train
     from fastsp.evaluation.run_files import read_run
     from fastsp.files import write_file
-    from fastsp.reproduction import TABLES, compared, table_config
+    from fastsp.reproduction import TABLES, compared, own_config, table_config
 
-    chosen = table_config(table, config or (_SMALL if small else _PAPER), overrides or [])
+    chosen = table_config(table, config or own_config(_SMALL if small else _PAPER), overrides or [])
     if plan:
         typer.echo(chosen.dump(), nl=False)
         return

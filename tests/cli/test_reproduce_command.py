@@ -47,4 +47,17 @@ def test_a_small_table(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_mistakes(fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "table 8: the paper has tables 1 to 7" in fails("reproduce", 8)
     monkeypatch.chdir(tmp_path)
-    assert "configuration file configs/digits.yaml does not exist" in fails("reproduce", 1, "--small")
+    monkeypatch.setattr("fastsp.reproduction.__file__", str(tmp_path / "site-packages" / "fastsp" / "reproduction.py"))
+    message = fails("reproduce", 1, "--small")
+    assert "configuration file configs/digits.yaml is neither here nor beside the package" in message
+    assert "run this in a clone of the repository, install from one with pip install -e, or" in message
+
+
+def test_it_works_in_any_folder(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the repository's configuration; one that lies here comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert command("reproduce", 1, "--small", "--plan").startswith("run_dir: runs/reproduce/table1\n")
+    (tmp_path / "configs").mkdir()
+    text = (ROOT / "configs" / "digits.yaml").read_text()
+    (tmp_path / "configs" / "digits.yaml").write_text(text.replace("runs/digits", "mine/digits"))
+    assert command("reproduce", 1, "--small", "--plan").startswith("run_dir: mine/reproduce/table1\n")
