@@ -27,6 +27,7 @@ def train(
 
     from fastsp.config import load_config
     from fastsp.evaluation.environment import write_environment
+    from fastsp.evaluation.evaluate import check_evaluation, evaluate_run
     from fastsp.evaluation.report import write_report
     from fastsp.training.distributed import is_main_process, said_once
     from fastsp.training.trainer import train as run_stages
@@ -34,11 +35,10 @@ def train(
     console = Console(quiet=not is_main_process(), soft_wrap=not sys.stdout.isatty())  # a log's lines stay whole
     with said_once():
         loaded = load_config(config, overrides or [])
+        check_evaluation(loaded)
     run_stages(loaded, resume=resume, console=console, allow_changes=allow_changes, report=write_report)
     if is_main_process():
         write_environment(Path(loaded.run_dir))
     if loaded.evaluation.enabled and is_main_process():
-        from fastsp.evaluation.evaluate import evaluate_run
-
         evaluate_run(loaded, loaded.evaluation, console=console)
         console.print(f"{write_report(Path(loaded.run_dir))} says what the self-perceptual loss did")

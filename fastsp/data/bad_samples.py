@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import threading
 from bisect import bisect_left, insort
 from pathlib import Path
@@ -80,8 +81,8 @@ class BadSampleLog:
         """Count the samples of one batch, after its bad ones were named.
 
         Raises:
-            UserError: more than `max_fraction` of the samples so far (of `MIN_POSITIONS` or one epoch, at first) are
-                bad.
+            UserError: more than `max_fraction` of the whole source is bad, or of the samples so far (of
+                `MIN_POSITIONS`, at first) so many more that it is not chance.
         """
         self._delivered += delivered
         if not rejected:
@@ -105,7 +106,9 @@ class BadSampleLog:
         return next((stop for stop in stops if self._too_many(*stop, max_fraction)), None)
 
     def _too_many(self, bad: int, end: int, max_fraction: float) -> bool:
-        return bad > max_fraction * min(max(end, MIN_POSITIONS), self.size)
+        """Three standard deviations above, as of bad samples that lie anywhere."""
+        expected = max_fraction * max(end, MIN_POSITIONS)
+        return bad > min(max_fraction * self.size, expected + 3 * math.sqrt(expected))
 
     def _refresh(self) -> None:
         """Take in what any process has written since the last time."""

@@ -36,11 +36,16 @@ def heldout_pictures(data: DataConfig, channels: int, path: str | list[str] | No
     if data.source == "digits":
         return _read(data.model_copy(update={"split": "heldout"}), channels)
     if path is None:
-        raise UserError(
-            f"evaluation.heldout is missing; data.source={data.source} has no held-out split of its own: give a path "
-            "of the same kind as data.path"
-        )
+        raise UserError(heldout_is_missing(data))
     return _read(data.model_copy(update={"path": path}), channels)
+
+
+def heldout_is_missing(data: DataConfig) -> str:
+    """What to say of it."""
+    return (
+        f"evaluation.heldout is missing; data.source={data.source} has no held-out split of its own: give a path of "
+        "the same kind as data.path"
+    )
 
 
 def _read(data: DataConfig, channels: int, known_shards: Sequence[str] = ()) -> Pictures:

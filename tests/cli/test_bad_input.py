@@ -13,6 +13,9 @@ from fastsp.training.run_directory import RunDirectory
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 
+NO_EVALUATION = "evaluation.enabled=false"
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -29,18 +32,18 @@ def test_command_line(fails, tmp_path):
     ("overrides", "message"),
     [
         (["data.batch_size=0"], "data.batch_size: 0 is not allowed"),
-        (["data.source=images"], "data.path is missing"),
-        (["data.source=shards", "data.path=/nowhere/at/all"], "/nowhere/at/all"),
+        (["data.source=images", NO_EVALUATION], "data.path is missing"),
+        (["data.source=shards", "data.path=/nowhere/at/all", NO_EVALUATION], "/nowhere/at/all"),
         (
-            ["model={pretrained: /nowhere/model}", "data.source=images", "data.path=/nowhere/at/all"],
+            ["model={pretrained: /nowhere/model}", "data.source=images", "data.path=/nowhere/at/all", NO_EVALUATION],
             "data.path is '/nowh",
         ),
         (
-            ["model={pretrained: /nowhere/model}", "data.source=latents", "data.path=/nowhere/at/all"],
+            ["model={pretrained: /nowhere/model}", "data.source=latents", "data.path=/nowhere/at/all", NO_EVALUATION],
             "data.path is '/nowh",
         ),
         (
-            ["model={pretrained: /nowhere/model}", "data.source=shards", "data.path=/nowhere/*.tar"],
+            ["model={pretrained: /nowhere/model}", "data.source=shards", "data.path=/nowhere/*.tar", NO_EVALUATION],
             "data.path: no shard",
         ),
         (["model={pretrained: /nowhere/at/all}"], "/nowhere/at/all is no diffusers pipeline folder"),
@@ -55,6 +58,27 @@ def test_training(fails, tmp_path, overrides, message):
     run_dir = tmp_path / "run"
     assert message in fails("train", "--config", QUICKSTART, f"run_dir={run_dir}", *overrides)
     assert not run_dir.exists(), "a run that never began leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.source=images"], "evaluation.heldout is missing; data.source=images has no held-out split of its own"),
+        (["data.source=images", "evaluation.heldout=/nowhere"], "evaluation.heldout is '/nowhere'"),
+        (["data.source=latents"], "evaluation.captions is missing: with data.source=latents there are no pictures"),
+        (["evaluation.captions=captions.txt", "evaluation.features=captions.txt"], "evaluation.reference is missing"),
+        (["evaluation.captions=empty.txt"], "empty.txt"),
+    ],
+)
+def test_what_the_evaluation_will_miss_is_said_before_the_training(fails, tmp_path, monkeypatch, overrides, message):
+    monkeypatch.chdir(tmp_path)
+    Path("captions.txt").write_text("a cat\n" * 300)
+    Path("empty.txt").write_text("")
+    data = [f"data.path={tmp_path}"] if overrides[0].startswith("data") else []
+    assert message in fails("train", "--config", QUICKSTART, "run_dir=run", *data, *overrides)
+    assert not Path("run").exists()
+    evaluated_without = ["evaluation.captions=absent.txt", "data.source=images", "data.path=/nowhere/at/all"]
+    assert "data.path" in fails("train", "--config", QUICKSTART, "run_dir=run", *evaluated_without)
 
 
 def test_run_directory_of_another_run(fails, tmp_path):

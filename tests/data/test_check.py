@@ -124,9 +124,9 @@ def test_the_exit_code_says_what_training_does(tmp_path, bad):
 def test_bad_samples_in_a_row_stop_a_run_though_there_are_few_in_all():
     log = BadSampleLog(None, 1.0, size=50_000)
     log.add("shard.tar", "damaged")
-    for position in range(2000, 2030):
+    for position in range(2000, 2040):
         log.add(f"sample {position}", "empty", position)
-    assert log.first_stop(0.01) == (21, 2021) and log.first_stop(0.02) is None
+    assert log.first_stop(0.01) == (34, 2034) and log.first_stop(0.02) is None
 
 
 def test_nothing_but_bad_files(tmp_path):
