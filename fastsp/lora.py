@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -97,10 +97,13 @@ def base_of(folder: Path) -> Base:
     """The model that the adapters in ``folder`` were trained on.
 
     Raises:
-        UserError: the file does not say.
+        UserError: the file does not say, or cannot be read.
     """
-    with safe_open(folder / DIFFUSERS_FILE, framework="pt") as opened:
-        header = opened.metadata() or {}
+    try:
+        with safe_open(folder / DIFFUSERS_FILE, framework="pt") as opened:
+            header = opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / DIFFUSERS_FILE} cannot be read: {error}") from None
     if "base_model" not in header:
         raise UserError(f"{folder / DIFFUSERS_FILE} does not name its base model: fastsp loads the adapters it wrote")
     return Base(header["base_model"], header.get("base_config"))

@@ -164,6 +164,12 @@ def _check_settings(config: DataConfig) -> None:
         raise UserError(f"data.crop is {config.crop!r}; allowed: {', '.join(CROPS)}")
     if config.source != "latents":
         library("nvidia.dali"), library("simplejpeg")  # at once, not when the first batch is made
+    if config.source == "digits" and config.path is not None:
+        raise UserError(f"data.path is {config.path!r}, but data.source 'digits' has none")
+    if config.source != "digits" and config.split != "train":
+        raise UserError(
+            f"data.split is {config.split!r}, but only data.source 'digits' has splits: give the path of one"
+        )
     if config.source != "digits" and config.path is None:
         raise UserError(f"data.path is missing; data.source {config.source!r} needs one")
     if config.source not in ("digits", "shards") and not isinstance(config.path, str | Path):

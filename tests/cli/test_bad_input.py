@@ -46,6 +46,11 @@ def test_command_line(fails, tmp_path):
             ["model={pretrained: /nowhere/model}", "data.source=shards", "data.path=/nowhere/*.tar", NO_EVALUATION],
             "data.path: no shard",
         ),
+        (["data.path=/tmp"], "data.path is '/tmp', but data.source 'digits' has none"),
+        (
+            ["data.source=images", "data.path=/tmp", "data.split=heldout", NO_EVALUATION],
+            "data.split is 'heldout', but only",
+        ),
         (["model={pretrained: /nowhere/at/all}"], "/nowhere/at/all is no diffusers pipeline folder"),
         (["attention=magic"], "attention: 'magic' is unknown; on this "),
         (

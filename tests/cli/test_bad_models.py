@@ -20,6 +20,7 @@ run_dir: {folder}/run
 model: {{pretrained: {model}}}
 data: {{source: images, path: {folder}/pictures, resolution: 16, batch_size: 6}}
 stages: [{{name: mse, objective: mse, steps: 1, learning_rate: 1e-3}}]
+evaluation: {{enabled: false}}
 """
 
 
@@ -196,3 +197,6 @@ def test_files(fails, tmp_path):
     (tmp_path / "model.safetensors").write_text("hello")
     assert "is no safetensors file" in fails(tmp_path / "model.safetensors")
     assert "no diffusers pipeline folder" in fails(tmp_path / "missing")
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "pytorch_lora_weights.safetensors").write_text("hello")
+    assert "pytorch_lora_weights.safetensors cannot be read" in fails(tmp_path / "adapters")
