@@ -96,7 +96,7 @@ gpu-bench:
 		$(call GPU_PYTEST,30,$$file -s --benchmark-json=$(OUT)/kernels-`basename $$file .py`.json) || true; done; \
 	else echo "gpu-bench: the kernels' benchmarks skipped"; fi
 	@if $(NEED) $(MODEL_PACKAGES) && $(HAS_GPU); then $(GPU_ENV) timeout -s INT -k 20 350 $(PYTHON_GPU) -m fastsp bench \
-		--time-limit 270 --json $(OUT)/step.json `$(NEED) matplotlib && echo --png $(OUT)/roofline.png`; \
+		--time-limit 270 --force --json $(OUT)/step.json `$(NEED) matplotlib && echo --png $(OUT)/roofline.png`; \
 	else echo "gpu-bench: fastsp bench skipped"; fi
 
 # What of fastsp's own step is worth what: one CUDA graph or none, the teacher in one call or in two.
@@ -107,7 +107,7 @@ gpu-graph:
 		$(GPU_ENV) timeout -s INT -k 20 290 $(BENCH_OWN) --json $(OUT)/step-graph.json; \
 		$(GPU_ENV) timeout -s INT -k 20 220 $(BENCH_OWN) --no-cuda-graph --json $(OUT)/step-no-graph.json; \
 	else echo "gpu-graph: skipped"; fi
-BENCH_OWN = $(PYTHON_GPU) -m fastsp bench --time-limit 150 --no-sweep --rounds 4 \
+BENCH_OWN = $(PYTHON_GPU) -m fastsp bench --time-limit 150 --force --no-sweep --rounds 4 \
 	--only fastsp_sp --only fastsp_sp_split --only fastsp_mse
 
 gpu-data:

@@ -18,6 +18,8 @@ from pathlib import Path
 from fastsp.errors import UserError
 
 UNFINISHED = ".*.tmp"
+os.umask(_umask := os.umask(0o077))  # it can only be read by setting it
+_MODE = 0o666 & ~_umask  # of a new file
 _NO_ROOM = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -39,6 +41,24 @@ def read_text(path: Path, name: str | None = None) -> str:
         raise UserError(f"{name or path} is not UTF-8 text") from None
 
 
+def check_writable(file: Path, force: bool, option: str = "") -> None:
+    """See that a command may write a file, before it takes its time.
+
+    Args:
+        file: to be written.
+        force: it may replace another.
+        option: of the command line that names it.
+
+    Raises:
+        UserError: a folder is there, or a file and not ``force``.
+    """
+    name = f"{option} {file}".lstrip()
+    if file.is_dir():
+        raise UserError(f"{name} is a folder; a file is written there")
+    if file.exists() and not force:
+        raise UserError(f"{name} is there already; --force replaces it, or choose another name")
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file whole, in place of the one that may be there. Text becomes UTF-8."""
     with new_file(path) as unfinished:
@@ -54,6 +74,7 @@ def new_file(path: Path) -> Iterator[Path]:
     unfinished = unfinished_path(path)
     try:
         yield unfinished
+        unfinished.chmod(_MODE)  # safetensors makes files for their owner alone
         sync(unfinished)
         unfinished.replace(path)
     except BaseException:
@@ -82,6 +103,8 @@ def new_folder(path: Path, replace: bool = True) -> Iterator[Path]:
 def commit_folder(unfinished: Path, path: Path, replace: bool = True) -> None:
     """Make a filled folder durable and rename it to ``path``; with ``replace``, in place of one that is there."""
     for entry in [*unfinished.rglob("*"), unfinished]:
+        if entry.is_file():
+            entry.chmod(_MODE)  # safetensors makes files for their owner alone
         sync(entry)
     replaced = unfinished_path(path) if replace and path.exists() else None
     if replaced is not None:

@@ -10,11 +10,13 @@ The names of the arguments are those of diffusers' training scripts. Equation nu
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from fastsp_kernels import reproject
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastsp import prediction
@@ -197,13 +199,26 @@ class SelfPerceptualLoss(_ScheduledLoss):
         """The criterion of an MSE model on disk or on the hub, safetensors only.
 
         Args:
-            folder_or_hub_id: a diffusers pipeline (its ``unet/`` and ``scheduler/`` are read).
+            folder_or_hub_id: a diffusers pipeline (its ``unet/`` and ``scheduler/`` are read); or, of a run of
+                ``fastsp train``, one of ``stages/``, with the scheduler of the run.
             scheduler: instead of the pipeline's own.
             **kwargs: the constructor's other keywords.
+
+        Raises:
+            ValueError: one of the two is not there, or cannot be loaded.
         """
-        unet = UNet2DConditionModel.from_pretrained(folder_or_hub_id, subfolder="unet", use_safetensors=True)
-        if scheduler is None:
-            scheduler = DDIMScheduler.from_pretrained(folder_or_hub_id, subfolder="scheduler")
+        folder = Path(folder_or_hub_id).expanduser()
+        if (folder / "config.json").is_file():
+            unet_source, subfolder, scheduler_source = str(folder), None, str(folder.parent.parent / "final")
+        else:
+            unet_source, subfolder, scheduler_source = folder_or_hub_id, "unet", folder_or_hub_id
+        try:
+            unet = UNet2DConditionModel.from_pretrained(unet_source, subfolder=subfolder, use_safetensors=True)
+            if scheduler is None:
+                scheduler = DDIMScheduler.from_pretrained(scheduler_source, subfolder="scheduler")
+        except (OSError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{folder_or_hub_id} cannot be loaded as a pipeline of diffusers: {reason}") from error
         return cls(unet, scheduler, **kwargs)
 
     def train(self, mode: bool = True) -> SelfPerceptualLoss:

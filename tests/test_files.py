@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fastsp import files
@@ -106,3 +108,14 @@ def wrapped() -> BaseException:
 )
 def test_errors_that_mean_a_full_disk(error, reason):
     assert no_room(error) is None if reason is None else reason in no_room(error)
+
+
+def test_files_are_for_whom_the_umask_says(tmp_path):
+    """Safetensors makes them for their owner alone."""
+    (plain := tmp_path / "plain").write_text("")
+    with new_file(tmp_path / "file.safetensors") as unfinished:
+        save_file({"x": torch.zeros(1)}, unfinished)
+    with new_folder(tmp_path / "folder") as unfinished:
+        save_file({"x": torch.zeros(1)}, unfinished / "x.safetensors")
+    for file in (tmp_path / "file.safetensors", tmp_path / "folder" / "x.safetensors"):
+        assert file.stat().st_mode == plain.stat().st_mode

@@ -268,6 +268,19 @@ def test_from_pretrained_reads_a_pipeline_folder(tmp_path):
     assert torch.equal(criterion(pred, **data), SelfPerceptualLoss(unet, sched, layers="encoder")(pred, **data))
 
 
+def test_from_pretrained_reads_a_stage_of_a_run(tmp_path):
+    unet, sched, data, pred = tiny_unet(), scheduler(), batch(), torch.randn(3, 4, 8, 8)
+    unet.save_pretrained(tmp_path / "stages" / "mse")
+    with pytest.raises(ValueError, match=r"stages/mse cannot be loaded .*scheduler_config\.json"):
+        SelfPerceptualLoss.from_pretrained(str(tmp_path / "stages" / "mse"))
+    sched.save_pretrained(tmp_path / "final" / "scheduler")
+    criterion = SelfPerceptualLoss.from_pretrained(str(tmp_path / "stages" / "mse"))
+    assert torch.equal(criterion(pred, **data), SelfPerceptualLoss(unet, sched)(pred, **data))
+    (tmp_path / "stages" / "mse" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        SelfPerceptualLoss.from_pretrained(str(tmp_path / "stages" / "mse"))
+
+
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
 def test_denoising_loss_is_mean_squared_error(prediction_type):
     data, sched, pred = batch(), scheduler(prediction_type), torch.randn(3, 4, 8, 8)

@@ -1,5 +1,7 @@
 """The commands of `fastsp`, one file each. Heavy imports wait until a command runs: `--help` answers at once."""
 
+from typing import Annotated
+
 import typer
 
 from fastsp.cli import data
@@ -15,11 +17,30 @@ from fastsp.cli.train import train
 
 app = typer.Typer(
     name="fastsp",
-    help="Train diffusion models with the self-perceptual loss.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"fastsp {version('fastsp')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _fastsp(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which version this is.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train diffusion models with the self-perceptual loss."""
+
+
 app.command()(train)
 app.command()(status)
 app.command()(sample)

@@ -34,6 +34,7 @@ def bench(
     time_limit: Annotated[
         float | None, typer.Option(min=0.0, help="Begin nothing new after so many seconds.", metavar="SECONDS")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
     """Measure fastsp's step beside the paper's Algorithm 1 and a plain MSE step: same model, batch and precision.
 
@@ -55,7 +56,7 @@ def bench(
 
     keep_compiled_code()
     names = _names(only, no_compile=compiled is False)
-    _check_outputs(json_file, png)
+    _check_outputs(json_file, png, force)
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     workload = workload_of(config, device, overrides or []) if config else default_workload(device, overrides or [])
@@ -103,17 +104,18 @@ def _names(only: list[str] | None, no_compile: bool) -> tuple[str, ...]:
     )
 
 
-def _check_outputs(json_file: Path | None, png: Path | None) -> None:
+def _check_outputs(json_file: Path | None, png: Path | None, force: bool) -> None:
     """Refuse what cannot be written before minutes are spent."""
     from fastsp.bench.need import missing
     from fastsp.errors import UserError
+    from fastsp.files import check_writable
 
     if png is not None and png.suffix.lower() != ".png":
         raise UserError(f"--png {png} must end in .png")
     if png is not None and missing(["matplotlib"]):
         raise UserError("--png needs matplotlib, which is not installed")
     for option, file in (("--json", json_file), ("--png", png)):
-        if file is not None and not file.parent.is_dir():
-            raise UserError(f"{option} {file}: there is no folder {file.parent}")
-        if file is not None and file.is_dir():
-            raise UserError(f"{option} {file} is a folder")
+        if file is not None:
+            if not file.parent.is_dir():
+                raise UserError(f"{option} {file}: there is no folder {file.parent}")
+            check_writable(file, force, option)

@@ -30,6 +30,7 @@ def check(
     ] = 0.01,
     contact_sheet: Annotated[Path | None, typer.Option(help="Write the first 64 crops.", metavar="FILE.png")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report.", metavar="FILE")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
     """Read a source once, as training would: counts, sizes, captions, speed, and every bad sample by name and reason.
 
@@ -39,13 +40,16 @@ def check(
     """
     from fastsp.data.check import check_source, options_for
     from fastsp.errors import UserError
-    from fastsp.files import write_file
+    from fastsp.files import check_writable, write_file
     from fastsp.pictures import grid, save_png
 
     if contact_sheet is not None and contact_sheet.suffix.lower() != ".png":
         raise UserError(f"--contact-sheet {contact_sheet} must end in .png")
     if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise UserError(f"--json {json_file}: a file in a folder that there is")
+    for option, file in (("--contact-sheet", contact_sheet), ("--json", json_file)):
+        if file is not None:
+            check_writable(file, force, option)
     options = replace(options_for(source, resolution, split), max_bad_fraction=max_bad_fraction)
     report, images = check_source(options, limit)
     typer.echo("\n".join(report.lines()))

@@ -29,9 +29,9 @@ def encode(
 ) -> None:
     """Encode a data set with the VAE, once. Stopped, it goes on; under torchrun, the processes share the work.
 
-    Then train with data.source=latents data.path=latents.
+    Then train with data.source=latents data.path=latents data.flip=false.
 
-    Example: fastsp encode --config configs/sd15.yaml --out latents
+    Example: fastsp encode --config configs/sd15.yaml --out latents data.flip=false
     """
     import torch
 
@@ -48,8 +48,10 @@ def encode(
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     if data.source == "latents" or data.crop != "center" or data.flip:
-        has = f"here it is {data.source}, crop: {data.crop}, flip: {str(data.flip).lower()}"
-        raise UserError(f"fastsp encode needs images, data.crop=center and data.flip=false; {has}")
+        has = f"here: data.source={data.source} data.crop={data.crop} data.flip={str(data.flip).lower()}"
+        raise UserError(
+            f"latents are of images that are cut in the middle and not mirrored; {has}; say otherwise behind --out"
+        )
     check_path(data)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_gpu = torch.cuda.is_available()

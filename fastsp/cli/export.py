@@ -25,15 +25,16 @@ def export(
     """
     from fastsp.errors import UserError
     from fastsp.export.export import DTYPES, export_run
+    from fastsp.files import check_writable
 
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     if single_file is not None and single_file.suffix != ".safetensors":
         raise UserError(f"--single-file {single_file} must end in .safetensors")
     _check_folder(out, run, force)
-    for file in (single_file, single_file and single_file.with_suffix(".yaml")):
-        if file is not None and (file.is_dir() or (file.exists() and not force)):
-            raise UserError(f"--single-file: {file} is there already; --force replaces files, or choose another name")
+    if single_file is not None:
+        for file in (single_file, single_file.with_suffix(".yaml")):
+            check_writable(file, force, "--single-file")
     for path in export_run(run, out, single_file, dtype, stage):
         typer.echo(f"wrote {path}")
 

@@ -46,6 +46,7 @@ def sample(
     Example: fastsp sample --model runs/a/stages/mse --model runs/a/stages/sp --prompts captions.txt --out compared.png
     """
     from fastsp.errors import UserError
+    from fastsp.files import check_writable
     from fastsp.generation import Sampling
     from fastsp.sampling import Guidance
 
@@ -58,8 +59,12 @@ def sample(
         raise UserError(f"--out {out} must end in .png")
     titles = short_names(model)
     files = _single_files(singles, titles, len(texts))
-    _refuse_existing([out, *(file for row in files for file in row)], force)
-    settings = Sampling(steps, Guidance(guidance, rescale), seed, resolution, batch_size)
+    for file in (out, *(file for row in files for file in row)):
+        check_writable(file, force)
+    guided = Guidance(guidance, rescale)
+    if rescale and not guided.active:
+        raise UserError(f"--rescale {rescale:g} is of the guidance: give --guidance too, other than 0 and 1")
+    settings = Sampling(steps, guided, seed, resolution, batch_size)
     rows = list(_pictures(model, texts, settings, files, trajectory))
     _write_grid(rows, titles, texts, settings, trajectory, out, model)
     drawn = len(texts) * len(model)
@@ -170,16 +175,6 @@ def _single_files(singles: Path | None, titles: list[str], count: int) -> list[l
     names = [title.replace("/", "_").replace("\\", "_") for title in titles]
     folders = [singles / name for name in names] if len(names) > 1 else [singles]
     return [[folder / f"{index:05d}.png" for index in range(count)] for folder in folders]
-
-
-def _refuse_existing(files: list[Path], force: bool) -> None:
-    from fastsp.errors import UserError
-
-    for file in files:
-        if file.is_dir():
-            raise UserError(f"{file} is a folder; a file is written there")
-        if file.exists() and not force:
-            raise UserError(f"{file} is there already; --force replaces it, or choose another name")
 
 
 def _lines(file: Path) -> list[str]:

@@ -35,10 +35,14 @@ def train(
     console = Console(quiet=not is_main_process(), soft_wrap=not sys.stdout.isatty())  # a log's lines stay whole
     with said_once():
         loaded = load_config(config, overrides or [])
-        check_evaluation(loaded)
+        warning = check_evaluation(loaded)
+    if warning is not None:
+        console.print(warning)
     run_stages(loaded, resume=resume, console=console, allow_changes=allow_changes, report=write_report)
     if is_main_process():
         write_environment(Path(loaded.run_dir))
     if loaded.evaluation.enabled and is_main_process():
-        evaluate_run(loaded, loaded.evaluation, console=console)
-        console.print(f"{write_report(Path(loaded.run_dir))} says what the self-perceptual loss did")
+        rows = evaluate_run(loaded, loaded.evaluation, console=console)
+        report = write_report(Path(loaded.run_dir))
+        if rows:
+            console.print(f"{report} says what the self-perceptual loss did")

@@ -185,9 +185,12 @@ class LatentsHeader:
         """Write it, or see that the folder already has the same.
 
         Raises:
-            UserError: the folder has another header; the first key that differs is named.
+            UserError: the folder has another header, of which the first key that differs is named, or other files.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        others = [path for path in folder.iterdir() if path.name != "bad_samples.jsonl" and path.name[0] != "."]
+        if others and not (folder / HEADER).exists():  # asked afterwards: another process writes it before its shards
+            raise UserError(f"{folder} holds other files, such as {others[0].name}, and no latents; use another folder")
         if (folder / HEADER).exists():
             existing = asdict(LatentsHeader.load(folder))
             for key, value in asdict(self).items():

@@ -42,17 +42,20 @@ Row = dict[str, Any]
 _OR_NONE = "or set evaluation.enabled=false"
 
 
-def check_evaluation(config: Config) -> None:
+def check_evaluation(config: Config) -> str | None:
     """See before the training that the evaluation of the finished run will find what it needs.
 
-    Files that are absent are no error: they may come yet, and the evaluation is skipped without them.
+    Returns:
+        What to tell of files that are absent, which is no error: they may come yet, and without them it is skipped.
 
     Raises:
         UserError: a key is missing, or names something of another kind.
     """
     settings, data = config.evaluation, config.data
-    if not settings.enabled or absent_files(settings):
-        return
+    if not settings.enabled:
+        return None
+    if absent := absent_files(settings):
+        return f"{', '.join(absent)} is not there: unless it comes, the evaluation after the training is skipped"
     if settings.captions is not None:
         read_captions(Path(settings.captions), settings.num_samples)
         if settings.features != "classifier" and settings.reference is None:
@@ -68,6 +71,7 @@ def check_evaluation(config: Config) -> None:
             check_path(data.model_copy(update={"path": settings.heldout}))
         except UserError as error:
             raise UserError(str(error).replace("data.path", "evaluation.heldout")) from None
+    return None
 
 
 def evaluate_run(config: Config, settings: EvaluationSettings, console: Console | None = None) -> list[Row]:

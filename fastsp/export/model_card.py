@@ -14,7 +14,7 @@ from fastsp.evaluation.rows import by_setting
 _HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 _HEAD = """\
-Trained with [fastsp](https://arxiv.org/abs/2401.00110) by the self-perceptual objective of Lin & Yang, *Diffusion Model
+Trained with fastsp by the self-perceptual objective of Lin & Yang, *Diffusion Model
 with Perceptual Loss*: a frozen copy of the MSE-trained network is the perceptual metric. Such a model is made to be
 sampled **without classifier-free guidance**.
 """

@@ -153,7 +153,8 @@ def _parts(index: dict[str, Any], root: Path, name: str) -> set[str]:
 def _read_index(root: Path, name: str) -> dict[str, Any]:
     """``model_index.json``: the pipeline's class, and the library and class of each part."""
     if not (root / "model_index.json").is_file():
-        raise UserError(f"{name} is no diffusers pipeline folder: it has no model_index.json")
+        fault = "it has no model_index.json" if root.is_dir() else "it does not exist"
+        raise UserError(f"{name} is no diffusers pipeline folder: {fault}")
     index = _read_json(root / "model_index.json")
     kind = index.get("_class_name")
     if kind not in PIPELINES:
@@ -218,7 +219,8 @@ def _or_user_error(folder: Path, load: Callable[[], T]) -> T:
             return load()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{folder} cannot be loaded (fastsp reads safetensors alone): {reason}") from None
+        hint = "is it complete?" if any(folder.glob("*.safetensors")) else "fastsp reads safetensors alone"
+        raise UserError(f"{folder} cannot be loaded ({hint}): {reason}") from None
 
 
 def _check_tokenizers(model: TextToImageModel, name: str) -> None:
@@ -229,7 +231,7 @@ def _check_tokenizers(model: TextToImageModel, name: str) -> None:
         if not _NUM_BYTES <= size <= known:
             raise UserError(
                 f"{name}: its {part} has {size} tokens, its text encoder {known}: it lacks its vocabulary, or is of "
-                "another model"
+                f"another model; allowed: from {_NUM_BYTES}, one for each byte, to the text encoder's"
             )
 
 

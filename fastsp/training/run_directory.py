@@ -85,7 +85,10 @@ class RunDirectory:
     def __enter__(self) -> Self:
         if not self.is_main:
             return self
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run_dir {self.root} cannot be made: {error.strerror}") from None
         self._lock = self._locked()
         remove_unfinished(self.root)
         if not self.config_file.exists():

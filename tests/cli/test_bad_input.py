@@ -51,6 +51,7 @@ def test_command_line(fails, tmp_path):
             ["data.source=images", "data.path=/tmp", "data.split=heldout", NO_EVALUATION],
             "data.split is 'heldout', but only",
         ),
+        (["run_dir=/proc/nothing/here"], "run_dir /proc/nothing/here cannot be made: "),
         (["model={pretrained: /nowhere/at/all}"], "/nowhere/at/all is no diffusers pipeline folder"),
         (["attention=magic"], "attention: 'magic' is unknown; on this "),
         (
@@ -121,3 +122,26 @@ def test_sampling(fails, tmp_path):
     )
     assert "must end in .png" in fails("sample", "--model", tmp_path, "--prompt", "a", "--out", tmp_path / "out.gif")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "--no-compile", "--only", "fastsp_mse", "--json"],
+        ["bench", "--no-compile", "--only", "fastsp_mse", "--png"],
+        ["data", "check", "digits", "--resolution", "8", "--json"],
+        ["data", "check", "digits", "--resolution", "8", "--contact-sheet"],
+    ],
+)
+def test_no_file_of_the_user_is_replaced_unasked(fails, tmp_path, arguments):
+    file = tmp_path / "precious.png"
+    file.write_text("precious")
+    assert f"{arguments[-1]} {file} is there already; --force replaces it" in fails(*arguments, file)
+    assert file.read_text() == "precious"
+
+
+def test_rescale_without_guidance(fails, tmp_path):
+    out = tmp_path / "out.png"
+    arguments = ("sample", "--model", tmp_path, "--prompt", "a", "--out", out, "--rescale", "0.7")
+    assert "--rescale 0.7 is of the guidance" in fails(*arguments)
+    assert "--rescale 0.7 is of the guidance" in fails(*arguments, "--guidance", "1")

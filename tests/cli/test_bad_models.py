@@ -171,7 +171,7 @@ def change(file, **values):
         (without_a_tensor("vae"), "vae lacks weights: 1 tensors are missing, such as decoder"),
         (without_a_tensor("text_encoder_2"), "text_encoder_2 lacks weights: 1 tensors are missing, such as"),
         (with_a_smaller_tensor, "text_encoder lacks weights: 1 tensors have another shape"),
-        (cut_short("unet"), "unet cannot be loaded"),
+        (cut_short("unet"), "unet cannot be loaded (is it complete?)"),
         (cut_short("text_encoder"), "text_encoder cannot be loaded"),
         (with_code, "its unet is code of its own (my_unet), which fastsp does not run"),
         (of_another_kind, "is of the kind 'FluxPipeline': fastsp loads StableDiffusionPipeline"),
@@ -196,7 +196,7 @@ def test_files(fails, tmp_path):
     assert "neither a pipeline folder nor a .safetensors file" in fails(tmp_path / "model.txt")
     (tmp_path / "model.safetensors").write_text("hello")
     assert "is no safetensors file" in fails(tmp_path / "model.safetensors")
-    assert "no diffusers pipeline folder" in fails(tmp_path / "missing")
+    assert "no diffusers pipeline folder: it does not exist" in fails(tmp_path / "missing")
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters" / "pytorch_lora_weights.safetensors").write_text("hello")
     assert "pytorch_lora_weights.safetensors cannot be read" in fails(tmp_path / "adapters")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from fastsp.cli import app
 
@@ -38,3 +40,9 @@ def test_help_has_an_example_that_fits(name: str) -> None:
             assert option in known, f"the example of fastsp {name} has {option}"
     for parameter in command.params:
         assert getattr(parameter, "help", None), f"fastsp {name} {parameter.name} is not explained"
+
+
+def test_the_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0 and result.output == f"fastsp {version('fastsp')}\n"
+    assert CliRunner().invoke(app, ["-h"]).output == CliRunner().invoke(app, ["--help"]).output

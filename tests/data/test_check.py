@@ -102,7 +102,7 @@ def test_command(shard, tmp_path):
     )
     assert result.output.splitlines()[-1] == f"a run would stop: {stop} higher"
     assert json.loads(report.read_text())["stop"] == f"{stop} higher"
-    result = CliRunner().invoke(app, [*arguments, "--max-bad-fraction", "0.1"], catch_exceptions=False)
+    result = CliRunner().invoke(app, [*arguments, "--max-bad-fraction", "0.1", "--force"], catch_exceptions=False)
     assert result.exit_code == 0 and "a run would stop" not in result.output
     assert json.loads(report.read_text())["stop"] is None
 

@@ -42,11 +42,16 @@ def test_encode(tmp_path):
     assert len(open_source(config, tokenizer=None, channels=3, seed=0)) == 5
     assert "shard 0" not in run(tmp_path).output  # nothing is left to do
     for arguments, message in [
-        (["data.flip=true"], "data.flip=false; here it is shards, crop: center, flip: true"),
+        (["data.flip=true"], "not mirrored; here: data.source=shards data.crop=center data.flip=true"),
         (["data.resolution=64"], "resolution = 32, not 64"),
         (["--dtype", "int8"], "'int8'; allowed: float16"),
     ]:
         assert message in str(run(tmp_path, *arguments).exception)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "00000.tar").write_bytes(b"precious")
+    refused = str(run(tmp_path, "--out", str(tmp_path / "pictures")).exception)
+    assert "pictures holds other files, such as 00000.tar, and no latents" in refused
+    assert [path.read_bytes() for path in (tmp_path / "pictures").iterdir()] == [b"precious"]
     write_tar(tmp_path / "others.tar", members)
     refused = str(run(tmp_path, f"data.path={tmp_path / 'others.tar'}").exception)
     assert "holds latents of pictures with other names; use another folder" in refused
