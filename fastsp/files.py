@@ -12,7 +12,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastsp.errors import UserError
@@ -74,7 +74,7 @@ def new_file(path: Path) -> Iterator[Path]:
     unfinished = unfinished_path(path)
     try:
         yield unfinished
-        unfinished.chmod(_MODE)  # safetensors makes files for their owner alone
+        _open_up(unfinished)
         sync(unfinished)
         unfinished.replace(path)
     except BaseException:
@@ -104,7 +104,7 @@ def commit_folder(unfinished: Path, path: Path, replace: bool = True) -> None:
     """Make a filled folder durable and rename it to ``path``; with ``replace``, in place of one that is there."""
     for entry in [*unfinished.rglob("*"), unfinished]:
         if entry.is_file():
-            entry.chmod(_MODE)  # safetensors makes files for their owner alone
+            _open_up(entry)
         sync(entry)
     replaced = unfinished_path(path) if replace and path.exists() else None
     if replaced is not None:
@@ -139,6 +139,12 @@ def remove_unfinished(root: Path) -> None:
 def unfinished_path(path: Path) -> Path:
     """Beside ``path``, another one every time: where to write what becomes ``path`` by a rename."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _open_up(file: Path) -> None:
+    """Safetensors makes files for their owner alone, whatever the umask says."""
+    with suppress(OSError):  # some mounted file systems know no modes
+        file.chmod(_MODE)
 
 
 def sync(path: Path) -> None:
