@@ -362,6 +362,28 @@ def _is_union_branch(part: int | str) -> bool:
     return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
 
 
+# What diffusers' scripts, kohya's and others call a key.
+_OTHERS_NAMES = {
+    "lr": "learning_rate",
+    "max_train_steps": "steps",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "microbatch",
+    "mixed_precision": "precision",
+    "output_dir": "run_dir",
+    "pretrained_model_name_or_path": "pretrained",
+    "train_data_dir": "path",
+    "center_crop": "crop",
+    "random_flip": "flip",
+    "network_dim": "rank",
+    "network_alpha": "alpha",
+    "snr_gamma": "min_snr_gamma",
+    "lr_scheduler": "schedule",
+    "lr_warmup_steps": "warmup_steps",
+    "max_grad_norm": "grad_clip",
+    "enable_xformers_memory_efficient_attention": "attention",
+}
+
+
 def _known_keys(location: tuple[int | str, ...]) -> str:
     """The keys of the section in which an unknown one was found, the likeliest first."""
     section: Any = Config
@@ -369,8 +391,9 @@ def _known_keys(location: tuple[int | str, ...]) -> str:
         if isinstance(part, str) and not _is_union_branch(part):
             annotation = section.model_fields[part].annotation
             section = annotation if hasattr(annotation, "model_fields") else annotation.__args__[0]
-    names = list(section.model_fields)
-    close = difflib.get_close_matches(str(location[-1]), names, n=1)
+    names, name = list(section.model_fields), str(location[-1])
+    ours = _OTHERS_NAMES.get(name)
+    close = [ours] if ours in names else difflib.get_close_matches(name, names, n=1)
     return f"did you mean {close[0]}?" if close else f"allowed: {', '.join(names)}"
 
 

@@ -47,6 +47,8 @@ def test_the_perceptual_network_of_a_first_stage_is_the_pretrained_model():
     ("override", "message"),
     [
         ("stages.0.stepz=20", "stages.0.stepz: unknown key; did you mean steps?"),
+        ("stages.0.lr=3", "stages.0.lr: unknown key; did you mean learning_rate?"),
+        ("optimizer.lr_scheduler=cosine", "optimizer.lr_scheduler: unknown key; did you mean schedule?"),
         ("nonsense.key=1", "nonsense: unknown key; allowed: run_dir, seed"),
         ("stages.1.layers=middle", "stages.1.layers: 'middle' is not allowed: input should be 'mid', 'encoder'"),
         ("data.batch_size=0", "data.batch_size: 0 is not allowed"),

@@ -122,6 +122,8 @@ class Trainer:
             f"run {run.root}: {len(self.source)} samples of {config.data.source}, UNet of "
             f"{_size(self.model.unet)}, {config.precision} on {_device_name(self.device)}{_share(config, ranks)}"
         )
+        if (times := config.data.batch_size / len(self.source)) > 1:
+            console.print(f"data.batch_size {config.data.batch_size}: every sample comes {times:.1f} times a step")
         if changed_data:
             console.print(f"changed: the data ({changed_data})")
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import signal
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from data.helpers import encode, photo, write_tar
+from rich.console import Console
 from training.processes import ROOT, Run, logged_steps, metrics, start
 
+from fastsp.config import load_config
 from fastsp.data.folder import FolderReader
 from fastsp.data.inventory import Inventory, Part
 from fastsp.data.shards import ShardReader
 from fastsp.errors import UserError
 from fastsp.training.distributed import Ranks
 from fastsp.training.trainer import _check_same_data
+from fastsp.training.trainer import train as run_stages
 
 SHARDS, PER_SHARD, STEPS = 4, 25, 20
 
@@ -172,3 +176,16 @@ def test_a_process_that_sees_other_data_than_the_first_is_refused(names, error):
     else:
         with pytest.raises(error, match=r"other data than process 0: 10 samples before, (5|15) now, [bc]\.tar is"):
             _check_same_data(mine, Told(0))
+
+
+def test_a_batch_larger_than_the_data_is_told(tmp_path):
+    overrides = [
+        f"run_dir={tmp_path / 'run'}",
+        "data={source: digits, resolution: 8, batch_size: 2000}",
+        "stages=[{name: mse, objective: mse, steps: 1, learning_rate: 1e-3}]",
+        "final=mse",
+        "samples.every=0",
+    ]
+    console = Console(file=StringIO(), width=200)
+    run_stages(load_config(ROOT / "configs" / "quickstart.yaml", overrides), console=console)
+    assert "data.batch_size 2000: every sample comes 1.5 times a step" in console.file.getvalue()
