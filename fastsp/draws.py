@@ -8,11 +8,10 @@ t and eps are drawn where they are used, by :func:`fastsp_kernels.diffuse_seeded
 from __future__ import annotations
 
 from fastsp_kernels import Stream, random_integers, random_normals, random_uniforms
+from fastsp_kernels.philox import Seed
 from torch import Tensor
 
 from fastsp.schedule import NORMAL_STD, OFFSET, displace
-
-Seed = int | Tensor
 
 
 def perceptual_timesteps(

@@ -45,7 +45,7 @@ def check(
 
     if contact_sheet is not None and contact_sheet.suffix.lower() != ".png":
         raise UserError(f"--contact-sheet {contact_sheet} must end in .png")
-    if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
+    if json_file is not None and not json_file.parent.is_dir():
         raise UserError(f"--json {json_file}: a file in a folder that there is")
     for option, file in (("--contact-sheet", contact_sheet), ("--json", json_file)):
         if file is not None:

@@ -26,8 +26,8 @@ def train(
     from rich.console import Console
 
     from fastsp.config import load_config
+    from fastsp.evaluation.check import check_evaluation
     from fastsp.evaluation.environment import write_environment
-    from fastsp.evaluation.evaluate import check_evaluation, evaluate_run
     from fastsp.evaluation.report import write_report
     from fastsp.training.distributed import is_main_process, said_once
     from fastsp.training.trainer import train as run_stages
@@ -42,6 +42,8 @@ def train(
     if is_main_process():
         write_environment(Path(loaded.run_dir))
     if loaded.evaluation.enabled and is_main_process():
+        from fastsp.evaluation.evaluate import evaluate_run
+
         rows = evaluate_run(loaded, loaded.evaluation, console=console)
         report = write_report(Path(loaded.run_dir))
         if rows:

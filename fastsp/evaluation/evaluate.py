@@ -17,7 +17,6 @@ from rich.console import Console
 from torch import Tensor
 
 from fastsp.config import Config
-from fastsp.data.source import check_path
 from fastsp.errors import UserError
 from fastsp.evaluation.captions_file import read_captions
 from fastsp.evaluation.classifier import caption_classifier
@@ -28,7 +27,7 @@ from fastsp.evaluation.inception import load_inception
 from fastsp.evaluation.metrics import Scorer
 from fastsp.evaluation.picture_set import Pictures
 from fastsp.evaluation.plan import Planned, plan
-from fastsp.evaluation.reference import heldout_is_missing, heldout_pictures, training_pictures
+from fastsp.evaluation.reference import heldout_pictures, training_pictures
 from fastsp.evaluation.reference_set import open_reference
 from fastsp.evaluation.rows import REAL, described, setting_of
 from fastsp.evaluation.settings import EvaluationSettings, absent_files
@@ -39,39 +38,6 @@ from fastsp.progress import steps_bar, steps_progress
 from fastsp.sampling import Guidance
 
 Row = dict[str, Any]
-_OR_NONE = "or set evaluation.enabled=false"
-
-
-def check_evaluation(config: Config) -> str | None:
-    """See before the training that the evaluation of the finished run will find what it needs.
-
-    Returns:
-        What to tell of files that are absent, which is no error: they may come yet, and without them it is skipped.
-
-    Raises:
-        UserError: a key is missing, or names something of another kind.
-    """
-    settings, data = config.evaluation, config.data
-    if not settings.enabled:
-        return None
-    if absent := absent_files(settings):
-        return f"{', '.join(absent)} is not there: unless it comes, the evaluation after the training is skipped"
-    if settings.captions is not None:
-        read_captions(Path(settings.captions), settings.num_samples)
-        if settings.features != "classifier" and settings.reference is None:
-            raise UserError(
-                f"evaluation.reference is missing: a folder of real pictures, or saved statistics; {_OR_NONE}"
-            )
-    elif data.source == "latents":
-        raise UserError(f"evaluation.captions is missing: with data.source=latents there are no pictures; {_OR_NONE}")
-    elif data.source != "digits":
-        if settings.heldout is None:
-            raise UserError(f"{heldout_is_missing(data)}; {_OR_NONE}")
-        try:
-            check_path(data.model_copy(update={"path": settings.heldout}))
-        except UserError as error:
-            raise UserError(str(error).replace("data.path", "evaluation.heldout")) from None
-    return None
 
 
 def evaluate_run(config: Config, settings: EvaluationSettings, console: Console | None = None) -> list[Row]:

@@ -28,24 +28,24 @@ def training_pictures(data: DataConfig, channels: int, run_dir: Path | None = No
 
 
 def heldout_pictures(data: DataConfig, channels: int, path: str | list[str] | None) -> Pictures:
-    """Pictures that were not trained on: the digits' own split, or what `evaluation.heldout` names.
+    """Pictures that were not trained on; arguments and errors are those of `heldout_data`."""
+    return _read(heldout_data(data, path), channels)
+
+
+def heldout_data(data: DataConfig, path: str | list[str] | None) -> DataConfig:
+    """Where they are: the digits' own split, or what `evaluation.heldout` names.
 
     Raises:
         UserError: other data than the digits and no path.
     """
     if data.source == "digits":
-        return _read(data.model_copy(update={"split": "heldout"}), channels)
+        return data.model_copy(update={"split": "heldout"})
     if path is None:
-        raise UserError(heldout_is_missing(data))
-    return _read(data.model_copy(update={"path": path}), channels)
-
-
-def heldout_is_missing(data: DataConfig) -> str:
-    """What to say of it."""
-    return (
-        f"evaluation.heldout is missing; data.source={data.source} has no held-out split of its own: give a path of "
-        "the same kind as data.path"
-    )
+        raise UserError(
+            f"evaluation.heldout is missing; data.source={data.source} has no held-out split of its own: give a path "
+            "of the same kind as data.path, or set evaluation.enabled=false"
+        )
+    return data.model_copy(update={"path": path})
 
 
 def _read(data: DataConfig, channels: int, known_shards: Sequence[str] = ()) -> Pictures:
