@@ -8,7 +8,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 OUT ?= out
 
-.PHONY: quickstart results test test-all lint unit slow bench gpu gpu-test gpu-bench gpu-graph gpu-data gpu-train clean
+.PHONY: quickstart results test test-all lint unit slow bench clean \
+	gpu gpu-test gpu-test-kernels gpu-test-step gpu-test-data gpu-bench gpu-bench-kernels gpu-bench-step \
+	gpu-graph gpu-data gpu-train
 
 quickstart: $(VENV)/.train
 	@echo "== training and evaluating: configs/quickstart.yaml (goes on where it stopped)"
@@ -71,33 +73,52 @@ GPU_PYTEST = $(GPU_ENV) timeout -s INT -k 20 $(1) $(PYTHON_GPU) -m pytest -p no:
 # Compiling takes most of the time, and is done by the host.
 PARALLEL = `$(NEED) xdist 2>/dev/null && printf -- "-n 4 --dist worksteal"`
 # Only these files are read: others may need packages that the machine does not have.
-GPU_TESTS = `grep -rl "mark\.gpu" tests --include="test_*.py" | grep -v "^tests/kernels"`
+GPU_TESTS = `grep -rl "mark\.gpu" tests --include="test_*.py" | grep -v "^tests/\(kernels\|data\)/"`
 
 gpu:
 	@$(MAKE) --keep-going gpu-test gpu-bench gpu-graph gpu-data gpu-train
 
 gpu-test:
-	@echo "== tests that need a GPU; into $(OUT)/gpu-test*.xml"
-	@mkdir -p $(OUT)
 	@$(NEED) nvidia.dali simplejpeg xformers sklearn scipy peft accelerate webdataset || true
-	@failed=0; \
-	if $(NEED) $(KERNEL_PACKAGES) && $(HAS_GPU); then $(call GPU_PYTEST,200,tests/kernels -m gpu $(PARALLEL) --durations=5 \
-		--continue-on-collection-errors --junitxml=$(OUT)/gpu-test-kernels.xml) || failed=1; \
-	else echo "gpu-test: kernels skipped"; fi; \
-	if $(NEED) $(MODEL_PACKAGES) && $(HAS_GPU); then $(call GPU_PYTEST,300,$(GPU_TESTS) -m gpu $(PARALLEL) --durations=10 \
-		--continue-on-collection-errors --junitxml=$(OUT)/gpu-test.xml) || failed=1; \
-	else echo "gpu-test: the rest skipped"; fi; \
-	exit $$failed
+	@$(MAKE) --no-print-directory --keep-going gpu-test-kernels gpu-test-step gpu-test-data
+
+gpu-test-kernels:
+	@echo "== the kernels' tests that need a GPU; into $(OUT)/gpu-test-kernels.xml"
+	@mkdir -p $(OUT)
+	@if $(NEED) $(KERNEL_PACKAGES) && $(HAS_GPU); then $(call GPU_PYTEST,200,tests/kernels -m gpu $(PARALLEL) --durations=5 \
+		--continue-on-collection-errors --junitxml=$(OUT)/gpu-test-kernels.xml); \
+	else echo "gpu-test-kernels: skipped"; fi
+
+gpu-test-step:
+	@echo "== all other tests that need a GPU; into $(OUT)/gpu-test-step.xml"
+	@mkdir -p $(OUT)
+	@if $(NEED) $(MODEL_PACKAGES) && $(HAS_GPU); then $(call GPU_PYTEST,230,$(GPU_TESTS) -m gpu $(PARALLEL) --durations=10 \
+		--continue-on-collection-errors --junitxml=$(OUT)/gpu-test-step.xml); \
+	else echo "gpu-test-step: skipped"; fi
+
+gpu-test-data:
+	@echo "== the tests of decoding on a GPU; into $(OUT)/gpu-test-data.xml"
+	@mkdir -p $(OUT)
+	@if $(NEED) $(DATA_PACKAGES) && $(HAS_GPU); then $(call GPU_PYTEST,90,tests/data -m gpu --durations=5 \
+		--junitxml=$(OUT)/gpu-test-data.xml); \
+	else echo "gpu-test-data: skipped"; fi
 
 gpu-bench:
-	@echo "== the kernels' benchmarks, then fastsp bench; into $(OUT)/*.json and $(OUT)/roofline.png"
+	@$(MAKE) --no-print-directory --keep-going gpu-bench-kernels gpu-bench-step
+
+gpu-bench-kernels:
+	@echo "== the kernels' benchmarks; into $(OUT)/kernels-*.json"
 	@mkdir -p $(OUT)
 	@if $(NEED) $(KERNEL_PACKAGES) pytest_benchmark && $(HAS_GPU); then for file in benchmarks/kernels/bench_*.py; do \
 		$(call GPU_PYTEST,30,$$file -s --benchmark-json=$(OUT)/kernels-`basename $$file .py`.json) || true; done; \
-	else echo "gpu-bench: the kernels' benchmarks skipped"; fi
+	else echo "gpu-bench-kernels: skipped"; fi
+
+gpu-bench-step:
+	@echo "== fastsp bench; into $(OUT)/step.json and $(OUT)/roofline.png"
+	@mkdir -p $(OUT)
 	@if $(NEED) $(MODEL_PACKAGES) && $(HAS_GPU); then $(GPU_ENV) timeout -s INT -k 20 350 $(PYTHON_GPU) -m fastsp bench \
 		--time-limit 270 --force --json $(OUT)/step.json `$(NEED) matplotlib && echo --png $(OUT)/roofline.png`; \
-	else echo "gpu-bench: fastsp bench skipped"; fi
+	else echo "gpu-bench-step: skipped"; fi
 
 # What of fastsp's own step is worth what: one CUDA graph or none, the teacher in one call or in two.
 gpu-graph:

@@ -4,7 +4,8 @@
 
 Writes into the folder named after the GPU: the rows of `fastsp bench` (`step*.json`) and its roofline as they are,
 pytest-benchmark's files without their single rounds (`kernels.json`, `data.json`), the tests' outcome (`tests.json`),
-the pictures of the training run, and `README.md` with everything as tables, which is printed too.
+the pictures of the training run, and `README.md` with everything as tables, which is printed too. What the folder holds
+from other runs of the suite stays, unless it was measured again.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("folder", type=Path, nargs="?")
     options = parser.parse_args(arguments)
-    found = read(options.out)
-    if not found:
+    latest = read(options.out)
+    if not latest:
         print(f"{options.out} holds no results of the GPU suite", file=sys.stderr)
         return 2
-    folder = options.folder or RESULTS / folder_name(device_of(found))
+    folder = options.folder or RESULTS / folder_name(device_of(latest))
     folder.mkdir(parents=True, exist_ok=True)
+    found = together({file.name: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}, latest)
     for name, content in found.items():
         (folder / name).write_text(json.dumps(content, indent=1) + "\n")
     for picture in PICTURES:
@@ -61,6 +63,17 @@ def read(out: Path) -> dict[str, Any]:
     return found
 
 
+def together(earlier: dict[str, Any], latest: dict[str, Any]) -> dict[str, Any]:
+    """The latest rows in place of earlier ones of the same name. The rows of `fastsp bench` were measured side by side
+    and stay so."""
+    found = {**earlier, **latest}
+    for name in ("kernels.json", "data.json", "tests.json"):
+        rows = [*earlier.get(name, []), *latest.get(name, [])]
+        if rows:
+            found[name] = list({row.get("file", row.get("name")): row for row in rows}.values())
+    return dict(sorted(found.items()))
+
+
 def benchmarks(report: Row) -> list[Row]:
     """Of a file of pytest-benchmark: names, what was noted, and the median of its own clock."""
     return [
@@ -78,7 +91,9 @@ def benchmarks(report: Row) -> list[Row]:
 def outcome(file: Path) -> Row:
     """Of a JUnit file: how many passed, and who did not."""
     failed, skipped, passed, seconds = [], [], 0, 0.0
-    for case in ElementTree.parse(file).iter("testcase"):
+    report = ElementTree.parse(file)
+    date = next((suite.get("timestamp", "")[:19] for suite in report.iter("testsuite")), "")
+    for case in report.iter("testcase"):
         name, seconds = f"{case.get('classname')}::{case.get('name')}", seconds + float(case.get("time", 0))
         reasons = {child.tag: str(child.get("message", "")).partition("\n")[0] for child in case}
         if reason := reasons.get("failure", reasons.get("error")):
@@ -87,7 +102,8 @@ def outcome(file: Path) -> Row:
             skipped.append({"name": name, "reason": reasons["skipped"]})
         else:
             passed += 1
-    return {"file": file.name, "passed": passed, "failed": failed, "skipped": skipped, "seconds": round(seconds, 1)}
+    counts = {"passed": passed, "failed": failed, "skipped": skipped}
+    return {"file": file.name, "date": date, **counts, "seconds": round(seconds, 1)}
 
 
 def device_of(found: dict[str, Any]) -> str:
@@ -128,14 +144,17 @@ def markdown(found: dict[str, Any]) -> Iterator[str]:
                 for row in rows
             ],
         )
+        yield from _provenance(rows)
     if rows := found.get("data.json"):
         notes = [", ".join(f"{key} {_number(value)}" for key, value in row.items() if _plain(value)) for row in rows]
         yield from _table(
             "Data", ["benchmark", "what was noted"], [[r["name"], n] for r, n in zip(rows, notes, strict=True)]
         )
+        yield from _provenance(rows)
     for suite in found.get("tests.json", []):
         failed = [f"{case['name']} ({case['reason']})" for case in suite["failed"]]
-        yield f"\n{suite['file']}: {suite['passed']} passed, {len(failed)} failed, {len(suite['skipped'])} skipped."
+        counts = f"{suite['passed']} passed, {len(failed)} failed, {len(suite['skipped'])} skipped"
+        yield f"\n{suite['file']}, {suite['date']}: {counts}."
         yield from (f"- failed: {case}" for case in failed)
 
 
@@ -185,6 +204,15 @@ def _step(name: str, rows: list[Row]) -> Iterator[str]:
             yield from _table(
                 f"fastsp_sp: {key}", columns, [[_number(row[column]) for column in columns] for row in part]
             )
+
+
+def _provenance(rows: list[Row]) -> Iterator[str]:
+    """When and with what the rows were measured, which may have been at several times."""
+    facts = [{**row, **row.get("environment", {})} for row in rows]
+    keys = ("commit", "torch", "triton", "nvidia-dali-cuda130", "driver")
+    lines = {f"{row['date']}, " + ", ".join(f"{key} {row[key]}" for key in keys if row.get(key)) for row in facts}
+    yield ""
+    yield from (f"Measured {line}.  " for line in sorted(lines))
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

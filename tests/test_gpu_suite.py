@@ -24,7 +24,7 @@ def test_no_test_for_a_gpu_is_left_out():
     read = subprocess.run(
         ["bash", "-c", listing[1]], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.split()
-    assert "tests/kernels -m gpu" in made("gpu-test")
+    assert all(f"tests/{part} -m gpu" in made("gpu-test") for part in ("kernels", "data"))
     collected = subprocess.run(
         [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"],
         cwd=ROOT,
@@ -33,7 +33,7 @@ def test_no_test_for_a_gpu_is_left_out():
     ).stdout
     files = {line.partition("::")[0] for line in collected.splitlines() if "::" in line}
     assert len(files) > 10
-    assert {file for file in files if not file.startswith("tests/kernels/")} == set(read)
+    assert {file for file in files if not file.startswith(("tests/kernels/", "tests/data/"))} == set(read)
 
 
 @pytest.mark.parametrize("target", ["gpu-test", "gpu-bench", "gpu-graph", "gpu-data", "gpu-train"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,10 +18,11 @@ from transformers import PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.data.photographs import write_layouts, write_squares
+from fastsp.evaluation.environment import environment
 
 IMAGES = int(os.environ.get("FASTSP_BENCH_IMAGES", 1000))
 SQUARES = int(os.environ.get("FASTSP_BENCH_SQUARES", 512))
-PACKAGES = ("torch", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "simplejpeg", "pillow", "webdataset")
+PACKAGES = ("nvidia-nvimgcodec-cu13", "simplejpeg", "pillow", "webdataset")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 
@@ -74,11 +74,9 @@ def record(benchmark, request) -> Callable[..., None]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: installed for name in PACKAGES if (installed := _version(name))},
-    }
+    """The machine, and where on it this was measured, ``cpu`` or ``cuda``."""
+    versions = {name: installed for name in PACKAGES if (installed := _version(name))}
+    return {"on": device, "cores": len(os.sched_getaffinity(0)), "environment": environment() | versions}
 
 
 def _version(package: str) -> str | None:
