@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsp import draws
 from fastsp.config import load_config
+from fastsp.devices import best_device
 from fastsp.errors import UserError
 from fastsp.lora import DIFFUSERS_FILE
 from fastsp.models import TextToImageModel, check_pipeline, check_unet, load_model, load_pipeline, load_unet
@@ -74,10 +75,6 @@ def check_for_sampling(name: str) -> None:
         check_pipeline(str(run / "final"))
     elif (pretrained := load_config(run / "config.yaml").model.pretrained) is not None:
         check_pipeline(pretrained)
-
-
-def best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _run_of_stage(folder: Path, name: str) -> Path | None:

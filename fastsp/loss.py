@@ -77,7 +77,15 @@ class _ScheduledLoss(nn.Module):
         if timesteps.shape != model_pred.shape[:1]:
             raise ValueError(f"timesteps must have shape ({model_pred.shape[0]},), got {tuple(timesteps.shape)}")
         self.schedule.to(model_pred.device)
-        return timesteps.to(model_pred.device, torch.int64)
+        return self._in_schedule("timesteps", timesteps).to(model_pred.device, torch.int64)
+
+    def _in_schedule(self, name: str, timesteps: Tensor) -> Tensor:
+        """Themselves. On a GPU nothing is refused, since looking would wait for it."""
+        if timesteps.is_cpu and not torch.compiler.is_compiling():
+            last = len(self.schedule) - 1
+            if wrong := [t for t in timesteps.flatten().tolist() if not 0 <= t <= last]:
+                raise ValueError(f"{name} must be from 0 to {last}, got {wrong[0]}")
+        return timesteps
 
 
 class DenoisingLoss(_ScheduledLoss):
@@ -257,13 +265,14 @@ class SelfPerceptualLoss(_ScheduledLoss):
             Scalar float32 loss, or (B,) with ``reduction="none"``. Gradient flows to ``model_pred`` alone.
 
         Raises:
-            ValueError: shapes that do not fit together, an empty batch.
+            ValueError: shapes that do not fit together, an empty batch, timesteps outside of the schedule (on a CPU).
         """
         timesteps = self._checked_timesteps(model_pred, latents, noise, timesteps)
         if perceptual_timesteps is None:
             perceptual_timesteps = sample_perceptual_timesteps(
                 timesteps, len(self.schedule), self.timestep_sampling, generator
             )
+        perceptual_timesteps = self._in_schedule("perceptual_timesteps", perceptual_timesteps)
         perceptual_timesteps = perceptual_timesteps.to(model_pred.device, torch.int64)
         if self.perceptual_network.device != model_pred.device:
             self.perceptual_network.to(model_pred.device)

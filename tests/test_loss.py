@@ -325,6 +325,12 @@ def test_wrong_arguments_are_refused():
         criterion(pred, **data | {"timesteps": data["timesteps"][:2]})
     with pytest.raises(ValueError, match="perceptual_timesteps"):
         criterion(pred, **data | {"perceptual_timesteps": data["timesteps"][:2]})
+    for name in ("timesteps", "perceptual_timesteps"):
+        for wrong in (-1, 1000):  # -1 would be the last, silently
+            with pytest.raises(ValueError, match=f"^{name} must be from 0 to 999, got {wrong}$"):
+                criterion(pred, **data | {name: torch.tensor([0, 999, wrong])})
+    with pytest.raises(ValueError, match=r"timesteps must be from 0 to 999, got 1000"):
+        DenoisingLoss(scheduler())(pred, **data | {"timesteps": torch.tensor(1000)})
     with pytest.raises(ValueError, match="the batch is empty"):
         criterion(pred[:0], pred[:0], pred[:0], torch.zeros(0, dtype=torch.long), data["encoder_hidden_states"][:0])
     with pytest.raises(ValueError, match="has no alphas_cumprod"):

@@ -19,6 +19,7 @@ from fastsp.bench.phases import time_phases
 from fastsp.bench.providers import PROVIDERS, REFERENCE
 from fastsp.bench.timing import Ceilings, measure_ceilings, quantiles
 from fastsp.bench.workload import STATE_BYTES_PER_PARAMETER, Workload
+from fastsp.devices import device_name
 from fastsp.evaluation.environment import environment
 from fastsp.gpu_settings import gpu_settings
 
@@ -72,7 +73,8 @@ class Bench:
         self.extras: dict[str, Any] = {}  # what the reference's row has besides
         self.looked_inside = False
         self.rows: list[Row] = []
-        say(f"{workload.name}, batch {workload.batch_size}, {workload.config.precision} on {_device_name(workload)}")
+        batch, precision = workload.batch_size, workload.config.precision
+        say(f"{workload.name}, batch {batch}, {precision} on {device_name(workload.device)}")
         say("measuring a large matrix product and a large copy")
         self.ceilings = measure_ceilings(workload.device, workload.dtype)
         self.costs: dict[str, Cost] = {}
@@ -282,9 +284,3 @@ def _gigabytes(size: int | None) -> float | None:
 
 def _tera(value: float | None) -> float | None:
     return None if value is None else value / 1e12
-
-
-def _device_name(workload: Workload) -> str:
-    if workload.device.type == "cuda":
-        return torch.cuda.get_device_name(workload.device)
-    return f"the CPU ({torch.get_num_threads()} threads)"

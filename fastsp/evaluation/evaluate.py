@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastsp.config import Config
+from fastsp.devices import best_device
 from fastsp.errors import UserError
 from fastsp.evaluation.captions_file import read_captions
 from fastsp.evaluation.classifier import caption_classifier
@@ -32,7 +33,7 @@ from fastsp.evaluation.reference_set import open_reference
 from fastsp.evaluation.rows import REAL, described, setting_of
 from fastsp.evaluation.settings import EvaluationSettings, absent_files
 from fastsp.files import write_file
-from fastsp.generation import Sampling, best_device, generate
+from fastsp.generation import Sampling, generate
 from fastsp.models import load_pipeline, load_unet
 from fastsp.progress import steps_bar, steps_progress
 from fastsp.sampling import Guidance

@@ -74,6 +74,7 @@ class ModelEvaluation:
     def run(self, jobs: Sequence[Job], bar: Bar, say: Callable[[str], Any]) -> list[Row]:
         """Compute the rows of `jobs` that the file lacks, and first that of the real pictures. All rows of the file."""
         store = RowFile(self.rows)
+        before = len(store.rows)
         self.work.mkdir(parents=True, exist_ok=True)
         write_file(self.work / "captions.jsonl", self.captions.lines())
         if self.reference.score is not None:
@@ -83,6 +84,12 @@ class ModelEvaluation:
             identity = fingerprint(model.unet, *model.frozen_parts())
             for job in of_model:
                 self._add(store, self._row(job, model, identity, store, bar), say)
+        fewest, width = min(len(self.captions), self.reference.count), len(self.reference.mean)
+        if len(store.rows) > before and fewest < width:
+            say(
+                f"{fewest} pictures are fewer than the {width} features: FID comes out too high, the more so the fewer, "
+                "so compare it only between rows of equally many"
+            )
         return store.rows
 
     def _row(self, job: Job, model: TextToImageModel, identity: str, store: RowFile, bar: Bar) -> Row:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastsp.config import DataConfig
+from fastsp.devices import best_device
 from fastsp.errors import UserError
 from fastsp.evaluation.captions_file import CaptionSet
 from fastsp.evaluation.classifier import CaptionClassifier, caption_classifier
@@ -21,7 +22,6 @@ from fastsp.evaluation.real_pictures import (
     real_features,
 )
 from fastsp.evaluation.reference import heldout_pictures, training_pictures
-from fastsp.generation import best_device
 from fastsp.progress import Bar
 
 _DIGITS_SIDE = 8  # pixels of the original scans

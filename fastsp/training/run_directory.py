@@ -89,15 +89,30 @@ class RunDirectory:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run_dir {self.root} cannot be made: {error.strerror}") from None
-        self._lock = self._locked()
+        if self._lock is None:
+            self._lock = self._locked()
         remove_unfinished(self.root)
         if not self.config_file.exists():
             write_file(self.config_file, self.config.dump())
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def hold(self) -> None:
+        """Lock a run that is there already: so `fastsp status` sees that it goes on while its model is being loaded.
+
+        Raises:
+            UserError: it is in use by another process.
+        """
+        if self.is_main and self.config_file.exists():
+            self._lock = self._locked()
+
+    def release(self) -> None:
+        """Let others go on with the run."""
         if self._lock is not None:
             self._lock.close()
+            self._lock = None
 
     def keep_changes(self) -> None:
         """Set the old configuration aside and write the new one, if they differ."""

@@ -19,6 +19,7 @@ from fastsp.config import Config, StageConfig
 from fastsp.data.inventory import Inventory
 from fastsp.data.latents import fingerprint
 from fastsp.data.source import Source, check_path, open_source
+from fastsp.devices import device_name
 from fastsp.errors import UserError
 from fastsp.gpu_settings import gpu_settings
 from fastsp.lora import Base, add_adapters, load_adapters, save_adapters, save_for_use
@@ -67,6 +68,8 @@ def train(
             config.check_world_size(ranks.world_size)
         with ranks.main_first():
             run, stop = RunDirectory(config, resume, allow_changes, ranks.is_main), StopRequest()
+            stack.callback(run.release)
+            run.hold()
             trainer = Trainer(config, ranks, run, stop, console or Console(), report)  # fails before writing anything
             # The missing are named while `stop` still holds: torchrun sends SIGTERM as soon as one process has ended.
             for context in (explained(run), run, stop, ranks.naming_the_missing()):
@@ -120,7 +123,7 @@ class Trainer:
         changed_data = run.check_data(self.inventory)
         console.print(
             f"run {run.root}: {len(self.source)} samples of {config.data.source}, UNet of "
-            f"{_size(self.model.unet)}, {config.precision} on {_device_name(self.device)}{_share(config, ranks)}"
+            f"{_size(self.model.unet)}, {config.precision} on {device_name(self.device)}{_share(config, ranks)}"
         )
         if (times := config.data.batch_size / len(self.source)) > 1:
             console.print(f"data.batch_size {config.data.batch_size}: every sample comes {times:.1f} times a step")
@@ -247,7 +250,7 @@ class Trainer:
         text = (rows, *model.encode_no_prompt().encoder_hidden_states.shape[1:])
         choice = kept_choice(
             self.run.attention_file,
-            {"wanted": self.config.attention, "device": _device_name(self.device), "torch": torch.__version__},
+            {"wanted": self.config.attention, "device": device_name(self.device), "torch": torch.__version__},
             lambda: choose_attention(
                 self.config.attention,
                 dict(model.unet.config),
@@ -388,14 +391,9 @@ def _due(number: int, every: int, last: int) -> bool:
 
 def _headline(stage: StageConfig, done: int) -> str:
     objective = "MSE" if stage.objective == "mse" else f"self-perceptual ({stage.perceptual_network}, {stage.layers})"
+    steps = f"{stage.steps} step{'s' * (stage.steps != 1)}"
     start = f"from {stage.init}" if stage.init else "from the model's own weights"
-    return f"stage {stage.name}: {objective}, {stage.steps} steps {start}" + (f", {done} done" if done else "")
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"the CPU ({torch.get_num_threads()} threads)"
+    return f"stage {stage.name}: {objective}, {steps} {start}" + (f", {done} done" if done else "")
 
 
 def _share(config: Config, ranks: Ranks) -> str:

@@ -71,6 +71,7 @@ def test_a_row_for_every_combination(command, models: list[Path], captions: Path
     real, *rows = json.loads(out.read_text())
     assert (real["stage"], real["fid"], real["steps"], real["num_samples"]) == ("real", 0.0, 0, 449)
     assert written[0].startswith("real pictures: FID 0.00  IS ") and written[-1] == f"{out}: 13 rows"
+    assert written[-2].startswith("10 pictures are fewer than the 64 features: FID comes out too high")
     assert len(rows) == 2 * 2 * 3
     first = rows[0]
     assert {
