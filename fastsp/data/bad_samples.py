@@ -29,12 +29,15 @@ class BadSampleLog:
         path: the file, which is appended to; None: nothing is written, and each process counts for itself.
         max_fraction: of the samples delivered, each counted once however many epochs deliver it.
         size: of the source.
+        shuffled: the samples come in an order of chance, so that the first ones speak for all. In the source's own
+            order the bad ones may lie together.
     """
 
-    def __init__(self, path: Path | None, max_fraction: float, size: int):
+    def __init__(self, path: Path | None, max_fraction: float, size: int, shuffled: bool = True):
         self.path = path
         self.max_fraction = max_fraction
         self.size = size
+        self.shuffled = shuffled
         self.reasons: dict[str, str] = {}
         self._lock = threading.Lock()  # the thread that collates adds, the training asks
         self._news: list[tuple[str, str]] = []  # files of many samples that `news` has not told yet
@@ -106,9 +109,12 @@ class BadSampleLog:
         return next((stop for stop in stops if self._too_many(*stop, max_fraction)), None)
 
     def _too_many(self, bad: int, end: int, max_fraction: float) -> bool:
-        """Three standard deviations above, as of bad samples that lie anywhere."""
-        expected = max_fraction * max(end, MIN_POSITIONS)
-        return bad > min(max_fraction * self.size, expected + 3 * math.sqrt(expected))
+        """Of the whole source; or, where the order is chance, three standard deviations above its share so far."""
+        allowed = max_fraction * self.size
+        if self.shuffled:
+            expected = max_fraction * max(end, MIN_POSITIONS)
+            allowed = min(allowed, expected + 3 * math.sqrt(expected))
+        return bad > allowed
 
     def _refresh(self) -> None:
         """Take in what any process has written since the last time."""

@@ -9,9 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsp.data.samples import BadSample
+from fastsp.data.samples import BadSample, printable
 
 JSON_KEYS = ("caption", "text")
+KEYS_NAMED = 5  # of those that are there instead
+
+
+def caption_of(text: bytes, as_json: bytes) -> str:
+    """The caption of a sample from its text file, or, where that is missing or blank, from its JSON.
+
+    Raises:
+        BadSample: there is none.
+    """
+    return caption_from_json(as_json) if as_json and not text.strip() else caption_from_text(text)
 
 
 def caption_from_text(content: bytes) -> str:
@@ -48,7 +58,21 @@ def caption_from_record(record: Any) -> str:
     for caption in captions:
         if isinstance(caption, str) and caption.strip():
             return _unicode(caption.strip())
-    raise BadSample("no caption")
+    raise BadSample(f"no caption{_why(record)}")
+
+
+def _why(record: Any) -> str:
+    """Why a JSON value holds no caption, where that is not plain."""
+    wanted = " or ".join(f'"{key}"' for key in JSON_KEYS)
+    if not isinstance(record, dict):
+        return f": the JSON is no object with {wanted}"
+    found = {key: record[key] for key in JSON_KEYS if key in record}
+    if not found:
+        names = [json.dumps(printable(str(key))[:40]) for key in list(record)[:KEYS_NAMED]]
+        more = ", ..." if len(record) > KEYS_NAMED else ""
+        return f": there is {', '.join(names) or 'nothing'}{more}, but no {wanted}"
+    odd = [key for key, value in found.items() if not isinstance(value, str | None)]
+    return f': "{odd[0]}" is no text, but {json.dumps(found[odd[0]])[:40]}' if odd else ""
 
 
 def _unicode(caption: str) -> str:

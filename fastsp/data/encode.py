@@ -76,6 +76,7 @@ class LatentEncoder:
             samples_per_shard=samples_per_shard,
             pooled_text_shape=_shape(sample, "pooled_text_features"),
             text_sha256=text_sha256,
+            captioned=source.reader.captioned,
             names_sha256=source.names_sha256(),
             contents_sha256=source.contents_sha256(),
         )

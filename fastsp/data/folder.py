@@ -1,13 +1,14 @@
 """A folder of images, nested or not, with captions in any of the usual ways.
 
-In this order: a `metadata.jsonl` in the image's folder or above it, as Hugging Face's imagefolder has it (one object a
-line: "file_name", relative to the `metadata.jsonl`, and "text" or "caption"); a `.txt` file beside the image with the
-same stem; and, where there is no `metadata.jsonl` and no image of the folder has a `.txt`, the folder's name, with
-blanks for `_` and `-`.
+In this order: a `metadata.jsonl` or `metadata.csv` in the image's folder or above it, as Hugging Face's imagefolder has
+it (one object or row a line: "file_name", relative to the file, and "text" or "caption"); a `.txt` (or `.caption`) file
+beside the image with the same stem, or a `.json` with "caption" or "text", as in a tar; and, where there is no such
+metadata and no image of the folder has any of these beside it, the folder's name, with blanks for `_` and `-`.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -19,15 +20,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsp.data.captions import JSON_KEYS, caption_from_record, caption_from_text
+from fastsp.data.captions import JSON_KEYS, caption_from_record, caption_of
 from fastsp.data.inventory import MAX_NAMES, Inventory, Part
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size, printable
-from fastsp.data.tar_scan import IMAGE_SUFFIXES, split_name
+from fastsp.data.tar_scan import CAPTION_SUFFIXES, IMAGE_SUFFIXES, TEXT_SUFFIXES, UNREAD_SUFFIXES, split_name
 from fastsp.errors import UserError
 from fastsp.progress import late_bar
 
-METADATA = "metadata.jsonl"
-UNREAD_METADATA = {"metadata.csv", "metadata.parquet"}  # which Hugging Face's imagefolder takes too
+METADATA = ("metadata.jsonl", "metadata.csv")  # the first that is there
+UNREAD_METADATA = "metadata.parquet"  # which Hugging Face's imagefolder takes too
 
 
 def image_folder(folder: str | Path) -> Path:
@@ -51,7 +52,7 @@ class FolderReader:
         progress: show it where listing takes long.
 
     Raises:
-        UserError: the folder is missing or holds no images, or a `metadata.jsonl` cannot be read.
+        UserError: the folder is missing or holds no images, or of its metadata nothing can be read.
     """
 
     def __init__(self, folder: str | Path, captioned: bool = True, progress: bool = False):
@@ -67,13 +68,18 @@ class FolderReader:
         self.paths: list[str] = []
         self._records: dict[str, Any] = {}
         self._odd_sidecars: dict[str, str] = {}
-        """The sidecars that do not end in just `.txt`, by their path without the suffix."""
+        """The sidecars whose suffix is not in lower case, by their path as if it were."""
         self._captioned_by_name: set[str] = set()
+        self._unread: list[str] = []
+        """Pictures of kinds that are not read."""
         with late_bar("listing pictures", None, progress) as advance:
             self._walk(advance)
         self.paths.sort(key=lambda path: path.replace("/", "\0"))  # folder by folder: before any other character
         if not self.paths:
-            raise UserError(f"data.path is {str(folder)!r}; it holds no images ({', '.join(IMAGE_SUFFIXES)})")
+            but = f", but {self._unread_kinds()}" if self._unread else ""
+            raise UserError(f"data.path is {str(folder)!r}; it holds no images ({', '.join(IMAGE_SUFFIXES)}){but}")
+        if self._unread:
+            self.notes.append((printable(str(self.root)), f"holds besides {self._unread_kinds()}"))
         self._name_missing()
 
     def __len__(self) -> int:
@@ -84,12 +90,12 @@ class FolderReader:
         return printable(str(self.root / self.paths[index]))
 
     def sizes(self) -> Tensor:
-        """(N,) int64: bytes of every image and of its sidecar, as far as they are there."""
+        """(N,) int64: bytes of every image and of its sidecars, as far as they are there."""
         sizes: list[int] = []
         with late_bar("sizes of the pictures", len(self.paths), self.progress) as advance:
             for start in range(0, len(self.paths), 1000):
                 paths = self.paths[start : start + 1000]
-                sizes += [_size(self.root / path) + _size(self._sidecar(path)) for path in paths]
+                sizes += [_size(self.root / path) + sum(map(_size, self._sidecars(path))) for path in paths]
                 advance(len(paths))
         return torch.tensor(sizes)
 
@@ -113,6 +119,7 @@ class FolderReader:
         """Every directory below the root, each with the identities of those that it lies in: a link to one of these
         would lead round and round."""
         pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+        seen: dict[tuple[int, int], str] = {}
         while pending:
             directory, above = pending.pop()
             found = len(self.paths)
@@ -122,6 +129,9 @@ class FolderReader:
                 if identity in above:
                     self.notes.append((self._name(directory), "a link to a folder that it lies in, not followed"))
                     continue
+                if (first := seen.setdefault(identity, directory)) != directory:
+                    same = "the same folder as {}, by a link: its pictures come twice an epoch"
+                    self.notes.append((self._name(directory), same.format(self._name(first))))
                 folders = self._add(directory, _list(self.root / directory))
             except OSError as error:
                 self.damaged.append((self._name(directory), f"cannot read the folder: {error.strerror or error}"))
@@ -134,34 +144,55 @@ class FolderReader:
         """Takes the images of one directory, and where its captions are. Returns the directories in it."""
         prefix = f"{directory}/" if directory else ""
         images = [name for name in listing.files if split_name(name)[1] in IMAGE_SUFFIXES]
-        sidecars = {split_name(name)[0]: name for name in sorted(listing.files) if split_name(name)[1] == "txt"}
+        sidecars = {split_name(name): name for name in sorted(listing.files) if split_name(name)[1] in CAPTION_SUFFIXES}
         self.paths += [prefix + name for name in images]
+        self._unread += [prefix + name for name in listing.files if split_name(name)[1] in UNREAD_SUFFIXES]
         self._odd_sidecars |= {
-            prefix + stem: prefix + name for stem, name in sidecars.items() if not name.endswith(".txt")
+            f"{prefix}{stem}.{suffix}": prefix + name
+            for (stem, suffix), name in sidecars.items()
+            if not name.endswith(f".{suffix}")
         }
         for name in listing.special:
             if split_name(name)[1] in IMAGE_SUFFIXES:
                 self.damaged.append((self._name(prefix + name), "not a regular file"))
-        for name in UNREAD_METADATA.intersection(listing.files) if self.captioned else ():
-            self.notes.append((self._name(prefix + name), f"is not read; captions of this kind go into {METADATA}"))
-        if self.captioned and METADATA in (*listing.files, *listing.special):
-            self._add_metadata(directory)
-        elif not any(split_name(name)[0] in sidecars for name in images):
+        there = {*listing.files, *listing.special} if self.captioned else set()
+        metadata, *others = [*(name for name in METADATA if name in there), ""]
+        for name in [*others, UNREAD_METADATA]:
+            if name in there:
+                why = f"{metadata} is" if metadata else f"captions of this kind go into {METADATA[0]}"
+                self.notes.append((self._name(prefix + name), f"is not read: {why}"))
+        beside = {stem for stem, _ in sidecars}
+        if metadata:
+            self._add_metadata(directory, metadata)
+        elif not any(split_name(name)[0] in beside for name in images):
             self._captioned_by_name.add(directory)
         return [prefix + name for name in listing.folders]
 
-    def _add_metadata(self, directory: str) -> None:
+    def _add_metadata(self, directory: str, file: str) -> None:
+        """What the lines say of the pictures. One that cannot be read costs its own picture's caption."""
         root = os.path.abspath(self.root)
-        for name, record in _read_metadata(self.root / directory / METADATA):
+        before, good = len(self.damaged), False
+        for number, line in _lines(self.root / directory / file):
+            where = f"{self._name(os.path.join(directory, file))}, line {number}"
+            if isinstance(line, str):
+                self.damaged.append((where, line))
+                continue
+            good = True
+            name, record = line
             path = os.path.relpath(os.path.join(root, directory, name), root).replace(os.sep, "/")
             if path in self._records:
-                self.notes.append((self._name(path), f"is in {METADATA} more than once; the last line counts"))
+                self.notes.append((self._name(path), f"is in {file} more than once; the last line counts"))
             self._records[path] = record
+        if not good and len(self.damaged) > before:
+            raise UserError(": ".join(self.damaged[before]))
+
+    def _unread_kinds(self) -> str:
+        return f"{len(self._unread)} of kinds that are not read, such as {printable(self._unread[0])}"
 
     def _name_missing(self) -> None:
         """Lines of metadata without their image."""
         for path in sorted(self._records.keys() - set(self.paths)) if self._records else ():
-            self.damaged.append((self._name(path), f"is in {METADATA}, but there is no such image"))
+            self.damaged.append((self._name(path), "is in the metadata, but there is no such image"))
 
     def _name(self, path: str) -> str:
         return printable(str(self.root / path))
@@ -173,14 +204,15 @@ class FolderReader:
         if not self._records and directory in self._captioned_by_name:
             name = Path(directory).name or self.root.resolve().name
             return printable(name).replace("_", " ").replace("-", " ").strip()
-        sidecar = self._sidecar(path)
-        if not sidecar.is_file():
-            raise BadSample("no caption")
-        return caption_from_text(_read_file(sidecar, "caption"))
+        *texts, as_json = self._sidecars(path)
+        text = next((_read_file(file, "caption") for file in texts if file.is_file()), b"")
+        return caption_of(text, _read_file(as_json, "caption") if not text.strip() and as_json.is_file() else b"")
 
-    def _sidecar(self, path: str) -> Path:
+    def _sidecars(self, path: str) -> list[Path]:
+        """Where captions would be: the texts in order of preference, then the JSON."""
         stem = split_name(path)[0]
-        return self.root / self._odd_sidecars.get(stem, f"{stem}.txt")
+        names = [f"{stem}.{suffix}" for suffix in (*TEXT_SUFFIXES, "json")]
+        return [self.root / self._odd_sidecars.get(name, name) for name in names]
 
 
 class _Listing(NamedTuple):
@@ -215,27 +247,46 @@ def _names_sha256(names: list[str]) -> str:
     return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
 
 
-def _read_metadata(path: Path) -> Iterator[tuple[str, Any]]:
+def _lines(path: Path) -> Iterator[tuple[int, tuple[str, Any] | str]]:
+    """Of a file of metadata the lines' numbers, and what they say: name and record of an image, or what is wrong."""
     if not path.is_file():
         raise UserError(f"{path} is not a file that can be read")
     try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _record(line, f"{path}, line {number}")
+        yield from (_csv_lines if path.suffix == ".csv" else _json_lines)(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _record(line: bytes, where: str) -> tuple[str, Any]:
-    try:
-        record = json.loads(line)
-        name = record["file_name"]
-        if not isinstance(name, str):
-            raise TypeError(f"file_name is {name!r}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{where}: {error!r}; it must be a JSON object with file_name and text") from error
-    return name, {key: record[key] for key in JSON_KEYS if key in record}  # of millions, the other columns are a burden
+def _json_lines(path: Path) -> Iterator[tuple[int, tuple[str, Any] | str]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield number, _entry(json.loads(line))
+                except (ValueError, RecursionError) as error:
+                    yield number, f"{error!r}"
+
+
+def _csv_lines(path: Path) -> Iterator[tuple[int, tuple[str, Any] | str]]:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        rows = csv.DictReader(lines, restkey="")
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield rows.line_num, f"{error!r}"
+            else:
+                yield rows.line_num, _entry(row)
+
+
+def _entry(record: Any) -> tuple[str, Any] | str:
+    """Of millions of lines the columns that are no captions would be a burden: where there are captions, they go."""
+    name = record.get("file_name") if isinstance(record, dict) else None
+    if not isinstance(name, str) or not name:
+        return f"file_name is {name!r}; a line must have file_name, and text or caption"
+    return name, {key: record[key] for key in JSON_KEYS if key in record} or dict.fromkeys(record)
 
 
 def _size(path: Path) -> int:

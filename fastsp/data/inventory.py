@@ -79,9 +79,9 @@ class Inventory:
         return f"{what}, {change}" if change else f"{what}, in another order"
 
     def _changed_part(self, now: Inventory) -> str | None:
-        others = {part.name: part for part in now.parts}
-        for part in self.parts:
-            other = others[part.name]
+        if [part.name for part in self.parts] != [part.name for part in now.parts]:
+            return None
+        for part, other in zip(self.parts, now.parts, strict=True):  # names may repeat: tars of several folders
             if part != other:
                 name = part.name or "the folder itself"
                 if part.samples == other.samples:

@@ -34,6 +34,7 @@ _OF_PICTURES = {
     "names_sha256": "pictures with other names",
     "contents_sha256": "pictures with these names, which have changed since",
 }
+_KEPT_LATER = ("captioned", *_OF_PICTURES)  # not by the first fastsp
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -146,6 +147,9 @@ class LatentsHeader:
     """(P,) of Stable Diffusion XL's pooled text features."""
     text_sha256: str | None = None
     """`fingerprint` of the text encoders, where there are text features."""
+    captioned: bool | None = None
+    """Whether samples have captions, and text features are of these, not of the empty prompt; None: of before this was
+    kept."""
     names_sha256: str | None = None
     """`Source.names_sha256` of what was encoded, so that no other pictures are added to it."""
     contents_sha256: str | None = None
@@ -178,6 +182,10 @@ class LatentsHeader:
             raise UserError("data.source is 'latents', cropped when encoded; allowed: crop: center and flip: false")
         if vae_sha256 is not None and vae_sha256 != self.vae_sha256:
             raise UserError(f"the latents in {config.path} come from another VAE than the model's: {self.vae}")
+        if self.captioned is False and not config.unconditional:
+            raise UserError(f"data.unconditional is false; the latents in {config.path} were encoded without captions")
+        if self.text_shape is not None and self.captioned is not False and config.unconditional:
+            raise UserError(f"data.unconditional is true; the text features in {config.path} are of captions")
         if None not in (text_sha256, self.text_sha256) and text_sha256 != self.text_sha256:
             raise UserError(f"the text features in {config.path} come from other text encoders than the model's")
 
@@ -194,7 +202,7 @@ class LatentsHeader:
         if (folder / HEADER).exists():
             existing = asdict(LatentsHeader.load(folder))
             for key, value in asdict(self).items():
-                if existing[key] != value and not (key in _OF_PICTURES and existing[key] is None):
+                if existing[key] != value and not (key in _KEPT_LATER and existing[key] is None):
                     held = (
                         f"of {_OF_PICTURES[key]}"
                         if key in _OF_PICTURES

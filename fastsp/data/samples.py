@@ -59,6 +59,9 @@ class ReadStep:
 class SampleReader(Protocol):
     """Random access to the samples of one data set, in a fixed order. Safe to call from many threads at once."""
 
+    captioned: bool
+    """Whether captions are read; else they are empty."""
+
     @property
     def damaged(self) -> Sequence[tuple[str, str]]:
         """Files of many samples that could be read only in part, with the reason; what could be read is used."""

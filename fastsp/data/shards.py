@@ -11,12 +11,12 @@ import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 
 from torch import Tensor
 
-from fastsp.data.captions import caption_from_json, caption_from_text
+from fastsp.data.captions import caption_of
 from fastsp.data.inventory import Inventory
 from fastsp.data.samples import BadSample, EncodedSample, LostFile, check_file_size, printable
 from fastsp.data.tar_index import TarIndex, load_index, load_or_build_index
@@ -31,7 +31,7 @@ def expand_shards(patterns: Patterns, gone: Collection[Path] = ()) -> list[Path]
 
     Args:
         patterns: one or several of: a tar file, a folder of them, or a pattern with braces (`{00000..00231}`, `{a,b}`)
-            and wildcards (`*`, `?`, `[0-9]`, `**`).
+            and wildcards (`*`, `?`, `[0-9]`, `**`). What is there under the very name is meant itself.
         gone: files that may be named though they are not there any more.
 
     Raises:
@@ -39,22 +39,28 @@ def expand_shards(patterns: Patterns, gone: Collection[Path] = ()) -> list[Path]
     """
     if isinstance(patterns, str | Path):
         patterns = [patterns]
-    names = [name for pattern in patterns for name in expand_braces(str(pattern))]
-    shards = [shard for name in names for shard in _matches(name, gone)]
+    names = [[name] if Path(name).expanduser().exists() else expand_braces(name) for name in map(str, patterns)]
+    shards = [shard for expanded in names for name in expanded for shard in _matches(name, gone)]
     if not shards:
         raise UserError("data.path names no shards; allowed: tar files, folders of them, brace and glob patterns")
-    return list(dict.fromkeys(shards))
+    once: dict[Path, Path] = {}
+    for shard in shards:  # a file counts under the first of its names
+        once.setdefault(shard.resolve(), shard)
+    return list(once.values())
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Shell braces: `{00..11}` counts, keeping leading zeros, and `{a,b}` lists; several multiply, leftmost slowest."""
+    """Shell braces: `{00..11}` counts, keeping leading zeros, down too, and by a third number; `{a,b}` lists. Several
+    multiply, leftmost slowest."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if not found:
         return [pattern]
-    counted = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    counted = re.fullmatch(r"(\d+)\.\.(\d+)(?:\.\.-?0*([1-9]\d*))?", found[1])
     if counted:
-        first, last = counted.groups()
-        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        first, last, step = counted.groups(default="1")
+        down = int(first) > int(last)
+        numbers = range(int(first), int(last) + (-1 if down else 1), int(step) * (-1 if down else 1))
+        choices = [str(number).zfill(len(first)) for number in numbers]
     else:
         choices = found[1].split(",")
     before, after = pattern[: found.start()], pattern[found.end() :]
@@ -63,12 +69,22 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _matches(name: str, gone: Collection[Path]) -> list[Path]:
     path = Path(name).expanduser()
-    is_one = path.is_file() or path.resolve() in gone
-    found = sorted(path.glob("*.tar")) if path.is_dir() else [path] if is_one else []
-    found = found or sorted(Path(match) for match in glob(str(path), recursive=True) if match.endswith(".tar"))
-    if not found:
-        raise UserError(f"data.path: no shard at {name!r}; allowed: tar files, their folders, brace and glob patterns")
-    return found
+    if path.is_file() or Path(os.path.abspath(path)) in gone:
+        return [path]
+    folder = path if path.is_dir() else path.parent
+    pattern = "*" if path.is_dir() else path.name
+    if folder.is_dir():  # by that very name, which may have brackets in it
+        found = glob(f"{escape(str(folder))}/{pattern}", recursive=True)
+    else:
+        found = glob(str(path), recursive=True)
+    shards = sorted(Path(match) for match in found if match.lower().endswith(".tar"))
+    if not shards:
+        deeper = path.is_dir() and next(path.glob("*/*.tar"), None)
+        hint = f"; there are in the folders in it: {name}/**/*.tar" if deeper else ""
+        raise UserError(
+            f"data.path: no shard at {name!r}; allowed: tar files, their folders, brace and glob patterns{hint}"
+        )
+    return shards
 
 
 class ShardReader:
@@ -151,7 +167,7 @@ class ShardReader:
         except OSError as error:
             reason = f"cannot read the shard: {error.strerror or error}"
             raise LostFile(printable(shard), reason) from error
-        return EncodedSample(image, caption_from_json(as_json) if as_json else caption_from_text(text))
+        return EncodedSample(image, caption_of(text, as_json))
 
 
 def _index_with_gone(patterns: Patterns, suffixes: Sequence[str], known: Sequence[Path]) -> TarIndex | None:
@@ -163,7 +179,7 @@ def _index_with_gone(patterns: Patterns, suffixes: Sequence[str], known: Sequenc
         found = expand_shards(patterns, gone)
     except UserError:
         return None
-    index = load_index(known, suffixes) if {shard.resolve() for shard in found} <= set(known) else None
+    index = load_index(known, suffixes) if {Path(os.path.abspath(shard)) for shard in found} <= set(known) else None
     if index is None:
         return None
     reason = "gone since the run began; its samples keep their places"

@@ -131,7 +131,7 @@ def open_source(
         reader,
         order=SampleOrder(len(reader), seed) if shuffle else (lambda positions: positions % len(reader)),
         open_collator=_collator(config, Tokenize(tokenizer, tokenizer_2), channels, seed, device, header),
-        bad_samples=BadSampleLog(bad_samples_file, config.max_bad_fraction, len(reader)),
+        bad_samples=BadSampleLog(bad_samples_file, config.max_bad_fraction, len(reader), shuffle),
         workers=config.workers,
         prefetch=config.prefetch,
     )

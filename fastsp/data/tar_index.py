@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from fastsp.data.tar_scan import IMAGE_SUFFIXES, Sample, TarScan, scan_tar
 from fastsp.files import new_file
 from fastsp.progress import late_bar
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ def load_or_build_index(
     """
     index = load_index(shards, suffixes)
     if index is None:
-        paths = [shard.resolve() for shard in shards]
-        index = build_index(paths, suffixes, progress)
-        signature = json.dumps([VERSION, list(suffixes), [_signature(path) for path in paths]])
+        paths = [Path(os.path.abspath(shard)) for shard in shards]  # links stay, as names that say more
+        signature = json.dumps([VERSION, list(suffixes), [_signature(path) for path in paths]])  # of before: see below
+        index = build_index(paths, suffixes, progress)  # a tar that is still being written is indexed anew next time
         for place in _places(paths):
             if _save(index, signature, place):
                 break
@@ -100,7 +101,7 @@ def load_or_build_index(
 
 def load_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarIndex | None:
     """The index of these tars from its file, if there is one and no tar has changed since; one may be gone."""
-    paths = [shard.resolve() for shard in shards]
+    paths = [Path(os.path.abspath(shard)) for shard in shards]
     indices = (_load(place, paths, suffixes) for place in _places(paths))
     return next((index for index in indices if index is not None), None)
 

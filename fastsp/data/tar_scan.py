@@ -16,8 +16,10 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-CAPTION_SUFFIXES = ("txt", "json")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jfif", "jpe")
+UNREAD_SUFFIXES = ("avif", "heic", "heif", "jxl", "jp2", "svg", "psd", "tga", "exr", "dng", "cr2", "nef", "arw")
+TEXT_SUFFIXES = ("txt", "caption")  # in order of preference
+CAPTION_SUFFIXES = (*TEXT_SUFFIXES, "json")
 BLOCK = 512  # a tar is a sequence of blocks of this many bytes
 _READ_BLOCKS, _MAX_READ_BLOCKS = 128, 8192  # at once, when looking for the next header: mostly it is near
 _CHECKSUM_DIGITS = slice(148, 154)  # of a header: six octal digits, blanks before them in old archives
@@ -91,6 +93,8 @@ class _Scan:
         self.links: dict[str, str] = {}
         self.unusable: list[tuple[str, str]] = []
         self.again: Counter[str] = Counter()
+        self.unread: list[str] = []
+        """Pictures of kinds that are not read."""
         self.damages: list[tuple[str, int]] = []
         """Reason, and the bytes that no header leads to."""
         self.notes: list[str] = []
@@ -99,7 +103,11 @@ class _Scan:
     def take(self, member: tarfile.TarInfo) -> None:
         """A member; the last of a name counts, as when the tar is unpacked."""
         name = member.name.removeprefix("./")
-        if member.isdir() or not self._belongs_to_a_sample(name):
+        if member.isdir() or any(part.startswith(".") for part in name.split("/")):
+            return
+        suffix = split_name(name)[1]
+        if suffix not in self.suffixes:
+            self.unread += [name] if suffix in UNREAD_SUFFIXES else []
             return
         self.again[name] += name in self.spans
         self.links.pop(name, None)
@@ -115,13 +123,10 @@ class _Scan:
         else:
             self.unusable.append((name, "not a file"))
 
-    def _belongs_to_a_sample(self, name: str) -> bool:
-        hidden = any(part.startswith(".") for part in name.split("/"))
-        return not hidden and split_name(name)[1] in self.suffixes
-
     def result(self, suffixes: Sequence[str]) -> TarScan:
         self._follow_links()
         samples = list(self._samples(suffixes))
+        self._note(self.unread, "is of a kind that is not read")
         self._note(sorted(+self.again), "is there more than once; the last one counts, as when the tar is unpacked")
         return TarScan(samples, self._damage(), self.unusable, self._lost(len(samples)), self.notes, self.has_end)
 
@@ -144,7 +149,8 @@ class _Scan:
             images = [suffix for suffix in suffixes if suffix in group]
             beside += [f"{key}.{suffix}" for suffix in images[1:]]
             if images:
-                yield key, Sample(group[images[0]], group.get("txt", MISSING), group.get("json", MISSING))
+                text = next((group[suffix] for suffix in TEXT_SUFFIXES if suffix in group), MISSING)
+                yield key, Sample(group[images[0]], text, group.get("json", MISSING))
         self._note(beside, "is not used: another image or caption has the same key")
 
     def _note(self, names: Sequence[str], what: str) -> None:

@@ -87,8 +87,8 @@ class ModelEvaluation:
         fewest, width = min(len(self.captions), self.reference.count), len(self.reference.mean)
         if len(store.rows) > before and fewest < width:
             say(
-                f"{fewest} pictures are fewer than the {width} features: FID comes out too high, the more so the fewer, "
-                "so compare it only between rows of equally many"
+                f"{fewest} pictures are fewer than the {width} features: FID comes out too high, the more so the "
+                "fewer, so compare it only between rows of equally many"
             )
         return store.rows
 

@@ -39,6 +39,8 @@ from fastsp.training.samples import SampleDrawer
 from fastsp.training.step import COMPUTE_DTYPES, StepResult, TrainingStep, build_step
 from fastsp.training.trackers import Trackers, check_installed
 
+_NOTES = 3  # shown of what may surprise in the data
+
 
 @record  # for torchrun's summary
 def train(
@@ -127,6 +129,10 @@ class Trainer:
         )
         if (times := config.data.batch_size / len(self.source)) > 1:
             console.print(f"data.batch_size {config.data.batch_size}: every sample comes {times:.1f} times a step")
+        for name, what in self.source.reader.notes[:_NOTES]:
+            console.print(f"note: {name}: {what}", highlight=False)
+        if (more := len(self.source.reader.notes) - _NOTES) > 0:
+            console.print(f"note: {more} more of that kind; `fastsp data check` has them all")
         if changed_data:
             console.print(f"changed: the data ({changed_data})")
 

@@ -1,6 +1,7 @@
 """The record of bad samples: each named once, by several processes too, and a fraction that means something."""
 
 import json
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -79,6 +80,28 @@ def test_the_fraction_is_of_at_least_an_epoch_or_1000_samples():
     assert deliver(log, range(1000), 100, lambda index: index == 3) is None
     log = BadSampleLog(None, 0.01, size=100)
     assert deliver(log, range(1000), 100, lambda index: index in (3, 50)) == 50
+
+
+def test_in_the_order_of_the_source_the_first_samples_do_not_speak_for_all():
+    """As `fastsp encode` reads it: a damaged folder or shard lies in one place."""
+    assert deliver(BadSampleLog(None, 0.01, size=6000), range(6000), 6000, lambda index: index < 30) == 19
+    log = BadSampleLog(None, 0.01, size=6000, shuffled=False)
+    assert deliver(log, range(6000), 6000, lambda index: index < 60) is None
+    log = BadSampleLog(None, 0.01, size=6000, shuffled=False)
+    assert deliver(log, range(6000), 6000, lambda index: index < 61) == 60
+
+
+def test_processes_that_write_at_once_name_a_sample_once(tmp_path):
+    """Each looks for the name and writes it under one lock."""
+    path, count = tmp_path / "bad_samples.jsonl", 300
+    script = (
+        "import sys; from pathlib import Path; from fastsp.data.bad_samples import BadSampleLog\n"
+        f"log = BadSampleLog(Path(sys.argv[1]), 0.5, {count})\n"
+        f"for index in range({count}): log.add(f'sample {{index}}', 'empty', index)\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", script, path]) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert sorted(names(path)) == sorted(f"sample {index}" for index in range(count))
 
 
 def test_after_many_samples_the_fraction_is_theirs():

@@ -32,12 +32,17 @@ def difference(image, expected):
     return np.abs(image.astype(int) - expected).max()
 
 
-def png(header: tuple, rows: bytes) -> bytes:
+def png(header: tuple, rows: bytes, **before: bytes) -> bytes:
+    """`before`: further chunks, by their kind."""
+
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     ihdr = struct.pack(">IIBBBBB", *header)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", ihdr) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    others = b"".join(chunk(kind.encode(), content) for kind, content in before.items())
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", ihdr) + others + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
 
 
 def png_of_16_bits(pixels: np.ndarray) -> bytes:
@@ -95,6 +100,20 @@ def test_16_bits_keep_their_upper_half():
     for channels in (1, 3):
         deep = rng.integers(0, 65536, (H, W, channels))
         assert difference(decode(png_of_16_bits(deep)), np.broadcast_to(deep / 257, (H, W, 3)).round().astype(int)) <= 1
+
+
+def test_a_transparent_level_of_16_bits_is_white():
+    deep = np.array([[[0], [256], [257], [60_000]]])
+    rows = b"\0" + deep.astype(">u2").tobytes()
+    file = png((4, 1, 16, 0, 0, 0, 0), rows, tRNS=struct.pack(">H", 257))
+    assert np.asarray(decode(file, 1)).ravel().tolist() == [0, 1, 255, 60_000 >> 8]
+
+
+def test_a_picture_with_much_text_is_no_bad_one():
+    """Some programs write the settings that made a picture into it, megabytes of them."""
+    text = b"workflow\0\0" + zlib.compress(b"x" * (20 << 20))
+    file = png((1, 1, 8, 0, 0, 0, 0), b"\0\x07", zTXt=text)
+    assert np.asarray(decode(file, 1)).ravel().tolist() == [7]
 
 
 def save(image: Image.Image, kind: str, orientation: int | None = None, **options) -> bytes:
@@ -234,6 +253,12 @@ def with_bytes_changed(file, at, count=1):
     return file[:at] + bytes(byte ^ 255 for byte in file[at : at + count]) + file[at + count :]
 
 
+def jpeg_that_says(height, width):
+    """A bomb: little data, and a header of many pixels."""
+    at = JPEG.index(b"\xff\xc0") + 5
+    return JPEG[:at] + struct.pack(">HH", height, width) + JPEG[at + 4 :]
+
+
 @pytest.mark.parametrize(
     ("file", "reason"),
     [
@@ -251,6 +276,8 @@ def with_bytes_changed(file, at, count=1):
         (WEBP[: len(WEBP) // 2], "truncated"),
         (b"GIF89a" + bytes(50), "truncated"),
         (png((60_000, 60_000, 8, 2, 0, 0, 0), bytes(1000)), "too large: .*60000"),
+        (save(Image.new("L", (1, 10_001)), "PNG"), "a line: 1 x 10001 pixels"),
+        (jpeg_that_says(65_000, 65_000), "too large: 65000 x 65000"),
         (png((100, 100, 8, 2, 0, 0, 0), bytes(1000)), "truncated"),
         (save(Image.fromarray(RGB), "AVIF"), "^an AVIF file, which is not read"),
         (save(Image.fromarray(RGB), "JPEG2000"), "^a JPEG 2000 file, which is not read"),

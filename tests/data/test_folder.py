@@ -2,11 +2,13 @@
 
 import json
 import os
+import tarfile
 
 import pytest
 
 from fastsp.data.folder import FolderReader
 from fastsp.data.samples import BadSample
+from fastsp.data.shards import ShardReader
 from fastsp.errors import UserError
 
 
@@ -70,10 +72,8 @@ def test_mistakes(tmp_path):
         FolderReader(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no images"):
         FolderReader(write(tmp_path, {"a.txt": "a"}))
-    with pytest.raises(UserError, match=r"metadata\.jsonl, line 2"):
-        FolderReader(
-            write(tmp_path, {"0.jpg": b"", "metadata.jsonl": '{"file_name": "0.jpg", "text": "a"}\n{"text": 1}\n'})
-        )
+    with pytest.raises(UserError, match=r"no images \(jpg, .*\), but 2 of kinds that are not read, such as 0\.HEIC"):
+        FolderReader(write(tmp_path, {"0.HEIC": b"", "sub/1.avif": b""}))
 
 
 @pytest.mark.parametrize(
@@ -81,16 +81,25 @@ def test_mistakes(tmp_path):
     [
         ('{"file_name": 5, "text": "a"}', "file_name is 5"),
         ('{"file_name": null, "text": "a"}', "file_name is None"),
-        ("[1]", "TypeError"),
+        ("[1]", "file_name is None"),
         ("[" * 100_000, "RecursionError"),
         (b'{"file_name": "0.jpg", "text": "caf\xe9"}', "UnicodeDecodeError"),
     ],
 )
 def test_a_line_of_metadata_that_cannot_be_used(tmp_path, line, message):
+    """It costs one caption; where no line at all can be used, the file is refused."""
     write(tmp_path, {"0.jpg": b"", "metadata.jsonl": line})
     with pytest.raises(UserError, match=rf"metadata\.jsonl, line 1: .*{message}"):
         FolderReader(tmp_path)
     assert len(FolderReader(tmp_path, captioned=False)) == 1
+    line = line if isinstance(line, bytes) else line.encode()
+    good = b'{"file_name": "1.jpg", "text": "one"}\n'
+    reader = FolderReader(write(tmp_path, {"1.jpg": b"", "metadata.jsonl": good + line}))
+    ((where, reason),) = reader.damaged
+    assert where == f"{tmp_path}/metadata.jsonl, line 2" and message in reason
+    assert reader.read(1).caption == "one"
+    with pytest.raises(BadSample, match="no caption"):
+        reader.read(0)
 
 
 def test_metadata_that_cannot_be_read(tmp_path):
@@ -108,13 +117,87 @@ def test_lines_of_metadata_without_their_image_are_named(tmp_path):
     images = {f"{number}.jpg": b"" for number in range(3)}
     reader = FolderReader(write(tmp_path, images | {"metadata.jsonl": "\n".join(lines)}))
     assert captions(reader) == {"0.jpg": "4", "1.jpg": "2", "2.jpg": "3"}
-    assert reader.damaged == [(f"{tmp_path}/missing.jpg", "is in metadata.jsonl, but there is no such image")]
+    assert reader.damaged == [(f"{tmp_path}/missing.jpg", "is in the metadata, but there is no such image")]
     assert reader.notes == [(f"{tmp_path}/0.jpg", "is in metadata.jsonl more than once; the last line counts")]
 
 
 def test_metadata_of_other_kinds_is_said_not_to_be_read(tmp_path):
-    reader = FolderReader(write(tmp_path, {"0.jpg": b"", "metadata.csv": "file_name,text"}))
-    assert reader.notes == [(f"{tmp_path}/metadata.csv", "is not read; captions of this kind go into metadata.jsonl")]
+    reader = FolderReader(write(tmp_path, {"0.jpg": b"", "metadata.parquet": b"PAR1"}))
+    why = "is not read: captions of this kind go into metadata.jsonl"
+    assert reader.notes == [(f"{tmp_path}/metadata.parquet", why)]
+    both = {"metadata.jsonl": '{"file_name": "0.jpg", "text": "a"}', "metadata.csv": "file_name,text\n0.jpg,b\n"}
+    reader = FolderReader(write(tmp_path, both))
+    assert captions(reader) == {"0.jpg": "a"}
+    assert {reason for _, reason in reader.notes} == {"is not read: metadata.jsonl is"}
+
+
+def test_metadata_as_csv(tmp_path):
+    """As Hugging Face's imagefolder reads it too: quotes, commas and line breaks in captions, a byte order mark."""
+    rows = 'file_name,width,text\n0.jpg,8,"a ""red"" bird,\nsinging"\nsub/1.jpg,8,zwölf\n2.jpg,8,\n'
+    files = {"0.jpg": b"", "sub/1.jpg": b"", "2.jpg": b"", "metadata.csv": ("\ufeff" + rows).encode()}
+    reader = FolderReader(write(tmp_path, files))
+    assert reader.damaged == [] and [reader.read(0).caption, reader.read(2).caption] == [
+        'a "red" bird,\nsinging',
+        "zwölf",
+    ]
+    with pytest.raises(BadSample, match=r"^no caption$"):
+        reader.read(1)
+    with pytest.raises(UserError, match=r"metadata\.csv, line 2: file_name is None"):
+        FolderReader(write(tmp_path, {"metadata.csv": "image,text\n0.jpg,a\n"}))
+    (tmp_path / "metadata.csv").write_bytes(b"file_name,text\n0.jpg,caf\xe9\n2.jpg,good\n")
+    reader = FolderReader(tmp_path)
+    with pytest.raises(BadSample, match="not Unicode"):
+        reader.read(0)
+    assert reader.read(1).caption == "good"
+
+
+def test_a_folder_and_the_tar_made_of_it_have_the_same_captions(tmp_path):
+    """As img2dataset's `files` output has them; of a blank text, a JSON beside it; kohya's suffix; a BOM."""
+    files = {"0.jpg": b"", "0.json": '{"caption": "from json", "key": "0"}'}
+    files |= {"1.jpg": b"", "1.txt": " \n", "1.JSON": '{"text": "behind a blank"}'}
+    files |= {"2.jpg": b"", "2.caption": "of kohya", "3.jpg": b"", "3.txt": b"\xef\xbb\xbfmarked"}
+    files |= {"4.jpg": b"", "4.txt": "text first", "4.json": '{"caption": "not this"}'}
+    files |= {"5.jfif": b"", "5.txt": "an old suffix"}
+    reader = FolderReader(write(tmp_path / "folder", files))
+    wanted = {"0": "from json", "1": "behind a blank", "2": "of kohya", "3": "marked", "4": "text first"}
+    wanted["5"] = "an old suffix"
+    assert {name[0]: caption for name, caption in captions(reader).items()} == wanted
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for file in sorted((tmp_path / "folder").iterdir()):
+            tar.add(file, file.name)
+    tars = ShardReader(tmp_path / "0.tar")
+    assert {tars.name(i)[-1]: tars.read(i).caption for i in range(len(tars))} == wanted
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"prompt": "a bird", "url": 1}, 'no caption: there is "prompt", "url", but no "caption" or "text"'),
+        ({"text": ["a", "b"]}, 'no caption: "text" is no text, but ["a", "b"]'),
+        ({"text": 7}, 'no caption: "text" is no text, but 7'),
+        ({"caption": None}, "no caption"),
+    ],
+)
+def test_why_there_is_no_caption(tmp_path, record, reason):
+    line = json.dumps({"file_name": "0.jpg", **record})
+    reader = FolderReader(write(tmp_path, {"0.jpg": b"", "metadata.jsonl": line}))
+    with pytest.raises(BadSample) as bad:
+        reader.read(0)
+    assert str(bad.value) == reason.replace('is "prompt"', 'is "file_name", "prompt"')
+    folder = write(tmp_path / "beside", {"0.jpg": b"", "0.json": json.dumps(record)})
+    with pytest.raises(BadSample) as bad:
+        FolderReader(folder).read(0)
+    assert str(bad.value) == reason
+
+
+def test_what_may_surprise_is_noted(tmp_path):
+    write(tmp_path, {"v1/0.jpg": b"", "v1/0.txt": "zero", "1.avif": b""})
+    (tmp_path / "latest").symlink_to("v1")
+    reader = FolderReader(tmp_path)
+    assert len(reader) == 2 and dict(reader.notes) == {
+        f"{tmp_path}/v1": f"the same folder as {tmp_path}/latest, by a link: its pictures come twice an epoch",
+        str(tmp_path): "holds besides 1 of kinds that are not read, such as 1.avif",
+    }
 
 
 def test_half_of_a_surrogate_pair_is_no_caption(tmp_path):

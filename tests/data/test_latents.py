@@ -3,6 +3,7 @@
 import json
 import tarfile
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load, save
 
 from fastsp.conditioning import Conditioning
 from fastsp.data.encode import LatentEncoder
-from fastsp.data.latents import encode_moments, fingerprint, sample_latents
+from fastsp.data.latents import LatentsHeader, encode_moments, fingerprint, sample_latents
 from fastsp.data.source import open_source
 from fastsp.errors import UserError
 
@@ -213,18 +214,39 @@ def test_headers_that_do_not_fit_are_refused_by_name(images, vae, tmp_path):
         open_latents(folder)
 
 
+def test_text_features_that_do_not_fit_are_refused_by_name(images, vae, tmp_path):
+    """Other text encoders, and captions where none are wanted, or the other way round."""
+    folder = tmp_path / "latents"
+    list(encoder(images, vae, encode_text=encode_text, text_sha256="0" * 64).write(folder))
+    open_latents(folder, text_sha256="0" * 64)
+    with pytest.raises(UserError, match=r"the text features in .* come from other text encoders than the model's"):
+        open_latents(folder, text_sha256="1" * 64)
+    config = Config(source="latents", path=str(folder), resolution=32)
+    header, unconditional = LatentsHeader.load(folder), replace(config, unconditional=True)
+    with pytest.raises(UserError, match=r"data\.unconditional is true; the text features in .* are of captions"):
+        open_source(unconditional, tokenizer=None, channels=3, seed=0)
+    replace(header, text_shape=None).check(unconditional, None, None)
+    uncaptioned = replace(header, captioned=False)
+    uncaptioned.check(unconditional, None, None)
+    with pytest.raises(UserError, match=r"data\.unconditional is false; the latents in .* encoded without captions"):
+        uncaptioned.check(config, None, None)
+    with pytest.raises(UserError, match="with captioned = True, not False"):
+        uncaptioned.save(folder)
+
+
 def test_damaged_latents_are_bad_samples(images, vae, tmp_path):
     folder = tmp_path / "latents"
     list(encoder(images, vae).write(folder))
     wrong = {"moments": torch.zeros(8, 8, 8), "original_size": torch.zeros(2), "crop_offset": torch.ones(2)}
-    write_tar(
-        folder / "00000.tar",
-        [("0.safetensors", b"junk"), ("0.txt", b"x"), ("1.safetensors", save(wrong)), ("1.txt", b"x")],
-    )
+    placeholder = {name: tensor.clone() for name, tensor in LatentsHeader.load(folder).placeholder().items()}
+    half = placeholder | {"moments": placeholder["moments"].half()}
+    samples = {"0": b"junk", "1": save(wrong), "2": save(half), "3": save(placeholder)}
+    members = [(f"{key}.safetensors", content) for key, content in samples.items()]
+    write_tar(folder / "00000.tar", [*members, *((f"{key}.txt", b"x") for key in samples)])
     config = Config(source="latents", path=str(folder), resolution=32, max_bad_fraction=1.0)
     source = open_source(config, tokenizer=None, channels=3, seed=0)
-    (batch,) = collect(source, batch_size=20, last_position=20)
-    assert batch.weights.sum() == 18 and (batch.moments[batch.weights == 0] == 0).all()
+    (batch,) = collect(source, batch_size=22, last_position=22)
+    assert batch.weights.sum() == 19 and (batch.moments[batch.weights == 0] == 0).all()
     assert sorted(source.bad_samples.reasons.values())[1] == "the latents' moments does not fit their header"
 
 

@@ -153,7 +153,8 @@ def test_results_do_not_share_memory():
         assert torch.equal(values, run(files).values)
 
 
-@pytest.mark.parametrize("size", [(1, 3000), (3000, 2), (1, 1)])
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 2), (1, 1), (10_000, 1)])
 def test_extreme_shapes(size):
+    """The longest side is ten thousand times the shortest at most: see `MAX_ASPECT`."""
     file = encode(np.full((*size, 3), 255, np.uint8), "PNG")
     assert (run([file], random_crop=True).values == 1).all()

@@ -31,6 +31,8 @@ def test_braces():
     assert expand_braces("x-{008..010}.tar") == ["x-008.tar", "x-009.tar", "x-010.tar"]
     assert expand_braces("{a,b}/{0..1}") == ["a/0", "a/1", "b/0", "b/1"]
     assert expand_braces("plain.tar") == ["plain.tar"]
+    assert expand_braces("{10..08}") == ["10", "09", "08"]
+    assert expand_braces("{00..10..5}") == ["00", "05", "10"] and expand_braces("{4..0..-2}") == ["4", "2", "0"]
 
 
 def test_patterns_name_the_same_shards(shards):
@@ -40,6 +42,44 @@ def test_patterns_name_the_same_shards(shards):
     assert expand_shards(f"{folder}/*.tar") == shards
     assert expand_shards(f"{folder.parent}/**/0000[89].tar") == shards
     assert expand_shards([shards[1], f"{folder}/*.tar"]) == [shards[1], shards[0]]
+
+
+def test_names_with_brackets_and_braces_in_them_and_suffixes_in_capitals(tmp_path):
+    for folder in ("a{b}", "c[1]"):
+        shard = write_tar(tmp_path / folder / "0.TAR", [("0.jpg", b"jpg"), ("0.txt", b"text")])
+        assert expand_shards(tmp_path / folder) == [shard] == expand_shards(shard)
+    assert expand_shards(f"{tmp_path}/c[1]/*") == [shard]
+    with pytest.raises(UserError, match=r"no shard at .*; there are in the folders in it: .*/\*\*/\*\.tar"):
+        write_tar(tmp_path / "above" / "below" / "0.tar", [])
+        expand_shards(tmp_path / "above")
+
+
+def test_a_tar_of_two_names_is_there_once(shards):
+    """Under the name that was given, which says more than where a hub's link leads to."""
+    link = shards[0].parent / "first.tar"
+    link.symlink_to(shards[0])
+    assert expand_shards([link, *shards]) == [link, shards[1]]
+    reader = ShardReader([link])
+    assert [reader.name(index) for index in range(len(reader))] == [f"{link}#{key:03d}" for key in range(3)]
+
+
+def test_a_tar_that_grew_while_it_was_indexed_is_indexed_again(shards, monkeypatch):
+    def build(paths, *rest):
+        index = build_index(paths, *rest)
+        write_tar(shards[0], [(f"{i}.{suffix}", b"x") for i in range(9) for suffix in ("jpg", "txt")])
+        return index
+
+    monkeypatch.setattr("fastsp.data.tar_index.build_index", build)
+    assert len(load_or_build_index(shards)) == 6
+    monkeypatch.undo()
+    assert len(load_or_build_index(shards)) == 12
+
+
+def test_pictures_of_kinds_that_are_not_read_are_noted(tmp_path):
+    members = [("0.jfif", b"jpg"), ("0.txt", b"zero"), ("1.avif", b""), ("1.txt", b"one"), ("2.HEIC", b"")]
+    reader = ShardReader(write_tar(tmp_path / "0.tar", members))
+    assert [reader.read(index).caption for index in range(len(reader))] == ["zero"]
+    assert reader.notes == [(str(tmp_path / "0.tar"), "1.avif (and 1 more) is of a kind that is not read")]
 
 
 def test_a_missing_shard_is_named(shards):

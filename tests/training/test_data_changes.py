@@ -189,3 +189,26 @@ def test_a_batch_larger_than_the_data_is_told(tmp_path):
     console = Console(file=StringIO(), width=200)
     run_stages(load_config(ROOT / "configs" / "quickstart.yaml", overrides), console=console)
     assert "data.batch_size 2000: every sample comes 1.5 times a step" in console.file.getvalue()
+
+
+def test_what_is_bad_is_counted_and_what_may_surprise_is_told(tmp_path):
+    for key in range(9):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{key}.jpg").write_bytes(encode(photo(key, 16, 16, 1)) if key else b"no picture")
+        (tmp_path / "data" / f"{key}.txt").write_text("seven")
+    for number in range(5):
+        (tmp_path / "data" / "b").mkdir(exist_ok=True)
+        (tmp_path / "data" / "b" / str(number)).symlink_to("..")
+    overrides = [
+        f"run_dir={tmp_path / 'run'}",
+        f"data={{source: images, path: {tmp_path / 'data'}, resolution: 8, batch_size: 9, max_bad_fraction: 0.5}}",
+        "stages=[{name: mse, objective: mse, steps: 1, learning_rate: 1e-3}]",
+        "final=mse",
+        "samples.every=0",
+    ]
+    console = Console(file=StringIO(), width=200)
+    run_stages(load_config(ROOT / "configs" / "quickstart.yaml", overrides), console=console)
+    said = console.file.getvalue()
+    assert f"note: {tmp_path}/data/b/0: a link to a folder that it lies in, not followed" in said
+    assert said.count("note: ") == 4 and "note: 2 more of that kind; `fastsp data check` has them all" in said
+    assert "mse: step 1/1" in said and "samples/s  1 bad" in said
