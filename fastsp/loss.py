@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from fastsp_kernels import reproject
+from fastsp_kernels._checks import check_in_table
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -77,15 +78,9 @@ class _ScheduledLoss(nn.Module):
         if timesteps.shape != model_pred.shape[:1]:
             raise ValueError(f"timesteps must have shape ({model_pred.shape[0]},), got {tuple(timesteps.shape)}")
         self.schedule.to(model_pred.device)
-        return self._in_schedule("timesteps", timesteps).to(model_pred.device, torch.int64)
-
-    def _in_schedule(self, name: str, timesteps: Tensor) -> Tensor:
-        """Themselves. On a GPU nothing is refused, since looking would wait for it."""
-        if timesteps.is_cpu and not torch.compiler.is_compiling():
-            last = len(self.schedule) - 1
-            if wrong := [t for t in timesteps.flatten().tolist() if not 0 <= t <= last]:
-                raise ValueError(f"{name} must be from 0 to {last}, got {wrong[0]}")
-        return timesteps
+        if not torch.compiler.is_compiling():
+            check_in_table("timesteps", timesteps, len(self.schedule))
+        return timesteps.to(model_pred.device, torch.int64)
 
 
 class DenoisingLoss(_ScheduledLoss):
@@ -272,7 +267,6 @@ class SelfPerceptualLoss(_ScheduledLoss):
             perceptual_timesteps = sample_perceptual_timesteps(
                 timesteps, len(self.schedule), self.timestep_sampling, generator
             )
-        perceptual_timesteps = self._in_schedule("perceptual_timesteps", perceptual_timesteps)
         perceptual_timesteps = perceptual_timesteps.to(model_pred.device, torch.int64)
         if self.perceptual_network.device != model_pred.device:
             self.perceptual_network.to(model_pred.device)

@@ -1,4 +1,4 @@
-"""The ground floor of fastsp: counter-based random numbers and the fused kernels, over torch and triton alone."""
+"""The ground floor of fastsp: counter-based random numbers and fused kernels, over torch, numpy and triton alone."""
 
 from fastsp_kernels._triton import use_triton_on_cpu
 from fastsp_kernels.adamw_ema import adamw_ema, global_norm

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastsp_kernels import _checks as checks
+
 CHUNK = 16384  # elements per program
 ALIGNMENT = 16  # bytes: the widest load of one thread
 REMEMBERED = 16  # sets of addresses: gradients that autograd allocates anew tend to come back to a few places
 
+CALL_ONCE = "call adamw_ema once with these parameters outside before capturing it again"
 NAMES = ("masters", "gradients", "exp_avgs", "exp_avg_sqs", "emas", "copies")
 DTYPES = (
     (torch.float32,),
@@ -34,6 +37,11 @@ def check_lists(lists: Sequence[list[Tensor]]) -> None:
     Raises:
         ValueError: they are not. Flat indices would mix up the elements of tensors with different strides.
     """
+    for name, tensors in zip(NAMES, lists, strict=True):
+        if not isinstance(tensors, list):
+            raise ValueError(f"{name} must be a list of tensors, got {type(tensors).__name__}")
+        for index, tensor in enumerate(tensors):
+            checks.check_tensor(f"{name}[{index}]", tensor)
     masters = lists[0]
     if not masters:
         raise ValueError("masters must not be empty")
@@ -59,7 +67,13 @@ def check_lists(lists: Sequence[list[Tensor]]) -> None:
 
 @functools.cache  # for ever, since a captured graph goes on reading it
 def chunk_table(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """(chunks, 3) int64: the tensor's index, the first element and the number of elements of every chunk."""
+    """(chunks, 3) int64: the tensor's index, the first element and the number of elements of every chunk.
+
+    Raises:
+        RuntimeError: during graph capture, for sizes never seen: a copy from the host would break it.
+    """
+    if _is_capturing(device):
+        raise RuntimeError(CALL_ONCE)
     counts = torch.tensor(sizes)
     chunks = (counts + CHUNK - 1) // CHUNK
     index = torch.repeat_interleave(torch.arange(len(sizes)), chunks)
@@ -107,7 +121,7 @@ class AddressTables:
         must be pinned memory, which cannot be allocated now, and which lives on."""
         host = self._spare.pop(len(addresses), None)
         if host is None:
-            raise RuntimeError("call adamw_ema once with these parameters outside before capturing it again")
+            raise RuntimeError(CALL_ONCE)
         self._captured.append(host.copy_(torch.tensor(addresses, dtype=torch.int64)))
         return host.to(device, non_blocking=True)
 

@@ -25,10 +25,11 @@ except ImportError:
     triton = None
     tl = None
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1") == "1"
+_wanted = os.environ.get("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+INTERPRETED = _wanted.lower() in ("1", "true", "yes", "on", "y")  # what Triton itself takes for true
 
-# Multiply and add round separately, as in eager PyTorch, so that a kernel and its reference agree to the last bit.
-# These kernels wait for memory, not for arithmetic.
+# Multiply and add round separately, as in eager PyTorch, so that a kernel of the latents and its reference agree to the
+# last bit. These kernels wait for memory, not for arithmetic.
 LAUNCH_OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
 # What is tuned takes microseconds, up to a tenth of a millisecond: hundreds of repetitions.

@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsp_kernels._checks import check_tensor
 from fastsp_kernels._tensor_lists import ALIGNMENT, CHUNK, AddressTables, are_aligned, check_lists, chunk_table
 from fastsp_kernels._triton import INTERPRETED, LAUNCH_OPTIONS, autotune, jit, tl, uses_triton
 
 CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+SCALAR_DTYPES = {"step": (torch.float32, torch.int64), "skipped": (torch.int64,)}  # the others are float32
 TUNING_ELEMENTS = 1 << 24  # well beyond the cache of any GPU
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -114,18 +116,36 @@ def adamw_ema(
         betas, eps, weight_decay: of AdamW.
 
     Raises:
-        ValueError: empty lists, or lengths, shapes, strides, dtypes or devices that do not fit together.
+        ValueError: empty lists, or lengths, shapes, strides, dtypes or devices that do not fit together; options out of
+            range.
     """
     lists = (masters, gradients, exp_avgs, exp_avg_sqs, emas, copies)
     check_lists(lists)
     scalars = {"learning_rate": learning_rate, "ema_decay": ema_decay, "gradient_norm": gradient_norm}
     device = masters[0].device
     for name, scalar in {**scalars, "step": step, "skipped": skipped}.items():
+        check_tensor(name, scalar)
         if scalar.ndim != 0 or scalar.device != device:
             raise ValueError(f"{name} must be a 0-d tensor on {device}, got {tuple(scalar.shape)} on {scalar.device}")
+        if scalar.dtype not in SCALAR_DTYPES.get(name, (torch.float32,)):
+            wanted = " or ".join(map(str, SCALAR_DTYPES.get(name, (torch.float32,))))
+            raise ValueError(f"{name} must be {wanted}, got {scalar.dtype}")
+    _check_options(max_norm, betas, eps, weight_decay)
     _adamw_ema(
         *lists, learning_rate, ema_decay, gradient_norm, step, skipped, max_norm, betas[0], betas[1], eps, weight_decay
     )
+
+
+def _check_options(max_norm: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """What would make all weights NaN, or go uphill, without a gradient that is not finite."""
+    if max_norm is None or not max_norm > 0:
+        raise ValueError(f"max_norm must be greater than 0 (math.inf: none), got {max_norm}")
+    for index, beta in enumerate(betas):
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas[{index}] must be from 0 to less than 1, got {beta}")
+    for name, value in (("eps", eps), ("weight_decay", weight_decay)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be 0 or greater, got {value}")
 
 
 @torch.library.custom_op(

@@ -140,6 +140,8 @@ def _diffuse(
     memory_format: int,
 ) -> list[Tensor]:
     """[x_t], then t where it was drawn (noise and timesteps are None), then the target unless it is NO_TARGET."""
+    if timesteps is not None:
+        checks.check_in_table("timesteps", timesteps, len(signal))
     run = _diffuse_triton if uses_triton(latents) else _diffuse_reference
     return run(latents, noise, timesteps, seed, positions, signal, noise_level, target, dtype, memory_format)
 

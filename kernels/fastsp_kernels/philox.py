@@ -93,6 +93,7 @@ def random_words(seed: Seed, stream: int, positions: Tensor, count: int) -> Tens
 
 def _checked_seed(seed: Seed, positions: Tensor, count: int) -> Tensor:
     """The seed as a 0-d tensor beside the positions; the errors are those of `random_words`."""
+    checks.check_tensor("positions", positions)
     if positions.ndim != 1 or positions.dtype != torch.int64:
         raise ValueError(f"positions must be a 1-D int64 tensor, got {positions.dtype} of {tuple(positions.shape)}")
     if not 1 <= count <= 4 << 32:
@@ -100,6 +101,8 @@ def _checked_seed(seed: Seed, positions: Tensor, count: int) -> Tensor:
     if isinstance(seed, Tensor):
         checks.check_seed(seed, positions)
         return seed
+    if not isinstance(seed, int):
+        raise ValueError(f"seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
     if not -(1 << 63) <= seed < 1 << 63:
         seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
     return torch.full((), seed, dtype=torch.int64, device=positions.device)  # no copy: a graph capture allows none

@@ -142,6 +142,8 @@ def _reproject(
     dtype: torch.dtype,
     memory_format: int,
 ) -> Tensor:
+    checks.check_in_table("timesteps", timesteps, len(angles))
+    checks.check_in_table("perceptual_timesteps", perceptual_timesteps, len(angles))
     output = _empty_pair(model_pred, dtype, memory_format)
     images = (model_pred, latents, noisy_latents, noise, seed, positions)
     rotation = (timesteps, perceptual_timesteps, signal, noise_level, angles)

@@ -46,7 +46,8 @@ class Recorder:
             compiled = compile(source, target=HOPPER, options={"num_warps": config.num_warps, **options})
             shape = {"block": config.kwargs["BLOCK"], "warps": config.num_warps}
             constants = {name: str(value) for name, value in given.items() if name.isupper()}
-            print(json.dumps({"kernel": self.kernel.__name__, **shape, **constants, **properties(compiled)}))
+            missing = {"without": [name for name, value in given.items() if value is None]}
+            print(json.dumps({"kernel": self.kernel.__name__, **shape, **constants, **missing, **properties(compiled)}))
 
     def specialise(self, given: dict[str, Any]) -> ASTSource:
         """As the launcher does: None, 1 and constexprs are constants, and 16 divides addresses and some sizes."""
@@ -76,6 +77,7 @@ def properties(compiled: Any) -> dict[str, Any]:
         widths[width] = widths.get(width, 0) + 1
     return {
         "widths": widths,
+        "fused": len(re.findall(r"fma\.rn(?:\.ftz)?\.f32", ptx)),
         "approximate": sorted(set(re.findall(r"\w+\.approx[.\w]*", ptx))),
         "barriers": len(re.findall(r"bar\.sync|barrier\.sync", ptx)),
         "shared": compiled.metadata.shared,

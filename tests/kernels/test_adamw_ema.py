@@ -267,15 +267,70 @@ def test_wrong_lists(name: str, tensors: list[Tensor], message: str) -> None:
 @pytest.mark.parametrize("name", ["learning_rate", "ema_decay", "gradient_norm", "step", "skipped"])
 def test_wrong_scalars(name: str) -> None:
     model = Model(torch.device("cpu"))
-    with pytest.raises(ValueError, match=f"{name} must be a 0-d tensor"):
-        model.update(model.gradients(0), **{name: torch.zeros(1)})
+    for value, message in (
+        (torch.zeros(1), "a 0-d tensor"),
+        (0.5, "a tensor, got float"),
+        (torch.zeros((), dtype=torch.bfloat16), r"torch\.(float32|int64).*, got torch\.bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be {message}"):
+            model.update(model.gradients(0), **{name: value})
 
 
-def test_opcheck(device: torch.device) -> None:
-    model = Model(device, torch.bfloat16, copy=torch.bfloat16, shapes=[(3, 5), (17,)])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"betas": (0.9, 1.0)}, r"betas\[1\] must be from 0 to less than 1, got 1.0"),
+        ({"betas": (-0.1, 0.9)}, r"betas\[0\] must be from 0 to less than 1, got -0.1"),
+        ({"max_norm": math.nan}, "max_norm must be greater than 0"),
+        ({"max_norm": -1.0}, "max_norm must be greater than 0"),
+        ({"max_norm": None}, "max_norm must be greater than 0"),
+        ({"eps": -1e-8}, "eps must be 0 or greater"),
+        ({"weight_decay": math.inf}, "weight_decay must be 0 or greater"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    """They would make all weights NaN, or go uphill, with a gradient that is finite."""
+    model = Model(torch.device("cpu"))
+    with pytest.raises(ValueError, match=message):
+        model.update(model.gradients(0), **options)
+
+
+def test_what_is_no_list_of_tensors() -> None:
+    model = Model(torch.device("cpu"))
+    gradients = model.gradients(0)
+    scalars = model.scalars(gradients)
+    masters, *others = model.lists(gradients)
+    with pytest.raises(ValueError, match="masters must be a list of tensors, got generator"):
+        adamw_ema((master for master in masters), *others, **scalars)
+    with pytest.raises(ValueError, match=r"gradients\[1\] must be a tensor, got NoneType"):  # of an unused parameter
+        adamw_ema(masters, [gradients[0], None, *gradients[2:]], *others[1:], **scalars)
+
+
+def test_strides_of_single_elements_mean_nothing() -> None:
+    """A convolution of 1 x 1 is contiguous and channels_last at once; PyTorch may say either of its gradient."""
+    shape, strides = (8, 4, 1, 1), ((4, 1, 1, 1), (4, 1, 4, 4))
+    results = []
+    for stride in strides:
+        model = Model(torch.device("cpu"), shapes=[shape])
+        gradients = [gradient.as_strided(shape, stride) for gradient in model.gradients(0)]
+        model.update(gradients)
+        results.append(model.masters[0])
+    assert torch.equal(*results)
+
+
+def test_a_first_call_inside_a_capture_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastsp_kernels._tensor_lists._is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="call adamw_ema once with these parameters outside before capturing"):
+        chunk_table((12_345,), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_opcheck(device: torch.device, dtype: torch.dtype) -> None:
+    """Float32 gradients are clipped in place on a CPU: see `mutates_args`."""
+    model = Model(device, dtype, copy=torch.bfloat16, shapes=[(3, 5), (17,)])
     gradients = model.gradients(0)
     scalars = [model.learning_rate, model.ema_decay, global_norm(gradients), model.step, model.skipped]
-    arguments = (*model.lists(gradients), *scalars, 1.0, 0.9, 0.999, 1e-8, 0.01)
+    arguments = (*model.lists(gradients), *scalars, 0.1 * scalars[2].item(), 0.9, 0.999, 1e-8, 0.01)
     torch.library.opcheck(torch.ops.fastsp.adamw_ema.default, arguments)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
 from fastsp_kernels import Stream, diffuse, diffuse_seeded, random_integers
-from fastsp_kernels.diffuse import _diffuse_kernel
+from fastsp_kernels.diffuse import _diffuse_kernel, _diffuse_reference
 from kernel_oracles import (
     BLOCKS,
     DTYPES,
@@ -54,6 +55,45 @@ def test_matches_float64(device: torch.device, shape: tuple, dtype: torch.dtype,
     assert_rounded(target, oracle_velocity, ATOL)
     assert noisy.dtype == dtype and target.dtype == torch.float32
     assert noisy.is_contiguous(memory_format=layout) and target.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_given_noise_agrees_with_the_reference_to_the_last_bit(
+    device: torch.device, prediction_type: str, layout: torch.memory_format
+) -> None:
+    latents, noise, timesteps, tables = make_case(device, SHAPES[2])
+    actual = diffuse(latents, noise, timesteps, *tables.levels, target=prediction_type, memory_format=layout)
+    arguments = [tensor.cpu() for tensor in (latents, noise, timesteps)]
+    levels = [table.cpu() for table in tables.levels]
+    code = PREDICTION_TYPES.index(prediction_type)
+    expected = _diffuse_reference(*arguments, None, None, *levels, code, torch.float32, LAYOUTS.index(layout))
+    assert all(torch.equal(one.cpu(), other) for one, other in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_are_rounded_once_to_nearest(
+    device: torch.device, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    if dtype == torch.bfloat16 and request.node.callspec.params["device"] == "interpreter":
+        pytest.skip("Triton's interpreter cuts bfloat16 off")
+    latents, noise, timesteps, tables = make_case(device, SHAPES[2])
+    exact, _ = diffuse(latents, noise, timesteps, *tables.levels)
+    rounded, _ = diffuse(latents, noise, timesteps, *tables.levels, dtype=dtype)
+    assert torch.equal(rounded, exact.to(dtype)) and not torch.equal(rounded.float(), exact)
+
+
+def test_samples_further_apart_than_32_bits(device: torch.device) -> None:
+    """Offsets are 64 bits wide: the last sample starts 3 * 2^30 elements behind the first."""
+    if device.type == "cuda":
+        pytest.skip("six gigabytes of memory that a CPU never touches")
+    behind = 1 << 30
+    memory = torch.from_numpy(np.zeros(3 * behind + 6, np.float16))  # given by the system when it is written
+    values, timesteps = torch.randn(4, 1, 2, 3).half(), torch.arange(4)
+    latents = memory.as_strided((4, 1, 2, 3), (behind, 6, 3, 1)).copy_(values)
+    tables, noise = make_tables(device), torch.randn(4, 1, 2, 3)
+    actual, _ = diffuse(latents, noise, timesteps, *tables.levels, dtype=torch.float32)
+    assert torch.equal(actual, diffuse(values, noise, timesteps, *tables.levels, dtype=torch.float32)[0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -182,6 +222,10 @@ def test_one_sample_of_a_strided_batch(device: torch.device) -> None:
         ({"noise": torch.zeros(3, 4, 7, 6, device="meta")}, "noise must be on cpu"),
         ({"timesteps": torch.zeros(2, dtype=torch.int64)}, "timesteps must be int64 of shape"),
         ({"timesteps": torch.zeros(3)}, "timesteps must be int64 of shape"),
+        ({"timesteps": torch.tensor([0, 49, 50])}, "timesteps must be from 0 to 49, got 50"),
+        ({"timesteps": torch.tensor([0, -1, 49])}, "timesteps must be from 0 to 49, got -1"),
+        ({"noise": None}, "noise must be a tensor, got NoneType"),
+        ({"signal": torch.zeros(100)[::2]}, r"signal must be .*, contiguous, got .* and strides \(2,\)"),
         ({"signal": torch.zeros(50).double()}, "signal must be torch.float32"),
         ({"noise_level": torch.zeros(49)}, "noise_level must be torch.float32"),
         ({"target": "velocity"}, "'velocity' is not one of v_prediction, epsilon, sample"),

@@ -21,7 +21,12 @@ from fastsp_kernels.philox import (
 from kernel_oracles import VIEWS, normals, per_sample_view, philox_words
 from torch import Tensor
 
-stats = pytest.importorskip("scipy.stats")
+
+@pytest.fixture
+def stats():
+    """Of a package that a machine with a GPU may lack."""
+    return pytest.importorskip("scipy.stats")
+
 
 # Random123's kat_vectors: counter, key, result.
 KNOWN_ANSWERS = [
@@ -224,20 +229,39 @@ def test_count_only_adds_words() -> None:
     )  # an odd number of normals: half a pair is dropped
 
 
-def test_integers_are_uniform() -> None:
+def test_streams_are_those_of_every_run_so_far() -> None:
+    """Another number would change what a run draws, and so what a resumed one goes on with."""
+    assert {stream.name: int(stream) for stream in Stream} == {
+        "TIMESTEP": 0,
+        "PERCEPTUAL_TIMESTEP": 1,
+        "NOISE": 2,
+        "CAPTION_DROPOUT": 3,
+        "SHUFFLE": 4,
+        "CROP_AND_FLIP": 5,
+        "VAE_POSTERIOR": 6,
+        "EVALUATION": 7,
+    }
+
+
+def test_uniforms_are_the_upper_24_bits_of_a_word(device: torch.device) -> None:
+    drawn = random_uniforms(-7, 3, torch.tensor([2**32 + 3], device=device), 5)
+    assert drawn.tolist() == [[(word >> 8) / 2**24 for word in philox_words(-7, 3, 2**32 + 3, 5)]]
+
+
+def test_integers_are_uniform(stats) -> None:
     drawn = random_integers(42, Stream.TIMESTEP, torch.arange(50_000), 1000)
     assert drawn.min() >= 0 and drawn.max() <= 999
     assert stats.chisquare(torch.bincount(drawn, minlength=1000).numpy()).pvalue > 1e-3
 
 
-def test_bits_are_uniform() -> None:
+def test_bits_are_uniform(stats) -> None:
     words = random_words(42, Stream.NOISE, torch.arange(4), 16384)
     for shift in (0, 8, 16, 24):
         counts = torch.bincount(((words >> shift) & 255).flatten(), minlength=256)
         assert stats.chisquare(counts.numpy()).pvalue > 1e-3
 
 
-def test_uniforms_and_normals_follow_their_distributions() -> None:
+def test_uniforms_and_normals_follow_their_distributions(stats) -> None:
     uniforms = random_uniforms(42, Stream.CAPTION_DROPOUT, torch.arange(20_000), 1).flatten()
     assert uniforms.min() >= 0 and uniforms.max() < 1
     assert stats.kstest(uniforms.numpy(), "uniform").pvalue > 1e-3
@@ -261,6 +285,8 @@ def test_reference_draws_the_same_words_on_a_gpu() -> None:
         (lambda: random_words(0, 0, torch.zeros(2, 2, dtype=torch.int64), 4), "positions must be a 1-D int64 tensor"),
         (lambda: random_words(0, 0, torch.zeros(2), 4), "positions must be a 1-D int64 tensor"),
         (lambda: random_words(0, 0, torch.arange(2), 0), "count must be"),
+        (lambda: random_words(0, 0, 3, 1), "positions must be a tensor, got int"),
+        (lambda: random_words(1.5, 0, torch.arange(2), 4), "seed must be an int or a 0-d int64 tensor, got float"),
         (lambda: random_words(torch.tensor([0]), 0, torch.arange(2), 4), "seed must be a 0-d int64 tensor"),
         (lambda: random_words(torch.tensor(0, device="meta"), 0, torch.arange(2), 4), "seed must be on"),
         (lambda: random_integers(0, 0, torch.arange(2), 0), "bound must be"),

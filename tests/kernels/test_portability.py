@@ -55,6 +55,30 @@ def test_nothing_is_tuned_inside_a_capture(monkeypatch: pytest.MonkeyPatch, capt
         assert _triton._time_outside_capture(lambda: 1.0, None) == 1.0
 
 
+TUNED_OUTSIDE = """
+from importlib import import_module
+from fastsp_kernels import _triton
+kernels = [
+    ("philox", "_random_kernel"), ("diffuse", "_diffuse_kernel"), ("reproject", "_reproject_kernel"),
+    ("reproject_backward", "_backward_kernel"), ("adamw_ema", "_adamw_ema_kernel"),
+]
+for module, name in kernels:
+    kernel = getattr(import_module(f"fastsp_kernels.{module}"), name)
+    assert kernel.do_bench is _triton._time_outside_capture, name
+"""
+
+
+@pytest.mark.skipif(triton is None, reason="triton is not installed")
+def test_every_kernel_is_tuned_by_what_refuses_a_capture() -> None:
+    run(["-c", TUNED_OUTSIDE], TRITON_INTERPRET="0")
+
+
+@pytest.mark.parametrize(("value", "interpreted"), [("1", True), ("true", True), ("0", False), ("no", False)])
+def test_the_variable_means_what_it_means_to_triton(value: str, interpreted: bool) -> None:
+    code = f"from fastsp_kernels import _triton; assert _triton.INTERPRETED is {interpreted}"
+    run(["-c", code], TRITON_INTERPRET=value)
+
+
 @pytest.fixture(scope="module")
 def hopper_reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the compiler makes of every kernel and configuration: see compile_for_hopper.py."""
@@ -81,6 +105,10 @@ def test_kernels_compile_for_hopper_in_every_configuration(hopper_reports: list[
     assert compiled == expected
     for report in hopper_reports:
         assert not report["approximate"], report  # log, cos, sin, sqrt and division are the accurate ones
+    # Where no transcendental function has any of its own: a product and a sum are rounded one by one.
+    plain = [report for report in hopper_reports if report["kernel"] == "_adamw_ema_kernel"]
+    plain += [r for r in hopper_reports if r["kernel"] == "_diffuse_kernel" and "noise_ptr" not in r["without"]]
+    assert len(plain) == 5 * len(lists) + len(LATENT_SHAPES) and not any(report["fused"] for report in plain)
 
 
 @pytest.mark.slow

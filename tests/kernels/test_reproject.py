@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 from fastsp_kernels import diffuse, reproject
-from fastsp_kernels.reproject import _reproject_kernel
-from fastsp_kernels.reproject_backward import _backward_kernel
+from fastsp_kernels.reproject import _reproject_kernel, _reproject_reference
+from fastsp_kernels.reproject_backward import _backward_kernel, _backward_reference
 from kernel_oracles import (
     BLOCKS,
     DTYPES,
@@ -79,6 +79,26 @@ def test_prediction_types(device: torch.device, prediction_type: str, given_x_t:
     given = diffuse(case.latents, case.noise, case.t, *case.tables.levels)[0] if given_x_t else None
     pair = case.run(prediction_type=prediction_type, noisy_latents=given, dtype=torch.float32)
     assert_rounded(pair, case.oracle(prediction_type), CONVERTED_ATOL)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_given_noise_agrees_with_the_reference_to_the_last_bit(
+    device: torch.device, prediction_type: str, layout: torch.memory_format
+) -> None:
+    """Forward and backward. On a GPU the cosine and sine are another library's."""
+    if device.type == "cuda":
+        pytest.skip("compared with float64 there")
+    case = Case(device, SHAPES[2])
+    code, answer = PREDICTION_TYPES.index(prediction_type), case.model_pred.clone().requires_grad_()
+    pair = case.run(model_pred=answer, prediction_type=prediction_type, memory_format=layout)
+    schedule, expected = (case.t, case.t2, *case.tables.all), torch.empty_like(pair)
+    _reproject_reference(expected, case.model_pred, case.latents, None, case.noise, None, None, *schedule, code)
+    assert torch.equal(pair, expected)
+    (gradient,) = torch.autograd.grad(pair, answer, case.weight)
+    expected = torch.empty_like(gradient)
+    _backward_reference(expected, case.weight, *schedule, code)
+    assert torch.equal(gradient, expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -245,6 +265,10 @@ def test_backward_saves_no_images(device: torch.device) -> None:
         ({"noise": None, "seed": torch.tensor(1)}, "either noise, or both seed and positions"),
         ({"t": torch.zeros(3)}, "^timesteps must be int64"),
         ({"t2": torch.zeros(4, dtype=torch.int64)}, "perceptual_timesteps must be int64"),
+        ({"t2": torch.tensor([0, -1, 49])}, "perceptual_timesteps must be from 0 to 49, got -1"),
+        ({"t": torch.tensor([0, 50, 49])}, "timesteps must be from 0 to 49, got 50"),
+        ({"noise": None, "seed": 1, "positions": torch.arange(3)}, "seed must be a tensor, got int"),
+        ({"noise": None, "seed": torch.tensor(1), "positions": 0}, "positions must be a tensor, got int"),
         ({"prediction_type": "flow"}, "'flow' is not one of"),
         ({"dtype": torch.float64}, "dtype must be float32"),
     ],
