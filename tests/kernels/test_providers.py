@@ -1,0 +1,75 @@
+"""What the kernels are timed against computes what they compute: `benchmarks/kernels`, before anybody's GPU is used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastsp_kernels import Stream, random_normals, reproject
+from fastsp_kernels.reproject_backward import reproject_backward
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.kernels import parameters
+from benchmarks.kernels.latents import Latents, plain_reproject, plain_reproject_backward
+
+CPU = torch.device("cpu")
+BFLOAT16 = {"rtol": 2**-7, "atol": 1e-5}  # one unit in the last place, where float32 sums differ in their order
+
+
+def test_reproject() -> None:
+    batch = Latents.on(CPU)
+    noise = random_normals(batch.seed, Stream.NOISE, batch.positions, batch.latents.shape[1:])
+    levels = (batch.signal, batch.noise_level)
+    ours = reproject(
+        batch.model_pred,
+        batch.latents,
+        batch.t,
+        batch.t2,
+        *levels,
+        batch.angles,
+        seed=batch.seed,
+        positions=batch.positions,
+        memory_format=torch.channels_last,
+    )
+    plain = plain_reproject(batch.model_pred, batch.latents, noise, batch.t, batch.t2, *levels)
+    assert plain.dtype == ours.dtype and plain.stride() == ours.stride()
+    torch.testing.assert_close(plain, ours, rtol=2**-7, atol=1e-4)
+    gradient = plain_reproject_backward(batch.gradient, batch.t, batch.t2, *levels)
+    expected = reproject_backward(batch.gradient, batch.t, batch.t2, *levels, batch.angles, 0, torch.bfloat16, 1)
+    torch.testing.assert_close(gradient, expected, **BFLOAT16)
+
+
+@pytest.mark.parametrize(
+    ("provider", "gradient", "options"),
+    [
+        (parameters.eager, torch.float32, {}),
+        (parameters.eager_clipped, torch.bfloat16, {"max_norm": parameters.MAX_NORM}),
+        (parameters.compiled, torch.bfloat16, {"max_norm": parameters.MAX_NORM}),
+    ],
+)
+def test_adamw_ema(
+    provider: Callable[[Any], Any], gradient: torch.dtype, options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # its arithmetic is looked at, not its speed
+    states = []
+    for make in (provider, lambda state: parameters.ours(state, **options)):
+        torch.manual_seed(0)
+        state = parameters.State(CPU, [(8, 4, 3, 3), (17,), (5, 3)], gradient)
+        given: list[Tensor] = [tensor.clone() for tensor in state.gradients]
+        call = make(state)
+        for _ in range(3):
+            for tensor, value in zip(state.gradients, given, strict=True):
+                tensor.copy_(value)  # ours uses them up
+            call()
+        states.append(state)
+    for name in ("masters", "exp_avgs", "exp_avg_sqs", "emas", "copies"):
+        for one, other in zip(*(getattr(state, name) for state in states), strict=True):
+            if name.startswith("exp") and provider is not parameters.compiled:
+                continue  # torch's optimizer keeps its own
+            torch.testing.assert_close(one.detach(), other, **({} if one.dtype == torch.float32 else BFLOAT16))
