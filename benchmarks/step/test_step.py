@@ -20,6 +20,8 @@ from fastsp.bench.providers import PROVIDERS
 from fastsp.bench.run import utilisation
 from fastsp.bench.timing import Ceilings, measure_ceilings, quantiles, synchronize
 from fastsp.bench.workload import Workload, default_workload
+from fastsp.devices import best_device
+from fastsp.gpu_settings import gpu_settings
 
 ROUNDS = 10
 COMPILED = torch.cuda.is_available() or os.environ.get("FASTSP_BENCH_COMPILED") == "1"
@@ -27,7 +29,9 @@ COMPILED = torch.cuda.is_available() or os.environ.get("FASTSP_BENCH_COMPILED") 
 
 @pytest.fixture(scope="module")
 def workload() -> Workload:
-    return default_workload(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    """As `fastsp bench` has it: compiled where anything is, with the attention kernel that measures fastest."""
+    workload = default_workload(best_device()).with_settings(compile=COMPILED)
+    return workload.with_settings(attention=workload.choose_attention().name)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def test_step(benchmark: Any, workload: Workload, ceilings: Ceilings, name: str)
     if provider.compiled and not COMPILED:
         pytest.skip("compiled: takes minutes on a CPU; set FASTSP_BENCH_COMPILED=1")
     flops = count_step(provider, workload).flops
-    with compiler_settings():
+    with compiler_settings(), gpu_settings(tf32=False):
         entry = prepare(name, provider, workload, say=print)
         take_turns({name: entry}, workload.device, ROUNDS)
 

@@ -2,8 +2,8 @@
 
 FLOPs are those of matrix products, convolutions and attention, one multiply-add as 2 (`torch.utils.flop_counter`), so
 they are the same on every machine. Attention counts as a fused operator, and its backward without the recomputation of
-the scores. Bytes are every operator's inputs and outputs, once: what an eager program moves at least. Fusion moves
-less.
+the scores; what gradient checkpointing computes again is not counted either. Bytes are every operator's inputs and
+outputs, once: what an eager program moves at least. Fusion moves less.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def count_step(provider: Provider, workload: Workload) -> Cost:
 
 def count_phases(workload: Workload) -> dict[str, Cost]:
     """Each phase of fastsp's self-perceptual step, per sample; the update too, as a share of one."""
-    workload = workload.on("meta").with_settings(compile=False, cuda_graph=False)
+    workload = workload.for_counting()
     provider = FastspStep(workload)
     with FusedAttention():
         provider.step()

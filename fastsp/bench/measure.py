@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from fastsp.bench.providers import Provider, Steps
 from fastsp.bench.timing import STEPS_PER_TURN, seconds_per_call, synchronize
@@ -25,7 +26,7 @@ class Entry:
 
     name: str
     steps: Steps | None
-    first_step_s: float  # compiling and autotuning included
+    first_step_s: float | None  # compiling and autotuning included; None: it met code compiled for one before it
     how: dict[str, Any]  # as it turned out, where a provider can tell: whether captured, how the teacher is called
     peak_bytes: int | None  # device memory at most, as if the provider had the device to itself; None on a CPU
     seconds: list[float] = field(default_factory=list)  # of a step, one value a turn
@@ -44,13 +45,17 @@ def prepare(name: str, provider: Provider, workload: Workload, say: Say) -> Entr
     """
     device, before = workload.device, _allocated(workload.device)
     steps = provider.build(workload)
-    first = seconds_per_call(steps.step, device)
+    graphs = _graphs_compiled()
+    first: float | None = seconds_per_call(steps.step, device)
     if before is not None:
         torch.cuda.reset_peak_memory_stats(device)  # compiling and tuning take memory of their own
     warm_up(steps, device)
     # Here and not in the turns: the replay of a CUDA graph, recorded by now, allocates nothing that could be seen.
     peak = None if before is None else torch.cuda.max_memory_allocated(device) - before
-    say(f"{name}: {provider.says}; first step {first:.1f} s")
+    took = f"first step {first:.1f} s"
+    if provider.is_compiled(workload) and _graphs_compiled() == graphs:
+        first, took = None, "its code had been compiled for a provider before it"
+    say(f"{name}: {provider.says}; {took}")
     return Entry(name, steps, first, getattr(steps, "how", {}), peak)
 
 
@@ -94,6 +99,11 @@ def compiler_settings() -> Iterator[None]:
     settings = {"automatic_dynamic_shapes": False, "recompile_limit": 64, "fail_on_recompile_limit_hit": True}
     with torch._dynamo.config.patch(settings):
         yield
+
+
+def _graphs_compiled() -> int:
+    """By torch.compile in this process so far."""
+    return counters["stats"]["unique_graphs"]
 
 
 def _allocated(device: torch.device) -> int | None:

@@ -36,14 +36,17 @@ class Provider:
 
     build: Callable[[Workload], Steps]
     says: str
-    compiled: bool = False  # by its nature; fastsp's steps are compiled where the trainer compiles them
+    compiled: bool = False  # by its nature
+    ours: bool = False  # compiled where the trainer compiles
     by_default: bool = True
     uncompiled: Callable[[Workload], Steps] | None = None  # the same computation, for counting its operations
 
+    def is_compiled(self, workload: Workload) -> bool:
+        return self.compiled or (self.ours and workload.compiles)
+
     def for_counting(self, workload: Workload) -> Steps:
-        """The same on the ``meta`` device, uncompiled."""
-        build = self.uncompiled or self.build
-        return build(workload.on("meta").with_settings(compile=False, cuda_graph=False))
+        """The same on the ``meta`` device."""
+        return (self.uncompiled or self.build)(workload.for_counting())
 
 
 PROVIDERS: dict[str, Provider] = {
@@ -60,11 +63,12 @@ PROVIDERS: dict[str, Provider] = {
         True,
         uncompiled=Split,
     ),
-    "fastsp_sp": Provider(FastspStep, "fastsp, self-perceptual"),
-    "fastsp_mse": Provider(lambda workload: FastspStep(workload, "mse"), "fastsp, MSE"),
+    "fastsp_sp": Provider(FastspStep, "fastsp, self-perceptual", ours=True),
+    "fastsp_mse": Provider(lambda workload: FastspStep(workload, "mse"), "fastsp, MSE", ours=True),
     "fastsp_sp_split": Provider(
         lambda workload: FastspStep(workload, teacher="split"),
         "fastsp, self-perceptual, the teacher in two calls",
+        ours=True,
         by_default=torch.cuda.is_available(),  # on a CPU there is no launch to be saved
     ),
     "diffusers_mse": Provider(DiffusersMSE, "MSE in the manner of diffusers' scripts"),

@@ -45,7 +45,10 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     ours = by_name.get("fastsp_sp")
     if ours is None or len(rows) < 2:
         return []
-    sentences = [
+    sentences = []
+    if not ours["compiled"] and any(row["compiled"] for row in rows):
+        sentences.append("fastsp's steps are not compiled here, and others are: --compile compares like with like.")
+    sentences += [
         _against(by_name[name], ours) for name in by_name if name not in ("fastsp_sp", "fastsp_mse", "diffusers_mse")
     ]
     if mse := by_name.get("fastsp_mse"):
@@ -88,8 +91,10 @@ def _extra(rows: Sequence[Row], key: str) -> list[Row]:
     return next((row[key] for row in rows if row.get(key)), [])
 
 
-def _short(value: float) -> str:
+def _short(value: float | None) -> str:
     """Three digits, and no exponent."""
+    if value is None:
+        return "-"
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 

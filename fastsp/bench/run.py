@@ -75,6 +75,9 @@ class Bench:
         self.rows: list[Row] = []
         batch, precision = workload.batch_size, workload.config.precision
         say(f"{workload.name}, batch {batch}, {precision} on {device_name(workload.device)}")
+        if unlike := workload.unlike_the_paper():
+            settings = ", ".join(f"{key} {value}" for key, value in unlike.items())
+            say(f"fastsp's self-perceptual steps have {settings}; Algorithm 1 stays as printed")
         say("measuring a large matrix product and a large copy")
         self.ceilings = measure_ceilings(workload.device, workload.dtype)
         self.costs: dict[str, Cost] = {}
@@ -96,7 +99,7 @@ class Bench:
         ready = {name: self.entries[name] for name in group if name in self.entries and self.entries[name].steps}
         reference = ready.get(REFERENCE)
         start = len(reference.seconds) if reference else 0
-        if not ready.keys() - {REFERENCE} and start:
+        if not ready or (not ready.keys() - {REFERENCE} and start):
             return  # the group's own provider is missing
         self.say(f"{self.plan.rounds} rounds of {', '.join(ready)}")
         take_turns(ready, self.workload.device, self.plan.rounds, late=self.is_late)
@@ -205,7 +208,7 @@ class Bench:
             "gbyte_per_sample": cost.bytes / 1e9,
             "batch_size": workload.batch_size,
             "precision": workload.config.precision,
-            "compiled": PROVIDERS[entry.name].compiled or (entry.name.startswith("fastsp") and workload.compiles),
+            "compiled": PROVIDERS[entry.name].is_compiled(workload),
             "rounds": len(entry.seconds),
             **entry.how,
             "model": workload.name,

@@ -32,7 +32,10 @@ SD21_BASE_UNET: dict[str, Any] = {
 SD21_TEXT_SHAPE = (77, 1024)
 STATE_BYTES_PER_PARAMETER = 24  # weights, master weights, gradients, two moments, average
 SD21_BYTES_PER_SAMPLE = 3 << 30  # what a step keeps between forward and backward, rounded up
+SD21_SHRINK = 8  # of its VAE
 DIGITS_RESOLUTION, DIGITS_BATCH_SIZE = 8, 32  # those of configs/quickstart.yaml
+_ENDLESS = 1_000_000  # steps
+_COMPUTED = ("layers", "distance", "timestep_sampling", "normalize", "mse_weight", "min_snr_gamma")  # of a stage
 
 
 @dataclass(frozen=True)
@@ -98,15 +101,21 @@ class Workload:
         return self._normal(2, (self.batch_size, *self.text_shape)).to(self.dtype)
 
     def stage(self, objective: str) -> StageConfig:
-        """A stage with the paper's choices (mid block, MSE, uniform t'), the teacher called as configured."""
-        stages = [stage for stage in self.config.stages if stage.objective == objective]
-        return StageConfig(
-            name=objective,
-            objective=objective,  # type: ignore[arg-type]
-            steps=1_000_000,
-            learning_rate=stages[0].learning_rate if stages else 3e-5,
-            teacher=stages[0].teacher if stages else "batched",
-        )
+        """The configured stage of that objective, the first; where there is none, one with the paper's choices."""
+        plain = StageConfig(name=objective, objective=objective, steps=_ENDLESS, learning_rate=3e-5)  # type: ignore[arg-type]
+        configured = next((stage for stage in self.config.stages if stage.objective == objective), plain)
+        return configured.model_copy(update={"name": objective, "steps": _ENDLESS})
+
+    def unlike_the_paper(self) -> dict[str, Any]:
+        """What the self-perceptual stage computes other than Algorithm 1 as printed (mid block, MSE, uniform t')."""
+        stage = self.stage("self_perceptual")
+        return {
+            key: value for key in _COMPUTED if (value := getattr(stage, key)) != StageConfig.model_fields[key].default
+        }
+
+    def for_counting(self) -> Workload:
+        """The same where nothing is computed, as a program that keeps what its backward needs."""
+        return self.on("meta").with_settings(compile=False, cuda_graph=False, gradient_checkpointing=False)
 
     def on(self, device: torch.device | str) -> Workload:
         """The same on another device."""
@@ -128,14 +137,21 @@ def default_workload(device: torch.device, overrides: Sequence[str] = ()) -> Wor
     """SD2.1-base's configuration in bf16 on a GPU, the quickstart's model in float32 on a CPU.
 
     Raises:
-        UserError: an override that the configuration refuses.
+        UserError: an override that the configuration refuses, or of the model.
     """
+    for override in overrides:
+        if override.startswith("model."):
+            raise UserError(f"{override}: without --config fastsp bench has a model of its own; give a run's file")
     if device.type != "cuda":
         model = digits_model(DIGITS_RESOLUTION, seed=0)
         config = _config("digits", DIGITS_RESOLUTION, DIGITS_BATCH_SIZE, "fp32", overrides)
         return _workload("the quickstart's digits model", config, model, device)
     config = _config("stabilityai/stable-diffusion-2-1-base", 512, _sd21_batch_size(device), "bf16", overrides)
-    return Workload("SD2.1-base, random weights", config, SD21_BASE_UNET, (4, 64, 64), SD21_TEXT_SHAPE, device)
+    if config.data.resolution % SD21_SHRINK:
+        raise UserError(f"data.resolution {config.data.resolution} must be a multiple of {SD21_SHRINK}")
+    latent_shape = (4, *[config.data.resolution // SD21_SHRINK] * 2)
+    name = "SD2.1-base, random weights"
+    return Workload(name, _one_microbatch(config), SD21_BASE_UNET, latent_shape, SD21_TEXT_SHAPE, device)
 
 
 def workload_of(file: Path, device: torch.device, overrides: Sequence[str] = ()) -> Workload:
@@ -154,14 +170,20 @@ def workload_of(file: Path, device: torch.device, overrides: Sequence[str] = ())
     model = load_model(config.model.preset, config.model.pretrained, data.resolution, config.seed, config.model.config)
     if model.text_encoder_2 is not None:
         raise UserError(f"{file}: fastsp bench measures Stable Diffusion 1.x, 2.x and the digits, not XL yet")
-    data = data.model_copy(update={"batch_size": data.microbatch or data.batch_size, "microbatch": None})
-    return _workload(str(file), config.model_copy(update={"data": data}), model, device)
+    return _workload(str(file), config, model, device)
 
 
 def _workload(name: str, config: Config, model: Any, device: torch.device) -> Workload:
     text_shape = (model.tokenizer.model_max_length, model.unet.config.cross_attention_dim)
     latent_shape = model.latent_shape(config.data.resolution)
-    return Workload(name, config, dict(model.unet.config), latent_shape, text_shape, device)
+    return Workload(name, _one_microbatch(config), dict(model.unet.config), latent_shape, text_shape, device)
+
+
+def _one_microbatch(config: Config) -> Config:
+    """A batch that is taken in microbatches would be compared with steps that take it at once."""
+    data = config.data
+    data = data.model_copy(update={"batch_size": data.microbatch or data.batch_size, "microbatch": None})
+    return config.model_copy(update={"data": data})
 
 
 def _config(model: str, resolution: int, batch_size: int, precision: str, overrides: Sequence[str]) -> Config:

@@ -13,7 +13,8 @@ def bench(
         list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the configuration's values.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", help="A run's YAML file; its weights are not read.", metavar="FILE")
+        Path | None,
+        typer.Option("--config", help="A run's YAML file; random weights stand in for the model's.", metavar="FILE"),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows.", metavar="FILE")] = None,
     png: Annotated[Path | None, typer.Option("--png", help="Draw the roofline.", metavar="FILE.png")] = None,
@@ -60,7 +61,7 @@ def bench(
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     workload = workload_of(config, device, overrides or []) if config else default_workload(device, overrides or [])
-    if compiled is None and config is None:
+    if compiled is None and config is None and not any(text.startswith("compile=") for text in overrides or []):
         compiled = True
     settings = {"compile": compiled, "cuda_graph": False if no_cuda_graph else None}
     workload = workload.with_settings(batch_size, **{key: on for key, on in settings.items() if on is not None})

@@ -24,10 +24,11 @@ def compile_options(config: Config, device: torch.device, channels_last: bool = 
       compiler would do about layouts only adds kernels: SD2.1's step with the teacher in two calls has 1,671 instead of
       1,489 of them.
     - On a CPU the kernels are called from C++: from Python the calls are some 7 % of a small model's step. A GPU does
-      not wait for Python, and in a CUDA graph there is none.
+      not wait for Python, and in a CUDA graph there is none. Not with gradient checkpointing, whose keeping of the
+      generator's state the compiler cannot write in C++.
     """
     mode = MODES[config.compile_mode]
-    if device.type == "cpu":
+    if device.type == "cpu" and not config.gradient_checkpointing:
         return {"options": {**list_mode_options(mode), "cpp_wrapper": True}}
     if channels_last:
         return {"options": {**list_mode_options(mode), "layout_optimization": False}}

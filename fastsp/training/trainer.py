@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from fastsp.attention import check_available, kept_choice
+from fastsp.attention import available, check_available, kept_choice
 from fastsp.attention import choose as choose_attention
 from fastsp.config import Config, StageConfig
 from fastsp.data.inventory import Inventory
@@ -256,7 +256,15 @@ class Trainer:
         text = (rows, *model.encode_no_prompt().encoder_hidden_states.shape[1:])
         choice = kept_choice(
             self.run.attention_file,
-            {"wanted": self.config.attention, "device": device_name(self.device), "torch": torch.__version__},
+            {
+                "wanted": self.config.attention,
+                "device": device_name(self.device),
+                "torch": torch.__version__,
+                "precision": self.config.precision,
+                "latents": [rows, *model.latent_shape(data.resolution)],
+                "text": list(text),
+                "available": list(available(self.device)),
+            },
             lambda: choose_attention(
                 self.config.attention,
                 dict(model.unet.config),

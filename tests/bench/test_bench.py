@@ -18,16 +18,17 @@ from fastsp.bench import run as bench_run
 from fastsp.bench.baselines import Algorithm1, DiffusersMSE, Split
 from fastsp.bench.cost import count_phases, count_step
 from fastsp.bench.fastsp_step import FastspStep
-from fastsp.bench.measure import prepare, take_turns
+from fastsp.bench.measure import Entry, prepare, ratios, take_turns
 from fastsp.bench.need import missing
 from fastsp.bench.operators import group_of
 from fastsp.bench.phases import PHASES, time_phases
 from fastsp.bench.providers import PROVIDERS
 from fastsp.bench.report import operator_lines, phase_lines, verdict
 from fastsp.bench.run import Plan, groups, run
-from fastsp.bench.timing import datasheet_flops_per_s, quantiles
+from fastsp.bench.timing import datasheet_flops_per_s, quantiles, seconds_per_call
 from fastsp.bench.workload import SD21_BASE_UNET, SD21_TEXT_SHAPE, default_workload
 from fastsp.config import load_config
+from fastsp.errors import UserError
 
 CPU = torch.device("cpu")
 EAGER = tuple(name for name, provider in PROVIDERS.items() if not provider.compiled)
@@ -138,6 +139,65 @@ def test_a_turn_adds_one_time_to_each():
     assert (p20, p50, p80) == pytest.approx((1.8, 3.0, 4.2))
 
 
+def test_speeds_are_times_the_reference_s(monkeypatch):
+    """Round by round: what is slower than the reference has a speed below 1, a turn is the mean of its steps."""
+    reference, slower = (Entry(name, None, 0.0, {}, None) for name in ("fastsp_sp", "algorithm1_eager"))
+    reference.seconds, slower.seconds = [9.0, 1.0, 2.0], [2.0, 8.0]
+    assert ratios(slower, reference, start=1) == [0.5, 0.25]
+    clock = iter([10.0, 18.0])
+    monkeypatch.setattr("fastsp.bench.timing.time.perf_counter", lambda: next(clock))
+    assert seconds_per_call(lambda: None, CPU, calls=4) == 2.0
+
+
+def test_other_batch_sizes_of_the_reference():
+    (row,) = run(tiny_workload(4), Plan(("fastsp_sp",), rounds=1, sweep=True, phases=False), print)
+    sweep = {point["batch_size"]: point["samples_per_s"] for point in row["batch_sweep"]}
+    assert list(sweep) == [8, 16, 32, 2, 1]
+    assert sweep[32] > 2 * sweep[1], "samples, not steps"
+
+
+def test_checkpointing_changes_nothing_that_is_counted(monkeypatch, capsys):
+    plain, checkpointed = (tiny_workload().with_settings(gradient_checkpointing=on) for on in (False, True))
+    assert count_step(PROVIDERS["fastsp_sp"], plain) == count_step(PROVIDERS["fastsp_sp"], checkpointed)
+    assert count_phases(plain) == count_phases(checkpointed)
+    (row,) = run(checkpointed, Plan(("fastsp_sp",), rounds=1), print)
+    assert row["samples_per_s"] > 0
+
+
+def test_a_stage_is_measured_as_it_is_configured():
+    said: list[str] = []
+    of_paper = tiny_workload()
+    stages = [stage.model_copy(update={"layers": "encoder", "mse_weight": 0.5}) for stage in of_paper.config.stages]
+    workload = of_paper.with_settings(stages=stages)
+    assert of_paper.unlike_the_paper() == {} and workload.unlike_the_paper() == {"layers": "encoder", "mse_weight": 0.5}
+    assert workload.stage("self_perceptual").learning_rate == stages[1].learning_rate
+    step = FastspStep(workload)
+    assert step.training_step.objective.mse_weight == 0.5
+    flops = [count_step(PROVIDERS["fastsp_sp"], each).flops for each in (workload, of_paper)]
+    assert flops[0] < flops[1], "the mid block is not run"
+    run(workload, Plan(("fastsp_sp",), rounds=1, phases=False), said.append)
+    assert "fastsp's self-perceptual steps have layers encoder, mse_weight 0.5; Algorithm 1 stays as printed" in said
+
+
+def test_the_first_step_of_what_meets_compiled_code_is_no_measurement(monkeypatch):
+    graphs = iter([3, 4, 4, 4, 4, 4])  # before and after the first step of each
+    monkeypatch.setattr("fastsp.bench.measure._graphs_compiled", lambda: next(graphs))
+    workload, said = tiny_workload().with_settings(compile=False), []
+    compiled = replace(PROVIDERS["fastsp_sp"], compiled=True)
+    assert prepare("fastsp_sp", compiled, workload, said.append).first_step_s > 0
+    assert prepare("fastsp_sp_split", compiled, workload, said.append).first_step_s is None
+    assert said[1].endswith("its code had been compiled for a provider before it")
+    assert prepare("fastsp_mse", PROVIDERS["fastsp_mse"], workload, said.append).first_step_s > 0, "eager"
+
+
+def test_overrides_without_a_file():
+    workload = default_workload(CPU, ["data.batch_size=32", "data.microbatch=8", "stages.1.layers=encoder"])
+    assert workload.batch_size == 8 and workload.config.data.microbatch is None, "all take the same batch at once"
+    assert workload.unlike_the_paper() == {"layers": "encoder"}
+    with pytest.raises(UserError, match=r"model\.pretrained=/nowhere: without --config .* give a run's file"):
+        default_workload(CPU, ["model.pretrained=/nowhere"])
+
+
 @pytest.mark.gpu
 def test_gpu_a_captured_step_s_memory_is_counted():
     """Its replays allocate nothing: what they work in was taken by the recording."""
@@ -212,7 +272,8 @@ def test_large_models_are_compared_two_by_two(monkeypatch):
 
 def test_verdict_in_words():
     def row(name: str, speed: float, gflop: float) -> dict:
-        return {"name": name, "speed_relative_to_fastsp_sp": speed, "gflop_per_sample": gflop}
+        row = {"name": name, "speed_relative_to_fastsp_sp": speed, "gflop_per_sample": gflop}
+        return row | {"compiled": name.endswith("_compiled")}
 
     rows = [row("algorithm1_eager", 0.5, 4.0), row("fastsp_sp", 1.0, 3.0), row("fastsp_mse", 1.4, 2.0)]
     first, second = verdict(rows)
@@ -220,6 +281,8 @@ def test_verdict_in_words():
     assert "takes 1.40 times as long" in second and "1.50 times its operations" in second
     rows[0]["speed_relative_to_fastsp_sp"] = 1.25
     assert "slower (0.80 x) than algorithm1_eager" in verdict(rows)[0]
+    unlike = "fastsp's steps are not compiled here, and others are: --compile compares like with like."
+    assert verdict([row("split_compiled", 0.5, 4.0), *rows[1:]])[0] == unlike
     assert verdict(rows[:1]) == verdict(rows[1:2]) == []
 
 
@@ -232,6 +295,17 @@ def test_the_default_on_a_cpu_is_the_quickstart():
 
 def test_what_is_not_installed_is_named():
     assert missing(["torch", "no_such_package"]) == ["no_such_package"]
+
+
+def test_what_is_not_to_be_compiled_is_not(monkeypatch, tmp_path):
+    file = tmp_path / "bench.json"
+    command = ["fastsp", "bench", "--only", "fastsp_mse", "--rounds", "1", "--json", str(file), "compile=false"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert not exit_.value.code
+    (row,) = json.loads(file.read_text())
+    assert row["compiled"] is False
 
 
 def test_command_writes_json_and_picture(monkeypatch, capsys, tmp_path):

@@ -13,6 +13,7 @@ from torch._inductor import list_mode_options
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastsp.bench.fastsp_step import FastspStep
+from fastsp.channels_last import ChannelsLastGroupNorm
 from fastsp.training.capture import WARM_UP_STEPS
 from fastsp.training.compilation import compile_options, keep_compiled_code
 
@@ -24,6 +25,11 @@ def loss_and_gradients(step: FastspStep) -> tuple[torch.Tensor, torch.Tensor]:
     loss.backward()
     gradients = [p.grad for p in step.training_step.unet.parameters()]
     return loss.detach(), torch.cat([gradient.flatten().float() for gradient in gradients])
+
+
+def every_gradient(step: FastspStep) -> dict[str, torch.Tensor]:
+    step.loss().backward()
+    return {name: p.grad.float() for name, p in step.training_step.unet.named_parameters()}
 
 
 def assert_close(ours, theirs, tolerance: float) -> None:
@@ -65,13 +71,52 @@ def test_group_norm_of_bfloat16_takes_its_statistics_in_float32(device):
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), GPU])
+@pytest.mark.parametrize(
+    ("teacher", "layers", "checkpointing"),
+    [("split", "mid", False), ("batched", "mid", False), ("batched", "encoder", False), ("split", "mid", True)],
+)
+def test_compiled_equals_eager(teacher, layers, checkpointing, device):
+    """The loss, and the gradient of every parameter (of the small ones: relative to a thousandth of all)."""
+    workload = tiny_workload(teacher=teacher, device=device)
+    stages = [stage.model_copy(update={"layers": layers}) for stage in workload.config.stages]
+    workload = workload.with_settings(stages=stages, gradient_checkpointing=checkpointing)
+    before = counters["stats"]["unique_graphs"]
+    eager, compiled = (FastspStep(workload.with_settings(compile=compiles)) for compiles in (False, True))
+    torch.testing.assert_close(compiled.loss(), eager.loss(), rtol=1e-5, atol=0)
+    assert counters["stats"]["unique_graphs"] > before, "something was compiled"
+    ours, theirs = every_gradient(compiled), every_gradient(eager)
+    whole = torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
+    for name, gradient in theirs.items():
+        difference = (ours[name] - gradient).norm()
+        assert difference <= 1e-5 * gradient.norm().clamp(min=1e-3 * whole), name
+
+
 @pytest.mark.parametrize("teacher", ["split", "batched"])
-def test_compiled_equals_eager(teacher, device):
-    eager, compiled = (
-        loss_and_gradients(FastspStep(tiny_workload(teacher=teacher, device=device).with_settings(compile=compiles)))
-        for compiles in (False, True)
-    )
-    assert_close(compiled, eager, 1e-5)
+def test_online_network_and_teacher_are_handed_to_the_compiler(teacher):
+    """What is compiled where the configuration says so; nothing is run."""
+    for compiles in (False, True):
+        workload = tiny_workload(teacher=teacher, device="meta").with_settings(compile=compiles, cuda_graph=False)
+        step = FastspStep(workload).training_step
+        criterion = step.objective.self_perceptual
+        assert (step.unet._compiled_call_impl is not None) == compiles
+        of_teacher = (criterion._half_backward.compile_options, criterion.perceptual_network._compiled_call_impl)
+        assert [part is not None for part in of_teacher] == [
+            compiles and teacher == name for name in ("batched", "split")
+        ]
+
+
+def test_networks_are_placed_as_the_step_computes():
+    """Both in the compute dtype with channels_last weights; compiled for a GPU, their images stay so by themselves."""
+    for compiles in (False, True):
+        workload = tiny_workload(precision="bf16", device="meta").with_settings(compile=compiles, cuda_graph=False)
+        step = FastspStep(workload).training_step
+        for network in (step.unet, step.objective.self_perceptual.perceptual_network):
+            parameters = list(network.parameters())
+            assert {p.dtype for p in parameters} == {torch.bfloat16}
+            convolutions = [p for p in parameters if p.ndim == 4 and min(p.shape[1:]) > 1]
+            assert convolutions and all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
+            norms = [module for module in network.modules() if isinstance(module, torch.nn.GroupNorm)]
+            assert norms and all(isinstance(norm, ChannelsLastGroupNorm) == compiles for norm in norms)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), GPU])

@@ -1,0 +1,56 @@
+"""What the trainer asks and says around its steps."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from fastsp.config import load_config
+from fastsp.training.trainer import Trainer, train
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
+
+
+class Asked(Exception):  # noqa: N818
+    """The question has been asked; the rest of the run is of no interest."""
+
+
+def test_the_kept_attention_kernel_is_for_what_it_was_measured_on(monkeypatch, tmp_path):
+    """Another precision, batch or resolution, or a kernel that is not installed any more, is another question."""
+    asked = []
+
+    def ask(file, question, make):
+        asked.append(question)
+        raise Asked
+
+    monkeypatch.setattr("fastsp.training.trainer.kept_choice", ask)
+    overrides = [[], [], ["precision=bf16"], ["data.microbatch=8"], ["data.batch_size=64"], ["data.resolution=16"]]
+    for number, changes in enumerate(overrides):
+        with pytest.raises(Asked):
+            train(load_config(QUICKSTART, [f"run_dir={tmp_path / str(number)}", *changes]), console=Console(quiet=True))
+    monkeypatch.setattr("fastsp.training.trainer.available", lambda device: ("sdpa",))
+    with pytest.raises(Asked):
+        train(load_config(QUICKSTART, [f"run_dir={tmp_path / 'without'}"]), console=Console(quiet=True))
+    assert asked[0] == asked[1]
+    assert all(question not in asked[:place] for place, question in enumerate(asked) if place > 1)
+
+
+@pytest.mark.parametrize(("compiles", "first"), [(True, True), (True, False), (False, True)])
+def test_the_first_compiled_step_says_what_it_does_and_how_long_it_took(monkeypatch, tmp_path, compiles, first):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    config = load_config(QUICKSTART, [f"compile={str(compiles).lower()}"])
+    console = Console(file=StringIO(), width=500)
+    trainer = SimpleNamespace(config=config, device=torch.device("cpu"), console=console)
+    with Trainer._compiling(trainer, first):
+        so_far = console.file.getvalue()
+    said = console.file.getvalue()
+    if compiles and first:
+        assert so_far == f"compiling UNet and perceptual network (default); kept in {tmp_path}\n"
+        assert said.removeprefix(so_far) == "compiled; the first step took 0.0 s\n"
+    else:
+        assert said == ""
