@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch._inductor import list_mode_options
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from fastsp.config import Config
 from fastsp.data.cache import cache_folder
@@ -41,4 +42,7 @@ def keep_compiled_code() -> Path:
     Returns:
         The folder: ``$TORCHINDUCTOR_CACHE_DIR`` where that is set, else one in fastsp's own cache.
     """
-    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor")))
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if folder in (None, os.path.abspath(default_cache_dir())):  # which importing the compiler has set
+        folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "inductor")
+    return Path(folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,23 @@ def test_compiled_code_outlives_tmp(monkeypatch, tmp_path):
     assert keep_compiled_code() == tmp_path / "inductor" == Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
     assert keep_compiled_code() == Path("/elsewhere")
+
+
+WHERE_COMPILED_CODE_GOES = """
+import fastsp.training.trainer  # which imports the compiler, which sets the variable to a folder in /tmp
+from fastsp.training.compilation import keep_compiled_code
+print(keep_compiled_code())
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+print(cache_dir())
+"""
+
+
+def test_compiled_code_outlives_tmp_in_a_fresh_process(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"}
+    environment["FASTSP_CACHE"] = str(tmp_path)
+    command = [sys.executable, "-c", WHERE_COMPILED_CODE_GOES]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == [str(tmp_path / "inductor")] * 2
 
 
 @pytest.mark.parametrize("device", [torch.device("cpu"), torch.device("cuda")], ids=str)
