@@ -24,6 +24,7 @@ from fastsp.bench.report import verdict
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
+LISTS = ("kernels.json", "data.json", "tests.json")  # of which single rows are measured anew
 PICTURES = ("roofline.png", "train/samples/comparison.png")
 
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     folder = options.folder or RESULTS / folder_name(device_of(latest))
     folder.mkdir(parents=True, exist_ok=True)
-    found = together({file.name: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}, latest)
+    found = together(kept(folder), latest)
     for name, content in found.items():
         (folder / name).write_text(json.dumps(content, indent=1) + "\n")
     for picture in PICTURES:
@@ -63,11 +64,18 @@ def read(out: Path) -> dict[str, Any]:
     return found
 
 
+def kept(folder: Path) -> dict[str, Any]:
+    """What an earlier run of this left in a folder. Other files there are somebody else's."""
+    names = [file.name for file in sorted(folder.glob("step*.json"))] + list(LISTS)
+    contents = {name: json.loads((folder / name).read_text()) for name in names if (folder / name).is_file()}
+    return {name: rows for name, rows in contents.items() if isinstance(rows, list)}
+
+
 def together(earlier: dict[str, Any], latest: dict[str, Any]) -> dict[str, Any]:
     """The latest rows in place of earlier ones of the same name. The rows of `fastsp bench` were measured side by side
     and stay so."""
     found = {**earlier, **latest}
-    for name in ("kernels.json", "data.json", "tests.json"):
+    for name in LISTS:
         rows = [*earlier.get(name, []), *latest.get(name, [])]
         if rows:
             found[name] = list({row.get("file", row.get("name")): row for row in rows}.values())

@@ -140,7 +140,7 @@ def default_workload(device: torch.device, overrides: Sequence[str] = ()) -> Wor
         UserError: an override that the configuration refuses, or of the model.
     """
     for override in overrides:
-        if override.startswith("model."):
+        if override.partition("=")[0].split(".")[0] == "model":
             raise UserError(f"{override}: without --config fastsp bench has a model of its own; give a run's file")
     if device.type != "cuda":
         model = digits_model(DIGITS_RESOLUTION, seed=0)

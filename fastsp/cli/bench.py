@@ -61,7 +61,7 @@ def bench(
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     workload = workload_of(config, device, overrides or []) if config else default_workload(device, overrides or [])
-    if compiled is None and config is None and not any(text.startswith("compile=") for text in overrides or []):
+    if compiled is None and config is None and not any(text.partition("=")[0] == "compile" for text in overrides or []):
         compiled = True
     settings = {"compile": compiled, "cuda_graph": False if no_cuda_graph else None}
     workload = workload.with_settings(batch_size, **{key: on for key, on in settings.items() if on is not None})

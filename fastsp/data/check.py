@@ -127,12 +127,15 @@ def _holds_images(folder: Path) -> bool:
 
 
 def _notes(options: DataOptions, source: Source) -> dict[str, str]:
-    notes = dict(source.reader.notes)
+    notes: dict[str, str] = {}
+    for name, what in source.reader.notes:
+        notes[name] = f"{notes[name]}; {what}" if name in notes else what
     if options.source == "images":
         folder = Path(str(options.path)).expanduser()
         tars = sum(1 for _ in folder.glob("*.tar"))
         if tars:
-            notes[str(folder)] = f"read as a folder of images; the {tars} tars in it are '{folder}/*.tar'"
+            what = f"read as a folder of images; the {tars} tars in it are '{folder}/*.tar'"
+            notes[str(folder)] = "; ".join([*([notes[str(folder)]] if str(folder) in notes else []), what])
     return notes
 
 

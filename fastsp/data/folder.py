@@ -1,9 +1,9 @@
 """A folder of images, nested or not, with captions in any of the usual ways.
 
 In this order: a `metadata.jsonl` or `metadata.csv` in the image's folder or above it, as Hugging Face's imagefolder has
-it (one object or row a line: "file_name", relative to the file, and "text" or "caption"); a `.txt` (or `.caption`) file
+it (one object or row a line: "file_name", relative to the file, and "text" or "caption"); a `.txt` file
 beside the image with the same stem, or a `.json` with "caption" or "text", as in a tar; and, where there is no such
-metadata and no image of the folder has any of these beside it, the folder's name, with blanks for `_` and `-`.
+metadata and the folder's images have no captions beside them, the folder's name, with blanks for `_` and `-`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsp.data.captions import JSON_KEYS, caption_from_record, caption_of
+from fastsp.data.captions import JSON_KEYS, caption_from_json, caption_from_record, caption_of
 from fastsp.data.inventory import MAX_NAMES, Inventory, Part
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size, printable
-from fastsp.data.tar_scan import CAPTION_SUFFIXES, IMAGE_SUFFIXES, TEXT_SUFFIXES, UNREAD_SUFFIXES, split_name
+from fastsp.data.tar_scan import CAPTION_SUFFIXES, IMAGE_SUFFIXES, UNREAD_SUFFIXES, split_name
 from fastsp.errors import UserError
 from fastsp.progress import late_bar
 
@@ -69,9 +70,10 @@ class FolderReader:
         self._records: dict[str, Any] = {}
         self._odd_sidecars: dict[str, str] = {}
         """The sidecars whose suffix is not in lower case, by their path as if it were."""
-        self._captioned_by_name: set[str] = set()
-        self._unread: list[str] = []
-        """Pictures of kinds that are not read."""
+        self._sidecar_kinds: dict[str, tuple[str, ...]] = {}
+        """The suffixes that the sidecars of a folder have. None: its name is the caption, unless there is metadata."""
+        self._unread: Counter[str] = Counter()
+        """Pictures of kinds that are not read, by suffix."""
         with late_bar("listing pictures", None, progress) as advance:
             self._walk(advance)
         self.paths.sort(key=lambda path: path.replace("/", "\0"))  # folder by folder: before any other character
@@ -120,6 +122,7 @@ class FolderReader:
         would lead round and round."""
         pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
         seen: dict[tuple[int, int], str] = {}
+        again: set[str] = set()
         while pending:
             directory, above = pending.pop()
             found = len(self.paths)
@@ -130,8 +133,10 @@ class FolderReader:
                     self.notes.append((self._name(directory), "a link to a folder that it lies in, not followed"))
                     continue
                 if (first := seen.setdefault(identity, directory)) != directory:
-                    same = "the same folder as {}, by a link: its pictures come twice an epoch"
-                    self.notes.append((self._name(directory), same.format(self._name(first))))
+                    again.add(directory)
+                    if directory.rpartition("/")[0] not in again:  # of a tree its top
+                        same = f"the same folder as {self._name(first)}, by a link: its pictures come once more"
+                        self.notes.append((self._name(directory), same))
                 folders = self._add(directory, _list(self.root / directory))
             except OSError as error:
                 self.damaged.append((self._name(directory), f"cannot read the folder: {error.strerror or error}"))
@@ -143,10 +148,11 @@ class FolderReader:
     def _add(self, directory: str, listing: _Listing) -> list[str]:
         """Takes the images of one directory, and where its captions are. Returns the directories in it."""
         prefix = f"{directory}/" if directory else ""
-        images = [name for name in listing.files if split_name(name)[1] in IMAGE_SUFFIXES]
-        sidecars = {split_name(name): name for name in sorted(listing.files) if split_name(name)[1] in CAPTION_SUFFIXES}
+        parts = {name: split_name(name) for name in listing.files}
+        images = [name for name, (_, suffix) in parts.items() if suffix in IMAGE_SUFFIXES]
+        sidecars = {part: name for name, part in sorted(parts.items()) if part[1] in CAPTION_SUFFIXES}
         self.paths += [prefix + name for name in images]
-        self._unread += [prefix + name for name in listing.files if split_name(name)[1] in UNREAD_SUFFIXES]
+        self._unread.update(suffix for _, suffix in parts.values() if suffix in UNREAD_SUFFIXES)
         self._odd_sidecars |= {
             f"{prefix}{stem}.{suffix}": prefix + name
             for (stem, suffix), name in sidecars.items()
@@ -155,18 +161,34 @@ class FolderReader:
         for name in listing.special:
             if split_name(name)[1] in IMAGE_SUFFIXES:
                 self.damaged.append((self._name(prefix + name), "not a regular file"))
-        there = {*listing.files, *listing.special} if self.captioned else set()
-        metadata, *others = [*(name for name in METADATA if name in there), ""]
-        for name in [*others, UNREAD_METADATA]:
-            if name in there:
-                why = f"{metadata} is" if metadata else f"captions of this kind go into {METADATA[0]}"
-                self.notes.append((self._name(prefix + name), f"is not read: {why}"))
-        beside = {stem for stem, _ in sidecars}
-        if metadata:
+        metadata = self._find_metadata(directory, {*listing.files, *listing.special}) if self.captioned else None
+        if metadata is not None:
             self._add_metadata(directory, metadata)
-        elif not any(split_name(name)[0] in beside for name in images):
-            self._captioned_by_name.add(directory)
+        stems = {parts[name][0] for name in images}
+        kinds = {suffix for stem, suffix in sidecars if stem in stems}
+        if kinds == {"json"} and metadata is None:  # perhaps of something else: the first one says
+            first = min(name for (stem, _), name in sidecars.items() if stem in stems)
+            kinds = kinds if _holds_caption(self.root / prefix / first) else set()
+        self._sidecar_kinds[directory] = tuple(suffix for suffix in CAPTION_SUFFIXES if suffix in kinds)
         return [prefix + name for name in listing.folders]
+
+    def _find_metadata(self, directory: str, there: set[str]) -> str | None:
+        """The file that has the captions of a directory, if any; notes those that are not read."""
+        found: str | None = None
+        for name in (*METADATA, UNREAD_METADATA):
+            if name in there:
+                path = self.root / directory / name
+                if found is not None:
+                    why = f"{found} is"
+                elif name == UNREAD_METADATA:
+                    why = f"captions of this kind go into {METADATA[0]}"
+                elif path.suffix == ".csv" and path.is_file() and "file_name" not in _csv_columns(path):
+                    why = "it has no column file_name"
+                else:
+                    found = name
+                    continue
+                self.notes.append((self._name(os.path.join(directory, name)), f"is not read: {why}"))
+        return found
 
     def _add_metadata(self, directory: str, file: str) -> None:
         """What the lines say of the pictures. One that cannot be read costs its own picture's caption."""
@@ -187,7 +209,8 @@ class FolderReader:
             raise UserError(": ".join(self.damaged[before]))
 
     def _unread_kinds(self) -> str:
-        return f"{len(self._unread)} of kinds that are not read, such as {printable(self._unread[0])}"
+        kinds = ", ".join(f"{count} .{suffix}" for suffix, count in sorted(self._unread.items()))
+        return f"pictures of kinds that are not read: {kinds}"
 
     def _name_missing(self) -> None:
         """Lines of metadata without their image."""
@@ -201,17 +224,18 @@ class FolderReader:
         directory, _, _ = path.rpartition("/")
         if path in self._records:
             return caption_from_record(self._records[path])
-        if not self._records and directory in self._captioned_by_name:
+        if not self._records and not self._sidecar_kinds[directory]:
             name = Path(directory).name or self.root.resolve().name
             return printable(name).replace("_", " ").replace("-", " ").strip()
-        *texts, as_json = self._sidecars(path)
-        text = next((_read_file(file, "caption") for file in texts if file.is_file()), b"")
-        return caption_of(text, _read_file(as_json, "caption") if not text.strip() and as_json.is_file() else b"")
+        content = {file.suffix: _read_file(file, "caption") for file in self._sidecars(path) if file.is_file()}
+        of_kind = {suffix.lower()[1:]: text for suffix, text in content.items()}
+        text = of_kind.get("txt", b"") or (b"" if "json" in of_kind else of_kind.get("caption", b""))
+        return caption_of(text, of_kind.get("json", b""))
 
     def _sidecars(self, path: str) -> list[Path]:
-        """Where captions would be: the texts in order of preference, then the JSON."""
+        """Where captions would be, of the kinds that the folder has."""
         stem = split_name(path)[0]
-        names = [f"{stem}.{suffix}" for suffix in (*TEXT_SUFFIXES, "json")]
+        names = [f"{stem}.{suffix}" for suffix in self._sidecar_kinds[path.rpartition("/")[0]]]
         return [self.root / self._odd_sidecars.get(name, name) for name in names]
 
 
@@ -267,9 +291,22 @@ def _json_lines(path: Path) -> Iterator[tuple[int, tuple[str, Any] | str]]:
                     yield number, f"{error!r}"
 
 
+def _open_csv(path: Path) -> IO[str]:
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _csv_columns(path: Path) -> Sequence[str]:
+    """The names in the first line; none where it cannot be read."""
+    try:
+        with _open_csv(path) as lines:
+            return csv.DictReader(lines, strict=True).fieldnames or ()
+    except (OSError, csv.Error):
+        return ()
+
+
 def _csv_lines(path: Path) -> Iterator[tuple[int, tuple[str, Any] | str]]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        rows = csv.DictReader(lines, restkey="")
+    with _open_csv(path) as lines:
+        rows = csv.DictReader(lines, restkey="", strict=True)
         while True:
             try:
                 row = next(rows)
@@ -278,7 +315,10 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, tuple[str, Any] | str]]:
             except csv.Error as error:
                 yield rows.line_num, f"{error!r}"
             else:
-                yield rows.line_num, _entry(row)
+                yield (
+                    rows.line_num,
+                    "more columns than the first line: quote what has commas" if "" in row else _entry(row),
+                )
 
 
 def _entry(record: Any) -> tuple[str, Any] | str:
@@ -287,6 +327,13 @@ def _entry(record: Any) -> tuple[str, Any] | str:
     if not isinstance(name, str) or not name:
         return f"file_name is {name!r}; a line must have file_name, and text or caption"
     return name, {key: record[key] for key in JSON_KEYS if key in record} or dict.fromkeys(record)
+
+
+def _holds_caption(file: Path) -> bool:
+    try:
+        return bool(caption_from_json(_read_file(file, "caption")))
+    except BadSample:
+        return False
 
 
 def _size(path: Path) -> int:

@@ -184,7 +184,7 @@ class LatentsHeader:
             raise UserError(f"the latents in {config.path} come from another VAE than the model's: {self.vae}")
         if self.captioned is False and not config.unconditional:
             raise UserError(f"data.unconditional is false; the latents in {config.path} were encoded without captions")
-        if self.text_shape is not None and self.captioned is not False and config.unconditional:
+        if self.text_shape is not None and self.captioned and config.unconditional:
             raise UserError(f"data.unconditional is true; the text features in {config.path} are of captions")
         if None not in (text_sha256, self.text_sha256) and text_sha256 != self.text_sha256:
             raise UserError(f"the text features in {config.path} come from other text encoders than the model's")

@@ -18,7 +18,7 @@ from fastsp.data.jpeg import ORIENTATION
 from fastsp.data.samples import BadSample
 
 MAX_PIXELS = 178_956_970  # more is refused before it is decoded: what Pillow calls a decompression bomb
-MAX_ASPECT = 10_000  # of the sides
+MAX_ASPECT = 10_000  # of the sides: at a million, the arithmetic of a random crop's place would leave 64 bits
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB of text; 1 MB is less than some programs write
 GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
@@ -82,7 +82,7 @@ def kind_of(file: bytes) -> str:
 
 
 def check_size(height: int, width: int) -> None:
-    """Raises `BadSample` for a decompression bomb, and for what would become one when its short side is enlarged."""
+    """Raises `BadSample` for a decompression bomb, and for what is too long and narrow to be a picture."""
     if height * width > MAX_PIXELS:
         raise BadSample(f"the image is too large: {width} x {height} pixels")
     if max(height, width) > MAX_ASPECT * min(height, width):

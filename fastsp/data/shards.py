@@ -39,7 +39,7 @@ def expand_shards(patterns: Patterns, gone: Collection[Path] = ()) -> list[Path]
     """
     if isinstance(patterns, str | Path):
         patterns = [patterns]
-    names = [[name] if Path(name).expanduser().exists() else expand_braces(name) for name in map(str, patterns)]
+    names = [[name] if os.path.exists(os.path.expanduser(name)) else expand_braces(name) for name in map(str, patterns)]
     shards = [shard for expanded in names for name in expanded for shard in _matches(name, gone)]
     if not shards:
         raise UserError("data.path names no shards; allowed: tar files, folders of them, brace and glob patterns")

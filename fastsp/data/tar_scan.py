@@ -18,8 +18,7 @@ import numpy as np
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jfif", "jpe")
 UNREAD_SUFFIXES = ("avif", "heic", "heif", "jxl", "jp2", "svg", "psd", "tga", "exr", "dng", "cr2", "nef", "arw")
-TEXT_SUFFIXES = ("txt", "caption")  # in order of preference
-CAPTION_SUFFIXES = (*TEXT_SUFFIXES, "json")
+CAPTION_SUFFIXES = ("txt", "json", "caption")  # in order of preference; what is empty counts as missing
 BLOCK = 512  # a tar is a sequence of blocks of this many bytes
 _READ_BLOCKS, _MAX_READ_BLOCKS = 128, 8192  # at once, when looking for the next header: mostly it is near
 _CHECKSUM_DIGITS = slice(148, 154)  # of a header: six octal digits, blanks before them in old archives
@@ -149,8 +148,12 @@ class _Scan:
             images = [suffix for suffix in suffixes if suffix in group]
             beside += [f"{key}.{suffix}" for suffix in images[1:]]
             if images:
-                text = next((group[suffix] for suffix in TEXT_SUFFIXES if suffix in group), MISSING)
-                yield key, Sample(group[images[0]], text, group.get("json", MISSING))
+                text, as_json = group.get("txt", MISSING), group.get("json", MISSING)
+                if text[1] == 0 and "json" not in group:
+                    text = group.get("caption", MISSING)
+                elif "caption" in group:
+                    beside.append(f"{key}.caption")
+                yield key, Sample(group[images[0]], text, as_json)
         self._note(beside, "is not used: another image or caption has the same key")
 
     def _note(self, names: Sequence[str], what: str) -> None:

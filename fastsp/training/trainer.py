@@ -130,9 +130,9 @@ class Trainer:
         if (times := config.data.batch_size / len(self.source)) > 1:
             console.print(f"data.batch_size {config.data.batch_size}: every sample comes {times:.1f} times a step")
         for name, what in self.source.reader.notes[:_NOTES]:
-            console.print(f"note: {name}: {what}", highlight=False)
+            console.print(f"note: {name}: {what}", highlight=False, markup=False)
         if (more := len(self.source.reader.notes) - _NOTES) > 0:
-            console.print(f"note: {more} more of that kind; `fastsp data check` has them all")
+            console.print(f"note: {more} more about the data; `fastsp data check` has them all")
         if changed_data:
             console.print(f"changed: the data ({changed_data})")
 

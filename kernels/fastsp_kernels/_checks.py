@@ -71,7 +71,9 @@ def check_table(name: str, table: Tensor, dtype: torch.dtype, length: int, laten
 
 def check_in_table(name: str, timesteps: Tensor, length: int) -> None:
     """Indices into tables of that length. Inside an op; on a GPU, which would be waited for, nothing is seen."""
-    if timesteps.is_cpu and (wrong := [t for t in timesteps.tolist() if not 0 <= t < length]):
+    if not timesteps.is_cpu or torch._C._functorch.is_functorch_wrapped_tensor(timesteps):
+        return
+    if wrong := [t for t in timesteps.tolist() if not 0 <= t < length]:
         raise ValueError(f"{name} must be from 0 to {length - 1}, got {wrong[0]}")
 
 

@@ -38,10 +38,11 @@ def check_lists(lists: Sequence[list[Tensor]]) -> None:
         ValueError: they are not. Flat indices would mix up the elements of tensors with different strides.
     """
     for name, tensors in zip(NAMES, lists, strict=True):
-        if not isinstance(tensors, list):
+        if not isinstance(tensors, list | tuple):
             raise ValueError(f"{name} must be a list of tensors, got {type(tensors).__name__}")
-        for index, tensor in enumerate(tensors):
-            checks.check_tensor(f"{name}[{index}]", tensor)
+        if not all(isinstance(tensor, Tensor) for tensor in tensors):
+            for index, tensor in enumerate(tensors):
+                checks.check_tensor(f"{name}[{index}]", tensor)
     masters = lists[0]
     if not masters:
         raise ValueError("masters must not be empty")

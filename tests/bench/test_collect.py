@@ -91,5 +91,18 @@ def test_what_was_measured_another_time_stays(collect, tmp_path):
     assert "images_per_second 2" in text and "images_per_second 1" in text and "images_per_second 0" not in text
 
 
+def test_somebody_else_s_files_stay_as_they_are(collect, tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for name in ("data.json", "notes.json"):
+        (folder / name).write_text('{"measured": "by hand"}')
+    (tmp_path / "kernels-a.json").write_text(json.dumps({"datetime": "2026-01-02", "benchmarks": []}))
+    (tmp_path / "gpu-test-step.xml").write_text(JUNIT)
+    assert collect.main([str(tmp_path), str(folder)]) == 0
+    assert all(
+        json.loads((folder / name).read_text()) == {"measured": "by hand"} for name in ("data.json", "notes.json")
+    )
+
+
 def test_nothing_is_said_so(collect, tmp_path, capsys):
     assert collect.main([str(tmp_path)]) == 2 and "holds no results" in capsys.readouterr().err

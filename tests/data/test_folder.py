@@ -72,7 +72,9 @@ def test_mistakes(tmp_path):
         FolderReader(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no images"):
         FolderReader(write(tmp_path, {"a.txt": "a"}))
-    with pytest.raises(UserError, match=r"no images \(jpg, .*\), but 2 of kinds that are not read, such as 0\.HEIC"):
+    with pytest.raises(
+        UserError, match=r"no images \(jpg, .*\), but pictures of kinds that are not read: 1 \.avif, 1 \.heic"
+    ):
         FolderReader(write(tmp_path, {"0.HEIC": b"", "sub/1.avif": b""}))
 
 
@@ -142,13 +144,27 @@ def test_metadata_as_csv(tmp_path):
     ]
     with pytest.raises(BadSample, match=r"^no caption$"):
         reader.read(1)
-    with pytest.raises(UserError, match=r"metadata\.csv, line 2: file_name is None"):
-        FolderReader(write(tmp_path, {"metadata.csv": "image,text\n0.jpg,a\n"}))
+    reader = FolderReader(write(tmp_path, {"metadata.csv": "file_name,text\n0.jpg,a bird, red\n2.jpg,two\n"}))
+    assert reader.damaged == [
+        (f"{tmp_path}/metadata.csv, line 2", "more columns than the first line: quote what has commas")
+    ]
+    assert reader.read(1).caption == "two"
+    reader = FolderReader(write(tmp_path, {"metadata.csv": 'file_name,text\n0.jpg,zero\n1.jpg,"one\n2.jpg,two\n'}))
+    assert reader.read(0).caption == "zero" and "unexpected end of data" in reader.damaged[0][1]
     (tmp_path / "metadata.csv").write_bytes(b"file_name,text\n0.jpg,caf\xe9\n2.jpg,good\n")
     reader = FolderReader(tmp_path)
     with pytest.raises(BadSample, match="not Unicode"):
         reader.read(0)
     assert reader.read(1).caption == "good"
+
+
+def test_a_csv_or_json_of_something_else(tmp_path):
+    """A table of labels beside captioned pictures, and annotations beside pictures named by their folder."""
+    files = {"a/0.jpg": b"", "a/0.txt": "zero", "a/metadata.csv": "id,label\n0,7\n"}
+    files |= {"my_cats/1.jpg": b"", "my_cats/1.json": '{"width": 5}', "my_cats/2.jpg": b""}
+    reader = FolderReader(write(tmp_path, files))
+    assert captions(reader) == {"a/0.jpg": "zero", "my_cats/1.jpg": "my cats", "my_cats/2.jpg": "my cats"}
+    assert reader.notes == [(f"{tmp_path}/a/metadata.csv", "is not read: it has no column file_name")]
 
 
 def test_a_folder_and_the_tar_made_of_it_have_the_same_captions(tmp_path):
@@ -157,16 +173,18 @@ def test_a_folder_and_the_tar_made_of_it_have_the_same_captions(tmp_path):
     files |= {"1.jpg": b"", "1.txt": " \n", "1.JSON": '{"text": "behind a blank"}'}
     files |= {"2.jpg": b"", "2.caption": "of kohya", "3.jpg": b"", "3.txt": b"\xef\xbb\xbfmarked"}
     files |= {"4.jpg": b"", "4.txt": "text first", "4.json": '{"caption": "not this"}'}
-    files |= {"5.jfif": b"", "5.txt": "an old suffix"}
+    files |= {"5.jfif": b"", "5.txt": "an old suffix", "6.jpg": b"", "6.txt": b"", "6.caption": "behind nothing"}
+    files |= {"7.jpg": b"", "7.json": '{"text": "before kohya"}', "7.caption": "not this"}
     reader = FolderReader(write(tmp_path / "folder", files))
     wanted = {"0": "from json", "1": "behind a blank", "2": "of kohya", "3": "marked", "4": "text first"}
-    wanted["5"] = "an old suffix"
+    wanted |= {"5": "an old suffix", "6": "behind nothing", "7": "before kohya"}
     assert {name[0]: caption for name, caption in captions(reader).items()} == wanted
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for file in sorted((tmp_path / "folder").iterdir()):
             tar.add(file, file.name)
     tars = ShardReader(tmp_path / "0.tar")
     assert {tars.name(i)[-1]: tars.read(i).caption for i in range(len(tars))} == wanted
+    assert tars.notes == [(f"{tmp_path}/0.tar", "7.caption is not used: another image or caption has the same key")]
 
 
 @pytest.mark.parametrize(
@@ -184,19 +202,19 @@ def test_why_there_is_no_caption(tmp_path, record, reason):
     with pytest.raises(BadSample) as bad:
         reader.read(0)
     assert str(bad.value) == reason.replace('is "prompt"', 'is "file_name", "prompt"')
-    folder = write(tmp_path / "beside", {"0.jpg": b"", "0.json": json.dumps(record)})
+    folder = write(tmp_path / "beside", {"1.jpg": b"", "1.json": json.dumps(record), "1.txt": " "})
     with pytest.raises(BadSample) as bad:
         FolderReader(folder).read(0)
     assert str(bad.value) == reason
 
 
 def test_what_may_surprise_is_noted(tmp_path):
-    write(tmp_path, {"v1/0.jpg": b"", "v1/0.txt": "zero", "1.avif": b""})
+    write(tmp_path, {"v1/0.jpg": b"", "v1/0.txt": "zero", "v1/sub/readme": b"", "1.avif": b""})
     (tmp_path / "latest").symlink_to("v1")
     reader = FolderReader(tmp_path)
     assert len(reader) == 2 and dict(reader.notes) == {
-        f"{tmp_path}/v1": f"the same folder as {tmp_path}/latest, by a link: its pictures come twice an epoch",
-        str(tmp_path): "holds besides 1 of kinds that are not read, such as 1.avif",
+        f"{tmp_path}/v1": f"the same folder as {tmp_path}/latest, by a link: its pictures come once more",
+        str(tmp_path): "holds besides pictures of kinds that are not read: 1 .avif",
     }
 
 

@@ -44,6 +44,12 @@ def test_patterns_name_the_same_shards(shards):
     assert expand_shards([shards[1], f"{folder}/*.tar"]) == [shards[1], shards[0]]
 
 
+def test_a_long_list_in_braces(tmp_path):
+    """Longer than a name can be."""
+    shards = [write_tar(tmp_path / f"part{number:05d}.tar", []) for number in range(30)]
+    assert expand_shards(f"{tmp_path}/{{{','.join(shard.stem for shard in shards)}}}.tar") == shards
+
+
 def test_names_with_brackets_and_braces_in_them_and_suffixes_in_capitals(tmp_path):
     for folder in ("a{b}", "c[1]"):
         shard = write_tar(tmp_path / folder / "0.TAR", [("0.jpg", b"jpg"), ("0.txt", b"text")])

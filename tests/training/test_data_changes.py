@@ -210,5 +210,5 @@ def test_what_is_bad_is_counted_and_what_may_surprise_is_told(tmp_path):
     run_stages(load_config(ROOT / "configs" / "quickstart.yaml", overrides), console=console)
     said = console.file.getvalue()
     assert f"note: {tmp_path}/data/b/0: a link to a folder that it lies in, not followed" in said
-    assert said.count("note: ") == 4 and "note: 2 more of that kind; `fastsp data check` has them all" in said
+    assert said.count("note: ") == 4 and "note: 2 more about the data; `fastsp data check` has them all" in said
     assert "mse: step 1/1" in said and "samples/s  1 bad" in said
