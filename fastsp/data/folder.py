@@ -30,6 +30,7 @@ from fastsp.progress import late_bar
 
 METADATA = ("metadata.jsonl", "metadata.csv")  # the first that is there
 UNREAD_METADATA = "metadata.parquet"  # which Hugging Face's imagefolder takes too
+_TOO_LONG = "more columns than the first line: quote what has commas"
 
 
 def image_folder(folder: str | Path) -> Path:
@@ -315,10 +316,7 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, tuple[str, Any] | str]]:
             except csv.Error as error:
                 yield rows.line_num, f"{error!r}"
             else:
-                yield (
-                    rows.line_num,
-                    "more columns than the first line: quote what has commas" if "" in row else _entry(row),
-                )
+                yield rows.line_num, _TOO_LONG if "" in row else _entry(row)
 
 
 def _entry(record: Any) -> tuple[str, Any] | str:
