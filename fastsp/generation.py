@@ -38,17 +38,18 @@ class Sampling:
     batch_size: int = 16
 
 
-def load_for_sampling(name: str) -> TextToImageModel:
+def load_for_sampling(name: str, config: str | None = None) -> TextToImageModel:
     """A model to sample: on a GPU with its UNet in bfloat16, else on the CPU in float32.
 
     Args:
         name: what :func:`fastsp.models.load_pipeline` takes, or a stage of a run, as in ``runs/quickstart/stages/mse``:
             that UNet, the run's other parts. The run need not be finished.
+        config: of a single file, see there.
 
     Raises:
         UserError: there is no such model, or it cannot be loaded.
     """
-    model = _load(Path(name).expanduser(), name)
+    model = _load(Path(name).expanduser(), name, config)
     device = best_device()
     model.place(device)
     if model.vae is not None:
@@ -85,6 +86,11 @@ def _run_of_stage(folder: Path, name: str) -> Path | None:
     """
     if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
         raise UserError(f"{name} is a run directory: take its final/, or one of its stages/")
+    if folder.parent.name == "checkpoints" and (folder.parent.parent / "config.yaml").is_file():
+        raise UserError(
+            f"{name} is a checkpoint, to go on from and nothing else: take the run's final/ or one of its stages/, "
+            "which can be ended early: docs/training.md"
+        )
     run = folder.parent.parent
     of_run = folder.parent.name == "stages" and ((run / "final").is_dir() or (run / "config.yaml").is_file())
     if not of_run or (folder / DIFFUSERS_FILE).is_file():
@@ -95,16 +101,16 @@ def _run_of_stage(folder: Path, name: str) -> Path | None:
     return run
 
 
-def _load(folder: Path, name: str) -> TextToImageModel:
+def _load(folder: Path, name: str, config: str | None) -> TextToImageModel:
     run = _run_of_stage(folder, name)
     if run is None:
-        return load_pipeline(name)
+        return load_pipeline(name, config)
     if (run / "final").is_dir():
         model = load_pipeline(str(run / "final"), with_unet=False)
     else:
-        config = load_config(run / "config.yaml")
-        start = config.model
-        model = load_model(start.preset, start.pretrained, config.data.resolution, config.seed, start.config)
+        of_run = load_config(run / "config.yaml")
+        start = of_run.model
+        model = load_model(start.preset, start.pretrained, of_run.data.resolution, of_run.seed, start.config)
     model.unet = load_unet(folder)
     return model
 

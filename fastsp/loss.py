@@ -211,6 +211,12 @@ class SelfPerceptualLoss(_ScheduledLoss):
             ValueError: one of the two is not there, or cannot be loaded.
         """
         folder = Path(folder_or_hub_id).expanduser()
+        if folder.is_file() or (folder / "pytorch_lora_weights.safetensors").is_file():
+            what = "is a single file" if folder.is_file() else "holds adapters"
+            raise ValueError(
+                f"{folder_or_hub_id} {what}: load the UNet with diffusers (and the adapters into it), and give it to "
+                "SelfPerceptualLoss(unet, scheduler, share_frozen=True)"
+            )
         if (folder / "config.json").is_file():
             unet_source, subfolder, scheduler_source = str(folder), None, str(folder.parent.parent / "final")
         else:

@@ -65,3 +65,11 @@ def written() -> list[tuple[str, str, Any]]:
 
 def test_the_page_has_every_key_with_its_values_and_default():
     assert sorted(written(), key=str) == sorted(keys(SCHEMA), key=str)
+
+
+def test_what_other_trainers_options_are_here_is_here():
+    """docs/coming-from.md: every dotted name in its second column is one of our keys."""
+    rows = [line for line in (PAGE.parent / "coming-from.md").read_text().splitlines() if line.startswith("| `")]
+    ours = {name for row in rows for name in re.findall(r"`((?:\w+\.)+\w+)", row.split(" | ", 1)[1])}
+    missing = ours - {key for key, _, _ in keys(SCHEMA)} - {"report.html"}
+    assert len(ours) > 15 and not missing

@@ -72,6 +72,11 @@ def test_a_stage_is_sampled_while_the_run_trains_on(folder: Path, tmp_path: Path
             look(str(run / "stages" / "sp"))
         with pytest.raises(UserError, match="is a run directory: take its final/"):
             look(str(run))
+        (run / "checkpoints" / "step_00000002").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(
+            UserError, match="is a checkpoint, to go on from and nothing else: take the run's final/ or one"
+        ):
+            look(str(run / "checkpoints" / "step_00000002"))
     another = shutil.copytree(folder, tmp_path / "another")
     shutil.rmtree(another / "text_encoder")
     config["model"]["pretrained"] = str(another)

@@ -281,6 +281,15 @@ def test_from_pretrained_reads_a_stage_of_a_run(tmp_path):
         SelfPerceptualLoss.from_pretrained(str(tmp_path / "stages" / "mse"))
 
 
+def test_from_pretrained_says_how_to_use_what_it_does_not_take(tmp_path):
+    (tmp_path / "stages" / "mse").mkdir(parents=True)
+    (tmp_path / "stages" / "mse" / "pytorch_lora_weights.safetensors").touch()
+    (tmp_path / "model.safetensors").touch()
+    for source, what in (("stages/mse", "holds adapters"), ("model.safetensors", "is a single file")):
+        with pytest.raises(ValueError, match=rf"{source} {what}: load the UNet with diffusers .* share_frozen=True"):
+            SelfPerceptualLoss.from_pretrained(str(tmp_path / source))
+
+
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
 def test_denoising_loss_is_mean_squared_error(prediction_type):
     data, sched, pred = batch(), scheduler(prediction_type), torch.randn(3, 4, 8, 8)

@@ -90,7 +90,8 @@ def encode(
     share = f", of which process {rank} of {world_size} has made its share" if world_size > 1 else ""
     num_bad = source.bad_samples.met_before(len(source))
     but = f" but for {num_bad} bad ones, named in {out / 'bad_samples.jsonl'}" if num_bad else ""
-    typer.echo(f"{out}: latents of {len(source)} samples{but}{share}; train with data.source=latents data.path={out}")
+    how = f"train with data.source=latents data.path={out} data.crop=center data.flip=false"
+    typer.echo(f"{out}: latents of {len(source)} samples{but}{share}; {how}")
 
 
 def _frozen_parts(config: Config, device: torch.device) -> TextToImageModel:

@@ -46,6 +46,10 @@ def evaluate(
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Sample the empty prompt (Table 2).")] = False,
     resolution: Annotated[int | None, typer.Option(min=1, help="Side in pixels; by default the model's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 16,
+    model_config: Annotated[
+        str | None,
+        typer.Option("--model-config", help="For single files: a pipeline folder of their kind.", metavar="DIR"),
+    ] = None,
     work: Annotated[
         Path | None, typer.Option("--work", help="Where features are kept; by default FILE.work.", metavar="DIR")
     ] = None,
@@ -83,7 +87,9 @@ def evaluate(
         if save_reference.exists():  # of the same command, stopped; anything else of the user's stays
             load_statistics(save_reference, extractor.identity)
         statistics.save(save_reference)
-    evaluation = ModelEvaluation(found, extractor, statistics, json_file, work, resolution, batch_size, keep_pictures)
+    evaluation = ModelEvaluation(
+        found, extractor, statistics, json_file, work, resolution, batch_size, keep_pictures, model_config
+    )
     named = list(zip(model, short_names(model), strict=True))
     jobs = jobs_of(named, steps or [25], guidance or [0.0], rescale or [0.0], seed or [0], not unconditional)
     rows = evaluation.run(list(jobs), steps_bar, typer.echo)

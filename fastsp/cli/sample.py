@@ -31,6 +31,10 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the initial noise.")] = 0,
     resolution: Annotated[int | None, typer.Option(min=1, help="Side in pixels; by default the model's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once; changes memory and speed.")] = 16,
+    model_config: Annotated[
+        str | None,
+        typer.Option("--model-config", help="For single files: a pipeline folder of their kind.", metavar="DIR"),
+    ] = None,
     trajectory: Annotated[bool, typer.Option("--trajectory", help="Show x0^ after every step (Figure 6).")] = False,
     singles: Annotated[
         Path | None, typer.Option("--singles", help="Write each picture by itself too.", metavar="DIR")
@@ -65,7 +69,7 @@ def sample(
     if rescale and not guided.active:
         raise UserError(f"--rescale {rescale:g} is of the guidance: give --guidance too, other than 0 and 1")
     settings = Sampling(steps, guided, seed, resolution, batch_size)
-    rows = list(_pictures(model, texts, settings, files, trajectory))
+    rows = list(_pictures(model, model_config, texts, settings, files, trajectory))
     _write_grid(rows, titles, texts, settings, trajectory, out, model)
     drawn = len(texts) * len(model)
     typer.echo(f"{out}: {drawn} picture{'s' * (drawn != 1)} in {steps} DDIM step{'s' * (steps != 1)}")
@@ -109,7 +113,12 @@ def _facts(settings: Sampling, model: str) -> dict[str, str]:
 
 
 def _pictures(
-    models: Sequence[str], texts: list[str], settings: Sampling, files: list[list[Path]], trajectory: bool
+    models: Sequence[str],
+    model_config: str | None,
+    texts: list[str],
+    settings: Sampling,
+    files: list[list[Path]],
+    trajectory: bool,
 ) -> Iterator[list[Image]]:
     """Of each model its pictures in the order of ``texts``; with ``trajectory`` those of every step in their place."""
     from fastsp.errors import UserError
@@ -123,7 +132,7 @@ def _pictures(
     total = len(models) * num_batches(len(texts), settings.batch_size) * settings.steps
     with steps_bar("sampling", total) as advance:
         for place, name in enumerate(models):
-            model = load_for_sampling(name)
+            model = load_for_sampling(name, model_config)
             side = settings.resolution or model.default_resolution
             if size is not None and side != size:
                 raise UserError(f"--model {name} makes pictures of {side} px, the others of {size}: give --resolution")

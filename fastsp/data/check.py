@@ -23,6 +23,7 @@ from fastsp.errors import UserError
 from fastsp.progress import steps_bar
 
 BATCH_SIZE = 64
+LONG_CAPTION = 300  # characters: four for a token, or a little more
 SHEET_IMAGES = 64
 
 
@@ -126,6 +127,12 @@ def _holds_images(folder: Path) -> bool:
     return False
 
 
+def _note_on_lengths(lengths: list[int]) -> dict[str, str]:
+    long = sum(length > LONG_CAPTION for length in lengths)
+    what = f"{long} of more than {LONG_CAPTION} characters: Stable Diffusion's text encoders read 77 tokens, no more"
+    return {"captions": what} if long else {}
+
+
 def _notes(options: DataOptions, source: Source) -> dict[str, str]:
     notes: dict[str, str] = {}
     for name, what in source.reader.notes:
@@ -173,7 +180,7 @@ def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report
         read=count,
         bad=dict(source.bad_samples.reasons),
         lost=source.reader.lost,
-        notes=_notes(options, source),
+        notes=_notes(options, source) | _note_on_lengths(lengths),
         heights=Spread.of(heights.tolist()),
         widths=Spread.of(widths.tolist()),
         smaller_than_resolution=int((torch.minimum(heights, widths) < options.resolution).sum()),

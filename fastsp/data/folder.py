@@ -12,6 +12,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -73,6 +74,8 @@ class FolderReader:
         """The sidecars whose suffix is not in lower case, by their path as if it were."""
         self._sidecar_kinds: dict[str, tuple[str, ...]] = {}
         """The suffixes that the sidecars of a folder have. None: its name is the caption, unless there is metadata."""
+        self._named_by_folder: Counter[str] = Counter()
+        """Of the folders without captions, how many pictures they hold."""
         self._unread: Counter[str] = Counter()
         """Pictures of kinds that are not read, by suffix."""
         with late_bar("listing pictures", None, progress) as advance:
@@ -83,6 +86,8 @@ class FolderReader:
             raise UserError(f"data.path is {str(folder)!r}; it holds no images ({', '.join(IMAGE_SUFFIXES)}){but}")
         if self._unread:
             self.notes.append((printable(str(self.root)), f"holds besides {self._unread_kinds()}"))
+        if self.captioned and self._named_by_folder and not self._records:
+            self.notes.append((printable(str(self.root)), self._note_on_names()))
         self._name_missing()
 
     def __len__(self) -> int:
@@ -171,6 +176,8 @@ class FolderReader:
             first = min(name for (stem, _), name in sidecars.items() if stem in stems)
             kinds = kinds if _holds_caption(self.root / prefix / first) else set()
         self._sidecar_kinds[directory] = tuple(suffix for suffix in CAPTION_SUFFIXES if suffix in kinds)
+        if images and not kinds:
+            self._named_by_folder[directory] = len(images)
         return [prefix + name for name in listing.folders]
 
     def _find_metadata(self, directory: str, there: set[str]) -> str | None:
@@ -209,6 +216,17 @@ class FolderReader:
         if not good and len(self.damaged) > before:
             raise UserError(": ".join(self.damaged[before]))
 
+    def _note_on_names(self) -> str:
+        (directory, count), total = self._named_by_folder.most_common(1)[0], self._named_by_folder.total()
+        example = f'"{self._name_as_caption(directory)}" ({count} of them)'
+        repeats = any(re.match(r"\d+[_ ]", Path(one).name) for one in self._named_by_folder)
+        kohya = "; a number before it is part of it, and repeats nothing" if repeats else ""
+        return f"pictures without a caption of their own, which take their folder's name: {total}, as {example}{kohya}"
+
+    def _name_as_caption(self, directory: str) -> str:
+        name = Path(directory).name or self.root.resolve().name
+        return printable(name).replace("_", " ").replace("-", " ").strip()
+
     def _unread_kinds(self) -> str:
         kinds = ", ".join(f"{count} .{suffix}" for suffix, count in sorted(self._unread.items()))
         return f"pictures of kinds that are not read: {kinds}"
@@ -226,8 +244,7 @@ class FolderReader:
         if path in self._records:
             return caption_from_record(self._records[path])
         if not self._records and not self._sidecar_kinds[directory]:
-            name = Path(directory).name or self.root.resolve().name
-            return printable(name).replace("_", " ").replace("-", " ").strip()
+            return self._name_as_caption(directory)
         content = {file.suffix: _read_file(file, "caption") for file in self._sidecars(path) if file.is_file()}
         of_kind = {suffix.lower()[1:]: text for suffix, text in content.items()}
         text = of_kind.get("txt", b"") or (b"" if "json" in of_kind else of_kind.get("caption", b""))

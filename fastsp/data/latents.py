@@ -178,8 +178,12 @@ class LatentsHeader:
             raise UserError(
                 f"data.resolution is {config.resolution}; the latents in {config.path} are of {self.resolution}"
             )
-        if config.crop != "center" or config.flip:
-            raise UserError("data.source is 'latents', cropped when encoded; allowed: crop: center and flip: false")
+        for key, value, fixed in (("crop", config.crop, "center"), ("flip", config.flip, False)):
+            if value != fixed:
+                raise UserError(
+                    f"data.{key} is {str(value).lower()}; of latents, which were cropped when they were encoded, it is "
+                    f"{str(fixed).lower()}: add data.{key}={str(fixed).lower()}"
+                )
         if vae_sha256 is not None and vae_sha256 != self.vae_sha256:
             raise UserError(f"the latents in {config.path} come from another VAE than the model's: {self.vae}")
         if self.captioned is False and not config.unconditional:

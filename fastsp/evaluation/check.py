@@ -28,7 +28,8 @@ def check_evaluation(config: Config) -> str | None:
         return f"{', '.join(absent)} is not there: unless it comes, the evaluation after the training is skipped"
     if settings.captions is not None:
         read_captions(Path(settings.captions), settings.num_samples)
-        if settings.features != "classifier" and settings.reference is None:
+        other_than_digits = settings.features != "classifier" or config.model.pretrained is not None
+        if other_than_digits and settings.reference is None:
             raise UserError(
                 f"evaluation.reference is missing: a folder of real pictures, or saved statistics; {_OR_NONE}"
             )

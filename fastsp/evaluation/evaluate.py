@@ -25,7 +25,7 @@ from fastsp.evaluation.environment import write_environment
 from fastsp.evaluation.evaluate_models import Job, ModelEvaluation
 from fastsp.evaluation.features import FeatureModel
 from fastsp.evaluation.inception import load_inception
-from fastsp.evaluation.metrics import Scorer
+from fastsp.evaluation.metrics import Scorer, of_few_pictures
 from fastsp.evaluation.picture_set import Pictures
 from fastsp.evaluation.plan import Planned, plan
 from fastsp.evaluation.reference import heldout_pictures, training_pictures
@@ -72,12 +72,18 @@ def evaluate_run(config: Config, settings: EvaluationSettings, console: Console 
     store = RowStore(run_dir / "evaluation.json", rows, settings.num_samples, evaluation.scorer.model.identity)
     with steps_progress(console) as bar:
         task = bar.add_task("evaluation", total=len(rows))
+        any_new = False
         for number, planned in enumerate(rows, start=1):
             bar.update(task, description=described(*planned))
             is_new = store.add(planned, evaluation.row)
+            any_new |= is_new
             bar.advance(task)
             if is_new and not console.is_terminal:  # there is no bar then
                 console.print(_plain_line(store.rows[planned], planned, f"{number}/{len(rows)}"), soft_wrap=True)
+    real = evaluation.scorer.real.features
+    note = of_few_pictures(min(settings.num_samples, len(real)), real.shape[1])
+    if note is not None and any_new:
+        console.print(f"evaluation: {note}", soft_wrap=True)
     return [store.rows[row] for row in rows]
 
 

@@ -18,8 +18,9 @@ from fastsp.data.latents import fingerprint
 from fastsp.errors import UserError
 from fastsp.evaluation.captions_file import CaptionSet
 from fastsp.evaluation.features import FeatureModel, Features
-from fastsp.evaluation.metrics import caption_agreement, inception_score, validity
+from fastsp.evaluation.metrics import caption_agreement, inception_score, of_few_pictures, validity
 from fastsp.evaluation.real_pictures import RealStatistics
+from fastsp.evaluation.reference_set import HELD_OUT_DIGITS
 from fastsp.evaluation.rows import REAL, Setting, described
 from fastsp.evaluation.sampled_features import SampledFeatures
 from fastsp.files import write_file
@@ -60,6 +61,7 @@ class ModelEvaluation:
         resolution: side of the samples in pixels; None: each model's own.
         batch_size: samples drawn at once.
         keep_pictures: write the samples as PNG too.
+        model_config: of single files, see :func:`fastsp.generation.load_for_sampling`.
     """
 
     captions: CaptionSet
@@ -70,6 +72,7 @@ class ModelEvaluation:
     resolution: int | None = None
     batch_size: int = 16
     keep_pictures: bool = False
+    model_config: str | None = None
 
     def run(self, jobs: Sequence[Job], bar: Bar, say: Callable[[str], Any]) -> list[Row]:
         """Compute the rows of `jobs` that the file lacks, and first that of the real pictures. All rows of the file."""
@@ -80,16 +83,17 @@ class ModelEvaluation:
         if self.reference.score is not None:
             self._add(store, self._ground_truth(), say)
         for name, of_model in groupby(jobs, key=lambda job: job.model):
-            model = load_for_sampling(name)
+            model = load_for_sampling(name, self.model_config)
+            if self.extractor.class_names and model.vae is not None:
+                if self.reference.source == HELD_OUT_DIGITS:
+                    raise UserError(f"{name} makes no digits: give --reference, and a file of Inception-v3's weights")
+                say(f"{name} makes no digits: in the features of their classifier, FID and IS say little of it")
             identity = fingerprint(model.unet, *model.frozen_parts())
             for job in of_model:
                 self._add(store, self._row(job, model, identity, store, bar), say)
-        fewest, width = min(len(self.captions), self.reference.count), len(self.reference.mean)
-        if len(store.rows) > before and fewest < width:
-            say(
-                f"{fewest} pictures are fewer than the {width} features: FID comes out too high, the more so the "
-                "fewer, so compare it only between rows of equally many"
-            )
+        note = of_few_pictures(min(len(self.captions), self.reference.count), len(self.reference.mean))
+        if note is not None and len(store.rows) > before:
+            say(note)
         return store.rows
 
     def _row(self, job: Job, model: TextToImageModel, identity: str, store: RowFile, bar: Bar) -> Row:

@@ -38,6 +38,16 @@ class _AlreadyExtracted(nn.Module):
         return features
 
 
+def of_few_pictures(count: int, width: int) -> str | None:
+    """What to know of an FID of so many pictures in so many features; None: nothing."""
+    if count >= width:
+        return None
+    return (
+        f"{count} pictures are fewer than the {width} features: FID comes out too high, the more so the fewer, so "
+        "compare it only between rows of equally many"
+    )
+
+
 class FrechetDistance:
     """FID against a fixed set of real pictures, whose statistics are computed once.
 

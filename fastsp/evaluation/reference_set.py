@@ -24,6 +24,7 @@ from fastsp.evaluation.real_pictures import (
 from fastsp.evaluation.reference import heldout_pictures, training_pictures
 from fastsp.progress import Bar
 
+HELD_OUT_DIGITS = "held-out digits"  # the reference where none is given
 _DIGITS_SIDE = 8  # pixels of the original scans
 
 
@@ -48,7 +49,7 @@ def open_reference(
         extractor, heldout = _digits(resolution or _DIGITS_SIDE)
         if reference is None:
             seen = extractor.extract(heldout.images)
-            return extractor, RealStatistics.of(seen, extractor.identity, "held-out digits")
+            return extractor, RealStatistics.of(seen, extractor.identity, HELD_OUT_DIGITS)
         return extractor, _statistics(reference, captions, extractor, work, bar)
     inception = load_inception(Path(features)).to(best_device())
     if reference is None:

@@ -48,7 +48,7 @@ def export_run(
         if isinstance(part, torch.nn.Module):
             part.to(DTYPES[dtype])
     kind = type(pipeline).__name__
-    card = model_card(run.config, chosen, run.rows, run.environment, kind, single_file is not None)
+    card = model_card(run.config, chosen, run.rows, run.environment, kind, single_file is not None, dtype)
     written = [out]
     with new_folder(out) as unfinished:
         save_pipeline(pipeline, unfinished)

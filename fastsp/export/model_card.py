@@ -13,6 +13,7 @@ from fastsp.evaluation.rows import by_setting
 
 _HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
+_TORCH_DTYPES = {"fp32": None, "fp16": "torch.float16", "bf16": "torch.bfloat16"}  # None: diffusers' own
 _HEAD = """\
 Trained with fastsp by the self-perceptual objective of Lin & Yang, *Diffusion Model
 with Perceptual Loss*: a frozen copy of the MSE-trained network is the perceptual metric. Such a model is made to be
@@ -59,6 +60,7 @@ def model_card(
     environment: dict[str, Any],
     pipeline_class: str,
     with_single_file: bool,
+    dtype: str = "fp32",
 ) -> str:
     """The card as Markdown with the front matter of Hugging Face's hub.
 
@@ -69,6 +71,7 @@ def model_card(
         environment: versions and machine; may be empty.
         pipeline_class: diffusers' (or our) class that loads the folder.
         with_single_file: whether a single file goes with the folder.
+        dtype: of the weights, "fp32", "fp16" or "bf16".
     """
     base = config["model"].get("pretrained")
     way = _way_to(config["stages"], stage)
@@ -83,7 +86,7 @@ def model_card(
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {config['run_dir'].rstrip('/').rpartition('/')[2]}, stage {stage}\n",
         _HEAD if perceptual else _HEAD_MSE,
-        _usage(pipeline_class),
+        _usage(pipeline_class, _TORCH_DTYPES[dtype]),
         _PROGRAMS if with_single_file else "",
         _training(config, way, environment),
         "\n".join(_metrics(rows, stage)),
@@ -95,12 +98,14 @@ def model_card(
     return "\n".join(section for section in sections if section)
 
 
-def _usage(pipeline_class: str) -> str:
+def _usage(pipeline_class: str, dtype: str | None) -> str:
     module = "fastsp.pixel_pipeline" if pipeline_class.startswith("Pixel") else "diffusers"
+    option = f", torch_dtype={dtype}" if dtype else ""
     return (
         "```python\n"
+        f"{f'import torch{chr(10)}' if dtype else ''}"
         f"from {module} import {pipeline_class}\n\n"
-        f'pipeline = {pipeline_class}.from_pretrained("path/to/this/folder")\n'
+        f'pipeline = {pipeline_class}.from_pretrained("path/to/this/folder"{option})\n'
         'image = pipeline("a prompt", num_inference_steps=25, guidance_scale=1.0).images[0]  # 1: no guidance\n'
         "```\n"
     )
@@ -114,6 +119,7 @@ def _training(config: dict[str, Any], way: list[dict[str, Any]], environment: di
         "base model": model,
         "data": f"{data['source']} {_name(data['path'])}".strip() + f", {data['resolution']} px",
         "batch size": data["batch_size"],
+        **_adapters(config["model"].get("lora")),
         "caption dropout": "unconditional: every caption empty" if data["unconditional"] else data["caption_dropout"],
         "optimizer": f"AdamW, betas {optimizer['betas']}, weight decay {optimizer['weight_decay']}",
         "EMA": f"{config['ema']['decay']}; these are the averaged weights",
@@ -129,6 +135,13 @@ def _training(config: dict[str, Any], way: list[dict[str, Any]], environment: di
         )
     lines += ["", "| | |", "|---|---|", *(f"| {name} | {_text(value)} |" for name, value in facts.items()), ""]
     return "\n".join(lines)
+
+
+def _adapters(lora: dict[str, Any] | None) -> dict[str, str]:
+    if lora is None:
+        return {}
+    shape = f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {', '.join(lora['target_modules'])}"
+    return {"adapters": f"LoRA, {shape}; these weights are the base model's with the adapters merged into them"}
 
 
 def _way_to(stages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:

@@ -18,12 +18,14 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
 
     transformers 5 writes the weights of a ``CLIPTextModel`` under shorter names than transformers 4 reads, which then
     takes random ones and merely warns; and no ``vocab.json`` and ``merges.txt``. It reads the older layout too, so that
-    is what the folder gets.
+    is what the folder gets. And it loads a text encoder in the dtype of its configuration where diffusers loads
+    everything else in float32, unless it is told otherwise: the configuration says float32, whatever the file's dtype.
     """
     with quiet_libraries():
         pipeline.save_pretrained(folder, safe_serialization=True)
     for file in sorted(folder.glob("text_encoder*/model.safetensors")):
         _with_older_names(file)
+        _in_float32(file.with_name("config.json"))
     for name, part in pipeline.components.items():
         if name.startswith("tokenizer") and part is not None:
             _with_older_files(part, folder / name)
@@ -35,6 +37,12 @@ def _with_older_names(file: Path) -> None:
         return
     renamed = {f"{_TEXT_PREFIX}{name}": tensor.clone() for name, tensor in tensors.items()}  # off the mapped file
     save_file(renamed, file, metadata={"format": "pt"})
+
+
+def _in_float32(file: Path) -> None:
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config |= {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _with_older_files(tokenizer: Any, folder: Path) -> None:

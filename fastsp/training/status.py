@@ -14,7 +14,7 @@ import yaml
 
 from fastsp.durations import duration
 from fastsp.errors import UserError
-from fastsp.training.checkpoint_folder import damage, newest_first, progress_of
+from fastsp.training.checkpoint_folder import Progress, damage, newest_first, progress_of
 
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl: some hundred lines
 _LOSSES = 5  # shown
@@ -28,7 +28,7 @@ class RunStatus:
     running: str | None  # the process and its machine
     finished: bool  # every stage is trained and final/ is written
     stage: str | None
-    step: int  # of the stage, the latest logged
+    step: int  # of the stage, the latest logged, or that of the newest checkpoint where it is later
     stage_steps: int
     global_step: int  # of the run
     total_steps: int
@@ -86,24 +86,27 @@ def run_status(root: Path, verify: bool = False) -> RunStatus:
     last = rows[-1] if rows else {}
     running = _holder(root / ".lock")
     finished = (root / "final").is_dir() and all((root / "stages" / name).is_dir() for name in stages)
-    total, reached, rate = sum(stages.values()), last.get("global_step", 0), last.get("samples_per_s")
     newest = next(iter(newest_first(root / "checkpoints")), None)
     harm = damage(newest, checksums=verify) if newest else None
+    saved = progress_of(newest) if newest and harm is None else None
+    here = Progress(last.get("stage", ""), last.get("step", 0), last.get("global_step", 0))
+    here = saved if saved is not None and saved.global_step > here.global_step else here
+    total, rate = sum(stages.values()), last.get("samples_per_s")
     return RunStatus(
         run_dir=str(root),
         running=running,
         finished=finished,
-        stage=last.get("stage"),
-        step=last.get("step", 0),
-        stage_steps=stages.get(last.get("stage"), 0),
-        global_step=reached,
+        stage=here.stage or None,
+        step=here.step,
+        stage_steps=stages.get(here.stage, 0),
+        global_step=here.global_step,
         total_steps=total,
         losses=[row["loss"] for row in rows[-_LOSSES:]],
         samples_per_s=rate,
         data_wait=last.get("data_wait"),
-        seconds_left=(total - reached) * batch_size / rate if rate else None,
+        seconds_left=(total - here.global_step) * batch_size / rate if rate else None,
         checkpoint=newest.name if newest else None,
-        checkpoint_step=progress_of(newest).global_step if newest and harm is None else None,
+        checkpoint_step=saved.global_step if saved else None,
         checkpoint_damage=harm,
         skipped=last.get("skipped", 0),
         bad_samples=last.get("bad_samples", 0),

@@ -326,15 +326,17 @@ class Trainer:
 
     def _check_place(self, progress: Progress) -> None:
         """See that a changed configuration still has the place where the run stopped."""
-        for stage in self.config.stages:
+        shorten = ""
+        for number, stage in enumerate(self.config.stages):
             before = self.config.steps_before(stage)
             same_place = stage.name == progress.stage and before + progress.step == progress.global_step
             if same_place and progress.step <= stage.steps:
                 return
+            shorten = f"; stages.{number}.steps={progress.step} ends it here" if same_place else shorten
         raise UserError(
             f"run_dir {self.run.root} stopped at step {progress.step} of stage {progress.stage}, after "
             f"{progress.global_step} steps in all, and the new configuration has no such place: leave the stages "
-            "before it as they were, and this one at least as long"
+            f"before it as they were, and this one at least as long{shorten}"
         )
 
     def _draw(self, ema_unet: Any, name: str) -> None:

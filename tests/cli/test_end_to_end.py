@@ -75,3 +75,7 @@ def test_train_sample_evaluate_export(command, family: str, tmp_path: Path, monk
             ours = pixels(tmp_path / f"{steps}" / "00000.png").float()
             assert ours.std() > 10, "a picture, not grey"
             assert (drawn(pipeline, steps) - ours).abs().max() < 0.51, "up to the rounding to 8 bits"
+    arguments = ("--prompt", PROMPT, "--steps", 25, "--out", tmp_path / "file.png", "--singles", tmp_path / "file")
+    command("sample", "--model", file, "--model-config", out, *arguments)
+    ours, theirs = (pixels(tmp_path / name / "00000.png").int() for name in ("25", "file"))
+    assert (ours - theirs).abs().max() <= 1

@@ -180,7 +180,7 @@ def test_a_broken_real_picture_is_named_before_any_is_looked_at(
 
 
 @pytest.mark.slow
-def test_stable_diffusion_in_the_features_of_inception(command, tmp_path: Path) -> None:
+def test_stable_diffusion_in_the_features_of_inception(command, fails, tmp_path: Path) -> None:
     """COCO's file, a folder with its pictures, Inception's layers with made-up weights, a tiny Stable Diffusion."""
     run = finished_run(tmp_path, "sd1")
     torch.manual_seed(0)
@@ -196,7 +196,13 @@ def test_stable_diffusion_in_the_features_of_inception(command, tmp_path: Path) 
     (tmp_path / "captions.json").write_text(json.dumps(coco))
     out = tmp_path / "evaluation.json"
     arguments = ("--captions", tmp_path / "captions.json", "--num-samples", 4, "--reference", tmp_path / "val2014")
-    command("eval", "--model", run / "stages" / "sp", *arguments, "--features", weights, "--steps", 2, "--json", out)
+    shared = ("eval", "--model", run / "stages" / "sp", *arguments, "--steps", 2, "--json", out, "--features")
+    assert " makes no digits: in the features of their classifier, FID" in command(*shared, "classifier")
+    out.unlink()
+    without_reference = [part for part in shared if part not in ("--reference", tmp_path / "val2014")]
+    assert " makes no digits: give --reference, and a file" in fails(*without_reference, "classifier")
+    out.unlink()
+    command(*shared, weights)
     real, row = json.loads(out.read_text())
     assert real["num_samples"] == row["reference_count"] == 4 and real["reference"].startswith(
         "val2014: the pictures of"

@@ -59,10 +59,19 @@ def test_a_folder_with_images_is_one_of_images(shard, tmp_path):
     assert options.source == "images"
     report, _ = check_source(options)
     assert report.samples == 1
-    assert report.notes == {
-        str(shard.parent): f"read as a folder of images; the 1 tars in it are '{shard.parent}/*.tar'"
-    }
-    assert f"  {shard.parent}: read as a folder of images" in "\n".join(report.lines())
+    named = 'pictures without a caption of their own, which take their folder\'s name: 1, as "sub" (1 of them)'
+    tars = f"read as a folder of images; the 1 tars in it are '{shard.parent}/*.tar'"
+    assert report.notes == {str(shard.parent): f"{named}; {tars}"}
+    assert f"  {shard.parent}: {named}" in "\n".join(report.lines())
+
+
+def test_captions_that_will_be_cut_are_noted(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(encode(photo(0, 20, 20), "PNG"))
+        (tmp_path / f"{number}.txt").write_text("red circle " * (100 if number else 1))
+    report, _ = check_source(options_for(str(tmp_path), 8))
+    what = "2 of more than 300 characters: Stable Diffusion's text encoders read 77 tokens, no more"
+    assert report.notes == {"captions": what}
 
 
 def test_a_folder_of_latents_is_refused_as_what_it_is(tmp_path):

@@ -38,6 +38,8 @@ def test_encode(tmp_path):
     tiny_stable_diffusion(tmp_path / "model")
     result = run(tmp_path)
     assert result.exit_code == 0 and "shard 0: 1 of 1 done, 0 bad samples" in result.output, result.exception
+    how = f"train with data.source=latents data.path={tmp_path / 'latents'} data.crop=center data.flip=false"
+    assert how in result.output
     config = Config(source="latents", path=str(tmp_path / "latents"), resolution=32)
     assert len(open_source(config, tokenizer=None, channels=3, seed=0)) == 5
     assert "shard 0" not in run(tmp_path).output  # nothing is left to do

@@ -51,6 +51,12 @@ def test_metadata(tmp_path):
 def test_name_of_the_folder(tmp_path):
     reader = FolderReader(write(tmp_path / "my_cats", {"tabby-cat/0.jpg": b"", "1.webp": b""}))
     assert captions(reader) == {"1.webp": "my cats", "tabby-cat/0.jpg": "tabby cat"}
+    note = "pictures without a caption of their own, which take their folder's name: 2, as"
+    assert reader.notes == [(str(tmp_path / "my_cats"), f'{note} "my cats" (1 of them)')]
+    kohya = FolderReader(write(tmp_path / "kohya", {"10_sks dog/0.jpg": b"", "10_sks dog/1.jpg": b""}))
+    ((_, what),) = kohya.notes
+    assert what == f'{note} "10 sks dog" (2 of them); a number before it is part of it, and repeats nothing'
+    assert FolderReader(tmp_path / "kohya", captioned=False).notes == []
 
 
 def test_a_missing_sidecar_is_a_bad_sample(tmp_path):
@@ -126,7 +132,7 @@ def test_lines_of_metadata_without_their_image_are_named(tmp_path):
 def test_metadata_of_other_kinds_is_said_not_to_be_read(tmp_path):
     reader = FolderReader(write(tmp_path, {"0.jpg": b"", "metadata.parquet": b"PAR1"}))
     why = "is not read: captions of this kind go into metadata.jsonl"
-    assert reader.notes == [(f"{tmp_path}/metadata.parquet", why)]
+    assert reader.notes[0] == (f"{tmp_path}/metadata.parquet", why)
     both = {"metadata.jsonl": '{"file_name": "0.jpg", "text": "a"}', "metadata.csv": "file_name,text\n0.jpg,b\n"}
     reader = FolderReader(write(tmp_path, both))
     assert captions(reader) == {"0.jpg": "a"}
@@ -164,7 +170,8 @@ def test_a_csv_or_json_of_something_else(tmp_path):
     files |= {"my_cats/1.jpg": b"", "my_cats/1.json": '{"width": 5}', "my_cats/2.jpg": b""}
     reader = FolderReader(write(tmp_path, files))
     assert captions(reader) == {"a/0.jpg": "zero", "my_cats/1.jpg": "my cats", "my_cats/2.jpg": "my cats"}
-    assert reader.notes == [(f"{tmp_path}/a/metadata.csv", "is not read: it has no column file_name")]
+    assert reader.notes[0] == (f"{tmp_path}/a/metadata.csv", "is not read: it has no column file_name")
+    assert len(reader.notes) == 2 and reader.notes[1][1].startswith("pictures without a caption of their own")
 
 
 def test_a_folder_and_the_tar_made_of_it_have_the_same_captions(tmp_path):

@@ -203,7 +203,11 @@ def test_headers_that_do_not_fit_are_refused_by_name(images, vae, tmp_path):
         list(encoder(images, vae, dtype="float16").write(folder))
     with pytest.raises(UserError, match="another VAE"):
         open_latents(folder, vae_sha256="0" * 64)
-    for option, message in [({"resolution": 64}, "resolution is 64.*of 32"), ({"flip": True}, "flip: false")]:
+    for option, message in [
+        ({"resolution": 64}, "resolution is 64.*of 32"),
+        ({"flip": True}, r"data\.flip is true; .* it is false: add data\.flip=false"),
+        ({"crop": "random"}, r"data\.crop is random; .* it is center: add data\.crop=center"),
+    ]:
         config = Config(**({"source": "latents", "path": str(folder), "resolution": 32} | option))
         with pytest.raises(UserError, match=message):
             open_source(config, tokenizer=None, channels=3, seed=0)

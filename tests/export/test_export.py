@@ -16,7 +16,7 @@ from safetensors import safe_open
 from fastsp import draws
 from fastsp.config import Config
 from fastsp.errors import UserError
-from fastsp.export.export import export_run
+from fastsp.export.export import DTYPES, export_run
 from fastsp.export.single_file import save_single_file
 from fastsp.models import digits_model, load_pipeline
 
@@ -135,6 +135,32 @@ def test_the_model_card_tells_the_training(tmp_path: Path) -> None:
     assert "| 25 | 0 | 0 | captions | 26.00 | 27.50 | 3 |" in text and "99.00" not in text
     assert "| data | images pictures, 16 px |" in text and "/home" not in card
     assert "| torch | 2.13.0 |" in text and "a \\| b" in text and "ComfyUI" in text
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_the_card_s_code_runs(tmp_path: Path, dtype: str) -> None:
+    """As it is printed; and without its dtype, which diffusers then takes for float32 everywhere."""
+    run = finished_run(tmp_path, "sd1")
+    export_run(run, tmp_path / "out", dtype=dtype)
+    card = (tmp_path / "out" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0].replace("path/to/this/folder", str(tmp_path / "out"))
+    assert ("torch_dtype" in code) == (dtype != "fp32")
+    made: dict[str, Any] = {}
+    code = code.replace("num_inference_steps=25", "num_inference_steps=2")
+    exec(code, made)
+    assert made["image"].size == (16, 16) and made["pipeline"].unet.dtype == DTYPES[dtype]
+    plain = type(made["pipeline"]).from_pretrained(tmp_path / "out")
+    assert {part.dtype for part in (plain.unet, plain.vae, plain.text_encoder)} == {torch.float32}
+
+
+def test_the_card_of_adapters_says_so(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, "sd1")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"] |= {"pretrained": "somebody/base", "lora": {"rank": 8, "alpha": 4.0, "target_modules": ["to_q"]}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    export_run(run, tmp_path / "out", stage="sp")
+    merged = "these weights are the base model's with the adapters merged into them"
+    assert f"| adapters | LoRA, rank 8, alpha 4, on to_q; {merged} |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_card_of_an_mse_stage_claims_no_other_objective(tmp_path: Path) -> None:

@@ -130,6 +130,7 @@ def test_a_changed_run_goes_on_where_it_stopped(tmp_path):
     assert run.wait() == 2 and "stages.0.learning_rate 0.001 -> 0.0001" in run.output()
     run = train(reached - 1, "1e-3", "--resume", "--allow-changes")
     assert run.wait() == 2 and f"stopped at step {reached} of stage mse" in run.output()
+    assert f"at least as long; stages.0.steps={reached} ends it here" in run.output()
     assert (run_dir / "config.yaml").read_text() == before and not (run_dir / "config.1.yaml").exists()
     run = train(reached + 3, "1e-4", "--resume", "--allow-changes")
     assert run.wait() == 0 and "changed: stages.0.learning_rate 0.001 -> 0.0001" in run.output()

@@ -56,6 +56,12 @@ def test_a_run_from_its_start_to_its_end(tmp_path):
     assert status.finished and status.global_step == 48 and status.seconds_left == 0
     assert (status.checkpoint, status.checkpoint_step) == ("step_00000048", 48) and "fastsp sample" in status.next
 
+    metrics = run_dir / "metrics.jsonl"
+    rows = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(rows[:40]))  # as of a run that was stopped before it logged a step of its last stage
+    status = run_status(run_dir)
+    assert (status.stage, status.step, status.stage_steps, status.global_step) == ("sp", 8, 8, 48)
+    metrics.write_text("".join(rows))
     file = next((run_dir / "checkpoints" / "step_00000048").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"\x55")
     assert run_status(run_dir).checkpoint_damage is None, "the sizes are right"
