@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastsp import draws
@@ -45,9 +46,11 @@ class SampleDrawer:
         """(N, C, H, W) in [-1, 1]: one image for each prompt, without guidance."""
         return self._with(unet).generate(self.prompts[:count], self.noise[:count], self.steps)
 
-    def draw(self, unet: Any, name: str) -> None:
-        """One grid: ``<name>.png``."""
-        save_png(grid(self.images(unet)), self.folder / f"{name}.png", prompts="\n".join(self.prompts))
+    def draw(self, unet: Any, name: str) -> Image.Image:
+        """One grid: ``<name>.png``, and returned."""
+        picture = grid(self.images(unet))
+        save_png(picture, self.folder / f"{name}.png", prompts="\n".join(self.prompts))
+        return picture
 
     def draw_comparison(self, unets: dict[str, Any]) -> None:
         """``comparison.png``: a row for each stage, from equal noise (the paper's Figure 1)."""

@@ -6,6 +6,8 @@ import uuid
 from importlib.util import find_spec
 from typing import Any, Self
 
+import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from fastsp.config import Config
@@ -56,6 +58,15 @@ class Trackers:
             self._tensorboard.add_scalar(name, value, global_step)
         if self._wandb is not None:
             self._wandb.log({**figures, "stage": stage, "global_step": global_step})
+
+    def show(self, samples: Image.Image, stage: str, global_step: int) -> None:
+        """A grid of samples."""
+        pixels = np.asarray(samples.convert("RGB"))
+        self._tensorboard.add_image("samples", pixels, global_step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"samples": wandb.Image(samples), "stage": stage, "global_step": global_step})
 
 
 def _wandb_run(run: RunDirectory, config: Config) -> Any:

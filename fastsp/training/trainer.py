@@ -190,7 +190,7 @@ class Trainer:
                 monitor.after_step(number, result)
                 if _due(number, self.config.samples.every, stage.steps):
                     with monitor.paused():
-                        self._draw(ema_unet, f"{stage.name}_step_{number:06d}")
+                        self._draw(ema_unet, f"{stage.name}_step_{number:06d}", stage, number, trackers)
                 stop, failed = self.ranks.exchange([self.stop.signal_number or 0, writer.failed]).amax(0).tolist()
                 if stop or self._saves(number, stage, result):
                     with monitor.paused():
@@ -201,7 +201,7 @@ class Trainer:
                 self._stop_if_asked(f"step {number} of {stage.name}", stop)
         whole = whole_unet(ema_unet, self.ranks)
         if whole is not None:
-            self.samples.draw(whole, f"{stage.name}_final")
+            self._draw_whole(whole, f"{stage.name}_final", stage, stage.steps, trackers)
             self.run.finish_stage(stage.name, partial(self._write_unet, whole))
             self._refresh_report()
         self.ranks.barrier()  # the next stage starts from that folder
@@ -339,12 +339,17 @@ class Trainer:
             f"before it as they were, and this one at least as long{shorten}"
         )
 
-    def _draw(self, ema_unet: Any, name: str) -> None:
+    def _draw(self, ema_unet: Any, *where: Any) -> None:
         """A grid with the weights of the moving average. All ranks call it: theirs may be parts."""
         whole = whole_unet(ema_unet, self.ranks)
         if whole is not None:
-            self.samples.draw(whole, name)
+            self._draw_whole(whole, *where)
             self._refresh_report()
+
+    def _draw_whole(self, unet: Any, name: str, stage: StageConfig, step: int, trackers: Trackers | None) -> None:
+        picture = self.samples.draw(unet, name)
+        if trackers is not None:
+            trackers.show(picture, stage.name, self.config.steps_before(stage) + step)
 
     def _stop_if_asked(self, done: str, signal_number: int | None) -> None:
         if signal_number:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -78,6 +80,26 @@ def test_tensorboard_forgets_what_a_resumed_run_makes_again(tmp_path):
                     trackers.write({"loss": step + reached / 10}, "mse", step)
             time.sleep(1.1)  # event files of one process are told apart by their second
         assert tensorboard(run, "loss") == [(1, 1.0), (2, 2.1), (3, 3.1), (4, 4.1)]
+
+
+def test_grids_of_samples_are_shown(tmp_path, wandb):
+    """In TensorBoard, where a resumed run replaces what it makes again, and in Weights & Biases."""
+    wandb.Image = lambda picture: ("picture", picture.size)
+    config = config_of(tmp_path, "log.wandb={project: sp}")
+    with RunDirectory(config) as run:
+        for reached, level in ((0, 10), (1, 20)):
+            with Trackers(run, config, reached) as trackers:
+                for step in (1, 2) if reached == 0 else (2,):
+                    trackers.show(Image.new("L", (6, 4), level), "mse", step)
+            time.sleep(1.1)
+        events = EventAccumulator(str(run.tensorboard), size_guidance={"images": 0}).Reload().Images("samples")
+    assert [event.step for event in events] == [1, 2]
+    pictures = [Image.open(io.BytesIO(event.encoded_image_string)) for event in events]
+    assert [(picture.size, picture.getpixel((0, 0))) for picture in pictures] == [
+        ((6, 4), (10, 10, 10)),
+        ((6, 4), (20, 20, 20)),
+    ]
+    assert wandb.runs[1].logged == [{"samples": ("picture", (6, 4)), "stage": "mse", "global_step": 2}]
 
 
 def test_weights_and_biases_goes_on_with_its_run(tmp_path, wandb):
