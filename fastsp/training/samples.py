@@ -46,10 +46,11 @@ class SampleDrawer:
         """(N, C, H, W) in [-1, 1]: one image for each prompt, without guidance."""
         return self._with(unet).generate(self.prompts[:count], self.noise[:count], self.steps)
 
-    def draw(self, unet: Any, name: str) -> Image.Image:
-        """One grid: ``<name>.png``, and returned."""
+    def draw(self, unet: Any, *names: str) -> Image.Image:
+        """One grid, as ``<name>.png`` for every name, and returned."""
         picture = grid(self.images(unet))
-        save_png(picture, self.folder / f"{name}.png", prompts="\n".join(self.prompts))
+        for name in names:
+            save_png(picture, self.folder / f"{name}.png", prompts="\n".join(self.prompts))
         return picture
 
     def draw_comparison(self, unets: dict[str, Any]) -> None:

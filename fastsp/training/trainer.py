@@ -190,7 +190,7 @@ class Trainer:
                 monitor.after_step(number, result)
                 if _due(number, self.config.samples.every, stage.steps):
                     with monitor.paused():
-                        self._draw(ema_unet, f"{stage.name}_step_{number:06d}", stage, number, trackers)
+                        self._draw(ema_unet, stage, number, trackers)
                 stop, failed = self.ranks.exchange([self.stop.signal_number or 0, writer.failed]).amax(0).tolist()
                 if stop or self._saves(number, stage, result):
                     with monitor.paused():
@@ -199,9 +199,8 @@ class Trainer:
                 if stop or failed:
                     writer.wait()
                 self._stop_if_asked(f"step {number} of {stage.name}", stop)
-        whole = whole_unet(ema_unet, self.ranks)
+        whole = self._draw(ema_unet, stage, stage.steps, trackers)
         if whole is not None:
-            self._draw_whole(whole, f"{stage.name}_final", stage, stage.steps, trackers)
             self.run.finish_stage(stage.name, partial(self._write_unet, whole))
             self._refresh_report()
         self.ranks.barrier()  # the next stage starts from that folder
@@ -339,17 +338,20 @@ class Trainer:
             f"before it as they were, and this one at least as long{shorten}"
         )
 
-    def _draw(self, ema_unet: Any, *where: Any) -> None:
-        """A grid with the weights of the moving average. All ranks call it: theirs may be parts."""
+    def _draw(self, ema_unet: Any, stage: StageConfig, step: int, trackers: Trackers | None) -> Any:
+        """A grid with the weights of the moving average. All ranks call it: theirs may be parts.
+
+        Returns:
+            The whole UNet on the main process, None on the others.
+        """
         whole = whole_unet(ema_unet, self.ranks)
         if whole is not None:
-            self._draw_whole(whole, *where)
-            self._refresh_report()
-
-    def _draw_whole(self, unet: Any, name: str, stage: StageConfig, step: int, trackers: Trackers | None) -> None:
-        picture = self.samples.draw(unet, name)
-        if trackers is not None:
+            names = [f"{stage.name}_step_{step:06d}", *[f"{stage.name}_final"] * (step == stage.steps)]
+            picture = self.samples.draw(whole, *names)
+            assert trackers is not None
             trackers.show(picture, stage.name, self.config.steps_before(stage) + step)
+            self._refresh_report()
+        return whole
 
     def _stop_if_asked(self, done: str, signal_number: int | None) -> None:
         if signal_number:
@@ -407,7 +409,8 @@ def _check_same_data(mine: Inventory, ranks: Ranks) -> None:
 
 
 def _due(number: int, every: int, last: int) -> bool:
-    return number == last or bool(every and number % every == 0)
+    """Whether to draw after a step; the last one's grid is that of the finished stage."""
+    return number != last and bool(every and number % every == 0)
 
 
 def _headline(stage: StageConfig, done: int) -> str:
