@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from fastsp_kernels import Stream, random_normals, reproject
-from fastsp_kernels.reproject_backward import reproject_backward
+from fastsp_kernels import Stream, random_normals
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.kernels import parameters
-from benchmarks.kernels.latents import Latents, plain_reproject, plain_reproject_backward
+from benchmarks.kernels import bench_reproject, parameters
+from benchmarks.kernels.latents import Latents
 
 CPU = torch.device("cpu")
 BFLOAT16 = {"rtol": 2**-7, "atol": 1e-5}  # one unit in the last place, where float32 sums differ in their order
@@ -25,24 +24,10 @@ BFLOAT16 = {"rtol": 2**-7, "atol": 1e-5}  # one unit in the last place, where fl
 def test_reproject() -> None:
     batch = Latents.on(CPU)
     noise = random_normals(batch.seed, Stream.NOISE, batch.positions, batch.latents.shape[1:])
-    levels = (batch.signal, batch.noise_level)
-    ours = reproject(
-        batch.model_pred,
-        batch.latents,
-        batch.t,
-        batch.t2,
-        *levels,
-        batch.angles,
-        seed=batch.seed,
-        positions=batch.positions,
-        memory_format=torch.channels_last,
-    )
-    plain = plain_reproject(batch.model_pred, batch.latents, noise, batch.t, batch.t2, *levels)
+    ours, plain = bench_reproject.ours(batch, noise), bench_reproject.eager(batch, noise)
     assert plain.dtype == ours.dtype and plain.stride() == ours.stride()
     torch.testing.assert_close(plain, ours, rtol=2**-7, atol=1e-4)
-    gradient = plain_reproject_backward(batch.gradient, batch.t, batch.t2, *levels)
-    expected = reproject_backward(batch.gradient, batch.t, batch.t2, *levels, batch.angles, 0, torch.bfloat16, 1)
-    torch.testing.assert_close(gradient, expected, **BFLOAT16)
+    torch.testing.assert_close(bench_reproject.eager_backward(batch), bench_reproject.our_backward(batch), **BFLOAT16)
 
 
 @pytest.mark.parametrize(
