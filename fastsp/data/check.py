@@ -134,15 +134,15 @@ def _note_on_lengths(lengths: list[int]) -> dict[str, str]:
 
 
 def _notes(options: DataOptions, source: Source) -> dict[str, str]:
-    notes: dict[str, str] = {}
-    for name, what in source.reader.notes:
-        notes[name] = f"{notes[name]}; {what}" if name in notes else what
+    found = list(source.reader.notes)
     if options.source == "images":
         folder = Path(str(options.path)).expanduser()
         tars = sum(1 for _ in folder.glob("*.tar"))
         if tars:
-            what = f"read as a folder of images; the {tars} tars in it are '{folder}/*.tar'"
-            notes[str(folder)] = "; ".join([*([notes[str(folder)]] if str(folder) in notes else []), what])
+            found.append((str(folder), f"read as a folder of images; the {tars} tars in it are '{folder}/*.tar'"))
+    notes: dict[str, str] = {}
+    for name, what in found:
+        notes[name] = f"{notes[name]}; {what}" if name in notes else what
     return notes
 
 

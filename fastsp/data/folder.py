@@ -1,9 +1,9 @@
 """A folder of images, nested or not, with captions in any of the usual ways.
 
 In this order: a `metadata.jsonl` or `metadata.csv` in the image's folder or above it, as Hugging Face's imagefolder has
-it (one object or row a line: "file_name", relative to the file, and "text" or "caption"); a `.txt` file
-beside the image with the same stem, or a `.json` with "caption" or "text", as in a tar; and, where there is no such
-metadata and the folder's images have no captions beside them, the folder's name, with blanks for `_` and `-`.
+it (one object or row a line: "file_name", relative to the file, and "text" or "caption"); beside the image, as in a tar,
+a `.txt` with the same stem, a `.json` with "caption" or "text", or a `.caption`; and, where there is no such metadata and
+the folder's images have no captions beside them, the folder's name, with blanks for `_` and `-`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class FolderReader:
         self._odd_sidecars: dict[str, str] = {}
         """The sidecars whose suffix is not in lower case, by their path as if it were."""
         self._sidecar_kinds: dict[str, tuple[str, ...]] = {}
-        """The suffixes that the sidecars of a folder have. None: its name is the caption, unless there is metadata."""
+        """The suffixes that the sidecars of a folder have. Empty: its name is the caption, unless there is metadata."""
         self._named_by_folder: Counter[str] = Counter()
         """Of the folders without captions, how many pictures they hold."""
         self._unread: Counter[str] = Counter()
