@@ -1,37 +1,32 @@
 """A folder of images, nested or not, with captions in any of the usual ways.
 
 In this order: a `metadata.jsonl` or `metadata.csv` in the image's folder or above it, as Hugging Face's imagefolder has
-it (one object or row a line: "file_name", relative to the file, and "text" or "caption"); beside the image, as in a tar,
-a `.txt` with the same stem, a `.json` with "caption" or "text", or a `.caption`; and, where there is no such metadata and
-the folder's images have no captions beside them, the folder's name, with blanks for `_` and `-`.
+it; beside the image, as in a tar, a `.txt` with the same stem, a `.json` with "caption" or "text", or a `.caption`;
+and, where there is no such metadata and the folder's images have no captions beside them, the folder's name, with
+blanks for `_` and `-`.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsp.data.captions import JSON_KEYS, caption_from_json, caption_from_record, caption_of
+from fastsp.data.captions import caption_from_json, caption_from_record, caption_of
 from fastsp.data.inventory import MAX_NAMES, Inventory, Part
+from fastsp.data.metadata import METADATA, UNREAD_METADATA, columns, lines
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size, printable
 from fastsp.data.tar_scan import CAPTION_SUFFIXES, IMAGE_SUFFIXES, UNREAD_SUFFIXES, split_name
 from fastsp.errors import UserError
 from fastsp.progress import late_bar
-
-METADATA = ("metadata.jsonl", "metadata.csv")  # the first that is there
-UNREAD_METADATA = "metadata.parquet"  # which Hugging Face's imagefolder takes too
-_TOO_LONG = "more columns than the first line: quote what has commas"
 
 
 def image_folder(folder: str | Path) -> Path:
@@ -190,7 +185,7 @@ class FolderReader:
                     why = f"{found} is"
                 elif name == UNREAD_METADATA:
                     why = f"captions of this kind go into {METADATA[0]}"
-                elif path.suffix == ".csv" and path.is_file() and "file_name" not in _csv_columns(path):
+                elif path.suffix == ".csv" and path.is_file() and "file_name" not in columns(path):
                     why = "it has no column file_name"
                 else:
                     found = name
@@ -202,7 +197,7 @@ class FolderReader:
         """What the lines say of the pictures. One that cannot be read costs its own picture's caption."""
         root = os.path.abspath(self.root)
         before, good = len(self.damaged), False
-        for number, line in _lines(self.root / directory / file):
+        for number, line in lines(self.root / directory / file):
             where = f"{self._name(os.path.join(directory, file))}, line {number}"
             if isinstance(line, str):
                 self.damaged.append((where, line))
@@ -287,61 +282,6 @@ def _kind(entry: os.DirEntry[str], listing: _Listing) -> list[str]:
 
 def _names_sha256(names: list[str]) -> str:
     return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
-
-
-def _lines(path: Path) -> Iterator[tuple[int, tuple[str, Any] | str]]:
-    """Of a file of metadata the lines' numbers, and what they say: name and record of an image, or what is wrong."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file that can be read")
-    try:
-        yield from (_csv_lines if path.suffix == ".csv" else _json_lines)(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, tuple[str, Any] | str]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield number, _entry(json.loads(line))
-                except (ValueError, RecursionError) as error:
-                    yield number, f"{error!r}"
-
-
-def _open_csv(path: Path) -> IO[str]:
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
-def _csv_columns(path: Path) -> Sequence[str]:
-    """The names in the first line; none where it cannot be read."""
-    try:
-        with _open_csv(path) as lines:
-            return csv.DictReader(lines, strict=True).fieldnames or ()
-    except (OSError, csv.Error):
-        return ()
-
-
-def _csv_lines(path: Path) -> Iterator[tuple[int, tuple[str, Any] | str]]:
-    with _open_csv(path) as lines:
-        rows = csv.DictReader(lines, restkey="", strict=True)
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield rows.line_num, f"{error!r}"
-            else:
-                yield rows.line_num, _TOO_LONG if "" in row else _entry(row)
-
-
-def _entry(record: Any) -> tuple[str, Any] | str:
-    """Of millions of lines the columns that are no captions would be a burden: where there are captions, they go."""
-    name = record.get("file_name") if isinstance(record, dict) else None
-    if not isinstance(name, str) or not name:
-        return f"file_name is {name!r}; a line must have file_name, and text or caption"
-    return name, {key: record[key] for key in JSON_KEYS if key in record} or dict.fromkeys(record)
 
 
 def _holds_caption(file: Path) -> bool:
