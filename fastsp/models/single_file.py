@@ -78,7 +78,6 @@ def _explanation(file: Path, config: str | None, error: Exception) -> str:
     if config is None:
         return (
             f"{file} cannot be loaded without the tokenizer and configuration of its kind, which the hub did not give "
-            f"({reason}); set model.config (of a command, --model-config) to a diffusers folder that has "
-            "them"
+            f"({reason}); set model.config to a diffusers folder that has them (of a command: --model-config)"
         )
     return f"{file} cannot be loaded with model.config {config}: {reason}"
