@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsp_kernels._checks import check_tensor
 from fastsp_kernels._tensor_lists import ALIGNMENT, CHUNK, AddressTables, are_aligned, check_lists, chunk_table
@@ -131,9 +131,17 @@ def adamw_ema(
             wanted = " or ".join(map(str, SCALAR_DTYPES.get(name, (torch.float32,))))
             raise ValueError(f"{name} must be {wanted}, got {scalar.dtype}")
     _check_options(max_norm, betas, eps, weight_decay)
-    _adamw_ema(
-        *lists, learning_rate, ema_decay, gradient_norm, step, skipped, max_norm, betas[0], betas[1], eps, weight_decay
-    )
+    arguments = (*lists, learning_rate, ema_decay, gradient_norm, step, skipped, max_norm, *betas, eps, weight_decay)
+    if _is_plain_on_cpu(masters[0]):
+        with torch.no_grad():
+            _update(*arguments)
+    else:
+        _adamw_ema(*arguments)
+
+
+def _is_plain_on_cpu(tensor: Tensor) -> bool:
+    """Nothing traces or records the update there, and handing a thousand tensors to an operator takes as long as it."""
+    return not torch.compiler.is_compiling() and type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu
 
 
 def _check_options(max_norm: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
@@ -148,11 +156,7 @@ def _check_options(max_norm: float, betas: tuple[float, float], eps: float, weig
             raise ValueError(f"{name} must be 0 or greater, got {value}")
 
 
-@torch.library.custom_op(
-    "fastsp::adamw_ema",
-    mutates_args=("masters", "gradients", "exp_avgs", "exp_avg_sqs", "emas", "copies", "step", "skipped"),
-)
-def _adamw_ema(
+def _update(
     masters: list[Tensor],
     gradients: list[Tensor],
     exp_avgs: list[Tensor],
@@ -176,6 +180,12 @@ def _adamw_ema(
     run = _update_triton if uses_triton(masters[0]) else _update_reference
     scalars = Scalars(learning_rate, ema_decay, gradient_norm, step, max_norm, beta1, beta2, eps, weight_decay)
     run((masters, gradients, exp_avgs, exp_avg_sqs, emas, copies), scalars)
+
+
+_adamw_ema = torch.library.custom_op(
+    "fastsp::adamw_ema",
+    mutates_args=("masters", "gradients", "exp_avgs", "exp_avg_sqs", "emas", "copies", "step", "skipped"),
+)(_update)
 
 
 @_adamw_ema.register_fake
