@@ -46,20 +46,20 @@ def bench(
     """
     import json
 
-    import torch
     from rich.console import Console
 
     from fastsp.bench.report import operator_lines, phase_lines, sweep_lines, table, verdict
     from fastsp.bench.roofline import save_roofline
     from fastsp.bench.run import Plan, run
     from fastsp.bench.workload import default_workload, workload_of
+    from fastsp.devices import best_device
     from fastsp.training.compilation import keep_compiled_code
 
     keep_compiled_code()
     names = _names(only, no_compile=compiled is False)
     _check_outputs(json_file, png, force)
     console = Console()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     workload = workload_of(config, device, overrides or []) if config else default_workload(device, overrides or [])
     if compiled is None and config is None and not any(text.partition("=")[0] == "compile" for text in overrides or []):
         compiled = True

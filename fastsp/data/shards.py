@@ -19,7 +19,7 @@ from torch import Tensor
 from fastsp.data.captions import caption_of
 from fastsp.data.inventory import Inventory
 from fastsp.data.samples import BadSample, EncodedSample, LostFile, check_file_size, printable
-from fastsp.data.tar_index import TarIndex, load_index, load_or_build_index
+from fastsp.data.tar_index import TarIndex, absolute, load_index, load_or_build_index
 from fastsp.data.tar_scan import IMAGE_SUFFIXES, Span
 from fastsp.errors import UserError
 
@@ -69,7 +69,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _matches(name: str, gone: Collection[Path]) -> list[Path]:
     path = Path(name).expanduser()
-    if path.is_file() or Path(os.path.abspath(path)) in gone:
+    if path.is_file() or absolute(path) in gone:
         return [path]
     folder = path if path.is_dir() else path.parent
     pattern = "*" if path.is_dir() else path.name
@@ -179,7 +179,7 @@ def _index_with_gone(patterns: Patterns, suffixes: Sequence[str], known: Sequenc
         found = expand_shards(patterns, gone)
     except UserError:
         return None
-    index = load_index(known, suffixes) if {Path(os.path.abspath(shard)) for shard in found} <= set(known) else None
+    index = load_index(known, suffixes) if {absolute(shard) for shard in found} <= set(known) else None
     if index is None:
         return None
     reason = "gone since the run began; its samples keep their places"

@@ -78,6 +78,11 @@ class TarIndex:
         return printable(self[index][0]), printable(key)
 
 
+def absolute(path: Path) -> Path:
+    """Without following links: their names say more than those that a hub's cache gives what they lead to."""
+    return Path(os.path.abspath(path))
+
+
 def load_or_build_index(
     shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES, progress: bool = False
 ) -> TarIndex:
@@ -90,9 +95,10 @@ def load_or_build_index(
     """
     index = load_index(shards, suffixes)
     if index is None:
-        paths = [Path(os.path.abspath(shard)) for shard in shards]  # links stay, as names that say more
-        signature = json.dumps([VERSION, list(suffixes), [_signature(path) for path in paths]])  # of before: see below
-        index = build_index(paths, suffixes, progress)  # a tar that is still being written is indexed anew next time
+        paths = [absolute(shard) for shard in shards]
+        # Looked at before the tars are read: one that is still being written is indexed anew the next time.
+        signature = json.dumps([VERSION, list(suffixes), [_signature(path) for path in paths]])
+        index = build_index(paths, suffixes, progress)
         for place in _places(paths):
             if _save(index, signature, place):
                 break
@@ -101,7 +107,7 @@ def load_or_build_index(
 
 def load_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarIndex | None:
     """The index of these tars from its file, if there is one and no tar has changed since; one may be gone."""
-    paths = [Path(os.path.abspath(shard)) for shard in shards]
+    paths = [absolute(shard) for shard in shards]
     indices = (_load(place, paths, suffixes) for place in _places(paths))
     return next((index for index in indices if index is not None), None)
 

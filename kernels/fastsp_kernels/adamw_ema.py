@@ -127,9 +127,9 @@ def adamw_ema(
         check_tensor(name, scalar)
         if scalar.ndim != 0 or scalar.device != device:
             raise ValueError(f"{name} must be a 0-d tensor on {device}, got {tuple(scalar.shape)} on {scalar.device}")
-        if scalar.dtype not in SCALAR_DTYPES.get(name, (torch.float32,)):
-            wanted = " or ".join(map(str, SCALAR_DTYPES.get(name, (torch.float32,))))
-            raise ValueError(f"{name} must be {wanted}, got {scalar.dtype}")
+        dtypes = SCALAR_DTYPES.get(name, (torch.float32,))
+        if scalar.dtype not in dtypes:
+            raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {scalar.dtype}")
     _check_options(max_norm, betas, eps, weight_decay)
     arguments = (*lists, learning_rate, ema_decay, gradient_norm, step, skipped, max_norm, *betas, eps, weight_decay)
     if _is_plain_on_cpu(masters[0]):
