@@ -6,6 +6,7 @@ is still whole. What a killed process leaves behind matches :data:`UNFINISHED`.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import re
@@ -28,17 +29,44 @@ _NO_ROOM = {
 
 
 def read_text(path: Path, name: str | None = None) -> str:
-    """UTF-8 text; ``name`` is what errors call the file.
+    """The text of a file that a user hands in, without the byte order mark that Windows' editors put first.
+
+    Args:
+        path: a file, or what the shell makes of ``<(command)``.
+        name: what errors call it; by default the path.
 
     Raises:
-        UserError: no such file, or not UTF-8.
+        UserError: there is no such file, it cannot be read, or it is not UTF-8.
     """
-    if not path.is_file():
-        raise UserError(f"{name or path} does not exist")
+    name = name or str(path)
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{name or path} is not UTF-8 text") from None
+        return decode_text(path.read_bytes(), name)
+    except FileNotFoundError:
+        raise UserError(f"{name} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror or error}") from None
+
+
+def read_lines(path: Path, name: str | None = None) -> list[str]:
+    """The lines of :func:`read_text`, stripped, without the empty ones."""
+    return [line.strip() for line in read_text(path, name).split("\n") if line.strip()]
+
+
+def decode_text(content: bytes, name: str) -> str:
+    """UTF-8 without a byte order mark, its lines ended by ``\\n``.
+
+    Raises:
+        UserError: it is in another encoding; the message says which is likely, and which byte of which line shows it.
+    """
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            found = "it looks like UTF-16"
+        else:
+            line = content.count(b"\n", 0, error.start) + 1
+            found = f"byte 0x{content[error.start]:02x} in line {line}; it may be cp1252 (Latin-1)"
+        raise UserError(f"{name} is not UTF-8 text ({found}): save it as UTF-8") from None
 
 
 def check_writable(file: Path, force: bool, option: str = "") -> None:

@@ -13,7 +13,17 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fastsp import files
-from fastsp.files import commit_folder, new_file, new_folder, no_room, remove_unfinished, write_file
+from fastsp.errors import UserError
+from fastsp.files import (
+    commit_folder,
+    new_file,
+    new_folder,
+    no_room,
+    read_lines,
+    read_text,
+    remove_unfinished,
+    write_file,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -119,3 +129,28 @@ def test_files_are_for_whom_the_umask_says(tmp_path):
         save_file({"x": torch.zeros(1)}, unfinished / "x.safetensors")
     for file in (tmp_path / "file.safetensors", tmp_path / "folder" / "x.safetensors"):
         assert file.stat().st_mode == plain.stat().st_mode
+
+
+def test_text_of_any_editor_is_read_without_its_byte_order_mark(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffé one\r\n\r\n two\u2028still two \n".encode())
+    assert read_text(file) == "é one\n\n two\u2028still two \n"
+    assert read_lines(file) == ["é one", "two\u2028still two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("a\ncafé\n".encode("cp1252"), r"byte 0xe9 in line 2; it may be cp1252 \(Latin-1\)\): save it as UTF-8"),
+        ("a".encode("utf-16"), r"is not UTF-8 text \(it looks like UTF-16\)"),
+        (None, "does not exist"),
+    ],
+)
+def test_text_that_cannot_be_read_is_one_line_that_names_the_file(tmp_path, content, told):
+    file = tmp_path / "list.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"^--prompts .*list\.txt .*{told}"):
+        read_text(file, f"--prompts {file}")
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        read_text(tmp_path)

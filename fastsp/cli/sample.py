@@ -50,11 +50,12 @@ def sample(
     Example: fastsp sample --model runs/a/stages/mse --model runs/a/stages/sp --prompts captions.txt --out compared.png
     """
     from fastsp.errors import UserError
-    from fastsp.files import check_writable
+    from fastsp.files import check_writable, read_lines
     from fastsp.generation import Sampling
     from fastsp.sampling import Guidance
 
-    texts = [text for text in [*(prompt or []), *(_lines(prompts) if prompts else [])] for _ in range(count)]
+    lines = read_lines(prompts, f"--prompts {prompts}") if prompts else []
+    texts = [text for text in [*(prompt or []), *lines] for _ in range(count)]
     if not texts:
         raise UserError("there is nothing to sample: give --prompt TEXT or --prompts FILE")
     if trajectory and singles is not None:
@@ -184,10 +185,3 @@ def _single_files(singles: Path | None, titles: list[str], count: int) -> list[l
     names = [title.replace("/", "_").replace("\\", "_") for title in titles]
     folders = [singles / name for name in names] if len(names) > 1 else [singles]
     return [[folder / f"{index:05d}.png" for index in range(count)] for folder in folders]
-
-
-def _lines(file: Path) -> list[str]:
-    """The non-empty lines of a text file."""
-    from fastsp.files import read_text
-
-    return [line.strip() for line in read_text(file, f"--prompts {file}").splitlines() if line.strip()]
