@@ -42,19 +42,45 @@ print([name for name in ours if name.startswith({blocked!r})])
     assert run(code) == "[]"
 
 
-@pytest.mark.slow
-def test_wheel_holds_our_packages_alone(tmp_path):
-    source = tmp_path / "source"  # a copy, for building leaves a folder behind
-    for package in ("fastsp", "kernels", "tests", "benchmarks"):
-        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__", "results"))
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A copy of the source, because building leaves a folder behind; its wheel; its editable wheel."""
+    top = tmp_path_factory.mktemp("built")
+    source = top / "source"
+    for folder in ("fastsp", "kernels", "tests", "benchmarks"):
+        ignored = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(source)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    code = f"from setuptools import build_meta as b; b.build_wheel({str(top)!r}); b.build_editable({str(top)!r})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"fastsp", "fastsp_kernels"}
-    assert {"fastsp/loss.py", "fastsp/py.typed", "fastsp/cli/train.py", "fastsp_kernels/philox.py"} <= set(names)
-    assert {"fastsp/evaluation/report.html.jinja", "fastsp/lora_readme.md"} <= set(names)
+    editable, wheel = sorted(top.glob("*.whl"))
+    return source, wheel, editable
+
+
+def package_files(source: Path) -> set[str]:
+    folders = (source / "fastsp", source / "kernels" / "fastsp_kernels")
+    return {str(file.relative_to(folder.parent)) for folder in folders for file in folder.rglob("*") if file.is_file()}
+
+
+def test_wheel_holds_every_file_of_our_packages_and_nothing_else(built):
+    source, wheel, _ = built
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == package_files(source)
+
+
+def test_editable_install_finds_both_packages_and_nothing_else(built, tmp_path):
+    source, _, editable = built
+    zipfile.ZipFile(editable).extractall(tmp_path)
+    code = f"""
+import importlib.util, site
+site.addsitedir({str(tmp_path)!r})
+for name in ("fastsp", "fastsp_kernels", "kernels", "tests", "benchmarks"):
+    spec = importlib.util.find_spec(name)
+    print(spec and spec.origin)
+"""
+    command = [sys.executable, "-I", "-S", "-c", code]  # without the environment's own installation of fastsp
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    initial = [str(source / "fastsp" / "__init__.py"), str(source / "kernels" / "fastsp_kernels" / "__init__.py")]
+    assert result.stdout.split() == [*initial, "None", "None", "None"]
