@@ -1,0 +1,109 @@
+"""The house: which package may import which, and that docs/architecture.md draws it so."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# From the top to the ground. A package imports from floors below its own, never upward or sideways.
+FLOORS = (
+    ("cli",),
+    ("bench", "export"),
+    ("evaluation",),
+    ("training",),
+    ("generation",),
+    ("config",),
+    ("models", "data", "loss"),
+    ("perceptual",),
+    ("diffusion",),
+    ("utils", "kernels"),
+)
+# Modules that lie directly in fastsp/, and the package that each belongs to. Those marked are still to be moved there.
+PACKAGE_OF = {
+    "__main__": "cli",
+    "doctor": "cli",  # to be moved
+    "reproduction": "evaluation",  # to be moved
+    "lettering": "generation",  # to be moved
+    "pictures": "generation",  # to be moved
+    "config_text": "config",
+    "attention": "models",  # to be moved
+    "channels_last": "models",  # to be moved
+    "lora": "models",  # to be moved
+    "pixel_pipeline": "models",  # to be moved
+    "half_backward": "perceptual",  # to be moved
+    "conditioning": "diffusion",  # to be moved
+    "draws": "diffusion",  # to be moved
+    "prediction": "diffusion",  # to be moved
+    "sampling": "diffusion",  # to be moved
+    "schedule": "diffusion",  # to be moved
+    "cuda_graphs": "utils",  # to be moved
+    "devices": "utils",  # to be moved
+    "durations": "utils",  # to be moved
+    "errors": "utils",
+    "files": "utils",  # to be moved
+    "gpu_settings": "utils",  # to be moved
+    "progress": "utils",  # to be moved
+}
+# Imports that break the rules today. To be mended, never added to.
+EXCEPTIONS = {
+    ("fastsp.models.model", "fastsp.pixel_pipeline"),
+    ("fastsp.pixel_pipeline", "fastsp.pictures"),
+}
+FLOOR_OF = {package: number for number, floor in enumerate(FLOORS) for package in floor}
+
+
+def source_files() -> dict[str, Path]:
+    """Module name -> file."""
+    folders = (ROOT / "fastsp", ROOT / "kernels" / "fastsp_kernels")
+    files = [(folder, file) for folder in folders for file in folder.rglob("*.py")]
+    parts = {file: file.relative_to(folder.parent).with_suffix("").parts for folder, file in files}
+    return {".".join(names).removesuffix(".__init__"): file for file, names in parts.items()}
+
+
+FILES = source_files()
+
+
+def imports(file: Path) -> set[str]:
+    """Modules of ours that a file imports, wherever in it: inside a function too, and for types alone."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & FILES.keys()
+
+
+IMPORTS = {
+    name: {other for other in imports(file) - {name} if (name, other) not in EXCEPTIONS} for name, file in FILES.items()
+}
+
+
+def package_of(module: str) -> str:
+    top, _, rest = module.partition(".")
+    if top == "fastsp_kernels":
+        return "kernels"
+    name = rest.partition(".")[0]
+    return PACKAGE_OF.get(name, name)
+
+
+def test_every_module_has_a_floor():
+    unknown = {name for name in FILES if name != "fastsp" and package_of(name) not in FLOOR_OF}
+    assert not unknown, "say in FLOORS or PACKAGE_OF where they belong"
+
+
+def test_nothing_imports_upward_or_sideways():
+    wrong = [
+        f"{module} ({package_of(module)}) imports {other} ({package_of(other)})"
+        for module, others in IMPORTS.items()
+        for other in others - {"fastsp"}
+        if package_of(module) != package_of(other) and FLOOR_OF[package_of(module)] >= FLOOR_OF[package_of(other)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_imports_itself_through_others():
+    graphlib.TopologicalSorter(IMPORTS).prepare()  # raises CycleError with the circle
