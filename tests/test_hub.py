@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_stable_diffusion
 
 from fastsp.errors import UserError
-from fastsp.models import check_pipeline, load_pipeline
+from fastsp.models import check_pipeline, load_pipeline, load_unet_and_scheduler
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,8 @@ def test_a_model_in_the_cache(cache, folder):
     assert torch.equal(model.unet.conv_in.weight, expected.unet.conv_in.weight)
     assert model.prediction_type == "v_prediction"
     check_pipeline("tiny/sd-2.1")
+    unet, scheduler = load_unet_and_scheduler("tiny/sd-2.1")
+    assert torch.equal(unet.conv_in.weight, expected.unet.conv_in.weight) and scheduler.config.beta_start == 0.00085
 
 
 def test_a_model_that_is_not_there(cache):

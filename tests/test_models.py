@@ -13,7 +13,14 @@ from tiny import tiny_stable_diffusion
 
 from fastsp.data.latents import encode_moments
 from fastsp.errors import UserError
-from fastsp.models import digits_model, digits_tokenizer, load_model, load_pipeline, tokenize
+from fastsp.models import (
+    digits_model,
+    digits_tokenizer,
+    load_model,
+    load_pipeline,
+    load_unet_and_scheduler,
+    tokenize,
+)
 from fastsp.pixel_pipeline import PixelTextToImagePipeline
 from fastsp.sampling import Guidance
 
@@ -154,3 +161,29 @@ def test_frozen_parts_are_compiled_where_the_run_is(pipelines):
     )
     called = (*compiled.text_encoders, compiled.vae.encoder)
     assert all(module._compiled_call_impl is not None for module in called)
+
+
+def test_a_loss_needs_unet_and_scheduler_alone(pipelines, tmp_path):
+    """Of a pipeline without its other parts, in half precision; of a stage, whether its run is finished or not."""
+    folder, expected = tmp_path / "half", load_pipeline(str(pipelines["sd15"]))
+    for part in ("unet", "scheduler"):
+        shutil.copytree(pipelines["sd15"] / part, folder / part)
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    half = {name: tensor.half() for name, tensor in load_file(file).items()}
+    save_file(half, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+    file.rename(file.with_suffix(""))
+    unet, scheduler = load_unet_and_scheduler(str(folder))
+    assert unet.dtype == torch.float32 and torch.equal(unet.conv_in.weight, half["conv_in.weight"].float())
+    assert scheduler.config.prediction_type == "epsilon"
+    assert torch.equal(scheduler.alphas_cumprod, expected.scheduler.alphas_cumprod)
+
+    run = tmp_path / "run"
+    expected.unet.save_pretrained(run / "stages" / "mse")
+    with pytest.raises(UserError, match=r"has no scheduler/scheduler_config\.json, and it is no stage of a run"):
+        load_unet_and_scheduler(str(run / "stages" / "mse"))
+    (run / "config.yaml").write_text(f"model: {{pretrained: {folder}}}")
+    unet, scheduler = load_unet_and_scheduler(str(run / "stages" / "mse"))
+    assert torch.equal(unet.conv_in.weight, expected.unet.conv_in.weight)
+    assert scheduler.config.prediction_type == "v_prediction" and float(scheduler.alphas_cumprod[-1]) == 0
+    with pytest.raises(UserError, match=r"nowhere does not exist; allowed: a folder with a model, a hub id"):
+        load_unet_and_scheduler(str(tmp_path / "nowhere"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastsp.errors import UserError
 from fastsp.models.digits import digits_model, digits_tokenizer
 from fastsp.models.model import TextToImageModel, tokenize
-from fastsp.models.pretrained import check_pipeline, check_unet, load_pipeline, load_unet
+from fastsp.models.pretrained import check_pipeline, check_unet, load_pipeline, load_unet, load_unet_and_scheduler
 from fastsp.models.saving import save_pipeline
 from fastsp.models.schedulers import ddim_scheduler, trained_scheduler
 
@@ -22,6 +22,7 @@ __all__ = [
     "load_model",
     "load_pipeline",
     "load_unet",
+    "load_unet_and_scheduler",
     "save_pipeline",
     "tokenize",
     "trained_scheduler",

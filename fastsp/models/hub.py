@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 from fastsp.errors import UserError
 from fastsp.models.quiet import quiet_libraries
 
 VARIANTS = (None, "fp16", "bf16")  # of the weights' files, in the order of preference
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_NOT_NEEDED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
+_PARTS = ("unet", "scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
 def is_hub_id(name: str) -> bool:
@@ -19,17 +22,22 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def download_pipeline(hub_id: str) -> Path:
+def download_pipeline(hub_id: str, parts: Collection[str] | None = None) -> Path:
     """The folder in Hugging Face's cache with a pipeline's safetensors; downloaded where they are not there yet.
 
     ``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` hold as everywhere.
+
+    Args:
+        hub_id: ``owner/model``.
+        parts: the components that are needed, such as ``unet``; None: all that fastsp uses.
 
     Raises:
         UserError: no such model, no access to it, no network and nothing in the cache, or pickled weights alone.
     """
     from diffusers import DiffusionPipeline
 
-    options = {"use_safetensors": True, "trust_remote_code": False, **_NOT_NEEDED}
+    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, **dict.fromkeys(NOT_NEEDED)}
+    options |= dict.fromkeys(set(_PARTS).difference(parts or _PARTS))
     for variant in VARIANTS:
         try:
             with quiet_libraries():

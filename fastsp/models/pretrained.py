@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+import yaml
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
@@ -17,7 +18,7 @@ from fastsp.lora import DIFFUSERS_FILE, base_of, fuse_adapters
 from fastsp.models.hub import VARIANTS, download_pipeline, is_hub_id
 from fastsp.models.model import TextToImageModel
 from fastsp.models.quiet import quiet_libraries
-from fastsp.models.schedulers import loaded_scheduler
+from fastsp.models.schedulers import ddim_scheduler, loaded_scheduler, trained_scheduler
 from fastsp.models.single_file import load_single_file, tensor_names
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixelTextToImagePipeline")
@@ -74,12 +75,53 @@ def check_pipeline(name: str) -> None:
 def load_unet(folder: Path) -> Any:
     """The UNet of a pipeline folder, of a folder with a UNet alone, or with adapters, fused into their base; float32.
 
+    Weights of a variant (``*.fp16.safetensors``) are read where there are no others.
+
     Raises:
         UserError: there is none, or it cannot be loaded.
     """
     if (folder / DIFFUSERS_FILE).is_file():
         return _load_with_adapters(folder).unet
     return _load_part(UNet2DConditionModel, _unet_folder(folder))
+
+
+def load_unet_and_scheduler(name: str) -> tuple[Any, DDIMScheduler]:
+    """What a loss needs of a model: the UNet, float32 on the CPU, and the noise scheduler that belongs to it.
+
+    Args:
+        name: what :func:`load_pipeline` takes, of which only these two parts are read and downloaded; or one of the
+            ``stages/`` of a run, finished or not, with the scheduler that the run trains for.
+
+    Raises:
+        UserError: one of the two is not there, or cannot be loaded.
+    """
+    path = _find(name, ("unet", "scheduler"))
+    if path.is_file() or (path / DIFFUSERS_FILE).is_file():
+        model = load_pipeline(name)
+        return model.unet, model.scheduler
+    if not path.is_dir():
+        raise UserError(f"{name} does not exist; allowed: a folder with a model, a hub id, a .safetensors file")
+    return load_unet(path), load_scheduler(path)
+
+
+def load_scheduler(folder: Path) -> DDIMScheduler:
+    """The noise scheduler of a pipeline folder, or of the run that ``folder`` is a stage of.
+
+    Raises:
+        UserError: there is none.
+    """
+    run = folder.resolve().parent.parent
+    for holder in (folder, run / "final"):
+        if (file := holder / "scheduler" / "scheduler_config.json").is_file():
+            return loaded_scheduler(_read_json(file), str(holder))
+    if folder.resolve().parent.name != "stages" or not (run / "config.yaml").is_file():
+        raise UserError(f"{folder} has no scheduler/scheduler_config.json, and it is no stage of a run")
+    model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
+    if model.get("pretrained") is None:
+        return ddim_scheduler()
+    base = _find(model["pretrained"], ("scheduler",))
+    own = load_pipeline(str(base), model.get("config"), False).scheduler if base.is_file() else load_scheduler(base)
+    return trained_scheduler(own.config)
 
 
 def check_unet(folder: Path) -> None:
@@ -94,14 +136,14 @@ def check_unet(folder: Path) -> None:
         _check_weights(_unet_folder(folder))
 
 
-def _find(name: str) -> Path:
-    """The folder or file of a pipeline; a hub id is downloaded, or found in the cache."""
+def _find(name: str, parts: Collection[str] | None = None) -> Path:
+    """The folder or file of a pipeline; a hub id is downloaded (None: all parts), or found in the cache."""
     path = Path(name).expanduser()
     if path.suffix in PICKLES:
         raise UserError(f"{name} is a pickle, which can run code: fastsp reads safetensors alone; convert it first")
     if path.is_file() and path.suffix != ".safetensors":
         raise UserError(f"{name} is neither a pipeline folder nor a .safetensors file")
-    return path if path.exists() or not is_hub_id(name) else download_pipeline(name)
+    return path if path.exists() or not is_hub_id(name) else download_pipeline(name, parts)
 
 
 def _unet_folder(folder: Path) -> Path:

@@ -9,13 +9,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fastsp.errors import UserError
-from fastsp.models.hub import cause_of
+from fastsp.models.hub import NOT_NEEDED, cause_of
 from fastsp.models.model import TextToImageModel
 from fastsp.models.quiet import quiet_libraries
 from fastsp.models.schedulers import loaded_scheduler
 
 _SECOND_TEXT_ENCODER = "conditioner.embedders.1.model.ln_final.weight"  # Stable Diffusion XL
-_NOT_NEEDED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
 
 
 def load_single_file(file: Path, config: str | None) -> TextToImageModel:
@@ -36,7 +35,7 @@ def load_single_file(file: Path, config: str | None) -> TextToImageModel:
     keys = tensor_names(file)
     is_xl = _SECOND_TEXT_ENCODER in keys
     kind = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
-    absent = {key: value for key, value in _NOT_NEEDED.items() if key in kind._optional_components}
+    absent = {key: None for key in NOT_NEEDED if key in kind._optional_components}
     try:
         with quiet_libraries():
             pipeline = kind.from_single_file(str(file), config=config, torch_dtype=torch.float32, **absent)
