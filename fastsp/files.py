@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import codecs
 import errno
+import fcntl
 import os
 import re
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from enum import Enum
 from pathlib import Path
+from typing import NamedTuple, Self, TextIO
 
 from fastsp.errors import UserError
 
 UNFINISHED = ".*.tmp"
+_UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # said by file systems that know no such operation
 os.umask(_umask := os.umask(0o077))  # it can only be read by setting it
 _MODE = 0o666 & ~_umask  # of a new file
 _NO_ROOM = {
@@ -70,21 +76,183 @@ def decode_text(content: bytes, name: str) -> str:
 
 
 def check_writable(file: Path, force: bool, option: str = "") -> None:
-    """See that a command may write a file, before it takes its time.
+    """Check before the work begins that a file can be written at its end.
 
     Args:
-        file: to be written.
-        force: it may replace another.
+        file: to be written; folders that are missing above it count as makeable.
+        force: it may replace another file.
         option: of the command line that names it.
 
     Raises:
-        UserError: a folder is there, or a file and not ``force``.
+        UserError: a folder is there, or a file and not ``force``, or the file system does not let us write.
     """
+    check_free(file, force, option)
+    _try_to_create(unfinished_path(file), f"{option} {file}".lstrip())
+
+
+def check_free(file: Path, force: bool, option: str = "") -> None:
+    """The part of :func:`check_writable` that only looks, for many files of one folder."""
     name = f"{option} {file}".lstrip()
-    if file.is_dir():
+    if os.path.isdir(file):
         raise UserError(f"{name} is a folder; a file is written there")
-    if file.exists() and not force:
+    if os.path.lexists(file) and not force:
         raise UserError(f"{name} is there already; --force replaces it, or choose another name")
+
+
+def check_folder_writable(folder: Path, option: str = "", replaces: bool = False) -> None:
+    """Check before the work begins that files can be written into a folder, which need not exist yet.
+
+    Args:
+        folder: to be filled; folders that are missing above it count as makeable.
+        option: of the command line or the configuration that names it.
+        replaces: it is written with :func:`new_folder`, beside a folder of that name.
+
+    Raises:
+        UserError: a file is there, or the file system does not let us write.
+    """
+    name = f"{option} {folder}".lstrip()
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise UserError(f"{name} is a file; a folder is written there")
+    _try_to_create(folder / unfinished_path(folder).name, name)
+    if replaces:
+        _try_to_create(unfinished_path(folder), name)
+
+
+def _try_to_create(file: Path, name: str) -> None:
+    """Create and remove a file, in its own folder or in the nearest one above it that exists."""
+    place = next(parent for parent in file.absolute().parents if os.path.lexists(parent))
+    if not os.path.isdir(place):
+        raise UserError(f"{name} cannot be written: {place} is no folder")
+    try:
+        os.close(os.open(place / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        os.unlink(place / file.name)
+    except OSError as error:
+        raise UserError(f"{name} cannot be written: {place}: {error.strerror}") from None
+
+
+class FileLock:
+    """An exclusive lock (``flock``) among processes, held from :meth:`acquire` to :meth:`release` or the process's end.
+
+    Some file systems of clusters have no locks. There nothing is locked, the work goes on, and :attr:`note` says so.
+
+    Args:
+        path: a file for the lock alone, which stays. While the lock is held it names the holder.
+        patience: seconds to wait for another holder.
+        what: how messages call what the lock protects.
+
+    Attributes:
+        note: None, or one line to show: the file system has no locks.
+
+    Example: ``with FileLock(path, patience=60, what="rows.json"): ...``
+    """
+
+    def __init__(self, path: Path, patience: float, what: str) -> None:
+        self.path, self.patience, self.what = path, patience, what
+        self.note: str | None = None
+        self._stream: TextIO | None = None
+
+    def acquire(self) -> Self:
+        """Wait for the lock and take it; without effect if it is held already.
+
+        Raises:
+            UserError: another process still holds it after ``patience`` seconds, or the file cannot be opened.
+        """
+        if self._stream is not None:
+            return self
+        until = time.monotonic() + self.patience
+        try:
+            stream = self.path.open("a+", encoding="utf-8")
+            while (state := _try_lock(stream, fcntl.LOCK_EX)) is _Lock.HELD and time.monotonic() < until:
+                time.sleep(0.05)
+        except OSError as error:
+            raise UserError(f"{self.what} cannot be locked: {self.path}: {error.strerror}") from None
+        if state is _Lock.HELD:
+            holder = _text_of(stream)
+            stream.close()
+            raise UserError(f"{self.what} is in use by {holder}")
+        if state is _Lock.UNSUPPORTED:
+            self.note = f"{self.what}: its file system has no locks; take care that no other process writes there"
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+        stream.flush()
+        self._stream = stream
+        return self
+
+    def release(self) -> None:
+        """Let others have it. Without effect if it is not held."""
+        if self._stream is not None:
+            with suppress(OSError):  # the disk may be full or gone
+                self._stream.truncate(0)
+            self._stream.close()
+            self._stream = None
+
+    def __enter__(self) -> Self:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class LockHolder(NamedTuple):
+    """Who holds a :class:`FileLock`.
+
+    Attributes:
+        name: such as ``process 12 on node7``.
+        certain: False where the file system has no locks: the process took it, and may have been killed since.
+    """
+
+    name: str
+    certain: bool
+
+
+def lock_holder(path: Path) -> LockHolder | None:
+    """Who holds the :class:`FileLock` on ``path``; None: nobody.
+
+    Without locks the file's own text is the answer, unless its process is known to have ended: one of this machine.
+    """
+    try:
+        with path.open(encoding="utf-8") as stream:
+            state, name = _try_lock(stream, fcntl.LOCK_SH), _text_of(stream)
+    except OSError:
+        return None
+    if state is _Lock.HELD:
+        return LockHolder(name, certain=True)
+    owner = re.fullmatch(r"process (\d+) on (.*)", name)
+    if state is _Lock.TAKEN or owner is None:
+        return None
+    gone = owner[2] == socket.gethostname() and not _is_alive(int(owner[1]))
+    return None if gone else LockHolder(name, certain=False)
+
+
+class _Lock(Enum):
+    TAKEN, HELD, UNSUPPORTED = range(3)
+
+
+def _try_lock(stream: TextIO, kind: int) -> _Lock:
+    try:
+        fcntl.flock(stream, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return _Lock.HELD
+        if error.errno in _UNSUPPORTED:
+            return _Lock.UNSUPPORTED
+        raise
+    return _Lock.TAKEN
+
+
+def _text_of(stream: TextIO) -> str:
+    stream.seek(0)
+    return stream.read() or "another process"
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -176,10 +344,16 @@ def _open_up(file: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have what was written to a file, or the names in a folder, on the disk itself."""
+    """Flush a file's content, or the names in a folder, to the disk itself.
+
+    Some file systems of clusters cannot do this for a folder. Its names are then as durable as they make them.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, *_UNSUPPORTED)):
+            raise
     finally:
         os.close(descriptor)
 
@@ -198,7 +372,8 @@ def no_room(error: BaseException | None) -> str | None:
             number = int(told[1])
         if number in _NO_ROOM:
             return _NO_ROOM[number]
-        failures = getattr(error, "failures", {})  # of torch's CheckpointException: by rank, an error and its trace
-        pending += [failure for failure, _ in failures.values()]
+        failures = getattr(error, "failures", None)  # of torch's CheckpointException: by rank, an error and its trace
+        parts = [value for value in failures.values() if isinstance(value, tuple)] if isinstance(failures, dict) else []
+        pending += [part for value in parts for part in value if isinstance(part, BaseException)]
         pending += [error.__cause__, error.__context__]
     return None

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import shutil
+import socket
+import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +20,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from fastsp import files
 from fastsp.errors import UserError
 from fastsp.files import (
+    FileLock,
+    LockHolder,
+    check_folder_writable,
+    check_writable,
     commit_folder,
+    lock_holder,
     new_file,
     new_folder,
     no_room,
@@ -104,6 +114,12 @@ def wrapped() -> BaseException:
         return error
 
 
+def with_failures(failures: object) -> BaseException:
+    error = RuntimeError("of a library")
+    error.failures = failures  # type: ignore[attr-defined]
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -112,6 +128,9 @@ def wrapped() -> BaseException:
         (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (CheckpointException("", {0: (OSError(errno.ENOSPC, ""), None)}), "the disk is full"),  # type: ignore[dict-item]
         (OSError(errno.EACCES, "Permission denied"), None),
+        (with_failures({0: object()}), None),  # torchrun's ChildFailedError
+        (with_failures({0: (), 1: ("text", OSError(errno.ENOSPC, ""))}), "the disk is full"),
+        (with_failures(["text"]), None),
         (ValueError("28"), None),
         (None, None),
     ],
@@ -154,3 +173,107 @@ def test_text_that_cannot_be_read_is_one_line_that_names_the_file(tmp_path, cont
         read_text(file, f"--prompts {file}")
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         read_text(tmp_path)
+
+
+@pytest.fixture
+def read_only(tmp_path, monkeypatch):
+    """A folder where nothing can be created; its mode would not keep root from it."""
+    folder, really_open = tmp_path / "read_only", os.open
+    folder.mkdir()
+
+    def refuses(path, flags, *rest):
+        if flags & os.O_CREAT and folder in Path(path).parents:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return really_open(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuses)
+    return folder
+
+
+def test_outputs_are_tried_before_the_work(tmp_path, read_only):
+    (tmp_path / "file").write_text("precious")
+    for good in (tmp_path / "new.png", tmp_path / "a" / "b" / "new.png"):
+        check_writable(good, force=False)
+        check_folder_writable(good, replaces=True)
+    check_writable(tmp_path / "file", force=True)
+    for bad in (read_only / "new.png", read_only / "a" / "new.png"):
+        with pytest.raises(UserError, match=r"--out .*new\.png cannot be written: .*read_only: Read-only file system"):
+            check_writable(bad, False, "--out")
+        with pytest.raises(UserError, match="Read-only file system"):
+            check_folder_writable(bad)
+    with pytest.raises(UserError, match=r"file/a cannot be written: .*file is no folder"):
+        check_writable(tmp_path / "file" / "a", force=True)
+    with pytest.raises(UserError, match="file is a file; a folder is written there"):
+        check_folder_writable(tmp_path / "file")
+    (read_only / "old").mkdir()
+    with pytest.raises(UserError, match="Read-only"):
+        check_folder_writable(read_only / "old", replaces=True)
+    with pytest.raises(UserError, match=r"File name too long"):
+        check_writable(tmp_path / ("x" * 250), force=False)
+    assert names(tmp_path) == ["file", "read_only"]
+
+
+@pytest.fixture(params=[errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def no_locks(request, monkeypatch):
+    def refuses(*_):
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+
+
+def test_a_lock_names_its_holder(tmp_path):
+    path = tmp_path / ".lock"
+    assert lock_holder(path) is None
+    with FileLock(path, 0, "the run") as lock:
+        assert lock.note is None
+        assert lock_holder(path) == LockHolder(f"process {os.getpid()} on {socket.gethostname()}", certain=True)
+        with pytest.raises(UserError, match=f"the run is in use by process {os.getpid()} on "):
+            FileLock(path, 0.1, "the run").acquire()
+    assert lock_holder(path) is None
+    FileLock(path, 0, "the run").acquire().release()
+    path.write_text(f"process {os.getpid()} on {socket.gethostname()}")  # of one that was killed
+    assert lock_holder(path) is None
+
+
+def test_a_lock_waits_for_its_turn(tmp_path):
+    first = FileLock(tmp_path / ".lock", 0, "the rows").acquire()
+    timer = threading.Timer(0.2, first.release)
+    timer.start()
+    with FileLock(tmp_path / ".lock", 30, "the rows"):
+        timer.join()
+
+
+def test_without_locks_the_work_goes_on_with_a_note(tmp_path, no_locks):
+    path = tmp_path / ".lock"
+    with FileLock(path, 0, "the run") as lock:
+        assert "the run: its file system has no locks" in lock.note
+        assert lock_holder(path) == LockHolder(f"process {os.getpid()} on {socket.gethostname()}", certain=False)
+        FileLock(path, 0, "the run").acquire()
+    assert lock_holder(path) is None
+    path.write_text(f"process {2**22 + 1} on {socket.gethostname()}")  # more than Linux ever counts to
+    assert lock_holder(path) is None
+    path.write_text("process 1 on another machine")
+    assert lock_holder(path) == LockHolder("process 1 on another machine", certain=False)
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):
+    """Only the names of its files are then less durable. Of a file's content it would be an error."""
+    really = os.fsync
+
+    def refuses(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        really(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuses)
+    write_file(tmp_path / "a", "text")
+    with new_folder(tmp_path / "folder") as unfinished:
+        (unfinished / "b").write_text("text")
+    assert names(tmp_path) == ["a", "folder"]
+
+    def fails(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="Invalid argument"):
+        write_file(tmp_path / "c", "text")

@@ -40,6 +40,7 @@ def encode(
     from fastsp.data.latents import DTYPES, fingerprint
     from fastsp.data.source import check_path, open_source
     from fastsp.errors import UserError
+    from fastsp.files import check_folder_writable
     from fastsp.gpu_settings import gpu_settings
     from fastsp.progress import steps_bar
 
@@ -52,6 +53,7 @@ def encode(
         raise UserError(
             f"latents are of images that are cut in the middle and not mirrored; {has}; say otherwise behind --out"
         )
+    check_folder_writable(out, "--out")
     check_path(data)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_gpu = torch.cuda.is_available()

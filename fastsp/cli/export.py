@@ -42,11 +42,11 @@ def export(
 def _check_folder(out: Path, run: Path, force: bool) -> None:
     """A folder is replaced only if it is a pipeline, and only if that is wished; what the run wrote, never."""
     from fastsp.errors import UserError
+    from fastsp.files import check_folder_writable
 
     if out.resolve().is_relative_to(run.resolve()):
         raise UserError(f"--out {out} lies in the run; choose a folder outside of it")
-    if out.is_file():
-        raise UserError(f"--out {out} is a file; a folder is written")
+    check_folder_writable(out, "--out", replaces=True)
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not (out / "model_index.json").is_file():

@@ -32,7 +32,7 @@ def reproduce(
 
     from fastsp.cli.train import train
     from fastsp.evaluation.run_files import read_run
-    from fastsp.files import write_file
+    from fastsp.files import check_writable, write_file
     from fastsp.reproduction import TABLES, compared, own_config, table_config
 
     chosen = table_config(table, config or own_config(_SMALL if small else _PAPER), overrides or [])
@@ -41,6 +41,7 @@ def reproduce(
         return
     run_dir = Path(chosen.run_dir)
     file = run_dir.with_name(f"{run_dir.name}.yaml")
+    check_writable(file, force=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, chosen.dump())
     train(config=file, overrides=[], resume=True)

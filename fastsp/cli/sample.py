@@ -50,7 +50,7 @@ def sample(
     Example: fastsp sample --model runs/a/stages/mse --model runs/a/stages/sp --prompts captions.txt --out compared.png
     """
     from fastsp.errors import UserError
-    from fastsp.files import check_writable, read_lines
+    from fastsp.files import check_folder_writable, check_free, check_writable, read_lines
     from fastsp.generation import Sampling
     from fastsp.sampling import Guidance
 
@@ -64,8 +64,11 @@ def sample(
         raise UserError(f"--out {out} must end in .png")
     titles = short_names(model)
     files = _single_files(singles, titles, len(texts))
-    for file in (out, *(file for row in files for file in row)):
-        check_writable(file, force)
+    check_writable(out, force, "--out")
+    if singles is not None:
+        check_folder_writable(singles, "--singles")
+    for file in (file for row in files for file in row):
+        check_free(file, force)
     guided = Guidance(guidance, rescale)
     if rescale and not guided.active:
         raise UserError(f"--rescale {rescale:g} is of the guidance: give --guidance too, other than 0 and 1")

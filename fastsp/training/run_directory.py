@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
-import os
-import socket
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 from fastsp.config import Config
 from fastsp.data.inventory import FILE, Inventory
 from fastsp.errors import UserError
-from fastsp.files import new_folder, remove_unfinished, sync, write_file
+from fastsp.files import FileLock, check_folder_writable, new_folder, remove_unfinished, sync, write_file
 from fastsp.training.config_changes import Change, config_changes
 
-_LOCK_TRIES = 5  # `fastsp status` holds the lock for an instant
+_LOCK_PATIENCE = 0.25  # seconds: `fastsp status` holds the lock for an instant
 
 
 class RunDirectory:
@@ -49,7 +44,7 @@ class RunDirectory:
         self.final = self.root / "final"
         self.changes: list[Change] = []
         self._allows_changes = allow_changes
-        self._lock: Any = None
+        self.lock = FileLock(self.root / ".lock", _LOCK_PATIENCE, f"run_dir {self.root}")
         if is_main:
             self._check(resume, allow_changes)
         self.data = Inventory.of_run(self.root)
@@ -89,8 +84,7 @@ class RunDirectory:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run_dir {self.root} cannot be made: {error.strerror}") from None
-        if self._lock is None:
-            self._lock = self._locked()
+        self.lock.acquire()
         remove_unfinished(self.root)
         if not self.config_file.exists():
             write_file(self.config_file, self.config.dump())
@@ -106,13 +100,11 @@ class RunDirectory:
             UserError: it is in use by another process.
         """
         if self.is_main and self.config_file.exists():
-            self._lock = self._locked()
+            self.lock.acquire()
 
     def release(self) -> None:
         """Let others go on with the run."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self.lock.release()
 
     def keep_changes(self) -> None:
         """Set the old configuration aside and write the new one, if they differ."""
@@ -156,8 +148,7 @@ class RunDirectory:
             write_file(self.metrics_file, "".join(kept))
 
     def _check(self, resume: bool, allow_changes: bool) -> None:
-        if self.root.exists() and not self.root.is_dir():
-            raise UserError(f"run_dir {self.root} is a file")
+        check_folder_writable(self.root, "run_dir")
         if not self.config_file.exists():
             if self.root.exists() and any(path.name != ".lock" for path in self.root.iterdir()):
                 raise UserError(f"run_dir {self.root} is not empty and holds no run; choose another folder")
@@ -173,23 +164,6 @@ class RunDirectory:
                 f"run_dir {self.root} holds a run with another configuration: {'; '.join(refused)}; "
                 "to go on with the new one all the same, add --allow-changes"
             )
-
-    def _locked(self) -> Any:
-        stream = (self.root / ".lock").open("a+")
-        for _ in range(_LOCK_TRIES):
-            with suppress(OSError):
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.05)
-        else:
-            stream.seek(0)
-            holder = stream.read() or "another process"
-            stream.close()
-            raise UserError(f"run_dir {self.root} is in use by {holder}")
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}")
-        stream.flush()
-        return stream
 
 
 def _global_step(line: str) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import yaml
 
 from fastsp.durations import duration
 from fastsp.errors import UserError
+from fastsp.files import lock_holder
 from fastsp.training.checkpoint_folder import Progress, damage, newest_first, progress_of
 
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl: some hundred lines
@@ -26,6 +26,7 @@ class RunStatus:
 
     run_dir: str
     running: str | None  # the process and its machine
+    perhaps_running: str | None  # the process that took the run last, where its file system has no locks to ask
     finished: bool  # every stage is trained and final/ is written
     stage: str | None
     step: int  # of the stage, the latest logged, or that of the newest checkpoint where it is later
@@ -46,6 +47,8 @@ class RunStatus:
     def lines(self) -> Iterator[str]:
         """For people."""
         state = f"running ({self.running})" if self.running else "finished" if self.finished else "not running"
+        if self.perhaps_running and not self.finished:
+            state = f"not known whether {self.perhaps_running} still runs: the file system has no locks"
         yield f"{self.run_dir}: {state}"
         done = f"{self.global_step} of {self.total_steps} steps in all"
         yield _line("stage", f"{self.stage}: step {self.step} of {self.stage_steps}; {done}" if self.stage else done)
@@ -84,7 +87,9 @@ def run_status(root: Path, verify: bool = False) -> RunStatus:
         raise UserError(f"{root} holds no run: it has no config.yaml of one") from None
     rows = _last_rows(root / "metrics.jsonl")
     last = rows[-1] if rows else {}
-    running = _holder(root / ".lock")
+    holder = lock_holder(root / ".lock")
+    running = holder.name if holder and holder.certain else None
+    perhaps = holder.name if holder and not holder.certain else None
     finished = (root / "final").is_dir() and all((root / "stages" / name).is_dir() for name in stages)
     newest = next(iter(newest_first(root / "checkpoints")), None)
     harm = damage(newest, checksums=verify) if newest else None
@@ -95,6 +100,7 @@ def run_status(root: Path, verify: bool = False) -> RunStatus:
     return RunStatus(
         run_dir=str(root),
         running=running,
+        perhaps_running=perhaps,
         finished=finished,
         stage=here.stage or None,
         step=here.step,
@@ -110,33 +116,20 @@ def run_status(root: Path, verify: bool = False) -> RunStatus:
         checkpoint_damage=harm,
         skipped=last.get("skipped", 0),
         bad_samples=last.get("bad_samples", 0),
-        next=_next(root, config, running is not None, finished),
+        next=_next(root, config, running is not None, perhaps, finished),
     )
 
 
-def _next(root: Path, config: dict[str, Any], running: bool, finished: bool) -> str:
+def _next(root: Path, config: dict[str, Any], running: bool, perhaps: str | None, finished: bool) -> str:
     if running:
         return f"nothing: it trains; {root / 'report.html'} shows what it has made so far"
     moved = "" if Path(config["run_dir"]) == root else f" run_dir={root}"
     go_on = f"fastsp train --config {root / 'config.yaml'} --resume{moved}"
     if not finished:
-        return go_on
+        return f"make sure that {perhaps} has ended; then {go_on}" if perhaps else go_on
     if (config.get("evaluation") or {}).get("enabled") and not (root / "evaluation.json").exists():
         return f"{go_on}   (what is missing is the evaluation)"
     return f"look at {root / 'report.html'}; fastsp sample --model {root / 'final'} --prompt TEXT --out FILE.png"
-
-
-def _holder(lock: Path) -> str | None:
-    """Who holds a run's lock; None if nobody does."""
-    try:
-        with lock.open(encoding="utf-8") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return stream.read() or "another process"
-    except OSError:
-        pass
-    return None
 
 
 def _last_rows(file: Path) -> list[dict[str, Any]]:

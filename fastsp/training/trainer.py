@@ -76,6 +76,8 @@ def train(
             # The missing are named while `stop` still holds: torchrun sends SIGTERM as soon as one process has ended.
             for context in (explained(run), run, stop, ranks.naming_the_missing()):
                 stack.enter_context(context)
+            if run.lock.note is not None:
+                trainer.console.print(f"note: {run.lock.note}")
         with gpu_settings(config.precision == "bf16", config.deterministic):
             trainer.train(resume)
 

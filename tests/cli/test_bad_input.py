@@ -51,7 +51,7 @@ def test_command_line(fails, tmp_path):
             ["data.source=images", "data.path=/tmp", "data.split=heldout", NO_EVALUATION],
             "data.split is 'heldout', but only",
         ),
-        (["run_dir=/proc/nothing/here"], "run_dir /proc/nothing/here cannot be made: "),
+        (["run_dir=/proc/nothing/here"], "run_dir /proc/nothing/here cannot be written: /proc: "),
         (["model={pretrained: /nowhere/at/all}"], "/nowhere/at/all is no diffusers pipeline folder"),
         (["attention=magic"], "attention: 'magic' is unknown; on this "),
         (
@@ -85,6 +85,39 @@ def test_what_the_evaluation_will_miss_is_said_before_the_training(fails, tmp_pa
     assert not Path("run").exists()
     evaluated_without = ["evaluation.captions=absent.txt", "data.source=images", "data.path=/nowhere/at/all"]
     assert "data.path" in fails("train", "--config", QUICKSTART, "run_dir=run", *evaluated_without)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sample", "--model", "no/model", "--prompt", "a", "--out", "{}/a.png"),
+        ("sample", "--model", "no/model", "--prompt", "a", "--out", "a.png", "--singles", "{}"),
+        ("export", "--run", "no/run", "--out", "{}/a"),
+        ("export", "--run", "no/run", "--out", "a", "--single-file", "{}/a.safetensors"),
+        ("data", "check", "no/data", "--contact-sheet", "{}/a.png"),
+        ("data", "check", "no/data", "--json", "{}.json"),
+        ("encode", "--config", QUICKSTART, "--out", "{}/a"),
+        ("train", "--config", QUICKSTART, "run_dir={}/a", "model={pretrained: no/model}"),
+        ("reproduce", "3", "run_dir={}/runs/a"),
+        ("bench", "--config", QUICKSTART, "--json", "{}.json"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("place", "reason"), [("/proc/fastsp", "No such file or directory"), ("{tmp}/file/a", "is no folder")]
+)
+def test_output_that_cannot_be_written_is_said_before_the_work(fails, tmp_path, monkeypatch, place, reason, arguments):
+    """/proc lets nobody make a file, not even root, whom the tests may run as."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("precious")
+    place = place.replace("{tmp}", str(tmp_path))
+    message = fails(*(str(argument).replace("{}", place) for argument in arguments))
+    known = ["--json {}.json: a file in a folder", "--json {}.json: there is no folder"]  # said by older checks
+    assert (f"{reason}" in message and "cannot be written" in message) or any(k.format(place) in message for k in known)
+    assert names_below(tmp_path) == ["file"]
+
+
+def names_below(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*"))
 
 
 def test_run_directory_of_another_run(fails, tmp_path):

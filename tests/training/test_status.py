@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +96,19 @@ def test_what_is_no_run_is_named(tmp_path, text):
         run_status(tmp_path)
     with pytest.raises(UserError, match="nowhere holds no run"):
         run_status(Path("/nowhere"))
+
+
+def test_a_dead_run_is_not_called_running_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
+    def refuses(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    (tmp_path / "config.yaml").write_text("run_dir: x\ndata: {batch_size: 2}\nstages: [{name: mse, steps: 10}]\n")
+    (tmp_path / ".lock").write_text("process 7 on another machine")
+    status = run_status(tmp_path)
+    assert status.running is None and status.perhaps_running == "process 7 on another machine"
+    assert status.next.startswith("make sure that process 7 on another machine has ended; then fastsp train ")
+    assert "not known whether process 7 on another machine still runs" in "\n".join(status.lines())
+    (tmp_path / ".lock").write_text(f"process {2**22 + 1} on {socket.gethostname()}")
+    status = run_status(tmp_path)
+    assert status.running is None and status.perhaps_running is None and "--resume" in status.next
