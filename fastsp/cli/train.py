@@ -38,13 +38,19 @@ def train(
         warning = check_evaluation(loaded)
     if warning is not None:
         console.print(warning)
-    run_stages(loaded, resume=resume, console=console, allow_changes=allow_changes, report=write_report)
-    if is_main_process():
-        write_environment(Path(loaded.run_dir))
-    if loaded.evaluation.enabled and is_main_process():
+
+    def report(run_dir: Path) -> Path:
+        write_environment(run_dir)
+        return write_report(run_dir)
+
+    run_stages(loaded, resume=resume, console=console, allow_changes=allow_changes, report=report)
+    if not is_main_process():
+        return
+    if loaded.evaluation.enabled:
         from fastsp.evaluation.evaluate import evaluate_run
 
-        rows = evaluate_run(loaded, loaded.evaluation, console=console)
-        report = write_report(Path(loaded.run_dir))
-        if rows:
-            console.print(f"{report} says what the self-perceptual loss did")
+        evaluate_run(loaded, loaded.evaluation, console=console)
+    try:
+        console.print(f"{report(Path(loaded.run_dir))} shows the run: scores, samples, losses")
+    except Exception as error:  # the run is whole without it
+        console.print(f"report.html cannot be written: {type(error).__name__}: {error}")

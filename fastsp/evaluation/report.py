@@ -1,17 +1,22 @@
-"""`report.html`: what the self-perceptual loss did in one run, self-contained, made from the run directory alone.
+"""`report.html`: what the self-perceptual loss did in one run, as one page made from the run directory alone.
 
-What is read is listed in `fastsp.evaluation.run_files`; parts that are missing are named as missing. No words about
-who won are written here or in the template beforehand: they follow from the comparison of seeds in
-`fastsp.evaluation.rows`.
+:mod:`fastsp.evaluation.run_files` lists what is read; parts that are missing are named as missing. Neither this module
+nor the template says who won: every word of the verdict follows from the rows.
 """
 
+from __future__ import annotations
+
 import base64
+import io
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import jinja2
 import yaml
-from markupsafe import Markup
+from PIL import Image
 
 from fastsp.durations import duration
 from fastsp.evaluation.charts import loss_curve
@@ -20,6 +25,17 @@ from fastsp.evaluation.tables import Roles, find_roles, score_tables, verdict
 from fastsp.files import write_file
 
 MAX_STEP_GRIDS = 6  # of one stage; evenly chosen
+WIDE, NARROW = 1800, 640  # pixels: longest side of an embedded image, in the page's full width and beside others
+AS_IT_IS = 200_000  # bytes: a file up to this size is embedded unchanged
+
+
+class Embedded(NamedTuple):
+    """An image of the page: itself, and where the file lies from which it was made."""
+
+    uri: str
+    link: str
+    shrunk: str  # the file's size where the page shows a smaller copy, such as "12800 x 2048"; else empty
+    enlarged: bool  # few pixels: the browser is to show them as squares
 
 
 def write_report(run_dir: Path) -> Path:
@@ -34,7 +50,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def render(run: RunFiles) -> str:
-    """The page as HTML; every text of the run is escaped."""
+    """The page as HTML. Every text of the run is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fastsp.evaluation", "."),
         autoescape=True,
@@ -46,13 +62,14 @@ def render(run: RunFiles) -> str:
     return environment.get_template("report.html.jinja").render(
         title=run.directory.resolve().name,
         verdict=verdict(run, roles),
+        no_scores=run.why_no_rows,
         tables=list(score_tables(run, roles)),
-        grids=[(roles.label(name), name, _data_uri(path)) for name, path in _in_order(run, run.final_grids)],
+        grids=[(roles.label(name), name, embedded(path)) for name, path in _in_order(run, run.final_grids)],
         progress=list(_progress(run, roles)),
-        comparison=_data_uri(run.comparison) if run.comparison else None,
+        comparison=embedded(run.comparison, WIDE) if run.comparison else None,
         captions=run.captions,
-        trajectories=[(roles.label(name), _data_uri(path)) for name, path in _in_order(run, run.trajectories)],
-        curves=[_curve(run, roles, name) for name in run.metrics],
+        trajectories=[(roles.label(name), embedded(path, WIDE)) for name, path in _in_order(run, run.trajectories)],
+        curves=[(roles.label(name), name, _curve(lines)) for name, lines in run.metrics.items()],
         features=sorted({row["features"] for row in run.rows if "features" in row}),
         seeds=sorted({row["seed"] for row in run.rows}),
         times=list(_times(run, roles)),
@@ -61,28 +78,49 @@ def render(run: RunFiles) -> str:
     )
 
 
+def embedded(path: Path, longest: int = NARROW) -> Embedded:
+    """An image file for the page: as it is if it is small, else a JPEG whose longer side has `longest` pixels."""
+    facts = path.stat()
+    return _embedded(path, longest, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=100)  # the page is made anew whenever there is a new grid; the others are as they were
+def _embedded(path: Path, longest: int, num_bytes: int, _time: int) -> Embedded:
+    link = quote(f"{path.parent.name}/{path.name}")
+    with Image.open(path) as image:
+        size = image.size
+        if num_bytes <= AS_IT_IS:
+            return Embedded(_uri("png", path.read_bytes()), link, "", max(size) < longest)
+        copy = image.convert("RGB")
+    copy.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    jpeg = io.BytesIO()
+    copy.save(jpeg, "JPEG", quality=85)
+    shrunk = f"{size[0]} × {size[1]}" if copy.size != size else ""  # noqa: RUF001
+    return Embedded(_uri("jpeg", jpeg.getvalue()), link, shrunk, False)
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(content).decode()
+
+
 def _in_order(run: RunFiles, paths: dict[str, Path]) -> list[tuple[str, Path]]:
     """By order of training, then the unknown ones by name."""
     order = [stage["name"] for stage in run.stages]
     return sorted(paths.items(), key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[0]))
 
 
-def _progress(run: RunFiles, roles: Roles) -> Iterator[tuple[str, list[tuple[int, str]]]]:
+def _progress(run: RunFiles, roles: Roles) -> Iterator[tuple[str, list[tuple[int, Embedded]]]]:
     """Per stage, a few of the grids made on the way; one alone is the stage's end, which is shown already."""
     for name, _ in _in_order(run, {name: grids[0][1] for name, grids in run.step_grids.items() if len(grids) > 1}):
         grids = run.step_grids[name]
         count = min(MAX_STEP_GRIDS, len(grids))
         chosen = [grids[round(i * (len(grids) - 1) / (count - 1))] for i in range(count)]
-        yield roles.label(name), [(step, _data_uri(path)) for step, path in chosen]
+        yield roles.label(name), [(step, embedded(path)) for step, path in chosen]
 
 
-def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _curve(run: RunFiles, roles: Roles, name: str) -> tuple[str, str, Markup]:
-    lines = run.metrics[name]
-    return roles.label(name), name, loss_curve([line["step"] for line in lines], [line["loss"] for line in lines])
+def _curve(lines: list[dict[str, Any]]) -> str | None:
+    png = loss_curve([line["step"] for line in lines], [line["loss"] for line in lines])
+    return None if png is None else _uri("png", png)
 
 
 def _times(run: RunFiles, roles: Roles) -> Iterator[tuple[str, str, str]]:

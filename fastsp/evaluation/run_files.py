@@ -61,6 +61,13 @@ class RunFiles:
             stages.append({**stage, "init": stage.get("init") or before})
         return stages
 
+    @property
+    def why_no_rows(self) -> str:
+        """Why there may be no rows, for people."""
+        if (self.config.get("evaluation") or {}).get("enabled") is False:
+            return "The evaluation is off (evaluation.enabled: false), so there are no scores."
+        return "There are no scores yet: the evaluation follows the training."
+
 
 def read_run(directory: Path) -> RunFiles:
     """Read what there is.

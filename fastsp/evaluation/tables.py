@@ -97,6 +97,8 @@ class Verdict:
 
 def verdict(run: RunFiles, roles: Roles) -> Verdict:
     """Self-perceptual against its control in FID, IS and validity; every word follows from the numbers."""
+    if not run.rows:
+        return Verdict(run.why_no_rows, [])
     if roles.self_perceptual is None:
         return Verdict("This run has no self-perceptual stage.", [])
     if roles.control is None:

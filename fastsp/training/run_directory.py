@@ -22,8 +22,8 @@ class RunDirectory:
     Args:
         config: of the run.
         resume: whether a run that is there may be gone on with.
-        allow_changes: whether it may be gone on with another configuration. That one then becomes `config.yaml`; the
-            old one stays as `config.1.yaml`, or the next free number.
+        allow_changes: whether it may go on with another configuration or other data; before its first checkpoint it
+            may anyway. The new one becomes `config.yaml`, the old one stays as `config.1.yaml` or the next free number.
         is_main: whether this is the process that writes; the others only want to know where things lie.
 
     Raises:
@@ -43,12 +43,17 @@ class RunDirectory:
         self.tensorboard = self.root / "tensorboard"
         self.final = self.root / "final"
         self.changes: list[Change] = []
-        self._allows_changes = allow_changes
+        self._allows_changes = allow_changes or not self.begun
         self.lock = FileLock(self.root / ".lock", _LOCK_PATIENCE, f"run_dir {self.root}")
         if is_main:
-            self._check(resume, allow_changes)
+            self._check(resume)
         self.data = Inventory.of_run(self.root)
         """What the data consisted of when the run began; None: it begins now, or began before this was kept."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything is kept that a changed configuration, or other data, would not fit."""
+        return any(any(folder.glob("[!.]*")) for folder in (self.checkpoints, self.root / "stages"))
 
     @property
     def known_shards(self) -> tuple[str, ...]:
@@ -86,6 +91,8 @@ class RunDirectory:
             raise UserError(f"run_dir {self.root} cannot be made: {error.strerror}") from None
         self.lock.acquire()
         remove_unfinished(self.root)
+        if not self.begun:
+            self.bad_samples_file.unlink(missing_ok=True)  # of an attempt that stopped before its first checkpoint
         if not self.config_file.exists():
             write_file(self.config_file, self.config.dump())
         return self
@@ -147,7 +154,7 @@ class RunDirectory:
         if kept != lines:
             write_file(self.metrics_file, "".join(kept))
 
-    def _check(self, resume: bool, allow_changes: bool) -> None:
+    def _check(self, resume: bool) -> None:
         check_folder_writable(self.root, "run_dir")
         if not self.config_file.exists():
             if self.root.exists() and any(path.name != ".lock" for path in self.root.iterdir()):
@@ -159,7 +166,7 @@ class RunDirectory:
             )
         self.changes = config_changes(self.config_file.read_text(encoding="utf-8"), self.config)
         refused = [str(change) for change in self.changes if not change.free]
-        if refused and not allow_changes:
+        if refused and not self._allows_changes:
             raise UserError(
                 f"run_dir {self.root} holds a run with another configuration: {'; '.join(refused)}; "
                 "to go on with the new one all the same, add --allow-changes"

@@ -115,21 +115,23 @@ def run_status(root: Path, verify: bool = False) -> RunStatus:
         checkpoint_step=saved.global_step if saved else None,
         checkpoint_damage=harm,
         skipped=last.get("skipped", 0),
-        bad_samples=last.get("bad_samples", 0),
+        bad_samples=max(last.get("bad_samples", 0), _bad_samples(root / "bad_samples.jsonl")),
         next=_next(root, config, running is not None, perhaps, finished),
     )
 
 
 def _next(root: Path, config: dict[str, Any], running: bool, perhaps: str | None, finished: bool) -> str:
+    report = root / "report.html"
     if running:
-        return f"nothing: it trains; {root / 'report.html'} shows what it has made so far"
+        return "nothing: it trains" + (f"; {report} shows what it has made so far" if report.exists() else "")
     moved = "" if Path(config["run_dir"]) == root else f" run_dir={root}"
     go_on = f"fastsp train --config {root / 'config.yaml'} --resume{moved}"
     if not finished:
         return f"make sure that {perhaps} has ended; then {go_on}" if perhaps else go_on
     if (config.get("evaluation") or {}).get("enabled") and not (root / "evaluation.json").exists():
         return f"{go_on}   (what is missing is the evaluation)"
-    return f"look at {root / 'report.html'}; fastsp sample --model {root / 'final'} --prompt TEXT --out FILE.png"
+    look = f"look at {report}; " if report.exists() else ""
+    return f"{look}fastsp sample --model {root / 'final'} --prompt TEXT --out FILE.png"
 
 
 def _last_rows(file: Path) -> list[dict[str, Any]]:
@@ -148,6 +150,15 @@ def _last_rows(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return rows
+
+
+def _bad_samples(file: Path) -> int:
+    """Samples that the run has named as bad, which may be more than it has logged: a run can be stopped by them."""
+    try:
+        with file.open("rb") as lines:
+            return sum(b'"position": null' not in line for line in lines)  # null: a file of many samples
+    except OSError:
+        return 0
 
 
 def _line(name: str, text: str) -> str:

@@ -125,6 +125,7 @@ def test_run_directory_of_another_run(fails, tmp_path):
     with RunDirectory(load_config(QUICKSTART, [f"run_dir={run_dir}"])):
         pass
     (run_dir / "metrics.jsonl").write_text("precious\n")
+    (run_dir / "checkpoints" / "step_00000005").mkdir(parents=True)
     before = tree(tmp_path)
     assert "already holds a run" in fails("train", "--config", QUICKSTART, f"run_dir={run_dir}")
     message = fails("train", "--config", QUICKSTART, f"run_dir={run_dir}", "seed=3", "data.batch_size=8", "--resume")

@@ -1,5 +1,7 @@
 """The report: complete, self-contained, escaped, and the same with parts missing."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from evaluation.runs import CONFIG, HOSTILE, write_run
+from PIL import Image
 
 from fastsp.errors import UserError
 from fastsp.evaluation.charts import loss_curve
@@ -40,7 +43,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 def test_everything_of_a_finished_run_is_there(run_dir: Path) -> None:
     page = Page(write_report(run_dir))
-    assert page.count("img") == 10 and page.count("svg") == 3 and page.count("table") == 3
+    assert page.count("img") == 10 + 3 and page.count("table") == 3, "images, loss curves"
     for text in ("32.68 / 22.20", "24.42 / 28.07", "0.00 / 35.28", "Self-perceptual is better", "a handwritten two"):
         assert text in page.text, text
     assert "learning_rate: 0.0001" in page.text and "CPU, 2 cores" in page.text and "5 min 20 s" in page.text
@@ -48,10 +51,38 @@ def test_everything_of_a_finished_run_is_there(run_dir: Path) -> None:
 
 def test_nothing_is_loaded_from_elsewhere(run_dir: Path) -> None:
     page = Page(write_report(run_dir))
-    sources = [attrs.get("src") or attrs.get("href") for _, attrs in page.tags if "src" in attrs or "href" in attrs]
-    assert len(sources) == 10 and all(source.startswith("data:image/png;base64,") for source in sources)
+    sources = [attrs["src"] for _, attrs in page.tags if "src" in attrs]
+    assert len(sources) == 13 and all(source.startswith("data:image/png;base64,") for source in sources)
+    links = {attrs["href"] for _, attrs in page.tags if "href" in attrs}
+    assert links == {f"samples/{file.name}" for file in (run_dir / "samples").iterdir()}
     html = (run_dir / "report.html").read_text(encoding="utf-8")
     assert "url(" not in html and "@import" not in html and "default-src 'none'" in html
+
+
+def test_large_images_are_embedded_smaller_and_the_full_ones_linked(run_dir: Path) -> None:
+    """Noise, which compresses worst. A run of Stable Diffusion has grids of 2,600 pixels, trajectories of 12,800."""
+    noise, samples = Image.effect_noise((6400, 1600), 90).convert("RGB"), run_dir / "samples"
+    for stage in ("mse", "sp"):
+        noise.save(samples / f"trajectory_{stage}.png", compress_level=1)
+        noise.resize((2400, 2000)).save(samples / f"{stage}_final.png", compress_level=1)
+    full = sum(file.stat().st_size for file in samples.iterdir())
+    page = Page(write_report(run_dir))
+    assert full > 40e6 and (run_dir / "report.html").stat().st_size < 3e6
+    links = {attrs.get("href") for _, attrs in page.tags}
+    assert "full size, 6400" in page.text and "samples/trajectory_sp.png" in links
+    uri = next(attrs["src"] for _, attrs in page.tags if attrs.get("alt", "").endswith("steps, Self-perceptual"))
+    kind, content = uri.split(",")
+    with Image.open(io.BytesIO(base64.b64decode(content))) as shown:
+        assert (kind, shown.size) == ("data:image/jpeg;base64", (1800, 450))
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_finished_run_without_scores_says_why(run_dir: Path, enabled: bool) -> None:
+    (run_dir / "evaluation.json").unlink()
+    (run_dir / "config.yaml").write_text(json.dumps({**CONFIG, "evaluation": {"enabled": enabled}}))
+    page = Page(write_report(run_dir))
+    said = "There are no scores yet" if enabled else "The evaluation is off (evaluation.enabled: false)"
+    assert page.text.count(said) == 2, "in the headline and in place of the table"
 
 
 def test_hostile_text_is_shown_as_text(run_dir: Path) -> None:
@@ -82,7 +113,7 @@ def test_a_report_of_an_unfinished_run(run_dir: Path, missing: tuple[str, ...]) 
 def test_a_line_cut_off_by_a_kill_ends_the_curve(run_dir: Path) -> None:
     metrics = run_dir / "metrics.jsonl"
     metrics.write_text(metrics.read_text()[:-30])
-    assert Page(write_report(run_dir)).count("svg") == 3
+    assert Page(write_report(run_dir)).count("img") == 13
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "config.yaml", "environment.json"])
@@ -108,6 +139,10 @@ def test_stages_of_other_names(run_dir: Path) -> None:
 
 
 def test_curves_survive_what_is_not_a_number() -> None:
-    assert "no finite loss" in loss_curve([10, 20], [float("nan"), float("inf")])
-    flat = loss_curve(range(1, 5001), [0.5] * 5000)
-    assert "nan" not in flat and len(flat) < 20_000
+    assert loss_curve([10, 20], [float("nan"), float("inf")]) is None
+    for losses in ([0.5] * 5000, [1e-9, float("nan"), 1e9], [0.3]):
+        png = loss_curve(range(1, len(losses) + 1), losses)
+        assert png is not None
+        with Image.open(io.BytesIO(png)) as chart:
+            colours = chart.convert("RGB").getcolors(1 << 16)
+        assert (0x24, 0x57, 0xC5) in {colour for _, colour in colours}, "there is a curve"

@@ -60,7 +60,7 @@ def test_report_in_a_browser(width: int, tmp_path: Path) -> None:
     seen = findings(run_dir, width, tmp_path)
     assert seen["captions"] == [HOSTILE, "a handwritten two"]
     assert (seen["errors"], seen["scripts"], seen["title"]) == ([], 0, "run · fastsp report")
-    assert (seen["pictures"], seen["broken"]) == (10, 0)
+    assert (seen["pictures"], seen["broken"]) == (13, 0)
     assert (seen["overflow"], seen["unreadable"]) == (0, 0)
 
 

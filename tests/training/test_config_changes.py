@@ -21,6 +21,7 @@ QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 def run_dir(tmp_path) -> Path:
     with RunDirectory(load_config(QUICKSTART, [f"run_dir={tmp_path / 'run'}"])):
         pass
+    (tmp_path / "run" / "checkpoints" / "step_00000005").mkdir(parents=True)
     return tmp_path / "run"
 
 

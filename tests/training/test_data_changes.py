@@ -19,6 +19,7 @@ from fastsp.data.inventory import Inventory, Part
 from fastsp.data.shards import ShardReader
 from fastsp.errors import UserError
 from fastsp.training.distributed import Ranks
+from fastsp.training.status import run_status
 from fastsp.training.trainer import _check_same_data
 from fastsp.training.trainer import train as run_stages
 
@@ -63,6 +64,27 @@ def stop(folder: Path, name: str, source: str = "shards") -> None:
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in metrics(run_dir)]
+
+
+def test_after_a_stop_for_bad_data_the_bad_file_is_removed_and_the_run_starts(folder):
+    """Before the first checkpoint nothing depends on the data; what the stopped attempt met does not count any more."""
+    for name, content in members(0):
+        (folder / "data" / name).write_bytes(content)
+    bad = folder / "data" / "004.jpg"
+    bad.write_bytes(bad.read_bytes()[:40])
+    run = train(folder, "run", "data.max_bad_fraction=0.0", source="images")
+    assert run.wait() == 2 and "004.jpg" in run.output(), run.output()
+    status = run_status(folder / "run")
+    assert status.bad_samples == 1 and status.step == 0, "though no step was logged"
+    assert "report.html" not in status.next and not (folder / "run" / "report.html").exists()
+    bad.unlink()
+    run = train(folder, "run", "data.max_bad_fraction=0.0", "--resume", source="images")
+    assert run.wait() == 0 and "changed: the data (25 samples before, 24 now, 004.jpg is missing)" in run.output()
+    status = run_status(folder / "run")
+    assert status.finished and status.bad_samples == 0 and f"look at {folder / 'run' / 'report.html'}" in status.next
+    page = (folder / "run" / "report.html").read_text()
+    assert "The evaluation is off" in page and "Predicted images over sampling steps" in page
+    assert (folder / "run" / "environment.json").is_file() and "There is no environment.json" not in page
 
 
 @pytest.mark.slow
