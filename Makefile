@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 OUT ?= out
 
-.PHONY: quickstart results test test-all lint unit slow bench clean \
+.PHONY: quickstart results test test-all lint unit slow golden bench clean \
 	gpu gpu-test gpu-test-kernels gpu-test-step gpu-test-data gpu-bench gpu-bench-kernels gpu-bench-step \
 	gpu-graph gpu-data gpu-train
 
@@ -49,6 +49,11 @@ $(VENV)/.test: $(VENV)/.train
 	@echo "== installing what the tests need"
 	$(PIP) --editable '.[train,test]'
 	touch $@
+
+# Only where a change of the numbers is meant; the commit says why.
+golden: $(VENV)/.test
+	@echo "== the golden record of losses and gradient norms: tests/golden/record.txt"
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/golden/record.py
 
 bench: $(VENV)/.test
 	@echo "== pytest-benchmark: kernels, data, training step, saving; into $(OUT)/bench.json"
