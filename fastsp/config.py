@@ -1,47 +1,40 @@
 """The typed configuration of a run: what `fastsp train --config FILE key=value ...` reads.
 
 Every section forbids unknown keys and converts nothing silently, so that a mistake is one clear line, not a run with
-the wrong setting. Units and defaults stand beside the keys; `docs/config.md` has them for users.
+the wrong setting. Units and defaults stand beside the keys; `docs/config.md` has them for users. Nothing here imports
+torch: a mistake is answered in a second.
 """
+
+# ruff: noqa: RUF012 - pydantic copies defaults
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
+from fastsp.config_mistakes import as_one_line, mistakes
 from fastsp.config_text import apply_override, parse_yaml
 from fastsp.errors import UserError
 from fastsp.files import read_text
-from fastsp.loss import Distance, Teacher
-from fastsp.perceptual import Layers
-from fastsp.schedule import TimestepSampling
+from fastsp.objectives import SelfPerceptualStage, Stage, StageConfig
+from fastsp.section import AboveZero, Decay, Fraction, NonNegative, PathText, Positive, Section, is_reading
+
+if TYPE_CHECKING:
+    import torch
 
 Auto = Literal["auto", True, False]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: strict types, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class LoRAConfig(Section):
     """Low-rank adapters: they alone are trained and saved, the base stays as it is. See :mod:`fastsp.lora`."""
 
     rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0.0)] | None = None  # the adapters' scale is alpha / rank; None: the rank
+    alpha: AboveZero | None = None  # the adapters' scale is alpha / rank; None: the rank
     target_modules: Annotated[list[str], Field(min_length=1)] = ["to_q", "to_k", "to_v", "to_out.0"]  # ends of names
 
     @model_validator(mode="after")
@@ -55,8 +48,8 @@ class ModelConfig(Section):
     """Where the model comes from: exactly one of the first two."""
 
     preset: Literal["digits"] | None = None
-    pretrained: str | None = None  # a diffusers folder, a hub id, or a .safetensors file in Stable Diffusion's layout
-    config: str | None = None  # of such a file: a folder or hub id with its tokenizer; None: diffusers' choice
+    pretrained: PathText | None = None  # a diffusers folder, a hub id, or a file in Stable Diffusion's layout
+    config: PathText | None = None  # of such a file: a folder or hub id with its tokenizer; None: diffusers' choice
     lora: LoRAConfig | None = None  # None: all weights of the UNet are trained
 
     @model_validator(mode="after")
@@ -74,7 +67,7 @@ class DataConfig(Section):
     """What the run is trained on."""
 
     source: Literal["digits", "images", "shards", "latents"]
-    path: str | list[str] | None = None  # a folder, or shard patterns; not for digits
+    path: PathText | list[PathText] | None = None  # a folder, or shard patterns; not for digits
     split: Literal["train", "heldout"] = "train"  # of the digits
     resolution: Positive  # side of the square images, pixels
     crop: Literal["center", "random"] = "center"
@@ -89,31 +82,13 @@ class DataConfig(Section):
     prefetch: Positive = 2  # batches ready ahead of the training
 
 
-class StageConfig(Section):
-    """One stage: an objective for some steps, from the weights of the stage before or of another one."""
-
-    name: Name
-    objective: Literal["mse", "self_perceptual"]
-    steps: Positive  # optimizer steps
-    learning_rate: Annotated[float, Field(gt=0.0)]
-    init: str | None = None  # a stage whose EMA weights it starts from; None: the stage before
-    min_snr_gamma: Annotated[float, Field(gt=0.0)] | None = None  # of the MSE objective
-    perceptual_network: str | None = None  # a stage, or a folder with a UNet; None: `init`
-    layers: Layers = "mid"
-    distance: Distance = "mse"
-    timestep_sampling: TimestepSampling = "uniform"
-    teacher: Teacher = "batched"
-    normalize: bool = False  # divide the features' distance by their mean square: its scale is then the same everywhere
-    mse_weight: Annotated[float, Field(ge=0.0)] = 0.0  # adds this much of the MSE objective to the self-perceptual one
-
-
 class OptimizerConfig(Section):
     """AdamW; the learning rate warms up anew in every stage."""
 
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    eps: AboveZero = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    grad_clip: Annotated[float, Field(gt=0.0)] | None = 1.0  # largest norm of the whole gradient
+    grad_clip: AboveZero | None = 1.0  # largest norm of the whole gradient
     warmup_steps: NonNegative = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # the last two go down to zero at the stage's end
     max_skipped: Positive = 20  # updates in a row whose gradient is not finite; then the run stops
@@ -180,16 +155,16 @@ class EvaluationConfig(Section):
     guidance: list[GuidanceConfig] = []
     unconditional: bool = True  # every stage with the empty prompt too, at the first step count
     batch_size: Positive = 256  # samples made at once; no figure depends on it
-    features: str = "classifier"  # or an Inception-v3 safetensors file
-    heldout: str | list[str] | None = None  # like data.path; the digits have their own split
-    captions: str | None = None  # COCO's captions_val2014.json, or a text file: sample its first num_samples captions
-    reference: str | None = None  # goes with it: a folder of real images, or statistics saved by `fastsp eval`
+    features: PathText = "classifier"  # or an Inception-v3 safetensors file
+    heldout: PathText | list[PathText] | None = None  # like data.path; the digits have their own split
+    captions: PathText | None = None  # COCO's captions_val2014.json, or a text file: the first num_samples
+    reference: PathText | None = None  # goes with it: a folder of real images, or statistics saved by `fastsp eval`
 
 
 class Config(Section):
     """A whole run. See `configs/quickstart.yaml`."""
 
-    run_dir: str
+    run_dir: PathText
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 computes in bf16 and keeps float32 master weights
     compile: Auto = "auto"  # torch.compile; auto: on a GPU
@@ -199,10 +174,10 @@ class Config(Section):
     cuda_graph: Auto = "auto"  # the whole step in one CUDA graph; auto: on a GPU
     attention: str = "auto"  # or sdpa, cudnn, flash, efficient, xformers, math; auto: the fastest, measured on a GPU
     distributed: Literal["ddp", "fsdp"] = "ddp"  # of many processes: the network replicated, or sharded
-    distributed_timeout: Annotated[float, Field(gt=0.0)] = 1800.0  # seconds that one may keep the others waiting
+    distributed_timeout: AboveZero = 1800.0  # seconds that one may keep the others waiting
     model: ModelConfig
     data: DataConfig
-    stages: Annotated[list[StageConfig], Field(min_length=1)]
+    stages: Annotated[list[Stage], Field(min_length=1)]
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -212,48 +187,56 @@ class Config(Section):
     final: str | None = None  # the stage whose EMA weights become final/; None: the last one
 
     @model_validator(mode="after")
-    def _stages_fit_together(self) -> Self:
+    def _fits_together(self, info: ValidationInfo) -> Self:
+        reading = is_reading(info)
+        if faults := [*self._stage_faults(reading), *self._other_faults()]:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def _stage_faults(self, reading: bool) -> Iterator[str]:
+        """What is wrong with the stages' names for each other. Defaults that depend on other stages are filled in."""
         seen: list[str] = []
         for index, stage in enumerate(self.stages):
             where = f"stages.{index}"
             if stage.name in seen:
-                raise ValueError(f"{where}.name: {stage.name!r} is taken by an earlier stage")
+                yield f"{where}.name: {stage.name!r} is taken by an earlier stage"
+            if stage.name == self.model.pretrained and not reading:
+                yield f"{where}.name: {stage.name!r} is model.pretrained too: give the stage another name"
             if stage.init is None:
                 stage.init = seen[-1] if seen else None
             elif stage.init not in seen:
-                raise ValueError(f"{where}.init: {stage.init!r} is no earlier stage; {_earlier(seen)}")
-            if stage.objective == "self_perceptual":
-                self._check_perceptual_network(stage, where, seen)
+                yield f"{where}.init: {stage.init!r} is no earlier stage; {_earlier(seen)}"
+            if isinstance(stage, SelfPerceptualStage):
+                if stage.perceptual_network is None:
+                    stage.perceptual_network = stage.init or self.model.pretrained
+                if not reading and (fault := self._network_fault(stage.perceptual_network, seen)):
+                    yield f"{where}.perceptual_network: {fault}"
             seen.append(stage.name)
         if self.final is None:
             self.final = seen[-1]
         elif self.final not in seen:
-            raise ValueError(f"final: {self.final!r} is no stage; stages are {', '.join(seen)}")
-        return self
+            yield f"final: {self.final!r} is no stage; stages are {', '.join(seen)}"
 
-    def _check_perceptual_network(self, stage: StageConfig, where: str, seen: list[str]) -> None:
-        if stage.perceptual_network is None:
-            stage.perceptual_network = stage.init or self.model.pretrained
-        network = stage.perceptual_network
-        if network is None or not (network in seen or network == self.model.pretrained or Path(network).is_dir()):
-            raise ValueError(
-                f"{where}.perceptual_network: {network!r} is neither an earlier stage nor a folder; {_earlier(seen)}"
-            )
+    def _network_fault(self, network: str | None, earlier: list[str]) -> str | None:
+        """What is wrong with a perceptual network; None: nothing."""
+        if network is None:
+            return "a preset is untrained: put a stage of objective mse before this one"
+        folder = Path(network)
+        if network in earlier:
+            if any((folder / file).is_file() for file in ("config.json", "unet/config.json")):
+                return f"{network!r} is a stage, and a folder with a model too: rename the stage, or write ./{network}"
+        elif network in (stage.name for stage in self.stages):
+            return f"{network!r} is no earlier stage; {_earlier(earlier)}"
+        elif network != self.model.pretrained and not folder.is_dir():
+            return f"{network!r} is neither an earlier stage nor a folder; {_earlier(earlier)}"
+        return None
 
-    @model_validator(mode="after")
-    def _shards_what_is_trained(self) -> Self:
+    def _other_faults(self) -> Iterator[str]:
         if self.distributed == "fsdp" and self.model.lora is not None:
-            raise ValueError("distributed: 'fsdp' is for training all weights; model.lora takes ddp")
-        return self
-
-    @model_validator(mode="after")
-    def _batch_divides(self) -> Self:
+            yield "distributed: 'fsdp' is for training all weights; model.lora takes ddp"
         data = self.data
         if data.microbatch is not None and data.batch_size % data.microbatch:
-            raise ValueError(
-                f"data.microbatch: {data.microbatch} does not divide data.batch_size, which is {data.batch_size}"
-            )
-        return self
+            yield f"data.microbatch: {data.microbatch} does not divide data.batch_size, which is {data.batch_size}"
 
     def check_world_size(self, world_size: int) -> None:
         """Whether a batch can be split evenly over so many processes.
@@ -311,92 +294,51 @@ class Config(Section):
 
 
 def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration file, with overrides such as ``stages.0.steps=20``.
+    """Read a configuration that is to be run, with overrides such as ``stages.0.steps=20``.
 
     Raises:
-        UserError: no such file, broken YAML, an unknown key, a wrong type or value; one line that names the key, the
-            value and what is allowed.
+        UserError: no such file, broken YAML, unknown keys, wrong types or values, a perceptual network that is not
+            there. One line names every mistake: the key, the value and what is allowed.
     """
-    tree = parse_yaml(read_text(file, f"configuration file {file}"), str(file))
-    if not isinstance(tree, dict):
-        raise UserError(f"{file} is empty or no mapping: a configuration has keys such as run_dir, model, data, stages")
-    return config_of(tree, overrides, str(file))
+    return config_of(_tree(file), overrides, str(file))
 
 
-def config_of(tree: dict[str, Any], overrides: Sequence[str], where: str) -> Config:
+def read_config(file: Path) -> Config:
+    """Read the `config.yaml` of a run that began: the folders that it names may be gone since.
+
+    Raises:
+        UserError: as of :func:`load_config`, but for what is on the disk.
+    """
+    return config_of(_tree(file), (), str(file), reading=True)
+
+
+def config_of(tree: dict[str, Any], overrides: Sequence[str], where: str, reading: bool = False) -> Config:
     """A configuration from plain values, which are changed by the overrides; ``where`` names them in errors.
 
     Raises:
-        UserError: see :func:`load_config`.
+        UserError: see :func:`load_config` and, of a run's own file (``reading``), :func:`read_config`.
     """
+    found: list[str] = []
     for override in overrides:
-        apply_override(tree, override)
+        try:
+            apply_override(tree, override)
+        except UserError as error:
+            found.append(str(error))
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree, context={"reading": reading})
     except ValidationError as error:
-        raise UserError(f"{where}: {_describe(error)}") from None
+        found += mistakes(error, Config)
+    if found:
+        raise UserError(f"{where}: {as_one_line(found)}")
+    return config
+
+
+def _tree(file: Path) -> dict[str, Any]:
+    tree = parse_yaml(read_text(file, f"configuration file {file}"), str(file))
+    if not isinstance(tree, dict):
+        raise UserError(f"{file} is empty or no mapping: a configuration has keys such as run_dir, model, data, stages")
+    return tree
 
 
 def _earlier(names: list[str]) -> str:
     return f"earlier stages are {', '.join(names)}" if names else "there is no earlier stage"
-
-
-def _describe(error: ValidationError) -> str:
-    """The first mistake as one line: key, value and what is allowed."""
-    mistakes = error.errors()
-    first = mistakes[0]
-    key = ".".join(str(part) for part in first["loc"] if not _is_union_branch(part))
-    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return f"{key}: unknown key; {_known_keys(first['loc'])}{more}"
-    if first["type"] == "missing":
-        return f"{key}: is missing{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    if not key:
-        return message
-    return f"{key}: {_short(first['input'])} is not allowed: {message[0].lower() + message[1:]}{more}"
-
-
-def _is_union_branch(part: int | str) -> bool:
-    """Pydantic adds the tried type of a union to the place of a mistake; people have no use for it."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
-
-
-# What diffusers' scripts, kohya's and others call a key.
-_OTHERS_NAMES = {
-    "lr": "learning_rate",
-    "max_train_steps": "steps",
-    "train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "microbatch",
-    "mixed_precision": "precision",
-    "output_dir": "run_dir",
-    "pretrained_model_name_or_path": "pretrained",
-    "train_data_dir": "path",
-    "center_crop": "crop",
-    "random_flip": "flip",
-    "network_dim": "rank",
-    "network_alpha": "alpha",
-    "snr_gamma": "min_snr_gamma",
-    "lr_scheduler": "schedule",
-    "lr_warmup_steps": "warmup_steps",
-    "max_grad_norm": "grad_clip",
-    "enable_xformers_memory_efficient_attention": "attention",
-}
-
-
-def _known_keys(location: tuple[int | str, ...]) -> str:
-    """The keys of the section in which an unknown one was found, the likeliest first."""
-    section: Any = Config
-    for part in location[:-1]:
-        if isinstance(part, str) and not _is_union_branch(part):
-            annotation = section.model_fields[part].annotation
-            section = annotation if hasattr(annotation, "model_fields") else annotation.__args__[0]
-    names, name = list(section.model_fields), str(location[-1])
-    ours = _OTHERS_NAMES.get(name)
-    close = [ours] if ours in names else difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]}?" if close else f"allowed: {', '.join(names)}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

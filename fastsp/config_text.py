@@ -3,35 +3,71 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
 from fastsp.errors import UserError
 
+_SCALARS = ("int", "float", "bool", "null")
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, reading 1e-4 as the number that people mean (YAML 1.1 takes it for text)."""
+    """YAML's safe loader with the numbers that people mean.
+
+    YAML 1.1 takes 010 for 8, 1:30 for 90, 2026-01-31 for a date and 1e-4 for text. Here the first three are text, which
+    no numeric key takes, and the last is a number.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - yaml's own way
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float", ":timestamp"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+for _kind, _pattern in (
+    ("int", r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)"),
+    ("float", r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_pattern})$"), list("-+.0123456789"))
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """What YAML stands for; ``where`` names it in errors.
 
     Raises:
-        UserError: broken YAML, with line and column.
+        UserError: broken YAML, with line and column, or keys that are given twice, with their lines.
     """
+    loader = _Loader(text)
     try:
-        return yaml.load(text, _Loader)
+        node = loader.get_single_node()
+        if twice := "; ".join(_given_twice(node, set())):
+            raise UserError(f"{where}: {twice}")
+        return None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "cannot be read"
         raise UserError(f"{where}{place} is broken YAML: {problem}") from None
+    finally:
+        loader.dispose()
+
+
+def _given_twice(node: Any, seen: set[int]) -> Iterator[str]:
+    """Every key that a mapping has more than once. YAML itself would take the last one."""
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:  # an alias leads to a node that was seen
+        return
+    seen.add(id(node))
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    first: dict[str, int] = {}
+    for key, _ in pairs:
+        line = key.start_mark.line + 1
+        if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, line) != line:
+            yield f"line {line}: the key {key.value!r} is in line {first[key.value]} already"
+    for child in [value for _, value in pairs] or node.value:
+        yield from _given_twice(child, seen)
 
 
 def apply_override(tree: Any, override: str) -> None:
@@ -53,8 +89,25 @@ def apply_override(tree: Any, override: str) -> None:
         elif not isinstance(tree, dict):
             raise UserError(f"override {override!r}: nothing can be set below {key!r}")
         if following is None:
-            tree[slot] = parse_yaml(text, f"override {override!r}")
+            tree[slot] = _value(text.strip(), f"override {override!r}")
             return
         if isinstance(tree, dict) and tree.get(slot) is None:
             tree[slot] = {}
         tree = tree[slot]
+
+
+def _value(text: str, where: str) -> Any:
+    """A list, a mapping or a quoted text is YAML. All else is one number, truth value, null or text, as it stands:
+    no comment ends it, and shard patterns such as ``{00000..00231}.tar`` and ``[0-9]*.tar`` are text."""
+    is_list, is_mapping = text.startswith("["), text.startswith("{") and (":" in text or text == "{}")
+    if not (is_list or is_mapping or text.startswith(("'", '"'))):
+        loader = _Loader("")
+        tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+        return loader.construct_object(yaml.ScalarNode(tag, text)) if tag.endswith(_SCALARS) else text
+    try:
+        return parse_yaml(text, where)
+    except UserError as error:
+        closed = text.count("[") == text.count("]") and text.count("{") == text.count("}")
+        if closed and not text.endswith(("]", "}", "'", '"')):
+            return text
+        raise UserError(f"{error}; quote what is text, as in data.path='[\"a {{0..9}}.tar\", b.tar]'") from None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsp import draws
-from fastsp.config import load_config
+from fastsp.config import read_config
 from fastsp.devices import best_device
 from fastsp.errors import UserError
 from fastsp.lora import DIFFUSERS_FILE
@@ -74,7 +74,7 @@ def check_for_sampling(name: str) -> None:
     check_unet(folder)
     if (run / "final").is_dir():
         check_pipeline(str(run / "final"))
-    elif (pretrained := load_config(run / "config.yaml").model.pretrained) is not None:
+    elif (pretrained := read_config(run / "config.yaml").model.pretrained) is not None:
         check_pipeline(pretrained)
 
 
@@ -108,7 +108,7 @@ def _load(folder: Path, name: str, config: str | None) -> TextToImageModel:
     if (run / "final").is_dir():
         model = load_pipeline(str(run / "final"), with_unet=False)
     else:
-        of_run = load_config(run / "config.yaml")
+        of_run = read_config(run / "config.yaml")
         start = of_run.model
         model = load_model(start.preset, start.pretrained, of_run.data.resolution, of_run.seed, start.config)
     model.unet = load_unet(folder)

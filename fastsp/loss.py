@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -22,13 +22,10 @@ from torch import Tensor, nn
 
 from fastsp import prediction
 from fastsp.half_backward import HalfBackward, Misaligned
+from fastsp.options import Distance, Reduction, Teacher, TimestepSampling
 from fastsp.perceptual import PerceptualNetwork
 from fastsp.prediction import PREDICTION_TYPES, expand
-from fastsp.schedule import NoiseSchedule, TimestepSampling, sample_perceptual_timesteps
-
-Distance = Literal["mse", "mae"]
-Teacher = Literal["batched", "split"]
-Reduction = Literal["mean", "none"]
+from fastsp.schedule import NoiseSchedule, sample_perceptual_timesteps
 
 Features = tuple[Tensor, ...]  # one tensor for each layer
 

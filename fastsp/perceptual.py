@@ -7,13 +7,12 @@ forward returns the mid-block feature, and the decoder (514 of Stable Diffusion 
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Layers = Literal["mid", "encoder", "decoder", "encoder+mid"]
-LAYERS: tuple[str, ...] = get_args(Layers)
+from fastsp.options import LAYERS
 
 
 class PerceptualNetwork(nn.Module):

@@ -7,7 +7,7 @@ table ``0 .. T-1`` (the paper's ``1 .. T``).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 BETA_START = 0.00085
 BETA_END = 0.012
 
-# Policies for t' (Table 4 of the paper), and what they say: a normal of this spread around t, or this distance from it.
-TimestepSampling = Literal["uniform", "normal", "offset"]
+# Of the policies for t' (Table 4 of the paper): a normal of this spread around t, or this distance from it.
 NORMAL_STD = 100.0
 OFFSET = 40
 

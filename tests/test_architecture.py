@@ -29,6 +29,10 @@ PACKAGE_OF = {
     "lettering": "generation",  # to be moved
     "pictures": "generation",  # to be moved
     "config_text": "config",
+    "config_mistakes": "config",
+    "objectives": "config",
+    "section": "config",
+    "options": "utils",
     "attention": "models",  # to be moved
     "channels_last": "models",  # to be moved
     "lora": "models",  # to be moved

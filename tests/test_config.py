@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from fastsp.config import Config, load_config
+from fastsp.config import Config, load_config, read_config
 from fastsp.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -47,8 +50,8 @@ def test_the_perceptual_network_of_a_first_stage_is_the_pretrained_model():
     ("override", "message"),
     [
         ("stages.0.stepz=20", "stages.0.stepz: unknown key; did you mean steps?"),
-        ("stages.0.lr=3", "stages.0.lr: unknown key; did you mean learning_rate?"),
-        ("optimizer.lr_scheduler=cosine", "optimizer.lr_scheduler: unknown key; did you mean schedule?"),
+        ("stages.0.lr=3", "stages.0.lr: unknown key; here it is stages.0.learning_rate"),
+        ("optimizer.lr_scheduler=cosine", "optimizer.lr_scheduler: unknown key; here it is optimizer.schedule"),
         ("nonsense.key=1", "nonsense: unknown key; allowed: run_dir, seed"),
         ("stages.1.layers=middle", "stages.1.layers: 'middle' is not allowed: input should be 'mid', 'encoder'"),
         ("data.batch_size=0", "data.batch_size: 0 is not allowed"),
@@ -74,7 +77,23 @@ def test_the_perceptual_network_of_a_first_stage_is_the_pretrained_model():
         ("stages.9.steps=1", "'9' is no index of a list of 3"),
         ("stages.0.steps.more=1", "nothing can be set below"),
         ("stages.0.steps", "must be key.path=value"),
+        ("stages.0.layers=encoder", "stages.0.layers: only the objective self_perceptual has this key"),
+        ("stages.1.min_snr_gamma=5.0", "stages.1: min_snr_gamma weights the MSE objective, of which mse_weight: 0.0"),
+        ("stages.0.objective=gan", "stages.0.objective: 'gan' is not allowed: input should be 'mse' or 'self_perc"),
+        ("stages.0.objective=null", "stages.0.objective: is missing"),
+        ("stages.1.perceptual_network=mse_longer", "'mse_longer' is no earlier stage; earlier stages are mse"),
+        ("model=digits", "model: 'digits' is no section: keys such as preset, pretrained"),
+        ("data.path=3", "data.path: 3 is not allowed: input should be a valid string (quote it where text is meant)"),
+        ("run_dir=~nobody-of-that-name/x", "run_dir: '~nobody-of-that-name/x' is not allowed: '~nobody-of-that-name"),
+        ("seed=010", "seed: '010' is not allowed: input should be a valid integer"),
+        ("seed=1:30", "seed: '1:30' is not allowed"),
         ("data.batch_size=[1", "is broken YAML"),
+        ("data.path=[{0..9}.tar, b]", "is broken YAML: expected ',' or ']', but got '<scalar>'; quote what is text"),
+        ("resolution=512", "resolution: unknown key; here it is data.resolution"),
+        ("train_batch_size=8", "train_batch_size: unknown key; here it is data.batch_size"),
+        ("optimizer.max-train-steps=8", "optimizer.max-train-steps: unknown key; here it is stages.N.steps"),
+        ("noise_offset=0.1", "noise_offset: unknown key; none: zero terminal SNR"),
+        ("batchsize=8", "batchsize: unknown key; did you mean data.batch_size?"),
     ],
 )
 def test_mistakes_in_values(override, message):
@@ -89,8 +108,12 @@ def test_mistakes_in_values(override, message):
         ("", "is empty or no mapping"),
         ("- 1\n- 2", "is empty or no mapping"),
         ("run_dir: [1, 2", "is broken YAML"),
-        ("run_dir: runs/x\n", "model: is missing (and 2 more)"),
+        ("run_dir: runs/x\n", "3 mistakes: (1) model: is missing (2) data: is missing (3) stages: is missing"),
         ("a: !!python/object/apply:os.system ['true']", "is broken YAML"),
+        (
+            "seed: 1\na: {b: 1,\n  b: 2}\nseed: 2",
+            "line 4: the key 'seed' is in line 1 already; line 3: the key 'b' is in",
+        ),
     ],
 )
 def test_mistakes_in_files(tmp_path, text, message):
@@ -113,3 +136,113 @@ def test_adapters_are_not_sharded():
     assert load_config(CONFIGS / "lora.yaml").distributed == "ddp"
     with pytest.raises(UserError, match="distributed: 'fsdp' is for training all weights"):
         load_config(CONFIGS / "lora.yaml", ["distributed=fsdp"])
+
+
+def test_all_mistakes_are_named_at_once():
+    overrides = ["stages.0.steps=x", "data.batch_size=0", "lr=3", "stages.7.steps=1"]
+    with pytest.raises(UserError) as caught:
+        load_config(QUICKSTART, overrides)
+    assert str(caught.value).removeprefix(f"{QUICKSTART}: ") == (
+        "4 mistakes: (1) override 'stages.7.steps=1': '7' is no index of a list of 3 "
+        "(2) data.batch_size: 0 is not allowed: input should be greater than or equal to 1 "
+        "(3) stages.0.steps: 'x' is not allowed: input should be a valid integer "
+        "(4) lr: unknown key; here it is stages.N.learning_rate"
+    )
+    with pytest.raises(UserError, match=r"2 mistakes: \(1\) final: 'x' is no .* \(2\) data.microbatch: 5 does not"):
+        load_config(QUICKSTART, ["final=x", "data.microbatch=5"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["/sets/cats #2", "{00000..00231}.tar", "{00000..00231}", "[0-9]*.tar", "a: b", "*.tar", "2026-01-31", "'#'.tar"],
+)
+def test_an_override_is_text_as_it_stands(text):
+    assert load_config(QUICKSTART, [f"data.path={text}"]).data.path == text
+    assert load_config(QUICKSTART, [f"data.path={json.dumps(text)}"]).data.path == text
+    assert load_config(QUICKSTART, [f"data.path={json.dumps([text])}"]).data.path == [text]
+
+
+def test_the_home_folder_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = ["run_dir", "model.pretrained", "data.path", "stages.1.perceptual_network"]
+    paths += [f"evaluation.{key}" for key in ("features", "heldout", "captions", "reference")]
+    config = load_config(QUICKSTART, ["model={pretrained: ~/x, config: ~/x}", *(f"{key}=~/x" for key in paths)])
+    assert "~" not in config.dump() and config.dump().count("/home/me/x") == len(paths) + 1
+    lists = load_config(QUICKSTART, ["data.path=[~/a, b]", "evaluation.heldout=[~/a]"])
+    assert lists.data.path == ["/home/me/a", "b"] and lists.evaluation.heldout == ["/home/me/a"]
+
+
+def test_a_stage_and_a_folder_of_one_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"stages.0.name: 'sd21' is model.pretrained too: give the stage another name"):
+        load_config(QUICKSTART, ["model={pretrained: sd21}", "stages.0.name=sd21", "stages.1.init=null"])
+    (tmp_path / "mse").mkdir()
+    assert load_config(QUICKSTART).stages[1].perceptual_network == "mse", "a folder without a model"
+    (tmp_path / "mse" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"perceptual_network: 'mse' is a stage, and a folder with a model too"):
+        load_config(QUICKSTART)
+    assert load_config(QUICKSTART, ["stages.1.perceptual_network=./mse"]).stages[1].perceptual_network == "./mse"
+
+
+def test_a_run_s_own_file_is_read_whatever_has_become_of_its_folders(tmp_path):
+    network, file = tmp_path / "network", tmp_path / "config.yaml"
+    network.mkdir()
+    config = load_config(QUICKSTART, [f"stages.1.perceptual_network={network}"])
+    file.write_text(config.dump())
+    network.rmdir()
+    assert read_config(file) == config
+    with pytest.raises(UserError, match="is neither an earlier stage nor a folder"):
+        load_config(file)
+
+
+def test_a_run_s_file_of_an_earlier_version_is_read(tmp_path):
+    """Every stage had the keys of all objectives, whether it read them or not."""
+    sp = {"perceptual_network": None, "layers": "mid", "distance": "mse", "timestep_sampling": "uniform"}
+    sp |= {"teacher": "batched", "normalize": False, "mse_weight": 0.0, "min_snr_gamma": None}
+    tree = yaml.safe_load(load_config(QUICKSTART).dump())
+    old = {**tree, "stages": [{**sp, **stage} for stage in tree["stages"]]}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(old))
+    assert load_config(file) == read_config(file) == load_config(QUICKSTART)
+    old["stages"][0]["layers"], old["stages"][1]["min_snr_gamma"] = "encoder", 5.0  # had no effect
+    file.write_text(yaml.safe_dump(old))
+    assert read_config(file).stages[0] == load_config(QUICKSTART).stages[0]
+    with pytest.raises(UserError, match=r"2 mistakes: .*stages.0.layers: only .*stages.1: min_snr_gamma weights"):
+        load_config(file)
+
+
+def test_pictures_of_one_s_own_take_few_keys(tmp_path):
+    (tmp_path / "own.yaml").write_text(
+        "run_dir: runs/own\nmodel: {pretrained: sd15}\n"
+        "data: {source: images, path: pictures, resolution: 512, batch_size: 8}\n"
+        "stages: [{name: mse, objective: mse, steps: 1000, learning_rate: 1.0e-5}]\n"
+    )
+    assert load_config(tmp_path / "own.yaml").final == "mse"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--config", str(QUICKSTART), "--help"], 0), (["--config", str(QUICKSTART), "seed=x", "lr=1"], 2)],
+)
+def test_a_mistake_is_answered_without_importing_torch(arguments, code):
+    """`--help` for comparison: what it imports is what typer needs."""
+    program = """
+import sys
+from fastsp.__main__ import main
+try:
+    main()
+except SystemExit as ended:
+    heavy = sorted({"torch", "diffusers", "transformers", "numpy", "PIL"} & sys.modules.keys())
+    print("imported", heavy, file=sys.stderr)
+    sys.exit(ended.code)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "train", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == code and done.stderr.endswith("imported []\n"), done.stderr
+    assert code == 0 or "2 mistakes: (1) seed: 'x' is not allowed" in done.stderr
+
+
+def test_reading_a_configuration_imports_no_torch():
+    program = "import sys, fastsp.config as c; c.load_config(c.Path(sys.argv[1])); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program, str(QUICKSTART)], timeout=60, check=False).returncode == 0

@@ -10,11 +10,13 @@ from typing import Any
 
 from fastsp.config import Config
 from fastsp.config_text import parse_yaml
+from fastsp.objectives import OBJECTIVES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 SCHEMA = Config.model_json_schema()
 NAMES = {"integer": "int", "number": "float", "string": "text", "boolean": "true, false"}
 REQUIRED = "required"
+KINDS = {"StageConfig": OBJECTIVES}  # sections that are of several kinds
 
 
 def keys(section: dict[str, Any], path: str = "") -> Iterator[tuple[str, str, Any]]:
@@ -30,9 +32,17 @@ def keys(section: dict[str, Any], path: str = "") -> Iterator[tuple[str, str, An
 
 
 def part_of(field: dict[str, Any]) -> dict[str, Any] | None:
-    """The section that a key holds, if it does."""
+    """The section that a key holds, if it does; of several kinds, the keys of all."""
     found = re.search(r'"#/\$defs/(\w+)"', json.dumps(field))
-    return SCHEMA["$defs"][found[1]] if found else None
+    if found is None:
+        return None
+    kinds = KINDS.get(found[1])
+    if kinds is None:
+        return SCHEMA["$defs"][found[1]]
+    parts = [kind.model_json_schema() for kind in kinds.values()]
+    properties = {name: field for part in parts for name, field in part["properties"].items()}
+    required = {name for part in parts for name in part["required"]}
+    return {"properties": {**properties, kinds.key: {"enum": list(kinds)}}, "required": required}
 
 
 def allowed(field: dict[str, Any]) -> str:

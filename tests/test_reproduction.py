@@ -69,7 +69,8 @@ def test_means_over_seeds_beside_the_paper() -> None:
 def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the paper has tables 1 to 7"):
         table_config(8, BASES["small"])
-    (tmp_path / "mse.yaml").write_text(BASES["small"].read_text().replace("self_perceptual", "mse"))
+    sp, mse = "self_perceptual, init: mse, perceptual_network: mse", "mse, init: mse"
+    (tmp_path / "mse.yaml").write_text(BASES["small"].read_text().replace(sp, mse))
     with pytest.raises(UserError, match="a table needs a first stage of MSE and a self-perceptual one"):
         table_config(1, tmp_path / "mse.yaml")
     assert table_config(1, BASES["small"], ["stages.1.steps=7"]).stages[1].steps == 7

@@ -17,7 +17,7 @@ import torch
 from fastsp_kernels import Stream, diffuse_seeded, random_normals
 from torch import Tensor
 
-from fastsp.config import load_config
+from fastsp.config import read_config
 from fastsp.data.source import open_source
 from fastsp.draws import perceptual_timesteps
 from fastsp.loss import SelfPerceptualLoss
@@ -29,7 +29,7 @@ QUANTILES = torch.tensor([0.2, 0.5, 0.8])
 
 def measure(run: Path, samples: int) -> Tensor:
     """Relative errors at their quantiles, (len(DISTANCES), 3)."""
-    config = load_config(run / "config.yaml")
+    config = read_config(run / "config.yaml")
     model = load_model(config.model.preset, config.model.pretrained, config.data.resolution, config.seed)
     unet = load_unet(run / "stages" / "mse").eval()
     source = open_source(config.data, tokenizer=model.tokenizer, channels=model.channels, seed=config.seed)

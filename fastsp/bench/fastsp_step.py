@@ -80,7 +80,7 @@ def build_training_step(workload: Workload, objective: str, teacher: str | None 
     initial, stage = workload.unet(), workload.stage(objective)
     step, _ = build_step(
         workload.config,
-        stage.model_copy(update={"teacher": teacher or stage.teacher}),
+        stage.model_copy(update={"teacher": teacher} if teacher else {}),
         TextToImageModel(initial, text_encoder=None, tokenizer=None, scheduler=None),  # nothing to encode
         workload.schedule(),
         Conditioning(torch.zeros(1, *workload.text_shape, device=workload.device)),

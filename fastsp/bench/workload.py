@@ -12,9 +12,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from fastsp.attention import Choice, choose
-from fastsp.config import Config, StageConfig, config_of, load_config
+from fastsp.config import Config, config_of, load_config
 from fastsp.errors import UserError
 from fastsp.models import ddim_scheduler, digits_model, load_model
+from fastsp.objectives import StageConfig, stage_config
 from fastsp.schedule import NoiseSchedule
 from fastsp.training.step import COMPUTE_DTYPES
 
@@ -102,7 +103,7 @@ class Workload:
 
     def stage(self, objective: str) -> StageConfig:
         """The configured stage of that objective, the first; where there is none, one with the paper's choices."""
-        plain = StageConfig(name=objective, objective=objective, steps=_ENDLESS, learning_rate=3e-5)  # type: ignore[arg-type]
+        plain = stage_config(name=objective, objective=objective, steps=_ENDLESS, learning_rate=3e-5)
         configured = next((stage for stage in self.config.stages if stage.objective == objective), plain)
         return configured.model_copy(update={"name": objective, "steps": _ENDLESS})
 
@@ -110,7 +111,7 @@ class Workload:
         """What the self-perceptual stage computes other than Algorithm 1 as printed (mid block, MSE, uniform t')."""
         stage = self.stage("self_perceptual")
         return {
-            key: value for key in _COMPUTED if (value := getattr(stage, key)) != StageConfig.model_fields[key].default
+            key: value for key in _COMPUTED if (value := getattr(stage, key)) != type(stage).model_fields[key].default
         }
 
     def for_counting(self) -> Workload:

@@ -23,18 +23,21 @@ def train(
 
     Example: fastsp train --config configs/quickstart.yaml run_dir=runs/try stages.0.steps=500
     """
+    from fastsp.config import load_config
+    from fastsp.errors import is_main_process, said_once
+
+    with said_once():
+        loaded = load_config(config, overrides or [])  # a mistake is answered before torch is imported
+
     from rich.console import Console
 
-    from fastsp.config import load_config
     from fastsp.evaluation.check import check_evaluation
     from fastsp.evaluation.environment import write_environment
     from fastsp.evaluation.report import write_report
-    from fastsp.training.distributed import is_main_process, said_once
     from fastsp.training.trainer import train as run_stages
 
     console = Console(quiet=not is_main_process(), soft_wrap=not sys.stdout.isatty())  # a log's lines stay whole
     with said_once():
-        loaded = load_config(config, overrides or [])
         warning = check_evaluation(loaded)
     if warning is not None:
         console.print(warning)

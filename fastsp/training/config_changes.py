@@ -69,8 +69,8 @@ def config_changes(old: str, new: Config) -> list[Change]:
     """In which keys ``new`` differs from the text of a run's `config.yaml`; keys that are newer than it count as set
     to their defaults."""
     before = yaml.safe_load(old)
-    with suppress(ValidationError):  # of a version with other keys, or a folder that it names is gone
-        before = Config.model_validate(before).model_dump(mode="json")
+    with suppress(ValidationError):  # of a version with other keys
+        before = Config.model_validate(before, context={"reading": True}).model_dump(mode="json")
     return _differing(before, new.model_dump(mode="json"), "")
 
 

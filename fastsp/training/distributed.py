@@ -163,28 +163,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-_FOR_RANK_0 = 10.0  # seconds
-
-
-def is_main_process() -> bool:
-    """Whether this is rank 0 of what `torchrun` started, before any group is made."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-@contextmanager
-def said_once() -> Iterator[None]:
-    """Around what every rank refuses alike: rank 0 alone says so.
-
-    Raises:
-        SystemExit: in place of a UserError on the other ranks.
-    """
-    try:
-        yield
-    except UserError:
-        if is_main_process():
-            raise
-        time.sleep(_FOR_RANK_0)  # torchrun ends all as soon as one has ended, and rank 0 is to speak before that
-        raise SystemExit(2) from None
 
 
 @contextmanager

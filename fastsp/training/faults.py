@@ -6,9 +6,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastsp.config import Config, StageConfig
+from fastsp.config import Config
 from fastsp.errors import RunFailed
 from fastsp.files import no_room
+from fastsp.objectives import StageConfig
 from fastsp.training.checkpoint_folder import damage, newest_first, progress_of
 from fastsp.training.run_directory import RunDirectory
 

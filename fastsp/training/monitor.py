@@ -11,9 +11,10 @@ import torch
 from rich.console import Console
 from rich.progress import TaskID, TextColumn
 
-from fastsp.config import Config, StageConfig
+from fastsp.config import Config
 from fastsp.data.bad_samples import BadSampleLog
 from fastsp.data.batch import Batch
+from fastsp.objectives import StageConfig
 from fastsp.progress import steps_progress
 from fastsp.training.faults import check_skipped
 from fastsp.training.readings import Reading

@@ -14,11 +14,12 @@ from fastsp import draws
 from fastsp.attention import use_attention
 from fastsp.channels_last import keep_channels_last
 from fastsp.conditioning import Conditioning, time_ids
-from fastsp.config import Config, StageConfig
+from fastsp.config import Config
 from fastsp.data.batch import Batch
 from fastsp.data.latents import encode_moments, sample_latents
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
 from fastsp.models import TextToImageModel
+from fastsp.objectives import MSEStage, SelfPerceptualStage, StageConfig
 from fastsp.perceptual import cast, shared_copy
 from fastsp.schedule import NoiseSchedule
 from fastsp.training.compilation import compile_options
@@ -43,13 +44,14 @@ class StepResult:
 class Objective(nn.Module):
     """What a stage minimises, one value a sample: MSE, self-perceptual, or the latter with a share of the former."""
 
-    def __init__(self, stage: StageConfig, schedule: NoiseSchedule, prediction_type: str, teacher: Any) -> None:
+    def __init__(
+        self, stage: MSEStage | SelfPerceptualStage, schedule: NoiseSchedule, prediction_type: str, teacher: Any
+    ) -> None:
         super().__init__()
-        self.timestep_sampling = stage.timestep_sampling
-        self.mse_weight = stage.mse_weight
         self.denoising = DenoisingLoss(schedule, prediction_type, stage.min_snr_gamma, reduction="none")
         self.self_perceptual: SelfPerceptualLoss | None = None
-        if stage.objective == "self_perceptual":
+        if isinstance(stage, SelfPerceptualStage):
+            self.timestep_sampling, self.mse_weight = stage.timestep_sampling, stage.mse_weight
             self.self_perceptual = SelfPerceptualLoss(
                 teacher,
                 schedule,
@@ -244,7 +246,9 @@ def build_step(
     for network in (initial, teacher):  # not the average: samples are drawn with it in float32
         if network is not None:
             use_attention(network, attention)
-    objective = placed(Objective(stage, schedule, prediction_type, teacher), dtype)  # copies before `initial` is cast
+    objective = placed(
+        stage.loss_class()(stage, schedule, prediction_type, teacher), dtype
+    )  # copies before `initial` is cast
     if config.gradient_checkpointing:
         checkpoint_activations(initial)
     options = compile_options(config, device, channels_last=True) if compiles else None

@@ -15,21 +15,22 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from fastsp.attention import available, check_available, kept_choice
 from fastsp.attention import choose as choose_attention
-from fastsp.config import Config, StageConfig
+from fastsp.config import Config
 from fastsp.data.inventory import Inventory
 from fastsp.data.latents import fingerprint
 from fastsp.data.source import Source, check_path, open_source
 from fastsp.devices import device_name
-from fastsp.errors import UserError
+from fastsp.errors import UserError, said_once
 from fastsp.gpu_settings import gpu_settings
 from fastsp.lora import Base, add_adapters, load_adapters, save_adapters, save_for_use
 from fastsp.models import TextToImageModel, load_model, load_unet
+from fastsp.objectives import StageConfig
 from fastsp.perceptual import shared_copy
 from fastsp.training.capture import captured
 from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
 from fastsp.training.checkpoint_folder import Progress
 from fastsp.training.compilation import keep_compiled_code
-from fastsp.training.distributed import Ranks, process_group, said_once
+from fastsp.training.distributed import Ranks, process_group
 from fastsp.training.faults import explained
 from fastsp.training.interrupt import Interrupted, StopRequest
 from fastsp.training.monitor import Monitor
@@ -244,7 +245,7 @@ class Trainer:
             model.encode_no_prompt(),
             prediction_type=model.prediction_type,
             initial=self._initial_unet(stage.init),
-            teacher=self._initial_unet(stage.perceptual_network) if stage.objective == "self_perceptual" else None,
+            teacher=self._initial_unet(stage.frozen_network) if stage.frozen_network else None,
             compiles=self.config.compiles_on(self.device),
             ranks=self.ranks,
             attention=self.attention,
@@ -281,10 +282,10 @@ class Trainer:
 
     def _initial_unet(self, name: str | None) -> Any:
         """What a stage's name or a folder stands for; None: the model itself. A stage's adapters share the one base."""
-        if name in (None, self.config.model.pretrained):
+        is_stage = any(stage.name == name for stage in self.config.stages)
+        if not is_stage and name in (None, self.config.model.pretrained):
             return shared_copy(self.model.unet)
         assert name is not None
-        is_stage = any(stage.name == name for stage in self.config.stages)
         if not is_stage or self.config.model.lora is None:
             return load_unet(self.run.stage_folder(name) if is_stage else Path(name))
         unet = shared_copy(self.model.unet)
@@ -416,10 +417,9 @@ def _due(number: int, every: int, last: int) -> bool:
 
 
 def _headline(stage: StageConfig, done: int) -> str:
-    objective = "MSE" if stage.objective == "mse" else f"self-perceptual ({stage.perceptual_network}, {stage.layers})"
     steps = f"{stage.steps} step{'s' * (stage.steps != 1)}"
     start = f"from {stage.init}" if stage.init else "from the model's own weights"
-    return f"stage {stage.name}: {objective}, {steps} {start}" + (f", {done} done" if done else "")
+    return f"stage {stage.name}: {stage.title}, {steps} {start}" + (f", {done} done" if done else "")
 
 
 def _share(config: Config, ranks: Ranks) -> str:

@@ -9,8 +9,8 @@ from tiny import batch, scheduler, tiny_unet
 
 from fastsp import draws
 from fastsp.conditioning import Conditioning
-from fastsp.config import StageConfig
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
+from fastsp.objectives import stage_config
 from fastsp.schedule import NoiseSchedule
 from fastsp.training.step import Objective
 
@@ -29,7 +29,7 @@ def test_sums_with_mse(options):
         table[timesteps].view(-1, 1, 1, 1) for table in (NoiseSchedule.of(sched).signal, NoiseSchedule.of(sched).noise)
     )
 
-    stage = StageConfig(name="sp", objective="self_perceptual", steps=1, learning_rate=1e-3, **options)
+    stage = stage_config(name="sp", objective="self_perceptual", steps=1, learning_rate=1e-3, **options)
     objective = Objective(stage, NoiseSchedule.of(sched), "v_prediction", unet)
     found = objective(pred, a * noise - s * latents, latents, timesteps, Conditioning(states), seed, positions)
 

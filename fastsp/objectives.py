@@ -1,0 +1,98 @@
+"""The stages of a run as the configuration has them, one kind for each objective."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, SerializeAsAny, TypeAdapter, ValidationInfo, WrapValidator, model_validator
+
+from fastsp.options import Distance, Layers, Teacher, TimestepSampling
+from fastsp.section import AboveZero, Kinds, Name, PathText, Positive, Section, is_reading
+
+OBJECTIVES = Kinds("objective")
+
+
+class StageConfig(Section):
+    """One stage: an objective for some steps, from the weights of the stage before or of another one.
+
+    A new objective is a subclass with its own keys, registered by ``@OBJECTIVES.register``.
+    """
+
+    kinds: ClassVar[Kinds] = OBJECTIVES
+    loss: ClassVar[str] = "fastsp.training.step:Objective"  # "module:class" of the loss, a subclass of that one
+
+    name: Name
+    objective: str
+    steps: Positive  # optimizer steps
+    learning_rate: AboveZero
+    init: str | None = None  # a stage whose EMA weights it starts from; None: the stage before
+
+    @property
+    def title(self) -> str:
+        """What the screen calls the objective."""
+        return self.objective
+
+    @property
+    def frozen_network(self) -> str | None:
+        """The stage, folder or model whose frozen network the loss takes; None: it needs none."""
+        return None
+
+    def loss_class(self) -> Any:
+        """The class that ``loss`` names. It is imported now, so that a configuration is read without torch."""
+        module, _, name = self.loss.partition(":")
+        return getattr(import_module(module), name)
+
+
+@OBJECTIVES.register
+class MSEStage(StageConfig):
+    """Mean squared error of the prediction."""
+
+    objective: Literal["mse"]
+    min_snr_gamma: AboveZero | None = None
+
+    @property
+    def title(self) -> str:
+        return "MSE"
+
+
+@OBJECTIVES.register
+class SelfPerceptualStage(StageConfig):
+    """The self-perceptual loss; see :class:`fastsp.loss.SelfPerceptualLoss`."""
+
+    objective: Literal["self_perceptual"]
+    min_snr_gamma: AboveZero | None = None  # of the share that mse_weight adds
+    perceptual_network: PathText | None = None  # an earlier stage, or a folder with a UNet; None: `init`
+    layers: Layers = "mid"
+    distance: Distance = "mse"
+    timestep_sampling: TimestepSampling = "uniform"
+    teacher: Teacher = "batched"
+    normalize: bool = False  # divide the features' distance by their mean square: its scale is then the same everywhere
+    mse_weight: Annotated[float, Field(ge=0.0)] = 0.0  # adds this much of the MSE objective to the self-perceptual one
+
+    @property
+    def title(self) -> str:
+        return f"self-perceptual ({self.perceptual_network}, {self.layers})"
+
+    @property
+    def frozen_network(self) -> str | None:
+        return self.perceptual_network
+
+    @model_validator(mode="after")
+    def _gamma_weights_something(self, info: ValidationInfo) -> Self:
+        if self.min_snr_gamma is not None and not self.mse_weight and not is_reading(info):
+            raise ValueError("min_snr_gamma weights the MSE objective, of which mse_weight: 0.0 leaves nothing")
+        return self
+
+
+Stage = Annotated[SerializeAsAny[StageConfig], WrapValidator(OBJECTIVES.validate)]
+_STAGE: TypeAdapter[StageConfig] = TypeAdapter(Stage)
+
+
+def stage_config(**keys: Any) -> StageConfig:
+    """A stage of the kind that ``objective`` says, as in ``stage_config(name="mse", objective="mse", ...)``.
+
+    Raises:
+        pydantic.ValidationError: an unknown objective, or keys that it does not take.
+    """
+    return _STAGE.validate_python(keys)
