@@ -1,4 +1,7 @@
-"""Pictures of a model in batches: picture i from prompt i and noise i, whatever the model and the batch."""
+"""Images sampled from a model, in bounded memory. Grids in training, `fastsp sample` and evaluation all come from here.
+
+Image i comes from prompt i and noise i, whatever the model and the batch size.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastsp import draws
@@ -16,19 +20,21 @@ from fastsp.devices import best_device
 from fastsp.errors import UserError
 from fastsp.lora import DIFFUSERS_FILE
 from fastsp.models import TextToImageModel, check_pipeline, check_unet, load_model, load_pipeline, load_unet
+from fastsp.pictures import shrunk, to_pil
 from fastsp.sampling import NO_GUIDANCE, Guidance
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn.
+    """How images are sampled.
 
     Attributes:
         steps: of DDIM, 1 .. T.
         guidance: scale and rescale.
         seed: of the initial noise.
-        resolution: side in pixels; None: what the UNet was made for.
-        batch_size: pictures drawn at once; what they show does not depend on it, but for the rounding of sums.
+        resolution: side in pixels; None: the UNet's own.
+        batch_size: images in a batch of the UNet, twice as many with guidance. The VAE decodes them one by one. Only
+            the rounding of sums depends on it.
     """
 
     steps: int = 25
@@ -52,8 +58,6 @@ def load_for_sampling(name: str, config: str | None = None) -> TextToImageModel:
     model = _load(Path(name).expanduser(), name, config)
     device = best_device()
     model.place(device)
-    if model.vae is not None:
-        model.vae.enable_slicing()  # one picture at a time: its float32 activations are larger than the UNet's
     model.unet.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     if device.type == "cuda":
         model.unet.to(torch.bfloat16)
@@ -121,51 +125,70 @@ def generate(
     sampling: Sampling,
     first: int = 0,
     after_step: Callable[[], Any] = lambda: None,
+    frames: int = 1,
 ) -> Iterator[tuple[range, Tensor]]:
-    """Draw picture i from prompt i and noise i: batches of their indices and pictures, on the CPU.
+    """Sample image i from prompt i and noise i, a batch at a time, so that memory does not grow with their number.
 
     Args:
         model: on its device.
-        prompts: one for each picture.
+        prompts: one for each image.
         sampling: how.
-        first: index of the first picture to draw, the start of a batch.
+        first: index of the first image to sample, the start of a batch.
         after_step: called after every DDIM step of a batch.
+        frames: x0^ is yielded after so many steps of a batch, evenly spaced (the paper's Figure 6), but for those that
+            the sampler does not have. The last one is the finished image.
 
     Yields:
-        Indices, and (B, C, H, W) float32 in [-1, 1].
+        For each frame of each batch the indices, and images on the CPU: (B, C, H, W) float32 in [-1, 1].
+
+    Raises:
+        UserError: more steps than the model's schedule has, or a resolution that its VAE cannot encode.
     """
-    for indices, walk in _walks(model, prompts, sampling, first):
-        for x_t, _ in walk:
-            latents = x_t
-            after_step()
-        yield indices, model.decode(latents).cpu()
-
-
-def trajectories(
-    model: TextToImageModel, prompts: Sequence[str], sampling: Sampling, after_step: Callable[[], Any] = lambda: None
-) -> Iterator[tuple[range, Tensor]]:
-    """The pictures of x0^ after every step (the paper's Figure 6): batches (B, steps, C, H, W), else as `generate`."""
-    for indices, walk in _walks(model, prompts, sampling, 0):
-        frames = []
-        for _, sample in walk:
-            frames.append(model.decode(sample).cpu())
-            after_step()
-        yield indices, torch.stack(frames, dim=1)
-
-
-def num_batches(count: int, batch_size: int) -> int:
-    return -(-count // batch_size)
-
-
-def _walks(
-    model: TextToImageModel, prompts: Sequence[str], sampling: Sampling, first: int
-) -> Iterator[tuple[range, Iterator[tuple[Tensor, Tensor]]]]:
-    """For each batch its indices, and the steps of its way from noise to picture."""
     if sampling.steps > len(model.schedule):
         raise UserError(f"--steps {sampling.steps}: the model knows {len(model.schedule)} timesteps; take no more")
     shape = model.latent_shape(sampling.resolution or model.default_resolution)
+    shown = frame_steps(sampling.steps, frames)
     for start in range(first, len(prompts), sampling.batch_size):
         indices = range(start, min(start + sampling.batch_size, len(prompts)))
         noise = draws.evaluation_noise(sampling.seed, torch.tensor(indices), shape).to(model.unet.device)
         texts = list(prompts[indices.start : indices.stop])
-        yield indices, model.sample(texts, noise, sampling.steps, sampling.guidance)
+        for step, (_, x_0) in enumerate(model.sample(texts, noise, sampling.steps, sampling.guidance), start=1):
+            after_step()
+            if step in shown:
+                yield indices, model.decode(x_0).cpu()
+
+
+def generate_pictures(
+    model: TextToImageModel,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    side: int,
+    *,
+    after_step: Callable[[], Any] = lambda: None,
+    frames: int = 1,
+    each: Callable[[int, Image.Image], Any] = lambda index, picture: None,
+) -> list[Image.Image]:
+    """The images of :func:`generate` as PIL images for a grid: in the order of the prompts, each with all its frames.
+
+    Args:
+        model, prompts, sampling, after_step, frames: see there.
+        side: pixels; larger images are shrunk as they come, see :func:`fastsp.pictures.cell_side`.
+        each: called with index and image, in full size.
+    """
+    rows: list[list[Image.Image]] = [[] for _ in prompts]
+    for indices, images in generate(model, prompts, sampling, after_step=after_step, frames=frames):
+        for index, picture in zip(indices, to_pil(images), strict=True):
+            each(index, picture)
+            rows[index].append(shrunk(picture, side))
+    return [picture for row in rows for picture in row]
+
+
+def frame_steps(steps: int, frames: int) -> list[int]:
+    """Which of a sampler's steps, from 1, are shown: at most ``frames``, evenly spaced, the last one among them."""
+    frames = min(frames, steps)
+    return [round(frame * steps / frames) for frame in range(1, frames + 1)]
+
+
+def num_batches(count: int, batch_size: int) -> int:
+    """Batches of :func:`generate`."""
+    return -(-count // batch_size)

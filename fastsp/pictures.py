@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from fastsp.files import new_file
 from fastsp.lettering import font_for, one_line, wrap
 
+MAX_PIXELS = 2**26  # of a grid: 200 MB in memory
+TRAJECTORY_FRAMES = 50  # columns of a grid that shows x0^ on the way of the sampler
+TRAJECTORY_SIDE = 192  # pixels of its cells
 _MARGIN = 2
 _PAPER = (255,) * 3
 _INK = (40,) * 3
@@ -28,6 +31,18 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray((p[0] if grey else p.permute(1, 2, 0)).numpy()) for p in pixels]
 
 
+def cell_side(side: int, count: int, max_pixels: int = MAX_PIXELS) -> int:
+    """The side in pixels of ``count`` square images, made with ``side``, in a grid of at most ``max_pixels``."""
+    return max(1, min(side, math.isqrt(max_pixels // count)))
+
+
+def shrunk(picture: Image.Image, side: int) -> Image.Image:
+    """An image of at most ``side`` pixels in width and height."""
+    if max(picture.size) <= side:
+        return picture
+    return ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
+
+
 def grid(
     images: Tensor | Sequence[Image.Image],
     columns: int | None = None,
@@ -35,20 +50,20 @@ def grid(
     column_titles: Sequence[str] | None = None,
     captions: Sequence[str] | None = None,
     min_size: int = 48,
-    max_size: int | None = None,
 ) -> Image.Image:
     """A grid of images of one size, row by row. Titles and captions are wrapped, and clipped where there is no room.
 
     Args:
-        images: (N, C, H, W) in [-1, 1], or PIL images.
+        images: (N, C, H, W) in [-1, 1], or PIL images. They are shrunk where all cells together would have more than
+            ``MAX_PIXELS``.
         columns: None for a nearly square grid.
         row_titles: one for each row, at its left.
         column_titles: one for each column, above it.
         captions: one for each image, below it.
         min_size: pixels of a cell's side; smaller images are enlarged by a whole factor, without smoothing.
-        max_size: larger ones are shrunk to it; None: never.
     """
-    pictures = [_sized(p, min_size, max_size) for p in (to_pil(images) if isinstance(images, Tensor) else images)]
+    images = to_pil(images) if isinstance(images, Tensor) else images
+    pictures = [_sized(picture.convert("RGB"), min_size, math.isqrt(MAX_PIXELS // len(images))) for picture in images]
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     rows = math.ceil(len(pictures) / columns)
     width, height = pictures[0].size
@@ -104,12 +119,7 @@ class _Texts:
             ImageDraw.Draw(canvas).text(at, line, fill=_INK, font=self._fonts[index])
 
 
-def _sized(picture: Image.Image, min_size: int, max_size: int | None) -> Image.Image:
-    picture = picture.convert("RGB")
-    if picture.width < min_size:
-        scale = math.ceil(min_size / picture.width)
-        return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    if max_size is not None and picture.width > max_size:
-        height = max(1, round(picture.height * max_size / picture.width))
-        return picture.resize((max_size, height), Image.Resampling.LANCZOS)
-    return picture
+def _sized(picture: Image.Image, at_least: int, at_most: int) -> Image.Image:
+    picture = shrunk(picture, at_most)
+    scale = min(math.ceil(at_least / picture.width), at_most // max(picture.size))
+    return picture if scale <= 1 else ImageOps.scale(picture, scale, Image.Resampling.NEAREST)

@@ -15,7 +15,15 @@ from export import pipelines
 from export.test_export import finished_run
 
 from fastsp.errors import UserError
-from fastsp.generation import Sampling, check_for_sampling, generate, load_for_sampling, num_batches, trajectories
+from fastsp.generation import (
+    Sampling,
+    check_for_sampling,
+    frame_steps,
+    generate,
+    generate_pictures,
+    load_for_sampling,
+    num_batches,
+)
 from fastsp.models import TextToImageModel, load_pipeline
 from fastsp.sampling import Guidance
 
@@ -48,10 +56,30 @@ def test_neither_the_batch_nor_the_start_matters(folder: Path) -> None:
 def test_a_step_counts_once_for_a_batch(folder: Path) -> None:
     steps: list[int] = []
     model = load_for_sampling(str(folder))
-    (first, frames), *_ = trajectories(model, PROMPTS, Sampling(4, batch_size=3), lambda: steps.append(1))
-    assert len(steps) == 4 * 2 and first == range(3) and frames.shape == (3, 4, 3, 16, 16)
-    ends = pictures(model, Sampling(4, batch_size=3))[:3]
-    assert torch.equal(frames[:, -1], ends)
+    sampling = Sampling(4, batch_size=3)
+    frames = list(generate(model, PROMPTS, sampling, after_step=lambda: steps.append(1), frames=9))
+    assert len(steps) == 4 * 2 and [indices for indices, _ in frames] == [range(3)] * 4 + [range(3, 5)] * 4
+    assert torch.equal(torch.cat([frames[3][1], frames[7][1]]), pictures(model, sampling)), "the last frame is the end"
+    assert frame_steps(4, 9) == [1, 2, 3, 4] and frame_steps(100, 4) == [25, 50, 75, 100] and frame_steps(25, 1) == [25]
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(folder: Path) -> None:
+    """What the UNet and the VAE's decoder see at once, and what is kept of the pictures."""
+    model = load_for_sampling(str(folder))
+    seen: dict[str, list[int]] = {"unet": [], "decoder": []}
+    for name, module in (("unet", model.unet), ("decoder", model.vae.decoder)):
+        module.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(len(args[0])))
+    full: list[int] = []
+    kept = generate_pictures(
+        model,
+        [str(number) for number in range(11)],
+        Sampling(2, Guidance(4.0), batch_size=3),
+        side=5,
+        frames=2,
+        each=lambda index, picture: full.append(picture.width),
+    )
+    assert max(seen["unet"]) == 2 * 3 and set(seen["decoder"]) == {1} and len(seen["decoder"]) == 22
+    assert {picture.size for picture in kept} == {(5, 5)} and full == [16] * 22
 
 
 def test_a_stage_is_sampled_while_the_run_trains_on(folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from fastsp.lettering import font_for, one_line, wrap
-from fastsp.pictures import grid, save_png, to_pil
+from fastsp.pictures import cell_side, grid, save_png, to_pil
 
 
 def test_pixel_values():
@@ -33,10 +33,14 @@ def test_png_with_metadata(tmp_path):
     assert Image.open(file).text == {"prompts": "ein Größenwahn\nzwei", "seed": "7"}
 
 
-def test_large_pictures_are_shrunk_and_pil_images_taken():
-    pictures = [Image.new("RGB", (100, 50), (200, 0, 0))] * 2
-    picture = grid(pictures, columns=2, max_size=40)
-    assert picture.size == (2 + 2 * 42, 2 + 22) and picture.getpixel((20, 10)) == (200, 0, 0)
+def test_a_grid_has_a_bound(monkeypatch):
+    pictures = [Image.new("RGB", (100, 50), (200, 0, 0))] * 4
+    monkeypatch.setattr("fastsp.pictures.MAX_PIXELS", 4 * 40 * 40)
+    picture = grid(pictures, columns=2)
+    assert picture.size == (2 + 2 * 42, 2 + 2 * 22) and picture.getpixel((20, 10)) == (200, 0, 0)
+    small = grid([Image.new("L", (7, 7))] * 4, columns=2, min_size=128)
+    assert small.size == (2 + 2 * 37, 2 + 2 * 37), "enlarged five times, as far as there is room"
+    assert cell_side(1024, 16) == 1024 and cell_side(1024, 100, 2**20) == 102 and cell_side(8, 2**40) == 1
 
 
 def ink(picture: Image.Image, box: tuple[int, int, int, int]) -> int:

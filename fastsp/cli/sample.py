@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fastsp.generation import Sampling
-
-_TRAJECTORY_SIZE = 192  # pixels of a picture's side where there is one for every step
 
 
 def sample(
@@ -35,7 +33,7 @@ def sample(
         str | None,
         typer.Option("--model-config", help="For single files: a pipeline folder of their kind.", metavar="DIR"),
     ] = None,
-    trajectory: Annotated[bool, typer.Option("--trajectory", help="Show x0^ after every step (Figure 6).")] = False,
+    trajectory: Annotated[bool, typer.Option("--trajectory", help="Show x0^ after up to 50 steps.")] = False,
     singles: Annotated[
         Path | None, typer.Option("--singles", help="Write each picture by itself too.", metavar="DIR")
     ] = None,
@@ -73,10 +71,11 @@ def sample(
     if rescale and not guided.active:
         raise UserError(f"--rescale {rescale:g} is of the guidance: give --guidance too, other than 0 and 1")
     settings = Sampling(steps, guided, seed, resolution, batch_size)
-    rows = list(_pictures(model, model_config, texts, settings, files, trajectory))
+    rows, side = _sample_models(model, model_config, texts, settings, files, trajectory)
     _write_grid(rows, titles, texts, settings, trajectory, out, model)
     drawn = len(texts) * len(model)
-    typer.echo(f"{out}: {drawn} picture{'s' * (drawn != 1)} in {steps} DDIM step{'s' * (steps != 1)}")
+    shown = f", shown at {rows[0][0].width} px" if max(rows[0][0].size) < side else ""
+    typer.echo(f"{out}: {drawn} picture{'s' * (drawn != 1)} in {steps} DDIM step{'s' * (steps != 1)}{shown}")
     if singles is not None:
         typer.echo(f"{singles}: the same pictures one by one")
 
@@ -116,23 +115,26 @@ def _facts(settings: Sampling, model: str) -> dict[str, str]:
     return {"model": model, **{key: str(value) for key, value in facts.items()}}
 
 
-def _pictures(
+def _sample_models(
     models: Sequence[str],
     model_config: str | None,
     texts: list[str],
     settings: Sampling,
     files: list[list[Path]],
     trajectory: bool,
-) -> Iterator[list[Image]]:
-    """Of each model its pictures in the order of ``texts``; with ``trajectory`` those of every step in their place."""
+) -> tuple[list[list[Image]], int]:
+    """For each model its pictures in the order of ``texts``, made small enough for one grid, and their full side."""
     from fastsp.errors import UserError
-    from fastsp.generation import check_for_sampling, generate, load_for_sampling, num_batches, trajectories
-    from fastsp.pictures import save_png, to_pil
+    from fastsp.generation import check_for_sampling, frame_steps, generate_pictures, load_for_sampling, num_batches
+    from fastsp.pictures import TRAJECTORY_FRAMES, TRAJECTORY_SIDE, cell_side, save_png
     from fastsp.progress import steps_bar
 
     for name in models[1:]:  # the first is loaded at once
         check_for_sampling(name)
+    rows: list[list[Image]] = []
     size = None
+    frames = TRAJECTORY_FRAMES if trajectory else 1
+    cells = len(models) * len(texts) * len(frame_steps(settings.steps, frames))
     total = len(models) * num_batches(len(texts), settings.batch_size) * settings.steps
     with steps_bar("sampling", total) as advance:
         for place, name in enumerate(models):
@@ -141,15 +143,16 @@ def _pictures(
             if size is not None and side != size:
                 raise UserError(f"--model {name} makes pictures of {side} px, the others of {size}: give --resolution")
             size = side
-            pictures: list[Image] = []
-            draw = trajectories if trajectory else generate
-            for indices, images in draw(model, texts, settings, after_step=advance):
-                batch = to_pil(images.flatten(0, -4))
-                for index, picture in zip(indices, batch if files else (), strict=False):
+
+            def save(index: int, picture: Image, name: str = name, place: int = place) -> None:
+                if files:
                     facts = parameters(texts[index], settings, index, name, picture.size)
                     save_png(picture, files[place][index], **facts)
-                pictures += [_thumbnail(p) for p in batch] if trajectory else batch
-            yield pictures
+
+            shown = cell_side(min(side, TRAJECTORY_SIDE) if trajectory else side, cells)
+            rows.append(generate_pictures(model, texts, settings, shown, after_step=advance, frames=frames, each=save))
+            del model  # before the next one is loaded
+    return rows, size or 0
 
 
 def _write_grid(
@@ -162,23 +165,18 @@ def _write_grid(
     models: Sequence[str],
 ) -> None:
     """One model: a captioned square; several: a row each; a trajectory: a row for every picture, a column a step."""
-    from fastsp.pictures import grid, save_png
+    from fastsp.generation import frame_steps
+    from fastsp.pictures import TRAJECTORY_FRAMES, grid, save_png
 
     layout: dict[str, Any] = {"captions": texts, "min_size": 128}
     if trajectory:
         named = [f"{title}: {text}" if len(titles) > 1 else text for title in titles for text in texts]
-        numbers = [str(step + 1) for step in range(settings.steps)]
-        layout = {"columns": settings.steps, "row_titles": named, "column_titles": numbers, "min_size": 48}
+        numbers = [str(step) for step in frame_steps(settings.steps, TRAJECTORY_FRAMES)]
+        layout = {"columns": len(numbers), "row_titles": named, "column_titles": numbers, "min_size": 48}
     elif len(rows) > 1:
         layout = {"columns": len(texts), "row_titles": titles, "column_titles": texts, "min_size": 128}
     picture = grid([picture for row in rows for picture in row], **layout)
     save_png(picture, out, prompts="\n".join(texts), **_facts(settings, "\n".join(models)))
-
-
-def _thumbnail(picture: Image) -> Image:
-    """A step of a trajectory, shrunk: there are many."""
-    picture.thumbnail((_TRAJECTORY_SIZE, _TRAJECTORY_SIZE))
-    return picture
 
 
 def _single_files(singles: Path | None, titles: list[str], count: int) -> list[list[Path]]:

@@ -110,11 +110,11 @@ def _in_order(run: RunFiles, paths: dict[str, Path]) -> list[tuple[str, Path]]:
 
 
 def _progress(run: RunFiles, roles: Roles) -> Iterator[tuple[str, list[tuple[int, Embedded]]]]:
-    """Per stage, a few of the grids made on the way; one alone is the stage's end, which is shown already."""
-    for name, _ in _in_order(run, {name: grids[0][1] for name, grids in run.step_grids.items() if len(grids) > 1}):
+    """Per stage, a few of the grids made on the way to its end."""
+    for name, _ in _in_order(run, {name: grids[0][1] for name, grids in run.step_grids.items()}):
         grids = run.step_grids[name]
         count = min(MAX_STEP_GRIDS, len(grids))
-        chosen = [grids[round(i * (len(grids) - 1) / (count - 1))] for i in range(count)]
+        chosen = [grids[round(i * (len(grids) - 1) / max(1, count - 1))] for i in range(count)]
         yield roles.label(name), [(step, embedded(path)) for step, path in chosen]
 
 

@@ -4,9 +4,9 @@ config.yaml                    the resolved configuration
 metrics.jsonl                  a line per logged step: {stage, step, loss, grad_norm, learning_rate, samples_per_s}
 evaluation.json                a list of rows, see `fastsp.evaluation.rows`
 environment.json               versions and machine, see `fastsp.evaluation.environment`
-samples/<stage>_step_<n>.png   grid made during training, from the noise that every grid of the run starts from
+samples/<stage>_step_<n>.png   grid on the way, from the noise that every grid of the run starts from
 samples/<stage>_final.png      grid of the finished stage, same noise, same captions
-samples/trajectory_<stage>.png x0^ of a few samples: one row a sample, one column a sampling step
+samples/trajectory_<stage>.png x0^ of a few samples: one row a sample, one column a sampling step, 50 columns at most
 samples/captions.txt           the grids' captions in reading order, one a line
 """
 

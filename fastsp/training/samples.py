@@ -1,4 +1,4 @@
-"""Grids during training, always from the same noise and prompts, so that only the weights differ between them."""
+"""Sample grids of a run, always from the same noise and prompts, so that only the weights differ between them."""
 
 from __future__ import annotations
 
@@ -6,66 +6,69 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import Tensor
 
-from fastsp import draws
 from fastsp.config import Config
+from fastsp.generation import Sampling, frame_steps, generate_pictures
 from fastsp.models import TextToImageModel
-from fastsp.pictures import grid, save_png
+from fastsp.pictures import TRAJECTORY_FRAMES, TRAJECTORY_SIDE, cell_side, grid, save_png
 
 _COMPARED = 10  # images of each stage in the side-by-side grid
-_TRAJECTORIES = 4  # images whose x0^ is shown at every step
+_TRAJECTORIES = 4  # images whose x0^ is shown on the way
+_MAX_PIXELS = 2**24  # of a grid: there are many in a run, and its report shows them
 
 
 class SampleDrawer:
-    """Draws pictures of a model's UNets.
+    """Samples from a model's UNets, and writes grids.
 
     Args:
         model: the pipeline's parts; its own UNet is not used.
         config: of the run.
         captions: of the data, used where the configuration names no prompts.
-        folder: where the pictures go.
-        device: where to sample.
+        folder: where the grids go.
+        batch_size: images of a batch: as many as a training step is known to have memory for.
     """
 
     def __init__(
-        self, model: TextToImageModel, config: Config, captions: list[str], folder: Path, device: torch.device
+        self, model: TextToImageModel, config: Config, captions: list[str], folder: Path, batch_size: int
     ) -> None:
         settings = config.samples
-        prompts = settings.prompts or captions or [""]
-        if config.data.unconditional:
-            prompts = [""]
-        self.model, self.steps, self.folder = model, settings.steps, folder
+        prompts = [""] if config.data.unconditional else settings.prompts or captions or [""]
+        self.model, self.folder = model, folder
         self.prompts = [prompts[index % len(prompts)] for index in range(settings.count)]
-        shape = model.latent_shape(config.data.resolution)
-        self.noise = draws.evaluation_noise(settings.seed, torch.arange(settings.count), shape).to(device)
+        self.sampling = Sampling(
+            settings.steps, seed=settings.seed, resolution=config.data.resolution, batch_size=batch_size
+        )
+        self._side, self._row_side = (
+            cell_side(config.data.resolution, cells, _MAX_PIXELS)
+            for cells in (settings.count, _COMPARED * len(config.stages))
+        )
 
-    def images(self, unet: Any, count: int | None = None) -> Tensor:
-        """(N, C, H, W) in [-1, 1]: one image for each prompt, without guidance."""
-        return self._with(unet).generate(self.prompts[:count], self.noise[:count], self.steps)
-
-    def draw(self, unet: Any, *names: str) -> Image.Image:
-        """One grid, as ``<name>.png`` for every name, and returned."""
-        picture = grid(self.images(unet))
-        for name in names:
-            save_png(picture, self.folder / f"{name}.png", prompts="\n".join(self.prompts))
+    def draw(self, unet: Any, name: str) -> Image.Image:
+        """One grid, as ``<name>.png``, and returned."""
+        picture = grid(self._pictures(unet, self.prompts, self._side))
+        self._save(picture, name, self.prompts)
         return picture
 
-    def draw_comparison(self, unets: dict[str, Any]) -> None:
+    def row(self, unet: Any) -> list[Image.Image]:
+        """What :meth:`draw_comparison` shows of a UNet."""
+        return self._pictures(unet, self.prompts[:_COMPARED], self._row_side)
+
+    def draw_comparison(self, rows: dict[str, list[Image.Image]]) -> None:
         """``comparison.png``: a row for each stage, from equal noise (the paper's Figure 1)."""
-        rows = [self.images(unet, _COMPARED) for unet in unets.values()]
-        picture = grid(torch.cat(rows), columns=len(rows[0]), row_titles=list(unets))
-        save_png(picture, self.folder / "comparison.png", prompts="\n".join(self.prompts[:_COMPARED]))
+        pictures = [picture for row in rows.values() for picture in row]
+        columns = len(pictures) // len(rows)
+        self._save(grid(pictures, columns, row_titles=list(rows)), "comparison", self.prompts[:columns])
 
     def draw_trajectory(self, unet: Any, stage: str) -> None:
-        """``trajectory_<stage>.png``: x0^ at every sampling step, a row for each image (Figure 6)."""
-        count = min(_TRAJECTORIES, len(self.prompts))
-        walk = self._with(unet).sample(self.prompts[:count], self.noise[:count], self.steps)
-        frames = torch.stack([self.model.decode(sample) for _, sample in walk], dim=1).flatten(0, 1)
-        picture = grid(frames, columns=self.steps, column_titles=[str(step + 1) for step in range(self.steps)])
-        save_png(picture, self.folder / f"trajectory_{stage}.png", prompts="\n".join(self.prompts[:count]))
+        """``trajectory_<stage>.png``: x0^ on the way of the sampler, a row for each image (Figure 6)."""
+        prompts, frames = self.prompts[:_TRAJECTORIES], TRAJECTORY_FRAMES
+        pictures = self._pictures(unet, prompts, TRAJECTORY_SIDE, frames)
+        steps = [str(step) for step in frame_steps(self.sampling.steps, frames)]
+        self._save(grid(pictures, len(steps), column_titles=steps), f"trajectory_{stage}", prompts)
 
-    def _with(self, unet: Any) -> TextToImageModel:
-        return replace(self.model, unet=unet)
+    def _pictures(self, unet: Any, prompts: list[str], side: int, frames: int = 1) -> list[Image.Image]:
+        return generate_pictures(replace(self.model, unet=unet), prompts, self.sampling, side, frames=frames)
+
+    def _save(self, picture: Image.Image, name: str, prompts: list[str]) -> None:
+        save_png(picture, self.folder / f"{name}.png", prompts="\n".join(prompts))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -146,7 +148,8 @@ class Trainer:
         checkpoint = self.ranks.broadcast(self._newest_checkpoint() if resume and is_main else None)
         reached = checkpoint.progress.global_step if checkpoint else 0
         if is_main:
-            self.samples = SampleDrawer(self.model, self.config, self._some_captions(), self.run.samples, self.device)
+            rows = self._microbatch()
+            self.samples = SampleDrawer(self.model, self.config, self._some_captions(), self.run.samples, rows)
             self.run.keep_changes()
             self.run.keep_data(self.inventory)
             self.run.rewind_metrics(reached)
@@ -209,15 +212,16 @@ class Trainer:
         self.ranks.barrier()  # the next stage starts from that folder
 
     def finish(self) -> None:
-        """``final/`` from the chosen stage, and the stages side by side from equal noise."""
-        unets = {stage.name: self._initial_unet(stage.name) for stage in self.config.stages}
-        unets = {name: unet.to(self.device).eval() for name, unet in unets.items()}
-        assert self.config.final is not None
-        self.model.unet = unets[self.config.final]
-        self.run.replace_folder(self.run.final, self._write_final)
-        self.samples.draw_comparison(unets)
-        for name, unet in unets.items():
+        """``final/`` from the chosen stage, and the stages side by side from equal noise. It holds one UNet at once."""
+        rows: dict[str, list[Image.Image]] = {stage.name: [] for stage in self.config.stages}
+        for name in sorted(rows, key=lambda name: name != self.config.final):  # what matters most is written first
+            unet = self._initial_unet(name).to(self.device).eval()
+            if name == self.config.final:
+                self.run.replace_folder(self.run.final, partial(self._write_final, unet))
+            rows[name] = self.samples.row(unet)
             self.samples.draw_trajectory(unet, name)
+            del unet
+        self.samples.draw_comparison(rows)
         self.console.print(f"{self.run.final} holds the EMA weights of stage {self.config.final}")
         self.console.print(f"{self.run.samples / 'comparison.png'} shows the stages side by side from equal noise")
 
@@ -253,8 +257,7 @@ class Trainer:
 
     def _choose_attention(self) -> str:
         """The kernel of the whole run; what was measured is kept, so that a resumed run takes the same."""
-        data, model = self.config.data, self.model
-        rows = data.microbatch or data.batch_size // self.ranks.world_size
+        data, model, rows = self.config.data, self.model, self._microbatch()
         text = (rows, *model.encode_no_prompt().encoder_hidden_states.shape[1:])
         choice = kept_choice(
             self.run.attention_file,
@@ -280,6 +283,10 @@ class Trainer:
             self.console.print(str(choice), highlight=False)
         return choice.name
 
+    def _microbatch(self) -> int:
+        """Samples that go through this process's UNet at once."""
+        return self.config.data.microbatch or self.config.data.batch_size // self.ranks.world_size
+
     def _initial_unet(self, name: str | None) -> Any:
         """What a stage's name or a folder stands for; None: the model itself. A stage's adapters share the one base."""
         is_stage = any(stage.name == name for stage in self.config.stages)
@@ -298,11 +305,11 @@ class Trainer:
         else:
             save_adapters(unet, folder, _base(self.config))
 
-    def _write_final(self, folder: Path) -> None:
+    def _write_final(self, unet: Any, folder: Path) -> None:
         if self.config.model.lora is None:
-            self.model.save(folder)
+            replace(self.model, unet=unet).save(folder)
         else:
-            save_for_use(self.model.unet, folder, _base(self.config), self.model.scheduler)
+            save_for_use(unet, folder, _base(self.config), self.model.scheduler)
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """Find the newest whole checkpoint and say which."""
@@ -349,8 +356,8 @@ class Trainer:
         """
         whole = whole_unet(ema_unet, self.ranks)
         if whole is not None:
-            names = [f"{stage.name}_step_{step:06d}", *[f"{stage.name}_final"] * (step == stage.steps)]
-            picture = self.samples.draw(whole, *names)
+            at = "final" if step == stage.steps else f"step_{step:06d}"
+            picture = self.samples.draw(whole, f"{stage.name}_{at}")
             assert trackers is not None
             trackers.show(picture, stage.name, self.config.steps_before(stage) + step)
             self._refresh_report()
