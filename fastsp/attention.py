@@ -1,7 +1,6 @@
-"""Which attention kernel a UNet uses: measured on its own shapes among what is installed, and set on its processors.
+"""Which attention kernel a network uses: measured on its own shapes among what is installed, and set on its processors.
 
-diffusers' ``set_attention_backend`` does nothing on Stable Diffusion's UNets: their processors do not dispatch. So the
-processors themselves are exchanged.
+How a network of a certain class is given its kernel is its family's affair (:mod:`fastsp.families`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,6 +24,7 @@ from torch.utils.benchmark import Timer
 
 from fastsp.cuda_graphs import record_cuda_graphs
 from fastsp.errors import UserError
+from fastsp.families import Config, family_named, family_of
 from fastsp.files import write_file
 
 TORCH_BACKENDS = {
@@ -48,7 +47,7 @@ class Choice:
 
     name: str
     milliseconds: dict[str, float]
-    """Forward and backward of all attention of one forward of the UNet; empty where nothing was measured."""
+    """Forward and backward of all attention in one forward of the network; empty where nothing was measured."""
 
     def __str__(self) -> str:
         times = sorted(self.milliseconds.items(), key=lambda item: item[1])
@@ -90,7 +89,7 @@ def check_available(wanted: str, device: torch.device) -> None:
 
 def choose(
     wanted: str,
-    unet_config: dict[str, Any],
+    network_config: Config,
     latents: Shape,
     text: Shape,
     dtype: torch.dtype,
@@ -101,10 +100,10 @@ def choose(
 
     Args:
         wanted: ``auto`` or one of the names.
-        unet_config: of the ``UNet2DConditionModel``.
+        network_config: the network's configuration; without a ``_class_name``, a ``UNet2DConditionModel``'s.
         latents: (B, C, H, W) of a microbatch.
         text: (B, L, D) of its text features.
-        dtype: that the UNet computes in.
+        dtype: that the network computes in.
         device: where.
         measure: :func:`milliseconds`.
 
@@ -115,12 +114,12 @@ def choose(
     if wanted in ("sdpa", "math") or (wanted == "auto" and device.type != "cuda"):
         return Choice("sdpa" if wanted == "auto" else wanted, {})
     names = available(device) if wanted == "auto" else (wanted, "sdpa")
-    times = (measure or milliseconds)(names, attention_calls(unet_config, latents, text), dtype, device)
+    times = (measure or milliseconds)(names, attention_calls(network_config, latents, text), dtype, device)
     if wanted == "auto":
         return Choice(min(times, key=times.__getitem__, default="sdpa"), times)
     if wanted not in times:
         raise UserError(
-            f"attention: {wanted!r} cannot compute this UNet's shapes in {str(dtype).removeprefix('torch.')}; use auto"
+            f"attention: {wanted!r} cannot compute these shapes in {str(dtype).removeprefix('torch.')}; use auto"
         )
     return Choice(wanted, times)
 
@@ -137,27 +136,18 @@ def kept_choice(file: Path, question: dict[str, Any], make: Callable[[], Choice]
     return choice
 
 
-def use_attention(unet: Any, name: str) -> Any:
-    """Set the kernel on a UNet's own processors, in place. Processors of other kinds (adapters') stay as they are."""
-    processors = {
-        key: _processor(name) if type(processor) in _PLAIN else processor
-        for key, processor in unet.attn_processors.items()
-    }
-    unet.set_attn_processor(processors)
-    return unet
+def use_attention(network: Any, name: str) -> Any:
+    """Set the kernel on a network's own processors, in place. Processors of other kinds stay as they are."""
+    family_of(network).exchange_attention(network, lambda old: _processor(name) if type(old) in _PLAIN else old)
+    return network
 
 
-def attention_calls(unet_config: dict[str, Any], latents: Shape, text: Shape) -> Calls:
-    """Which attention a forward of the UNet asks for. Counted on the meta device: nothing is computed or held."""
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(unet_config)
-        sample, t, states = torch.empty(latents), torch.zeros(latents[0], dtype=torch.int64), torch.empty(text)
-        added = None
-        if unet.config.addition_embed_type == "text_time":  # Stable Diffusion XL's
-            width = unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim
-            added = {"text_embeds": torch.empty(latents[0], width), "time_ids": torch.empty(latents[0], 6)}
-        with _Recorder() as recorder, torch.no_grad():
-            unet(sample, t, states, added_cond_kwargs=added)
+def attention_calls(network_config: Config, latents: Shape, text: Shape) -> Calls:
+    """Which attention a forward of the network asks for. Counted on the meta device: nothing is computed or held."""
+    family = family_named(network_config.get("_class_name", "UNet2DConditionModel"))
+    with torch.device("meta"), _Recorder() as recorder, torch.no_grad():
+        network = family.network_class().from_config(network_config)
+        network(**family.example_inputs(network_config, latents, text))
     return recorder.calls
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from fastsp.models import TextToImageModel
-from fastsp.pictures import to_pil
-from fastsp.sampling import Guidance
+from fastsp.conditioning import Conditioning
+from fastsp.families import family_of
+from fastsp.sampling import Guidance, ddim, guided_denoiser
+from fastsp.schedule import NoiseSchedule
 
 
 class PixelTextToImagePipeline(DiffusionPipeline):
@@ -49,15 +51,25 @@ class PixelTextToImagePipeline(DiffusionPipeline):
             guidance_scale: 0: none.
             guidance_rescale: phi of the rescaled guidance.
             latents: initial noise (B, C, H, W); None: drawn from ``generator``.
-            generator: for the initial noise.
+            generator: for the initial noise; on the pipeline's device or on the CPU.
             output_type: ``pil``, or ``pt`` for float32 (B, C, H, W) in [-1, 1].
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        size = self.unet.config.sample_size
+        size = family_of(self.unet).side(self.unet.config)
         if latents is None:
             shape = (len(prompts), self.unet.config.in_channels, size, size)
-            latents = torch.randn(shape, generator=generator, device=self.device)
-        model = TextToImageModel(self.unet, self.text_encoder, self.tokenizer, self.scheduler)
-        guidance = Guidance(guidance_scale, guidance_rescale)
-        images = model.generate(prompts, latents, num_inference_steps, guidance)
-        return ImagePipelineOutput(images=images if output_type == "pt" else to_pil(images))
+            latents = randn_tensor(shape, generator=generator, device=self.device)
+        denoise = guided_denoiser(
+            self.unet, self._encode(prompts), self._encode([""]), Guidance(guidance_scale, guidance_rescale)
+        )
+        schedule, prediction_type = NoiseSchedule.of(self.scheduler), self.scheduler.config.prediction_type
+        for x_t, _ in ddim(denoise, schedule.to(latents.device), latents, num_inference_steps, prediction_type):
+            latents = x_t
+        images = latents.clamp(-1.0, 1.0)
+        if output_type != "pt":
+            images = self.numpy_to_pil((images / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy())
+        return ImagePipelineOutput(images=images)
+
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        ids = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return Conditioning(self.text_encoder(ids.to(self.text_encoder.device))[0])

@@ -125,7 +125,7 @@ def test_the_fastest_is_taken(monkeypatch):
     assert str(chosen("auto")) == "attention: cudnn (cudnn 1.25 ms, sdpa 2 ms a forward and backward)"
     assert chosen("sdpa") == attention.Choice("sdpa", {}), "by name, PyTorch's own choice needs no measurement"
     assert chosen("cudnn").milliseconds == {"cudnn": 1.25, "sdpa": 2.0}
-    with pytest.raises(UserError, match="'flash' cannot compute this UNet's shapes in bfloat16; use auto"):
+    with pytest.raises(UserError, match="'flash' cannot compute these shapes in bfloat16; use auto"):
         chosen("flash")
 
 

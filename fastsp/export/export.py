@@ -10,7 +10,7 @@ import yaml
 
 from fastsp.errors import UserError
 from fastsp.evaluation.run_files import RunFiles, read_run
-from fastsp.export.layout import family_of
+from fastsp.export.layout import layout_of
 from fastsp.export.model_card import model_card
 from fastsp.export.original_config import original_config
 from fastsp.export.single_file import save_single_file
@@ -43,7 +43,7 @@ def export_run(
     run = read_run(run_dir)
     pipeline, chosen = _pipeline(run, stage)
     if single_file is not None:
-        family_of(pipeline)  # refuses before anything is written
+        layout_of(pipeline)  # refuses before anything is written
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(DTYPES[dtype])

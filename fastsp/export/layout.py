@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fastsp.errors import UserError
+from fastsp.families import family_of
 
-Family = Literal["sd1", "sd2", "sdxl"]
+Layout = Literal["sd1", "sd2", "sdxl"]
 Pairs = Iterator[tuple[str, str]]  # a module's name in diffusers, and in the original layout
 State = dict[str, Tensor]
 
@@ -25,14 +26,6 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 OPENCLIP_H_LAYERS = 24  # of which Stable Diffusion 2 uses all but the last
 _LOGIT_SCALE = math.log(100)  # CLIP's, where its training clips it
 
-_UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 _VAE_RESNET = {"conv_shortcut": "nin_shortcut", **{name: name for name in ("norm1", "conv1", "norm2", "conv2")}}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _OPENCLIP_LAYER = {
@@ -44,7 +37,7 @@ _OPENCLIP_LAYER = {
 }
 
 
-def family_of(pipeline: Any) -> Family:
+def layout_of(pipeline: Any) -> Layout:
     """Which of the three layouts a diffusers pipeline has.
 
     The files say nothing of activations: OpenAI's text layout means quick GELU, OpenCLIP's GELU, so that decides.
@@ -65,44 +58,17 @@ def original_layout(pipeline: Any) -> State:
     Raises:
         UserError: a module for which the layout has no place.
     """
-    family = family_of(pipeline)
-    state = _prefixed(UNET, renamed(pipeline.unet, unet_modules(pipeline.unet)))
+    layout = layout_of(pipeline)
+    state = _prefixed(UNET, renamed(pipeline.unet, family_of(pipeline.unet).original_names(pipeline.unet)))
     state |= _prefixed(VAE, vae_state(pipeline.vae))
-    if family == "sd1":
+    if layout == "sd1":
         state |= _prefixed("cond_stage_model.transformer.text_model.", clip_state(pipeline.text_encoder))
-    elif family == "sd2":
+    elif layout == "sd2":
         state |= _prefixed("cond_stage_model.model.", openclip_state(pipeline.text_encoder))
     else:
         state |= _prefixed("conditioner.embedders.0.transformer.text_model.", clip_state(pipeline.text_encoder))
         state |= _prefixed("conditioner.embedders.1.model.", openclip_state(pipeline.text_encoder_2))
     return state
-
-
-def unet_modules(unet: Any) -> Pairs:
-    """The modules of diffusers' ``UNet2DConditionModel``."""
-    for ours, theirs in (("time_embedding", "time_embed"), ("add_embedding", "label_emb.0")):
-        yield from ((f"{ours}.linear_1", f"{theirs}.0"), (f"{ours}.linear_2", f"{theirs}.2"))
-    yield "conv_in", "input_blocks.0.0"
-    place = 1
-    for b, block in enumerate(unet.down_blocks):
-        for layer in range(len(block.resnets)):
-            yield from _layer(f"down_blocks.{b}", layer, f"input_blocks.{place}")
-            place += 1
-        if block.downsamplers:
-            yield f"down_blocks.{b}.downsamplers.0.conv", f"input_blocks.{place}.0.op"
-            place += 1
-    # The middle alternates: resnet, attention, resnet, ...
-    for layer in range(len(unet.mid_block.resnets)):
-        yield from _parts(f"mid_block.resnets.{layer}", f"middle_block.{2 * layer}", _UNET_RESNET)
-        yield f"mid_block.attentions.{layer}", f"middle_block.{2 * layer + 1}"
-    place = 0
-    for b, block in enumerate(unet.up_blocks):
-        for layer in range(len(block.resnets)):
-            yield from _layer(f"up_blocks.{b}", layer, f"output_blocks.{place}")
-            place += 1
-        last_in_block = 2 if getattr(block, "attentions", None) else 1
-        yield f"up_blocks.{b}.upsamplers.0.conv", f"output_blocks.{place - 1}.{last_in_block}.conv"
-    yield from (("conv_norm_out", "out.0"), ("conv_out", "out.2"))
 
 
 def vae_modules(vae: Any) -> Pairs:
@@ -185,12 +151,6 @@ def renamed(module: Any, pairs: Iterable[tuple[str, str]]) -> State:
             unknown.append(key)
     _refuse(unknown)
     return state
-
-
-def _layer(block: str, layer: int, theirs: str) -> Pairs:
-    """A resnet of the UNet and the attention that may follow it."""
-    yield from _parts(f"{block}.resnets.{layer}", f"{theirs}.0", _UNET_RESNET)
-    yield f"{block}.attentions.{layer}", f"{theirs}.1"
 
 
 def _parts(ours: str, theirs: str, names: dict[str, str]) -> Pairs:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastsp.export.layout import family_of
+from fastsp.export.layout import layout_of
+from fastsp.families import family_of
 
 _ENCODERS: dict[str, dict[str, Any]] = {
     "sd1": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"},
@@ -21,9 +22,9 @@ def original_config(pipeline: Any) -> dict[str, Any] | None:
     None for Stable Diffusion XL, whose files carry markers that A1111 reads, and for a UNet that the code cannot build:
     it has groups of 32 alone, and one number or one width of heads.
     """
-    family = family_of(pipeline)
+    layout = layout_of(pipeline)
     heads = _heads(pipeline.unet.config)
-    if family == "sdxl" or heads is None or pipeline.unet.config.norm_num_groups != 32:
+    if layout == "sdxl" or heads is None or pipeline.unet.config.norm_num_groups != 32:
         return None
     betas = pipeline.scheduler.config
     params = {
@@ -35,7 +36,7 @@ def original_config(pipeline: Any) -> dict[str, Any] | None:
         "timesteps": betas.num_train_timesteps,
         "first_stage_key": "jpg",
         "cond_stage_key": "txt",
-        "image_size": pipeline.unet.config.sample_size,
+        "image_size": family_of(pipeline.unet).side(pipeline.unet.config),
         "channels": pipeline.unet.config.in_channels,
         "cond_stage_trainable": False,
         "conditioning_key": "crossattn",
@@ -44,7 +45,7 @@ def original_config(pipeline: Any) -> dict[str, Any] | None:
         "use_ema": False,
         "unet_config": _unet_config(pipeline.unet.config, heads),
         "first_stage_config": _vae_config(pipeline.vae.config),
-        "cond_stage_config": _ENCODERS[family],
+        "cond_stage_config": _ENCODERS[layout],
     }
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
 

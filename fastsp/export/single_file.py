@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fastsp.export.layout import Family, State, family_of, original_layout
+from fastsp.export.layout import Layout, State, layout_of, original_layout
+from fastsp.families import family_of
 from fastsp.files import new_file
 
 # Of https://github.com/Stability-AI/ModelSpec, 1.0.0. There is one identifier for Stable Diffusion 2 with v-prediction.
-_ARCHITECTURE: dict[Family, str] = {
+_ARCHITECTURE: dict[Layout, str] = {
     "sd1": "stable-diffusion-v1",
     "sd2": "stable-diffusion-v2-768-v",
     "sdxl": "stable-diffusion-xl-v1-base",
 }
-_IMPLEMENTATION: dict[Family, str] = {
+_IMPLEMENTATION: dict[Layout, str] = {
     "sd1": "https://github.com/CompVis/stable-diffusion",
     "sd2": "https://github.com/Stability-AI/stablediffusion",
     "sdxl": "https://github.com/Stability-AI/generative-models",
@@ -56,15 +57,14 @@ def markers(scheduler: Any) -> State:
 
 
 def _metadata(pipeline: Any, title: str) -> dict[str, str]:
-    family = family_of(pipeline)
-    shrink = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    side = pipeline.unet.config.sample_size * shrink
+    layout = layout_of(pipeline)
+    side = family_of(pipeline.unet).side(pipeline.unet.config) * pipeline.vae_scale_factor
     prediction = {"v_prediction": "v", "epsilon": "epsilon"}
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": _ARCHITECTURE[family],
-        "modelspec.implementation": _IMPLEMENTATION[family],
+        "modelspec.architecture": _ARCHITECTURE[layout],
+        "modelspec.implementation": _IMPLEMENTATION[layout],
         "modelspec.title": title,
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": prediction.get(pipeline.scheduler.config.prediction_type, ""),

@@ -5,7 +5,14 @@ from __future__ import annotations
 from fastsp.errors import UserError
 from fastsp.models.digits import digits_model, digits_tokenizer
 from fastsp.models.model import TextToImageModel, tokenize
-from fastsp.models.pretrained import check_pipeline, check_unet, load_pipeline, load_unet, load_unet_and_scheduler
+from fastsp.models.pretrained import (
+    check_perceptual_network,
+    check_pipeline,
+    check_unet,
+    load_pipeline,
+    load_unet,
+    load_unet_and_scheduler,
+)
 from fastsp.models.saving import save_pipeline
 from fastsp.models.schedulers import ddim_scheduler, trained_scheduler
 
@@ -14,6 +21,7 @@ PRESETS = ("digits",)
 __all__ = [
     "PRESETS",
     "TextToImageModel",
+    "check_perceptual_network",
     "check_pipeline",
     "check_unet",
     "ddim_scheduler",

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fastsp.conditioning import Conditioning, time_ids
 from fastsp.errors import UserError
+from fastsp.families import family_of
 from fastsp.models.saving import save_pipeline
 from fastsp.models.schedulers import trained_scheduler
+from fastsp.pixel_pipeline import PixelTextToImagePipeline
 from fastsp.sampling import NO_GUIDANCE, Guidance, ddim, guided_denoiser
 from fastsp.schedule import NoiseSchedule
 
@@ -51,24 +53,25 @@ class TextToImageModel:
         return self.unet.config.in_channels if self.vae is None else self.vae.config.in_channels
 
     @property
-    def shrink(self) -> int:
-        """By how much the VAE shrinks an image's side."""
+    def vae_scale_factor(self) -> int:
+        """Pixels of an image's side for one of the latents' side."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def default_resolution(self) -> int:
         """Side in pixels of the images that the UNet was made for."""
-        return self.unet.config.sample_size * self.shrink
+        return family_of(self.unet).side(self.unet.config) * self.vae_scale_factor
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of a square image of ``resolution`` pixels.
 
         Raises:
-            UserError: the VAE cannot halve ``resolution`` as often as it does.
+            UserError: ``resolution`` is no multiple of the VAE's factor.
         """
-        if resolution % self.shrink:
-            raise UserError(f"resolution {resolution} must be a multiple of {self.shrink}: the VAE shrinks by it")
-        return (self.unet.config.in_channels, resolution // self.shrink, resolution // self.shrink)
+        factor = self.vae_scale_factor
+        if resolution % factor:
+            raise UserError(f"resolution {resolution} must be a multiple of {factor}: the VAE shrinks by it")
+        return (self.unet.config.in_channels, resolution // factor, resolution // factor)
 
     @property
     def text_encoders(self) -> tuple[Any, ...]:
@@ -168,15 +171,13 @@ class TextToImageModel:
         """For SDXL: an image that was never resized or cropped, as diffusers' pipeline has it by default."""
         if conditioning.text_embeds is None:
             return conditioning
-        size = torch.tensor(latents.shape[-2:], device=latents.device) * self.shrink
+        size = torch.tensor(latents.shape[-2:], device=latents.device) * self.vae_scale_factor
         sizes = size.expand(len(latents), 2)
         return replace(conditioning, time_ids=time_ids(sizes, torch.zeros_like(sizes), sizes))
 
     def pipeline(self) -> DiffusionPipeline:
         """The same parts as a diffusers pipeline."""
         if self.vae is None:
-            from fastsp.pixel_pipeline import PixelTextToImagePipeline  # which samples through this class
-
             return PixelTextToImagePipeline(self.unet, self.text_encoder, self.tokenizer, self.scheduler)
         # Here, for they take seconds to import and warn of a missing torchvision.
         from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline

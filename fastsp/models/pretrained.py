@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from fastsp.errors import UserError
+from fastsp.families import family_named, family_of
+from fastsp.families.unet import pooled_width
 from fastsp.lora import DIFFUSERS_FILE, base_of, fuse_adapters
 from fastsp.models.hub import VARIANTS, download_pipeline, is_hub_id
 from fastsp.models.model import TextToImageModel
@@ -134,6 +136,34 @@ def check_unet(folder: Path) -> None:
         check_pipeline(base_of(folder).name)
     else:
         _check_weights(_unet_folder(folder))
+
+
+def check_perceptual_network(unet: Any, layers: str, folder: Path | None, stage: str) -> None:
+    """See that a later stage will be able to measure, before the stages in front of it are trained.
+
+    Args:
+        unet: of the run.
+        layers: of the stage.
+        folder: of a UNet from outside of the run, whose weights are not read; None: the run's own.
+        stage: its key in the configuration, such as ``stages.1``.
+
+    Raises:
+        UserError: the perceptual network has no such layers, or takes other inputs than the run's UNet.
+    """
+    config, family = unet.config, family_of(unet)
+    if folder is not None:
+        check_unet(folder)
+        if not (folder / DIFFUSERS_FILE).is_file():
+            config = _read_json(_unet_folder(folder) / "config.json")
+            family = family_named(config.get("_class_name", family.class_name))
+    for key in family.input_keys:
+        if config.get(key) != unet.config.get(key):
+            own = unet.config.get(key)
+            raise UserError(
+                f"{stage}.perceptual_network {folder}: its {key} is {config.get(key)!r}, the model's {own!r}"
+            )
+    if layers not in (allowed := family.layers(config)):
+        raise UserError(f"{stage}.layers {layers!r}: the perceptual network lacks them; allowed: {', '.join(allowed)}")
 
 
 def _find(name: str, parts: Collection[str] | None = None) -> Path:
@@ -278,7 +308,7 @@ def _check_tokenizers(model: TextToImageModel, name: str) -> None:
 
 
 def _check_fit(model: TextToImageModel, name: str) -> None:
-    """The parts must fit each other: text features in width, latents in channels."""
+    """The parts must fit each other: text features in width, latents in channels; and fastsp must know the UNet."""
     config = model.unet.config
     width = sum(encoder.config.hidden_size for encoder in model.text_encoders)
     if config.cross_attention_dim != width:
@@ -291,7 +321,13 @@ def _check_fit(model: TextToImageModel, name: str) -> None:
             f"{name}: the UNet takes {config.in_channels} channels, the VAE's latents have "
             f"{model.vae.config.latent_channels}; fastsp trains text-to-image models"
         )
+    if (fault := family_of(model.unet).fault(config)) is not None:
+        raise UserError(f"{name}: the UNet cannot be trained: {fault}")
     if model.vae is not None and getattr(model.vae.config, "latents_mean", None) is not None:
         raise UserError(f"{name}: the VAE has latents_mean and latents_std, which fastsp does not know")
-    if model.text_encoder_2 is not None and config.addition_embed_type != "text_time":
-        raise UserError(f"{name}: the UNet takes no pooled text features, as Stable Diffusion XL's does")
+    pooled = None if model.text_encoder_2 is None else model.text_encoder_2.config.projection_dim
+    if (wanted := pooled_width(config)) != pooled:
+        wants, gives = (
+            f"pooled text features of width {w}" if w else "no pooled text features" for w in (wanted, pooled)
+        )
+        raise UserError(f"{name}: the UNet takes {wants}, the text encoders give {gives}")

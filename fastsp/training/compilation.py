@@ -21,9 +21,9 @@ MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 def compile_options(config: Config, device: torch.device, channels_last: bool = False) -> dict[str, Any]:
     """Keywords for ``torch.compile``.
 
-    - ``channels_last``, on a GPU: the network keeps its images so by itself (:mod:`fastsp.channels_last`). What the
-      compiler would do about layouts only adds kernels: SD2.1's step with the teacher in two calls has 1,671 instead of
-      1,489 of them.
+    - ``channels_last``, on a GPU: the network keeps its images so by itself (:mod:`fastsp.families.channels_last`).
+      What the compiler would do about layouts only adds kernels: SD2.1's step with the teacher in two calls has 1,671
+      instead of 1,489 of them.
     - On a CPU the kernels are called from C++: from Python the calls are some 7 % of a small model's step. A GPU does
       not wait for Python, and in a CUDA graph there is none. Not with gradient checkpointing, whose keeping of the
       generator's state the compiler cannot write in C++.

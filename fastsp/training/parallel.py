@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from fastsp.families import family_of
 from fastsp.training.distributed import Ranks
 from fastsp.training.optimizer import AdamWEMA
 
@@ -133,7 +133,7 @@ def shard(unet: Any, device: torch.device, dtype: torch.dtype, compile_options: 
     """
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
-    blocks = [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks]
+    blocks = family_of(unet).blocks(unet)
     for block in blocks if compile_options is not None else ():
         block.compile(**(compile_options or {}))
     for module in (*blocks, unet):
@@ -156,6 +156,6 @@ def whole_unet(unet: Any, ranks: Ranks) -> Any | None:
     if not ranks.is_main:
         return None
     with torch.device("meta"):
-        whole = UNet2DConditionModel.from_config(unet.config)
+        whole = family_of(unet).network_class().from_config(unet.config)
     whole.load_state_dict(state, assign=True)
     return whole.to(ranks.device).eval().requires_grad_(False)

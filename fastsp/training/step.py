@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fastsp import draws
 from fastsp.attention import use_attention
-from fastsp.channels_last import keep_channels_last
 from fastsp.conditioning import Conditioning, time_ids
 from fastsp.config import Config
 from fastsp.data.batch import Batch
 from fastsp.data.latents import encode_moments, sample_latents
+from fastsp.families import family_of
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
 from fastsp.models import TextToImageModel
 from fastsp.objectives import MSEStage, SelfPerceptualStage, StageConfig
@@ -263,8 +263,9 @@ def build_step(
     if options is not None and objective.self_perceptual is not None:
         objective.self_perceptual.compile_teacher(**options)
     if options is not None and device.type != "cpu":  # on a CPU PyTorch's own operators do
+        family = family_of(initial)
         for module in (objective,) if sharded else (objective, unet):
-            keep_channels_last(module)
+            family.keep_channels_last(module)
     optimizer = AdamWEMA(unet, ema_unet, config.optimizer, config.ema)
     gradients = gather_gradients(unet, optimizer, ranks)
     return TrainingStep(config, stage, gradients, objective, schedule, model, empty), ema_unet

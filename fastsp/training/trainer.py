@@ -25,7 +25,7 @@ from fastsp.devices import device_name
 from fastsp.errors import UserError, said_once
 from fastsp.gpu_settings import gpu_settings
 from fastsp.lora import Base, add_adapters, load_adapters, save_adapters, save_for_use
-from fastsp.models import TextToImageModel, load_model, load_unet
+from fastsp.models import TextToImageModel, check_perceptual_network, load_model, load_unet
 from fastsp.objectives import StageConfig
 from fastsp.perceptual import shared_copy
 from fastsp.training.capture import captured
@@ -111,6 +111,11 @@ class Trainer:
         if model.lora is not None:
             add_adapters(self.model.unet, **model.lora.model_dump(), seed=config.seed)
         self.model.latent_shape(config.data.resolution)  # refuses what the VAE cannot shrink
+        for number, stage in enumerate(config.stages):
+            if stage.objective == "self_perceptual":
+                own = {None, model.pretrained, *(other.name for other in config.stages)}
+                folder = None if stage.perceptual_network in own else Path(stage.perceptual_network or "")
+                check_perceptual_network(self.model.unet, stage.layers, folder, f"stages.{number}")
         if config.data.source == "latents" and self.model.vae is None:
             raise UserError("data.source: 'latents' needs a model with a VAE; this one works on pixels")
         self.model.place(self.device, config.compiles_on(self.device))

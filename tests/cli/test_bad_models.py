@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
-from tiny import picture_folder, tiny_stable_diffusion
+from tiny import picture_folder, tiny_stable_diffusion, tiny_unet
 
 from fastsp.__main__ import main
 from fastsp.models.quiet import quiet_libraries
@@ -34,7 +34,7 @@ def fails(tmp_path, monkeypatch, capsys):
     """Train a model; returns the one line of complaint."""
     picture_folder(tmp_path / "pictures", 6)
 
-    def run(model: object, *overrides: str) -> str:
+    def run(model: object, *overrides: str, named: object = None) -> str:
         file = tmp_path / "config.yaml"
         file.write_text(CONFIG.format(folder=tmp_path, model=model))
         monkeypatch.setattr(sys, "argv", ["fastsp", "train", "--config", str(file), *overrides])
@@ -43,7 +43,7 @@ def fails(tmp_path, monkeypatch, capsys):
         captured = capsys.readouterr()
         assert exit_.value.code == 2 and captured.out == ""
         assert captured.err.startswith("fastsp: ") and captured.err.count("\n") == 1, captured.err
-        assert str(model) in captured.err
+        assert str(named or model) in captured.err
         assert not (tmp_path / "run").exists(), "a run that never began leaves nothing behind"
         return captured.err
 
@@ -147,6 +147,17 @@ def with_another_scale_of_latents(folder):
     change(folder / "vae" / "config.json", latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
 
 
+def with_unet(**settings):
+    def spoil(folder):
+        tiny_unet("sdxl", **{"sample_size": 4, **settings}).save_pretrained(folder / "unet")
+
+    return spoil
+
+
+def with_another_unet(folder):
+    tiny_unet("sd", sample_size=4, cross_attention_dim=16).save_pretrained(folder / "unet")
+
+
 def with_a_broken_index(folder):
     (folder / "model_index.json").write_text("{")
 
@@ -179,6 +190,15 @@ def change(file, **values):
         (for_inpainting, "the UNet takes 9 channels, the VAE's latents have 4"),
         (with_another_scale_of_latents, "the VAE has latents_mean and latents_std"),
         (with_a_broken_index, "model_index.json cannot be read"),
+        (with_unet(num_class_embeds=3), "the UNet cannot be trained: it takes class labels"),
+        (with_unet(class_embed_type="timestep"), "the UNet cannot be trained: it takes class labels"),
+        (with_unet(out_channels=8), "it takes 4 channels and returns 8; they must be equal"),
+        (with_unet(encoder_hid_dim_type="text_proj", encoder_hid_dim=16), "its encoder_hid_dim_type is 'text_proj'"),
+        (
+            with_unet(projection_class_embeddings_input_dim=92),
+            "pooled text features of width 44, the text encoders give",
+        ),
+        (with_another_unet, "the UNet takes no pooled text features, the text encoders give pooled text features of"),
     ],
     ids=lambda value: getattr(value, "__qualname__", "").replace(".<locals>.spoil", ""),
 )
@@ -186,6 +206,29 @@ def test_folders(fails, whole, tmp_path, spoil, message):
     folder = shutil.copytree(whole, tmp_path / "model")
     spoil(folder)
     assert message in fails(folder)
+
+
+def test_layers_that_a_later_stage_cannot_have(fails, whole, tmp_path):
+    """Found before the first stage is trained, in the model itself and in a folder that is the metric."""
+    stages = (
+        "stages=[{name: mse, objective: mse, steps: 1, learning_rate: 1e-3}, {name: sp, objective: self_perceptual,"
+    )
+    stages += " steps: 1, learning_rate: 1e-3, layers: LAYERS, perceptual_network: NETWORK}]"
+
+    def refusal(model, layers, network):
+        changed = stages.replace("LAYERS", layers).replace("NETWORK", str(network))
+        return fails(model, changed, named="stages.1")
+
+    plain, folder = shutil.copytree(whole, tmp_path / "plain"), shutil.copytree(whole, tmp_path / "without_mid")
+    with_unet(mid_block_type=None)(folder)
+    lacks = "stages.1.layers 'mid': the perceptual network lacks them; allowed: encoder, decoder"
+    assert lacks in refusal(folder, "mid", "mse")
+    assert lacks in refusal(plain, "mid", folder)
+    assert "layers 'encoder+mid'" in refusal(folder, "encoder+mid", folder)
+    with_another_unet(folder)
+    assert "its addition_embed_type is None, the model's 'text_time'" in refusal(plain, "mid", folder)
+    tiny_unet("sdxl", cross_attention_dim=8).save_pretrained(folder / "unet")
+    assert "without_mid: its cross_attention_dim is 8, the model's 16" in refusal(plain, "mid", folder)
 
 
 def test_files(fails, tmp_path):

@@ -13,6 +13,7 @@ from export import pipelines
 from fastsp.errors import UserError
 from fastsp.export import layout
 from fastsp.export.original_config import original_config
+from fastsp.families import family_of
 from fastsp.models import ddim_scheduler
 
 # Names and shapes that every published checkpoint of the family has.
@@ -76,7 +77,7 @@ def real(family: str) -> SimpleNamespace:
 def test_real_sizes(family: str) -> None:
     """Every weight has one name, none is lost, and the names are those of the published files."""
     parts = real(family)
-    assert layout.family_of(parts) == family
+    assert layout.layout_of(parts) == family
     state = layout.original_layout(parts)
     for name, shape in KNOWN[family].items():
         assert tuple(state[name].shape) == shape, name
@@ -90,7 +91,7 @@ def test_real_sizes(family: str) -> None:
 @pytest.mark.parametrize("family", pipelines.FAMILIES)
 def test_unets_of_any_depth_come_back(family: str, depth: int, tmp_path: Path) -> None:
     model = pipelines.unet(family, layers_per_block=depth)
-    state = layout.renamed(model, layout.unet_modules(model))
+    state = layout.renamed(model, family_of(model).original_names(model))
     assert len(state) == len(model.state_dict())
     model.save_config(tmp_path)
     prefixed = {layout.UNET + name: weight for name, weight in state.items()}
@@ -136,9 +137,9 @@ def test_no_yaml_file_where_it_would_be_wrong() -> None:
 def test_what_has_no_place_is_refused() -> None:
     model = pipelines.unet("sd1", class_embed_type="timestep")
     with pytest.raises(UserError, match=r"no place for class_embedding\.linear_1\.weight \(and 3 more weights\)"):
-        layout.renamed(model, layout.unet_modules(model))
+        layout.renamed(model, family_of(model).original_names(model))
     with pytest.raises(UserError, match="the model works on pixels"):
-        layout.family_of(SimpleNamespace(vae=None))
+        layout.layout_of(SimpleNamespace(vae=None))
 
 
 def assert_equal(model: torch.nn.Module, back: torch.nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch._inductor import list_mode_options
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastsp.bench.fastsp_step import FastspStep
-from fastsp.channels_last import ChannelsLastGroupNorm
+from fastsp.families.channels_last import ChannelsLastGroupNorm
 from fastsp.training.capture import WARM_UP_STEPS
 from fastsp.training.compilation import compile_options, keep_compiled_code
 

@@ -14,7 +14,7 @@ from torch._decomp import core_aten_decompositions
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsp.channels_last import ChannelsLastGroupNorm, RepeatingUpsample2D, keep_channels_last, repeat_pixels
+from fastsp.families.channels_last import ChannelsLastGroupNorm, RepeatingUpsample2D, keep_channels_last, repeat_pixels
 
 CHANNELS_LAST = torch.channels_last
 

@@ -1,0 +1,109 @@
+"""Families of networks: what differs between one class of denoising network and another, in one file for each.
+
+Everything else asks :func:`family_of`. A family from outside of the package is added by one call, before the network is
+used: ``fastsp.families.register(MyFamily())``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from fastsp.families.unet import UNetFamily
+
+Config = Mapping[str, Any]  # a network's, as diffusers writes it to config.json
+
+
+class NetworkFamily(Protocol):
+    """What fastsp has to know about a class of networks. Methods that take a ``config`` need no weights."""
+
+    class_name: str
+    """Of the networks; those that inherit from it belong to the family too."""
+    lora_targets: tuple[str, ...]
+    """The layers that usually get adapters, by the ends of their names."""
+    input_keys: tuple[str, ...]
+    """The entries of a config that say what a network takes: equal ones can stand in for one another."""
+
+    def network_class(self) -> type[Any]:
+        """The class itself, with diffusers' ``from_config`` and ``from_pretrained``."""
+
+    def fault(self, config: Config) -> str | None:
+        """Why such a network cannot be trained from latents and captions, for people; None: it can."""
+
+    def layers(self, config: Config) -> tuple[str, ...]:
+        """The choices of ``layers`` that its perceptual network can answer with."""
+
+    def side(self, config: Config) -> int:
+        """Side of the square latents that it was made for."""
+
+    def kohya_base(self, config: Config) -> str:
+        """What kohya's scripts call the base model of adapters, or ``unknown``."""
+
+    def keywords(self, conditioning: Any) -> dict[str, Any]:
+        """A :class:`fastsp.conditioning.Conditioning` as keywords of the network's forward and of the losses."""
+
+    def example_inputs(self, config: Config, latents: tuple[int, ...], text: tuple[int, ...]) -> dict[str, Any]:
+        """Keywords of one forward, of latents (B, C, H, W) and text features (B, L, D); values do not matter."""
+
+    def blocks(self, network: Any) -> list[nn.Module]:
+        """The units that FSDP gathers and shards, in the order of the forward."""
+
+    def input_weight(self, network: Any) -> Tensor:
+        """The weight that the latents meet first: its dtype, device and memory layout are those the network wants."""
+
+    def exchange_attention(self, network: Any, exchange: Callable[[Any], Any]) -> None:
+        """Set ``exchange(processor)`` in the place of every attention processor."""
+
+    def keep_channels_last(self, module: nn.Module) -> None:
+        """Let the networks in ``module`` keep their images in channels_last, in place, as far as they have images."""
+
+    def original_names(self, network: Any) -> Iterable[tuple[str, str]]:
+        """Names of modules, here and in the single files that user interfaces exchange."""
+
+
+_families: dict[str, NetworkFamily] = {}
+
+
+def register(family: NetworkFamily) -> None:
+    """Make a family known under its ``class_name``; a later one replaces an earlier one of that name."""
+    _families[family.class_name] = family
+
+
+def family_of(network: Any) -> NetworkFamily:
+    """The family of a network, also of one inside DDP or ``torch.compile``, or sharded by FSDP2.
+
+    Raises:
+        ValueError: its class is unknown.
+    """
+    names = [kind.__name__ for kind in type(unwrapped(network)).__mro__]
+    return next((_families[name] for name in names if name in _families), None) or family_named(names[0])
+
+
+def unwrapped(network: Any) -> Any:
+    """The network inside DDP and ``torch.compile``, in any order."""
+    while isinstance(network, nn.Module):
+        held = network.__dict__.get("_modules", {})
+        inner = [held[name] for name in ("_orig_mod", "module") if name in held]
+        if not inner:
+            break
+        network = inner[0]
+    return network
+
+
+def family_named(class_name: str) -> NetworkFamily:
+    """The family of a class by its name, as a ``config.json`` has it.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if class_name not in _families:
+        raise ValueError(
+            f"{class_name} is no class of networks that fastsp knows; known: {', '.join(sorted(_families))}; "
+            "fastsp.families.register adds another"
+        )
+    return _families[class_name]
+
+
+register(UNetFamily())

@@ -1,0 +1,138 @@
+"""diffusers' ``UNet2DConditionModel``: Stable Diffusion 1.x, 2.x, XL, and any other configuration of the class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_RESNET = {  # a resnet's modules, and their names in CompVis' code
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_NUM_TIME_IDS = 6  # of Stable Diffusion XL's sizes
+
+
+class UNetFamily:
+    """See :class:`fastsp.families.NetworkFamily`, also for what is not documented here."""
+
+    class_name = "UNet2DConditionModel"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    input_keys = ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
+
+    def network_class(self) -> type[Any]:
+        from diffusers import UNet2DConditionModel  # takes seconds
+
+        return UNet2DConditionModel
+
+    def fault(self, config: Mapping[str, Any]) -> str | None:
+        if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
+            return "it takes class labels (num_class_embeds or class_embed_type), and no data source has them"
+        if config.get("encoder_hid_dim_type") is not None:
+            return f"its encoder_hid_dim_type is {config['encoder_hid_dim_type']!r}; allowed: null"
+        if config.get("addition_embed_type") not in (None, "text_time"):
+            return f"its addition_embed_type is {config['addition_embed_type']!r}; allowed: null and 'text_time'"
+        if config["in_channels"] != config["out_channels"]:
+            return f"it takes {config['in_channels']} channels and returns {config['out_channels']}; they must be equal"
+        return None
+
+    def layers(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        with_mid = config.get("mid_block_type", "default") is not None
+        return ("mid", "encoder", "decoder", "encoder+mid") if with_mid else ("encoder", "decoder")
+
+    def side(self, config: Mapping[str, Any]) -> int:
+        """The smaller of two; diffusers' pipelines' default where the config has none."""
+        size = config.get("sample_size")
+        if size is None:
+            return 64 if config.get("addition_embed_type") is None else 128
+        return size if isinstance(size, int) else min(size)
+
+    def kohya_base(self, config: Mapping[str, Any]) -> str:
+        names = {768: "sd_v1", 1024: "sd_v2_v", 2048: "sdxl_base_v1-0"}
+        return names.get(config["cross_attention_dim"], "unknown")
+
+    def keywords(self, conditioning: Any) -> dict[str, Any]:
+        added = None
+        if conditioning.text_embeds is not None:
+            assert conditioning.time_ids is not None
+            added = {"text_embeds": conditioning.text_embeds, "time_ids": conditioning.time_ids}
+        return {"encoder_hidden_states": conditioning.encoder_hidden_states, "added_cond_kwargs": added}
+
+    def example_inputs(
+        self, config: Mapping[str, Any], latents: tuple[int, ...], text: tuple[int, ...]
+    ) -> dict[str, Any]:
+        rows, added = latents[0], None
+        if (width := pooled_width(config)) is not None:
+            added = {"text_embeds": torch.empty(rows, width), "time_ids": torch.empty(rows, _NUM_TIME_IDS)}
+        return {
+            "sample": torch.empty(latents),
+            "timestep": torch.zeros(rows, dtype=torch.int64),
+            "encoder_hidden_states": torch.empty(text),
+            "added_cond_kwargs": added,
+        }
+
+    def blocks(self, network: Any) -> list[nn.Module]:
+        mid = [] if network.mid_block is None else [network.mid_block]
+        return [*network.down_blocks, *mid, *network.up_blocks]
+
+    def input_weight(self, network: Any) -> Tensor:
+        return network.conv_in.weight
+
+    def exchange_attention(self, network: Any, exchange: Callable[[Any], Any]) -> None:
+        # `set_attention_backend` does nothing here: these processors do not dispatch.
+        network.set_attn_processor({name: exchange(old) for name, old in network.attn_processors.items()})
+
+    def keep_channels_last(self, module: nn.Module) -> None:
+        from fastsp.families.channels_last import keep_channels_last  # imports diffusers' models
+
+        keep_channels_last(module)
+
+    def original_names(self, network: Any) -> Iterator[tuple[str, str]]:
+        """CompVis' numbering: `conv_in`, every resnet and every downsampler is one of `input_blocks`, every resnet of
+        the way up one of `output_blocks`, whose upsampler comes last in it."""
+        for ours, theirs in (("time_embedding", "time_embed"), ("add_embedding", "label_emb.0")):
+            yield from ((f"{ours}.linear_1", f"{theirs}.0"), (f"{ours}.linear_2", f"{theirs}.2"))
+        yield "conv_in", "input_blocks.0.0"
+        place = 1
+        for b, block in enumerate(network.down_blocks):
+            for layer in range(len(block.resnets)):
+                yield from _original_layer(f"down_blocks.{b}", layer, f"input_blocks.{place}")
+                place += 1
+            if block.downsamplers:
+                yield f"down_blocks.{b}.downsamplers.0.conv", f"input_blocks.{place}.0.op"
+                place += 1
+        # The middle alternates: resnet, attention, resnet, ...
+        for layer in range(len(network.mid_block.resnets) if network.mid_block is not None else 0):
+            yield from _original_resnet(f"mid_block.resnets.{layer}", f"middle_block.{2 * layer}")
+            yield f"mid_block.attentions.{layer}", f"middle_block.{2 * layer + 1}"
+        place = 0
+        for b, block in enumerate(network.up_blocks):
+            for layer in range(len(block.resnets)):
+                yield from _original_layer(f"up_blocks.{b}", layer, f"output_blocks.{place}")
+                place += 1
+            last_in_block = 2 if getattr(block, "attentions", None) else 1
+            yield f"up_blocks.{b}.upsamplers.0.conv", f"output_blocks.{place - 1}.{last_in_block}.conv"
+        yield from (("conv_norm_out", "out.0"), ("conv_out", "out.2"))
+
+
+def pooled_width(config: Mapping[str, Any]) -> int | None:
+    """Width of the pooled text features that Stable Diffusion XL's UNet takes beside the sizes; None: it takes none."""
+    if config.get("addition_embed_type") != "text_time":
+        return None
+    return config["projection_class_embeddings_input_dim"] - _NUM_TIME_IDS * config["addition_time_embed_dim"]
+
+
+def _original_layer(block: str, layer: int, theirs: str) -> Iterator[tuple[str, str]]:
+    """A resnet and the attention that may follow it."""
+    yield from _original_resnet(f"{block}.resnets.{layer}", f"{theirs}.0")
+    yield f"{block}.attentions.{layer}", f"{theirs}.1"
+
+
+def _original_resnet(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
+    yield from ((f"{ours}.{our_part}", f"{theirs}.{their_part}") for our_part, their_part in _RESNET.items())
