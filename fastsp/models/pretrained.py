@@ -138,12 +138,12 @@ def check_unet(folder: Path) -> None:
         _check_weights(_unet_folder(folder))
 
 
-def check_perceptual_network(unet: Any, layers: str, folder: Path | None, stage: str) -> None:
+def check_perceptual_network(unet: Any, layers: str | None, folder: Path | None, stage: str) -> None:
     """See that a later stage will be able to measure, before the stages in front of it are trained.
 
     Args:
         unet: of the run.
-        layers: of the stage.
+        layers: of the stage; None: it has no such key.
         folder: of a UNet from outside of the run, whose weights are not read; None: the run's own.
         stage: its key in the configuration, such as ``stages.1``.
 
@@ -162,7 +162,7 @@ def check_perceptual_network(unet: Any, layers: str, folder: Path | None, stage:
             raise UserError(
                 f"{stage}.perceptual_network {folder}: its {key} is {config.get(key)!r}, the model's {own!r}"
             )
-    if layers not in (allowed := family.layers(config)):
+    if layers is not None and layers not in (allowed := family.layers(config)):
         raise UserError(f"{stage}.layers {layers!r}: the perceptual network lacks them; allowed: {', '.join(allowed)}")
 
 

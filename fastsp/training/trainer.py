@@ -112,10 +112,10 @@ class Trainer:
             add_adapters(self.model.unet, **model.lora.model_dump(), seed=config.seed)
         self.model.latent_shape(config.data.resolution)  # refuses what the VAE cannot shrink
         for number, stage in enumerate(config.stages):
-            if stage.objective == "self_perceptual":
-                own = {None, model.pretrained, *(other.name for other in config.stages)}
-                folder = None if stage.perceptual_network in own else Path(stage.perceptual_network or "")
-                check_perceptual_network(self.model.unet, stage.layers, folder, f"stages.{number}")
+            if (frozen := stage.frozen_network) is not None:
+                is_own = frozen in (model.pretrained, *(other.name for other in config.stages))
+                layers = getattr(stage, "layers", None)
+                check_perceptual_network(self.model.unet, layers, None if is_own else Path(frozen), f"stages.{number}")
         if config.data.source == "latents" and self.model.vae is None:
             raise UserError("data.source: 'latents' needs a model with a VAE; this one works on pixels")
         self.model.place(self.device, config.compiles_on(self.device))
