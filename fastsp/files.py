@@ -75,6 +75,18 @@ def decode_text(content: bytes, name: str) -> str:
         raise UserError(f"{name} is not UTF-8 text ({found}): save it as UTF-8") from None
 
 
+def expand_home(path: str) -> str:
+    """The path with its leading ``~`` or ``~user`` replaced by that home folder.
+
+    Raises:
+        UserError: there is no such home folder.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(f"{path!r} names a home folder that is not known; write ./{path} for a file of that name")
+    return expanded
+
+
 def check_writable(file: Path, force: bool, option: str = "") -> None:
     """Check before the work begins that a file can be written at its end.
 

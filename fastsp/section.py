@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+
+from fastsp.files import expand_home
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -14,18 +15,6 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 AboveZero = Annotated[float, Field(gt=0.0)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
-
-
-def expand_home(path: str) -> str:
-    """The path with its leading ``~`` or ``~user`` replaced by that home folder.
-
-    Raises:
-        ValueError: there is no such home folder.
-    """
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
-        raise ValueError(f"{path!r} names a home folder that is not known; write ./{path} for a file of that name")
-    return expanded
 
 
 PathText = Annotated[str, AfterValidator(expand_home)]  # a path, or a hub id

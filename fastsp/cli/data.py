@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from fastsp.cli.paths import expanding
+
 app = typer.Typer(help="Look at a data set before training on it.", no_args_is_help=True)
 
 
@@ -18,6 +20,7 @@ def data() -> None:
 
 
 @app.command()
+@expanding
 def check(
     source: Annotated[str, typer.Argument(help="digits, a folder of images, a tar, a folder of tars, or a pattern.")],
     resolution: Annotated[int, typer.Option(min=1, help="Side of the crops, in pixels.")] = 512,

@@ -1,0 +1,31 @@
+"""``~`` in the paths of the command line, which a shell leaves alone in ``--out=~/x``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_FOLDER_OR_NAME = ("model", "model_config", "features", "source", "base")  # parameters that are text, often of a path
+
+
+def expanding(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with ``~`` replaced by the home folder in its paths: what is a ``Path``, and the names above."""
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        command(**{name: expanded(name, value) for name, value in arguments.items()})
+
+    return run
+
+
+def expanded(name: str, value: Any) -> Any:
+    """The value of a parameter, or the values of one that is given several times."""
+    from fastsp.files import expand_home
+
+    if isinstance(value, list):
+        return [expanded(name, item) for item in value]
+    if isinstance(value, Path):
+        return Path(expand_home(str(value)))
+    return expand_home(value) if isinstance(value, str) and name in _FOLDER_OR_NAME else value
