@@ -11,7 +11,7 @@ from torch._inductor import list_mode_options
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from fastsp.config import Config
-from fastsp.data.cache import cache_folder
+from fastsp.data.cache import can_be_written, compiled_code_folder
 
 # Never the modes with CUDA graphs of their own: the whole step is captured by hand, and theirs overwrite the teacher's
 # features and the gradients of earlier microbatches.
@@ -40,9 +40,14 @@ def keep_compiled_code() -> Path:
     """Let compiled code outlive /tmp, where torch would put it. Call it before anything is compiled.
 
     Returns:
-        The folder: ``$TORCHINDUCTOR_CACHE_DIR`` where that is set, else one in fastsp's own cache.
+        The folder: see :func:`fastsp.data.cache.compiled_code_folder`.
     """
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if folder in (None, os.path.abspath(default_cache_dir())):  # which importing the compiler has set
-        folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "inductor")
-    return Path(folder)
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if chosen is not None and chosen == os.path.abspath(default_cache_dir()):  # importing the compiler has set it
+        chosen = None
+    folder = compiled_code_folder(chosen)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    home = Path(os.path.expanduser("~"))  # stays "~" where there is none; Triton would make a folder of that name
+    if "TRITON_CACHE_DIR" not in os.environ and not (home.is_absolute() and can_be_written(home / ".triton")):
+        os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    return folder

@@ -102,7 +102,7 @@ class Trainer:
         self.device = ranks.device
         config.captures_on(self.device)  # refuses a CUDA graph on a CPU
         check_available(config.attention, self.device)
-        if config.compiles_on(self.device):
+        if self.device.type == "cuda" or config.compiles_on(self.device):  # Triton's kernels are compiled in any case
             keep_compiled_code()
         check_installed(config)
         check_path(config.data, run.known_shards)  # before a model is downloaded

@@ -157,8 +157,8 @@ def test_compiled_code_outlives_tmp(monkeypatch, tmp_path):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("FASTSP_CACHE", str(tmp_path))
     assert keep_compiled_code() == tmp_path / "inductor" == Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
-    assert keep_compiled_code() == Path("/elsewhere")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "elsewhere"))
+    assert keep_compiled_code() == tmp_path / "elsewhere"
 
 
 WHERE_COMPILED_CODE_GOES = """
@@ -199,3 +199,33 @@ def test_kernels_are_called_from_cpp_on_a_cpu():
 def test_a_network_that_keeps_its_layout_is_given_no_other():
     ours = compile_options(tiny_workload().config, torch.device("cuda"), channels_last=True)["options"]
     assert ours["layout_optimization"] is False
+
+
+NOBODY = """
+import os, pwd
+def missing(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+pwd.getpwuid = missing  # a container's user without a passwd entry
+from pathlib import Path
+from fastsp.data.cache import cache_folder
+from fastsp.training.compilation import keep_compiled_code
+folder = keep_compiled_code()
+(folder / "code").mkdir(parents=True)
+Path(os.environ.get("TRITON_CACHE_DIR", "/none"), "kernel").mkdir(parents=True)
+print(cache_folder())
+print(folder)
+"""
+
+
+@pytest.mark.parametrize("home", [None, "/proc/nobody"])
+def test_a_user_without_a_home_compiles_into_a_temporary_folder(tmp_path, home):
+    """A home that is missing, or that nothing can be written to, is nothing to end a run for."""
+    unset = {"HOME", "USER", "LOGNAME", "LNAME", "USERNAME"}
+    environment = {key: value for key, value in os.environ.items() if key not in unset and "CACHE" not in key}
+    environment |= {"TMPDIR": str(tmp_path)} | ({} if home is None else {"HOME": home})
+    command = [sys.executable, "-c", NOBODY]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    own = tmp_path / f"fastsp-{os.getuid()}"
+    assert said.stdout.splitlines() == [str(own), str(own / "inductor")] and not (tmp_path / "~").exists()
+    assert own.stat().st_mode & 0o777 == 0o700 and (own / "inductor" / "triton" / "kernel").is_dir()
