@@ -31,7 +31,9 @@ def check(
     max_bad_fraction: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Of the run, data.max_bad_fraction.")
     ] = 0.01,
-    contact_sheet: Annotated[Path | None, typer.Option(help="Write the first 64 crops.", metavar="FILE.png")] = None,
+    contact_sheet: Annotated[
+        Path | None, typer.Option(help="Write the first 64 crops, with names and captions.", metavar="FILE.png")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report.", metavar="FILE")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
@@ -48,29 +50,20 @@ def check(
 
     if contact_sheet is not None and contact_sheet.suffix.lower() != ".png":
         raise UserError(f"--contact-sheet {contact_sheet} must end in .png")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise UserError(f"--json {json_file}: a file in a folder that there is")
     for option, file in (("--contact-sheet", contact_sheet), ("--json", json_file)):
         if file is not None:
             check_writable(file, force, option)
     options = replace(options_for(source, resolution, split), max_bad_fraction=max_bad_fraction)
-    report, images = check_source(options, limit)
+    report, sheet = check_source(options, limit)
     typer.echo("\n".join(report.lines()))
-    if contact_sheet is not None and len(images):
-        save_png(grid(_thumbnails(images)), contact_sheet)
-        typer.echo(f"{contact_sheet}: the first {len(images)} crops")
+    if contact_sheet is not None and sheet.labels:
+        save_png(grid(sheet.images, captions=sheet.labels, min_size=128), contact_sheet)
+        typer.echo(f"{contact_sheet}: the first {len(sheet.labels)} crops")
     elif contact_sheet is not None:
         typer.echo(f"{contact_sheet} is not written: no picture could be read")
     if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
         write_file(json_file, json.dumps(report.as_json(), indent=2) + "\n")
     if report.stop is not None:
         typer.echo(f"a run would stop: {report.stop}")
         raise typer.Exit(1)
-
-
-def _thumbnails(images):
-    """At most 128 pixels wide: a sheet is looked at as a whole."""
-    import torch.nn.functional as F
-
-    size = min(128, images.shape[-1])
-    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)

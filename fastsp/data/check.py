@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fastsp.data.bad_samples import too_many
 from fastsp.data.batch import Batch
 from fastsp.data.digits import SPLITS
 from fastsp.data.latents import HEADER, LatentsHeader
+from fastsp.data.names import IMAGE_SUFFIXES, split_name
 from fastsp.data.shards import expand_shards
 from fastsp.data.source import DataOptions, Source, open_source
-from fastsp.data.tar_scan import IMAGE_SUFFIXES, split_name
 from fastsp.errors import UserError
 from fastsp.progress import steps_bar
 
 BATCH_SIZE = 64
 LONG_CAPTION = 300  # characters: four for a token, or a little more
 SHEET_IMAGES = 64
+THUMBNAIL = 128  # pixels
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,15 @@ class Spread:
 
     def __str__(self) -> str:
         return f"{self.smallest:g} to {self.largest:g}, median {self.median:g}"
+
+
+class Sheet(NamedTuple):
+    """What a contact sheet shows: the first good images, as they are trained on."""
+
+    images: Tensor
+    """(N, 3, S, S) float32 in [-1, 1], N up to 64, S at most 128: the sheet is looked at as a whole."""
+    labels: list[str]
+    """File names, or keys in a shard, and captions."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +160,7 @@ def _notes(options: DataOptions, source: Source) -> dict[str, str]:
     return notes
 
 
-def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report, Tensor]:
+def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report, Sheet]:
     """Read a source once, in the order of the first epoch of seed 0.
 
     Args:
@@ -155,7 +169,7 @@ def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report
         limit: samples to read at most; None: all.
 
     Returns:
-        The report, and the first good images, (N, 3, R, R) float32 in [-1, 1] with N up to 64.
+        The report, and the first good images.
 
     Raises:
         UserError: there is nothing to read.
@@ -164,15 +178,19 @@ def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report
     count = min(len(source), limit or len(source))
     sizes: list[Tensor] = []
     lengths: list[int] = []
-    sheet: list[Tensor] = []
+    images: list[Tensor] = []
+    labels: list[str] = []
     start = time.perf_counter()
     for batch in _batches(source, count):
-        good = batch.weights > 0
+        good = batch.weights.nonzero()[:, 0]
         assert batch.original_sizes is not None and batch.pixel_values is not None
         sizes.append(batch.original_sizes[good])
-        lengths += [len(caption) for caption, is_good in zip(batch.captions, good.tolist(), strict=True) if is_good]
-        if sum(len(images) for images in sheet) < SHEET_IMAGES:
-            sheet.append(batch.pixel_values[good])
+        lengths += [len(batch.captions[row]) for row in good.tolist()]
+        if len(labels) < SHEET_IMAGES:
+            images.append(_thumbnails(batch.pixel_values[good]))
+            names = map(source.reader.name, source.order(batch.positions[good]).tolist())
+            captions = (batch.captions[row] for row in good.tolist())
+            labels += [f"{re.split('[/#]', name)[-1]}: {text}" for name, text in zip(names, captions, strict=True)]
     seconds = time.perf_counter() - start
     heights, widths = torch.cat(sizes).unbind(1)
     report = Report(
@@ -189,19 +207,22 @@ def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report
         seconds=seconds,
         stop=_stop(source, count, options.max_bad_fraction),
     )
-    return report, torch.cat(sheet)[:SHEET_IMAGES]
+    return report, Sheet(torch.cat(images)[:SHEET_IMAGES], labels[:SHEET_IMAGES])
+
+
+def _thumbnails(images: Tensor) -> Tensor:
+    size = min(THUMBNAIL, images.shape[-1])
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
 
 
 def _stop(source: Source, read: int, limit: float) -> str | None:
     """Why a run would stop that finds in all of the source what was found in the samples read; None: it would not."""
-    lost, log = source.reader.lost, source.bad_samples
-    bad = log.met_before(read) - log.met_before(0)
-    if lost > limit * (len(source) + lost):
-        what = f"at least {lost} of {len(source) + lost} samples are lost in damaged files"
-    elif bad > limit * read:
+    size, lost = len(source), source.reader.lost
+    bad = source.bad_samples.met_before(read) - source.bad_samples.met_before(0)
+    if too_many(lost, size + lost, limit):
+        what = f"at least {lost} of {size + lost} samples are lost in damaged files"
+    elif too_many(bad * size // read, size, limit):
         what = f"{bad} of {read} samples are bad ({bad / read:.1%})"
-    elif (first := log.first_stop(limit)) is not None:
-        what = f"{first[0]} of the first {first[1]} samples are bad, in the order of seed 0"
     else:
         return None
     return f"{what}, more than data.max_bad_fraction = {limit:g} allows: mend or remove them, or set it higher"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -10,7 +11,6 @@ from safetensors.torch import load
 from torch import Tensor
 
 from fastsp.data.batch import Batch
-from fastsp.data.captions import Tokenize
 from fastsp.data.latents import TEXT_TENSORS, LatentsHeader
 from fastsp.data.pipeline import ImagePipeline
 from fastsp.data.samples import BadSample, EncodedSample, ReadStep
@@ -23,6 +23,32 @@ class Collator(Protocol):
 
     def close(self) -> None:
         """End its threads."""
+
+
+class Tokenize:
+    """Captions to token ids, padded and truncated to the length that the text encoder was trained with.
+
+    Args:
+        tokenizer: of transformers; None: no ids.
+        tokenizer_2: Stable Diffusion XL's second one.
+    """
+
+    def __init__(self, tokenizer: Any = None, tokenizer_2: Any = None):
+        named = {"input_ids": tokenizer, "input_ids_2": tokenizer_2}
+        self.tokenizers = {name: tokenizer for name, tokenizer in named.items() if tokenizer is not None}
+
+    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """`Batch`'s `input_ids` and `input_ids_2`, as far as there are tokenizers: (B, L) int64, L being their
+        `model_max_length`."""
+        return {name: _ids(tokenizer, captions) for name, tokenizer in self.tokenizers.items()}
+
+
+def _ids(tokenizer: Any, captions: Sequence[str]) -> Tensor:
+    length = tokenizer.model_max_length
+    if not captions:
+        return torch.zeros(0, length, dtype=torch.int64)
+    encoded = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length)
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
 class ImageCollator:

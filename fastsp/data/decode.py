@@ -19,10 +19,20 @@ from torch import Tensor
 
 from fastsp.data.jpeg import JpegFile, decode_jpeg, read_jpeg
 from fastsp.data.libraries import library
-from fastsp.data.orientation import upright
 from fastsp.data.pillow_images import check_size, decode_image, kind_of, open_image
 from fastsp.data.samples import BadSample
 
+# By EXIF orientation: whether height and width change places, and which axes are mirrored after that.
+TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
+    1: (False, ()),
+    2: (False, (1,)),
+    3: (False, (0, 1)),
+    4: (False, (0,)),
+    5: (True, ()),
+    6: (True, (1,)),
+    7: (True, (0, 1)),
+    8: (True, (0,)),
+}
 T = TypeVar("T")
 SHARES_PER_THREAD = 4  # of a batch: images take unequally long
 
@@ -163,6 +173,21 @@ class JpegsOnGpu:
 
     def _upright(self, pixels: Any, image: JpegFile) -> Tensor:
         return upright(torch.as_tensor(pixels, device=self.device), image.orientation)
+
+
+def upright(image: Tensor, orientation: int) -> Tensor:
+    """Turn and mirror an image as its EXIF orientation says.
+
+    Args:
+        image: (H, W, C), on any device.
+        orientation: 1 .. 8; 1 is upright.
+
+    Returns:
+        (H, W, C) or (W, H, C), contiguous; the image itself where it is upright.
+    """
+    swapped, mirrored = TURNS[orientation]
+    turned = image.transpose(0, 1) if swapped else image
+    return (turned.flip(mirrored) if mirrored else turned).contiguous()
 
 
 def default_threads() -> int:

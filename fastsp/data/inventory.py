@@ -34,8 +34,6 @@ class Inventory:
     """The samples of a source."""
 
     parts: tuple[Part, ...]
-    shards: tuple[str, ...] = ()
-    """Paths of the tars."""
     names: tuple[str, ...] = ()
     """Of the samples of a folder, unless there are very many."""
 
@@ -46,7 +44,7 @@ class Inventory:
 
     def save(self, path: Path) -> None:
         """As JSON."""
-        fields = {"samples": self.samples, "parts": self.parts, "shards": self.shards, "names": self.names}
+        fields = {"samples": self.samples, "parts": self.parts, "names": self.names}
         write_file(path, json.dumps(fields) + "\n")
 
     @classmethod
@@ -59,7 +57,7 @@ class Inventory:
         try:
             fields = json.loads(read_text(path))
             parts = tuple(Part(*part) for part in fields["parts"])
-            return cls(parts, tuple(fields["shards"]), tuple(fields["names"]))
+            return cls(parts, tuple(fields["names"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
 

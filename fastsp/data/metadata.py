@@ -1,73 +1,76 @@
-"""`metadata.jsonl` and `metadata.csv`, as Hugging Face's imagefolder has them: captions of many images in one file.
+"""Captions of many images in one file: Hugging Face's `metadata.jsonl` and `metadata.csv`, kohya's `meta_cap.json`.
 
-One JSON object or row a line: "file_name", relative to the file, and "text" or "caption".
+A line of the first two has "file_name", relative to the file, and "text" or "caption". kohya's is one object: by the
+image's path, with or without its suffix, an object with "caption", "tags" or both.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fastsp.data.captions import JSON_KEYS
 from fastsp.errors import UserError
+from fastsp.files import read_text
 
-METADATA = ("metadata.jsonl", "metadata.csv")  # the first that is there
+METADATA = ("metadata.jsonl", "metadata.csv", "meta_cap.json")  # the first that is there
 UNREAD_METADATA = "metadata.parquet"  # which Hugging Face's imagefolder takes too
 _TOO_LONG = "more columns than the first line: quote what has commas"
 
+Line = tuple[int, tuple[str, Any] | str]
+"""A line's number, and its image's name and record, or what is wrong with it."""
 
-def lines(path: Path) -> Iterator[tuple[int, tuple[str, Any] | str]]:
-    """Of a file of metadata the lines' numbers, and what they say: name and record of an image, or what is wrong.
+
+def read_metadata(path: Path) -> list[Line] | None:
+    """What a file of metadata says; None for a CSV without a column file_name, which is of something else.
 
     Raises:
-        UserError: the file itself cannot be read.
+        UserError: the file cannot be read, or is not UTF-8.
     """
     if not path.is_file():
         raise UserError(f"{path} is not a file that can be read")
-    try:
-        yield from (_csv_lines if path.suffix == ".csv" else _json_lines)(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    text = read_text(path)
+    if path.suffix == ".jsonl":
+        return list(_json_lines(text))
+    if path.suffix == ".json":
+        return list(_kohya(text, path))
+    rows = csv.DictReader(io.StringIO(text), restkey="", strict=True)
+    return list(_csv_lines(rows)) if "file_name" in (rows.fieldnames or ()) else None
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, tuple[str, Any] | str]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield number, _entry(json.loads(line))
-                except (ValueError, RecursionError) as error:
-                    yield number, f"{error!r}"
-
-
-def _open_csv(path: Path) -> IO[str]:
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
-def columns(path: Path) -> Sequence[str]:
-    """The names in the first line of a CSV file; none where it cannot be read."""
-    try:
-        with _open_csv(path) as lines:
-            return csv.DictReader(lines, strict=True).fieldnames or ()
-    except (OSError, csv.Error):
-        return ()
-
-
-def _csv_lines(path: Path) -> Iterator[tuple[int, tuple[str, Any] | str]]:
-    with _open_csv(path) as lines:
-        rows = csv.DictReader(lines, restkey="", strict=True)
-        while True:
+def _json_lines(text: str) -> Iterator[Line]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
             try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield rows.line_num, f"{error!r}"
-            else:
-                yield rows.line_num, _TOO_LONG if "" in row else _entry(row)
+                yield number, _entry(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                yield number, f"{error!r}"
+
+
+def _csv_lines(rows: csv.DictReader) -> Iterator[Line]:
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield rows.line_num, f"{error!r}"
+        else:
+            yield rows.line_num, _TOO_LONG if "" in row else _entry(row)
+
+
+def _kohya(text: str, path: Path) -> Iterator[Line]:
+    try:
+        images = json.loads(text)
+        for name, record in images.items():
+            texts = [record[key] for key in ("caption", "tags") if record.get(key)]
+            yield 1, (name, {"caption": ", ".join(texts)})
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not kohya's metadata, an object of images with captions: {error}") from None
 
 
 def _entry(record: Any) -> tuple[str, Any] | str:

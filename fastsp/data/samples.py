@@ -1,4 +1,4 @@
-"""What the readers of every layout have in common: a sample's bytes, and what is said about a bad one."""
+"""What the readers of every layout have in common: a sample's bytes, and why one is bad."""
 
 from __future__ import annotations
 
@@ -22,27 +22,14 @@ class EncodedSample:
     caption: str
 
 
-def printable(name: str) -> str:
-    """A name of the file system as text that every file and screen takes: bytes that are not UTF-8 become `\\udcXX`."""
-    return name.encode(errors="backslashreplace").decode()
-
-
 class BadSample(Exception):  # noqa: N818 - it is the sample that is bad, and the run goes on
     """A sample that cannot be trained on, and why: one line, without the sample's name."""
 
 
 def check_file_size(size: int) -> None:
-    """Raises `BadSample` for a file of so many bytes that it would fill the memory."""
+    """Raises `BadSample` for a file that would fill the memory."""
     if size > MAX_FILE_BYTES:
         raise BadSample(f"too large: {size} bytes")
-
-
-class LostFile(BadSample):
-    """A sample that is bad because a whole file of samples cannot be read any more."""
-
-    def __init__(self, file: str, reason: str):
-        super().__init__(reason)
-        self.file = file
 
 
 @dataclass(frozen=True)
@@ -61,18 +48,12 @@ class SampleReader(Protocol):
 
     captioned: bool
     """Whether captions are read; else they are empty."""
-
-    @property
-    def damaged(self) -> Sequence[tuple[str, str]]:
-        """Files of many samples that could be read only in part, with the reason; what could be read is used."""
-
-    @property
-    def notes(self) -> Sequence[tuple[str, str]]:
-        """Files in which something may surprise, though nothing is lost, and what."""
-
-    @property
-    def lost(self) -> int:
-        """Samples that the damage cost and that therefore have no index, at least."""
+    damaged: Sequence[tuple[str, str]]
+    """Files that could not be used, or only in part, with the reason."""
+    notes: Sequence[tuple[str, str]]
+    """Files in which something may surprise, though nothing is lost, and what."""
+    lost: int
+    """Samples that the damage cost and that therefore have no index, at least."""
 
     def __len__(self) -> int: ...
 

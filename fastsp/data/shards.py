@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+import resource
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from glob import escape, glob
 from pathlib import Path
 
@@ -18,21 +19,21 @@ from torch import Tensor
 
 from fastsp.data.captions import caption_of
 from fastsp.data.inventory import Inventory
-from fastsp.data.samples import BadSample, EncodedSample, LostFile, check_file_size, printable
-from fastsp.data.tar_index import TarIndex, absolute, load_index, load_or_build_index
-from fastsp.data.tar_scan import IMAGE_SUFFIXES, Span
+from fastsp.data.names import IMAGE_SUFFIXES
+from fastsp.data.samples import BadSample, EncodedSample, check_file_size
+from fastsp.data.tar_index import load_or_build_index
+from fastsp.data.tar_scan import Span
 from fastsp.errors import UserError
 
 Patterns = str | Path | Iterable[str | Path]
 
 
-def expand_shards(patterns: Patterns, gone: Collection[Path] = ()) -> list[Path]:
+def expand_shards(patterns: Patterns) -> list[Path]:
     """The tar files that patterns stand for, in the order given and each pattern's sorted by name.
 
     Args:
         patterns: one or several of: a tar file, a folder of them, or a pattern with braces (`{00000..00231}`, `{a,b}`)
             and wildcards (`*`, `?`, `[0-9]`, `**`). What is there under the very name is meant itself.
-        gone: files that may be named though they are not there any more.
 
     Raises:
         UserError: a name in braces is missing, or a pattern matches nothing.
@@ -40,7 +41,7 @@ def expand_shards(patterns: Patterns, gone: Collection[Path] = ()) -> list[Path]
     if isinstance(patterns, str | Path):
         patterns = [patterns]
     names = [[name] if os.path.exists(os.path.expanduser(name)) else expand_braces(name) for name in map(str, patterns)]
-    shards = [shard for expanded in names for name in expanded for shard in _matches(name, gone)]
+    shards = [shard for expanded in names for name in expanded for shard in _matches(name)]
     if not shards:
         raise UserError("data.path names no shards; allowed: tar files, folders of them, brace and glob patterns")
     once: dict[Path, Path] = {}
@@ -67,9 +68,9 @@ def expand_braces(pattern: str) -> list[str]:
     return [name for choice in choices for name in expand_braces(before + choice + after)]
 
 
-def _matches(name: str, gone: Collection[Path]) -> list[Path]:
+def _matches(name: str) -> list[Path]:
     path = Path(name).expanduser()
-    if path.is_file() or absolute(path) in gone:
+    if path.is_file():
         return [path]
     folder = path if path.is_dir() else path.parent
     pattern = "*" if path.is_dir() else path.name
@@ -93,9 +94,7 @@ class ShardReader:
     Args:
         patterns: see `expand_shards`.
         captioned: whether a sample needs a caption; if not, captions are not read and are empty.
-        suffixes: of the members that make a sample; images, if nothing else is said.
-        known: all the shards when the run began (`Inventory.shards`). Of one that is gone since, the samples keep their
-            place and cannot be read, if the index still has them: so nothing of the order changes.
+        suffixes: of the members that make a sample; images by default.
         progress: show it where indexing takes long.
 
     Raises:
@@ -107,35 +106,24 @@ class ShardReader:
         patterns: Patterns,
         captioned: bool = True,
         suffixes: Sequence[str] = IMAGE_SUFFIXES,
-        known: Sequence[str] = (),
         progress: bool = False,
     ):
-        patterns = patterns if isinstance(patterns, str | Path) else list(patterns)
-        index = _index_with_gone(patterns, suffixes, [Path(shard) for shard in known])
-        self.index: TarIndex = index or load_or_build_index(expand_shards(patterns), suffixes, progress)
+        self.index = load_or_build_index(expand_shards(patterns), suffixes, progress)
         self.captioned = captioned
+        self.damaged = self.index.damaged
+        """Tars and members that could not be read, with the reason; everything else is used."""
+        self.notes = self.index.notes
+        """Tars in which something may surprise, though nothing is lost."""
+        self.lost = self.index.lost
+        """Samples that the damage cost, see `TarScan`."""
+        self._open = lru_cache(_max_open())(_OpenFile)
         if len(self.index) == 0:
             kinds, shards = ", ".join(suffixes), self.index.shards
-            why = f": {self.index.damaged[0][1]}" if self.index.damaged else ""
+            why = f": {self.damaged[0][1]}" if self.damaged else ""
             raise UserError(f"data.path: no samples ({kinds}) in {len(shards)} shards from {shards[0]}{why}")
 
     def __len__(self) -> int:
         return len(self.index)
-
-    @property
-    def damaged(self) -> list[tuple[str, str]]:
-        """Tars and members that could not be read, with the reason; everything else is used."""
-        return self.index.damaged
-
-    @property
-    def notes(self) -> list[tuple[str, str]]:
-        """Tars in which something may surprise, though nothing is lost, and what."""
-        return self.index.notes
-
-    @property
-    def lost(self) -> int:
-        """Samples that the damage cost, see `TarScan`."""
-        return self.index.lost
 
     def name(self, index: int) -> str:
         """The tar's path and the sample's key."""
@@ -146,50 +134,51 @@ class ShardReader:
         """(N,) int64: bytes of every sample's members."""
         return self.index.columns["locations"][:, 2::2].sum(1)
 
-    def check(self, content: bytes) -> None:
-        """Raises BadSample for what says of itself that it is none; images do not."""
-
     def inventory(self) -> Inventory:
         """The samples of every tar."""
         return self.index.inventory()
 
+    def check(self, content: bytes) -> None:
+        """Raises BadSample for content that says of itself that it is none; images do not."""
+
     def read(self, index: int) -> EncodedSample:
-        """One sample. The tar is opened for it alone: no handles to keep, and a tar that is gone is noticed."""
+        """One sample; raises BadSample. The tar stays open for the next ones, since opening it is what takes time on a
+        network's file system."""
         shard, sample = self.index[index]
         try:
-            with open(shard, "rb", buffering=0) as tar:
-                image = _read_at(tar.fileno(), sample.image)
-                self.check(image)
-                if not self.captioned:
-                    return EncodedSample(image, "")
-                text = _read_at(tar.fileno(), sample.text)
-                as_json = b"" if text.strip() else _read_at(tar.fileno(), sample.json)
+            tar = self._open(shard)
+            image = tar.read(sample.image)
+            self.check(image)
+            if not self.captioned:
+                return EncodedSample(image, "")
+            text = tar.read(sample.text)
+            as_json = b"" if text.strip() else tar.read(sample.json)
         except OSError as error:
-            reason = f"cannot read the shard: {error.strerror or error}"
-            raise LostFile(printable(shard), reason) from error
+            self._open.cache_clear()  # a stale handle may be replaced by a new one the next time
+            raise BadSample(f"cannot read the shard: {error.strerror or error}") from error
         return EncodedSample(image, caption_of(text, as_json))
 
 
-def _index_with_gone(patterns: Patterns, suffixes: Sequence[str], known: Sequence[Path]) -> TarIndex | None:
-    """The kept index of all known shards where some of them are gone; None where none is, or it does not fit."""
-    gone = {shard for shard in known if not shard.is_file()}
-    if not gone:
-        return None
-    try:
-        found = expand_shards(patterns, gone)
-    except UserError:
-        return None
-    index = load_index(known, suffixes) if {absolute(shard) for shard in found} <= set(known) else None
-    if index is None:
-        return None
-    reason = "gone since the run began; its samples keep their places"
-    return replace(index, damaged=index.damaged + [(printable(str(shard)), reason) for shard in sorted(gone)])
+class _OpenFile:
+    """A file open for reading at any place from many threads; closed when the last of them lets go of it."""
+
+    def __init__(self, path: str):
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+    def read(self, span: Span) -> bytes:
+        offset, size = span
+        check_file_size(size)
+        content = os.pread(self.descriptor, size, offset) if size else b""
+        if len(content) != size:
+            raise BadSample(f"the shard ends early: {len(content)} of {size} bytes")
+        return content
 
 
-def _read_at(descriptor: int, span: Span) -> bytes:
-    offset, size = span
-    check_file_size(size)
-    content = os.pread(descriptor, size, offset) if size else b""
-    if len(content) != size:
-        raise BadSample(f"the shard ends early: {len(content)} of {size} bytes")
-    return content
+def _max_open() -> int:
+    """Tars to keep open: a quarter of what this process may have open in all."""
+    return min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,10 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastsp.data.bad_samples import BadSampleLog
+from fastsp.data.bad_samples import BadSampleLog, too_many
 from fastsp.data.batch import Batch
-from fastsp.data.captions import Tokenize
-from fastsp.data.collate import Collator, ImageCollator, LatentCollator
+from fastsp.data.collate import Collator, ImageCollator, LatentCollator, Tokenize
 from fastsp.data.digits import digits_shards
 from fastsp.data.folder import FolderReader, image_folder
 from fastsp.data.latents import LatentReader, LatentsHeader, latent_shards
@@ -24,7 +23,7 @@ from fastsp.data.libraries import library
 from fastsp.data.order import SampleOrder
 from fastsp.data.pipeline import ImagePipeline
 from fastsp.data.prefetch import Prefetcher
-from fastsp.data.samples import BadSample, EncodedSample, LostFile, ReadStep, SampleReader
+from fastsp.data.samples import BadSample, EncodedSample, ReadStep, SampleReader
 from fastsp.data.shards import ShardReader, expand_shards
 from fastsp.errors import UserError
 
@@ -89,7 +88,6 @@ def open_source(
     shuffle: bool = True,
     vae_sha256: str | None = None,
     text_sha256: str | None = None,
-    known_shards: Sequence[str] = (),
     progress: bool = False,
 ) -> Source:
     """Open the data that a configuration names.
@@ -102,7 +100,7 @@ def open_source(
                     ...                       # sum(weights * losses) / batch_size: the divisor stays the nominal batch
 
     Args:
-        config: the `data` section; only attributes are read.
+        config: the `data` section of a configuration.
         tokenizer: of transformers; None: no `input_ids`.
         tokenizer_2: Stable Diffusion XL's second one; None: no `input_ids_2`.
         channels: of the images, 1 (grey) or 3 (RGB).
@@ -113,16 +111,15 @@ def open_source(
         shuffle: a new order every epoch; else that of the data set.
         vae_sha256: of a source of latents, the `fingerprint` of the VAE that they must come from; None: any.
         text_sha256: the same of the text encoders, where the latents have text features beside them.
-        known_shards: of a run that goes on, `Inventory.shards` of when it began, see `ShardReader`.
         progress: show it on a terminal where listing files or indexing tars takes long.
 
     Raises:
-        UserError: a path that is missing or holds nothing, an unknown source, split or crop, latents that do not fit,
-            more samples lost in damaged files than `max_bad_fraction` allows, a package that is not installed.
+        UserError: a path that is missing or holds nothing, latents that do not fit, too many samples lost in damaged
+            files, a package that is not installed.
     """
     _check_settings(config)
     device = torch.device(device)
-    reader = _open_reader(config, known_shards, progress)
+    reader = _open_reader(config, progress)
     _check_lost(reader, config.max_bad_fraction)
     header = LatentsHeader.load(config.path) if config.source == "latents" else None
     if header is not None:
@@ -131,18 +128,14 @@ def open_source(
         reader,
         order=SampleOrder(len(reader), seed) if shuffle else (lambda positions: positions % len(reader)),
         open_collator=_collator(config, Tokenize(tokenizer, tokenizer_2), channels, seed, device, header),
-        bad_samples=BadSampleLog(bad_samples_file, config.max_bad_fraction, len(reader), shuffle),
+        bad_samples=BadSampleLog(bad_samples_file, config.max_bad_fraction, len(reader)),
         workers=config.workers,
         prefetch=config.prefetch,
     )
 
 
-def check_path(config: DataConfig, known_shards: Sequence[str] = ()) -> None:
-    """See that `open_source` would find what a configuration names, without reading samples: before what takes long.
-
-    Args:
-        config: the `data` section.
-        known_shards: see `open_source`.
+def check_path(config: DataConfig) -> None:
+    """See that `open_source` would find what a configuration names, without reading samples.
 
     Raises:
         UserError: a path that is missing or of another kind, and what else can be told at once.
@@ -154,7 +147,7 @@ def check_path(config: DataConfig, known_shards: Sequence[str] = ()) -> None:
         LatentsHeader.load(config.path).check(config, None, None)
         latent_shards(config.path)
     elif config.source == "shards":
-        expand_shards(config.path, {shard for shard in map(Path, known_shards) if not shard.is_file()})
+        expand_shards(config.path)
 
 
 def _check_settings(config: DataConfig) -> None:
@@ -176,7 +169,7 @@ def _check_settings(config: DataConfig) -> None:
         raise UserError(f"data.path is {config.path!r}; data.source {config.source!r} needs one folder")
 
 
-def _open_reader(config: DataConfig, known_shards: Sequence[str], progress: bool) -> SampleReader:
+def _open_reader(config: DataConfig, progress: bool) -> SampleReader:
     captioned = not config.unconditional
     if config.source == "digits":
         return ShardReader(digits_shards(config.split), captioned)
@@ -184,13 +177,13 @@ def _open_reader(config: DataConfig, known_shards: Sequence[str], progress: bool
         return FolderReader(config.path, captioned, progress)
     if config.source == "latents":
         return LatentReader(config.path, captioned, progress)
-    return ShardReader(config.path, captioned, known=known_shards, progress=progress)
+    return ShardReader(config.path, captioned, progress=progress)
 
 
 def _check_lost(reader: SampleReader, max_fraction: float) -> None:
     """What damaged files have lost counts as bad samples do, though it has no positions."""
     samples = len(reader) + reader.lost
-    if reader.lost > max_fraction * samples:
+    if too_many(reader.lost, samples, max_fraction):
         name, reason = reader.damaged[0]
         raise UserError(
             f"at least {reader.lost} of {samples} samples are lost in damaged files, more than data.max_bad_fraction "
@@ -336,11 +329,9 @@ class Source:
             for step in steps:
                 batch, bad = collate(step)
                 for row in sorted(bad):
-                    rejected, name = bad[row], self.reader.name(step.indices[row])
-                    if isinstance(rejected, LostFile):
-                        self.bad_samples.add(rejected.file, f"lost since the run began: {rejected}")
-                    self.bad_samples.add(name, str(rejected), int(step.positions[row]))
-                self.bad_samples.count(len(batch), len(bad))
+                    self.bad_samples.add(self.reader.name(step.indices[row]), str(bad[row]), int(step.positions[row]))
+                if bad:
+                    self.bad_samples.check()
                 yield batch
 
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,12 +22,12 @@ from torch import Tensor
 
 from fastsp.data.cache import cache_folder
 from fastsp.data.inventory import Inventory, Part
-from fastsp.data.samples import printable
-from fastsp.data.tar_scan import IMAGE_SUFFIXES, Sample, TarScan, scan_tar
+from fastsp.data.names import IMAGE_SUFFIXES, printable
+from fastsp.data.tar_scan import Sample, TarScan, scan_tar
 from fastsp.files import new_file
 from fastsp.progress import late_bar
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class TarIndex:
         for shard, size in zip(self.shards, sizes, strict=True):
             parts.append(Part(printable(Path(shard).name), size, self._names_sha256(first, first + size)))
             first += size
-        return Inventory(tuple(parts), shards=tuple(self.shards))
+        return Inventory(tuple(parts))
 
     def _names_sha256(self, first: int, last: int) -> str:
         ends = self.columns["key_ends"][max(first - 1, 0) : last]
@@ -78,11 +77,6 @@ class TarIndex:
         return printable(self[index][0]), printable(key)
 
 
-def absolute(path: Path) -> Path:
-    """Without following links: their names say more than those that a hub's cache gives what they lead to."""
-    return Path(os.path.abspath(path))
-
-
 def load_or_build_index(
     shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES, progress: bool = False
 ) -> TarIndex:
@@ -93,70 +87,48 @@ def load_or_build_index(
         suffixes: of the members that make a sample, in order of preference; its caption has the same key.
         progress: show it where making it takes long.
     """
-    index = load_index(shards, suffixes)
-    if index is None:
-        paths = [absolute(shard) for shard in shards]
-        # Looked at before the tars are read: one that is still being written is indexed anew the next time.
-        signature = json.dumps([VERSION, list(suffixes), [_signature(path) for path in paths]])
-        index = build_index(paths, suffixes, progress)
-        for place in _places(paths):
-            if _save(index, signature, place):
-                break
+    # Links are not followed: their names say more than those that a hub's cache gives what they lead to.
+    paths = [Path(os.path.abspath(shard)) for shard in shards]
+    # Looked at before the tars are read: one that is still being written is indexed anew the next time.
+    signature = json.dumps([VERSION, list(suffixes), [_signature(path) for path in paths]])
+    places = _places(paths)
+    for place in places:
+        if (index := _load(place, paths, signature)) is not None:
+            return index
+    index = build_index(paths, suffixes, progress)
+    for place in places:
+        if _save(index, signature, place):
+            break
     return index
-
-
-def load_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarIndex | None:
-    """The index of these tars from its file, if there is one and no tar has changed since; one may be gone."""
-    paths = [absolute(shard) for shard in shards]
-    indices = (_load(place, paths, suffixes) for place in _places(paths))
-    return next((index for index in indices if index is not None), None)
 
 
 def build_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES, progress: bool = False) -> TarIndex:
     """Read the headers of the tars, several at a time. A tar that is damaged gives what can be read of it."""
-    parts: list[_Part] = []
+    scans: list[TarScan] = []
+    parts: list[dict[str, Tensor]] = []
     with (
         late_bar("indexing tars", len(shards), progress) as advance,
         ThreadPoolExecutor(min(16, len(shards))) as pool,
     ):
-        for part in pool.map(lambda number: _part(number, scan_tar(shards[number], suffixes)), range(len(shards))):
-            parts.append(part)
+        for columns, scan in pool.map(lambda number: _indexed(number, shards[number], suffixes), range(len(shards))):
+            parts.append(columns)
+            scans.append(scan)
             advance(1)
-    columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     columns["key_ends"] = columns.pop("key_sizes").cumsum(0)
-    scans = {printable(str(shard)): part.scan for shard, part in zip(shards, parts, strict=True)}
-    damaged, notes = _damaged(scans), _notes(scans)
-    return TarIndex([str(shard) for shard in shards], columns, damaged, notes, sum(part.scan.lost for part in parts))
-
-
-def _damaged(scans: dict[str, TarScan]) -> list[tuple[str, str]]:
-    """What is broken. A tar that lacks the end that the others have was cut between two members."""
     damaged: list[tuple[str, str]] = []
-    others_end = any(scan.has_end and not scan.damage for scan in scans.values())
-    for name, scan in scans.items():
-        reasons = [scan.damage] if scan.damage else []
-        if not scan.has_end and others_end:
-            reasons.append("ends without the blocks of zeros that the other tars have: cut short between two members")
-        damaged += [(name, printable("; ".join(reasons)))] if reasons else []
+    notes: list[tuple[str, str]] = []
+    for name, scan in zip((printable(str(shard)) for shard in shards), scans, strict=True):
+        damaged += [(name, printable(scan.damage))] if scan.damage else []
         damaged += [(f"{name}#{printable(member)}", printable(reason)) for member, reason in scan.unusable]
-    return damaged
+        notes += [(name, printable("; ".join(scan.notes)))] if scan.notes else []
+    return TarIndex([str(shard) for shard in shards], columns, damaged, notes, sum(scan.lost for scan in scans))
 
 
-def _notes(scans: dict[str, TarScan]) -> list[tuple[str, str]]:
-    what = "ends without the blocks of zeros that most writers put there: perhaps it was cut short"
-    notes = {name: [*scan.notes, *[what] * (not scan.has_end)] for name, scan in scans.items()}
-    return [(name, printable("; ".join(reasons))) for name, reasons in notes.items() if reasons]
-
-
-class _Part(NamedTuple):
-    """One tar's rows of the index, and what else was found, without the samples."""
-
-    columns: dict[str, Tensor]
-    scan: TarScan
-
-
-def _part(number: int, scan: TarScan) -> _Part:
-    """Packed at once: as Python objects, the samples of a large data set would fill the memory."""
+def _indexed(number: int, shard: Path, suffixes: Sequence[str]) -> tuple[dict[str, Tensor], TarScan]:
+    """One tar's rows, and what else was found, without the samples: as Python objects, those of a large data set would
+    fill the memory."""
+    scan = scan_tar(shard, suffixes)
     keys = [key.encode(errors="surrogateescape") for key, _ in scan.samples]
     rows = [(number, *image, *text, *as_json) for _, (image, text, as_json) in scan.samples]
     columns = {
@@ -164,7 +136,7 @@ def _part(number: int, scan: TarScan) -> _Part:
         "keys": torch.tensor(list(b"".join(keys)), dtype=torch.uint8),
         "key_sizes": torch.tensor([len(key) for key in keys], dtype=torch.int64),
     }
-    return _Part(columns, scan._replace(samples=[]))
+    return columns, scan._replace(samples=[])
 
 
 def _places(paths: Sequence[Path]) -> tuple[Path, Path]:
@@ -182,24 +154,17 @@ def _signature(path: Path) -> list | None:
     return [str(path), status.st_size, status.st_mtime_ns]
 
 
-def _load(place: Path, shards: Sequence[Path], suffixes: Sequence[str]) -> TarIndex | None:
+def _load(place: Path, shards: Sequence[Path], signature: str) -> TarIndex | None:
     try:
         with safe_open(place, framework="pt") as file:
             metadata = file.metadata() or {}
-            if not _fits(metadata.get("signature", "null"), shards, suffixes):
+            if metadata.get("signature") != signature:
                 return None
             columns = {name: file.get_tensor(name) for name in ("locations", "keys", "key_ends")}
         damaged, notes = ([(path, what) for path, what in json.loads(metadata[name])] for name in ("damaged", "notes"))
         return TarIndex([str(shard) for shard in shards], columns, damaged, notes, int(metadata["lost"]))
     except (OSError, SafetensorError, ValueError, TypeError, LookupError):
         return None
-
-
-def _fits(signature: str, shards: Sequence[Path], suffixes: Sequence[str]) -> bool:
-    kept: Any = json.loads(signature)
-    if not isinstance(kept, list) or kept[:2] != [VERSION, list(suffixes)]:
-        return False
-    return all(_signature(shard) in (old, None) for shard, old in zip(shards, kept[2], strict=True))
 
 
 def _save(index: TarIndex, signature: str, place: Path) -> bool:

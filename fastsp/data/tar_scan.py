@@ -1,27 +1,22 @@
 """Reading the headers of one tar shard: where its samples lie, and what in it cannot be used.
 
 A sample is an image and the captions that share its key, the member's name up to its last dot, as beside each other in
-a folder: `a/b.c.jpg` and `a/b.c.txt`. Hidden members are skipped, links are followed within the tar. Damage costs the
-member that it hits: reading goes on at the next block that is a header by its checksum.
+a folder: `a/b.c.jpg` and `a/b.c.txt`. Hidden members are skipped. Damage costs the member that it hits: reading goes on
+at the next block that is a header by its checksum, as `tarfile` does with `ignore_zeros`.
 """
 
 from __future__ import annotations
 
-import posixpath
+import io
+import os
 import tarfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
+from fastsp.data.names import CAPTION_SUFFIXES, IMAGE_SUFFIXES, UNREAD_SUFFIXES, and_more, nfc, split_name
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jfif", "jpe")
-UNREAD_SUFFIXES = ("avif", "heic", "heif", "jxl", "jp2", "svg", "psd", "tga", "exr", "dng", "cr2", "nef", "arw")
-CAPTION_SUFFIXES = ("txt", "json", "caption")  # in order of preference; what is empty counts as missing
 BLOCK = 512  # a tar is a sequence of blocks of this many bytes
-_READ_BLOCKS, _MAX_READ_BLOCKS = 128, 8192  # at once, when looking for the next header: mostly it is near
-_CHECKSUM_DIGITS = slice(148, 154)  # of a header: six octal digits, blanks before them in old archives
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _NAMED = 3  # damaged places of one tar that are named, of perhaps thousands
 
@@ -48,13 +43,10 @@ class TarScan(NamedTuple):
     unusable: list[tuple[str, str]]
     """Members of samples that cannot be read in place, with the reason."""
     lost: int
-    """Samples that the damage cost, at least: estimated by the bytes that no header leads to. What a tar that was cut
-    has lost with its end cannot be known."""
+    """Samples that the damage cost, at least: estimated by the bytes that no header leads to. What lay behind the place
+    where a tar was cut cannot be known."""
     notes: list[str]
     """What is no loss, but may surprise."""
-    has_end: bool
-    """Whether it ends with the blocks of zeros that most writers put there. Without, it may have been cut just between
-    two members."""
 
 
 def scan_tar(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarScan:
@@ -64,20 +56,66 @@ def scan_tar(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarScan:
         path: of the tar.
         suffixes: of the members that make a sample, in order of preference where several share a key.
     """
-    scan = _Scan((*suffixes, *CAPTION_SUFFIXES))
+    scan = _Scan(suffixes)
     try:
         with path.open("rb") as file:
-            scan.size = path.stat().st_size
-            _read(file, scan.size, scan)
+            scan.size = os.fstat(file.fileno()).st_size
+            _read(file, scan)
     except OSError as error:
         scan.damages.append((f"cannot be read: {error.strerror or error}", 0))
-    return scan.result(suffixes)
+    return scan.result()
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """A file's key and its suffix in lower case: `a/b.c.JPG` is `a/b.c` and `jpg`."""
-    key, _, suffix = name.rpartition(".")
-    return (key, suffix.lower()) if key and "/" not in suffix else (name, "")
+def _read(file: BinaryIO, scan: _Scan) -> None:
+    """All members of a tar, and the damage between them."""
+    start = file.read(8)
+    kind = next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
+    if kind is not None:
+        what = f"compressed ({kind}): samples are read in place, so unpack it to a plain tar"
+        scan.damages.append((what, scan.size))
+        return
+    if not start:
+        scan.damages.append(("not a tar: the file is empty", 0))
+    tar = tarfile.TarFile(fileobj=io.BytesIO(bytes(2 * BLOCK)), encoding="utf-8", errors="surrogateescape")
+    tar.fileobj = file  # only now: a damaged first header would end the constructor
+    at = end = 0  # the next block; where the latest member ended
+    cut: str | None = None  # the latest member, if its content would reach beyond the end of the file
+    damaged = False  # since the latest member there was a block that is neither a header nor zeros
+    while at < scan.size:
+        member = _member(tar, file, at)
+        if member is None:
+            file.seek(at)
+            damaged = damaged or bool(file.read(BLOCK).strip(b"\0"))
+            at += BLOCK
+            continue
+        if damaged or cut is not None:
+            scan.damages.append((_damage_at(end, cut, member.offset), member.offset - end))
+        damaged, cut = False, None
+        if member.isfile() and not member.issparse() and member.offset_data + member.size > scan.size:
+            at, cut = member.offset_data, member.name
+        else:
+            scan.take(member)
+            at = tar.offset  # type: ignore[attr-defined]
+        end = at
+    if damaged or cut is not None:
+        scan.damages.append((_damage_at(end, cut, None), scan.size - end))
+
+
+def _member(tar: tarfile.TarFile, file: BinaryIO, at: int) -> tarfile.TarInfo | None:
+    """The member whose headers begin at an offset; None if there is no valid header."""
+    tar.offset = at  # type: ignore[attr-defined]
+    file.seek(at)
+    try:
+        member = tarfile.TarInfo.fromtarfile(tar)
+    except (tarfile.TarError, ValueError, OverflowError):  # the last two: of extended headers
+        return None
+    return member if member.size >= 0 else None
+
+
+def _damage_at(end: int, cut: str | None, header: int | None) -> str:
+    if cut is not None:
+        return f"ends early, in {cut}" if header is None else f"damaged: another header lies in {cut}, at byte {header}"
+    return f"damaged tar header at byte {end}" if end else "not a tar: no header at its start"
 
 
 class _Scan:
@@ -87,17 +125,17 @@ class _Scan:
         self.suffixes = suffixes
         self.size = 0
         """Of the tar, in bytes."""
-        self.spans: dict[str, Span | None] = {}
-        """By member's name, in the order of the tar; None: a link, or not to be read."""
-        self.links: dict[str, str] = {}
+        self.spans: dict[str, Span] = {}
+        """By member's name, in the order of the tar."""
         self.unusable: list[tuple[str, str]] = []
-        self.again: Counter[str] = Counter()
+        self.unused: list[str] = []
+        """Members of which another one has the name or the key."""
+        self.texts: list[str] = []
+        """Text files that caption no picture."""
         self.unread: list[str] = []
         """Pictures of kinds that are not read."""
         self.damages: list[tuple[str, int]] = []
         """Reason, and the bytes that no header leads to."""
-        self.notes: list[str] = []
-        self.has_end = True
 
     def take(self, member: tarfile.TarInfo) -> None:
         """A member; the last of a name counts, as when the tar is unpacked."""
@@ -105,61 +143,58 @@ class _Scan:
         if member.isdir() or any(part.startswith(".") for part in name.split("/")):
             return
         suffix = split_name(name)[1]
-        if suffix not in self.suffixes:
+        if suffix not in self.suffixes and suffix not in CAPTION_SUFFIXES:
             self.unread += [name] if suffix in UNREAD_SUFFIXES else []
             return
-        self.again[name] += name in self.spans
-        self.links.pop(name, None)
-        self.spans[name] = None
+        self.unused += [name] if self.spans.pop(name, None) is not None else []
         if member.issparse():
             self.unusable.append((name, "a sparse member, which cannot be read in place; pack it without --sparse"))
         elif member.isfile():
             self.spans[name] = (member.offset_data, member.size)
-        elif member.islnk():
-            self.links[name] = member.linkname.removeprefix("./")
-        elif member.issym():
-            self.links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
         else:
-            self.unusable.append((name, "not a file"))
+            self.unusable.append((name, "a link, or not a file at all; pack it with --dereference --hard-dereference"))
 
-    def result(self, suffixes: Sequence[str]) -> TarScan:
-        self._follow_links()
-        samples = list(self._samples(suffixes))
-        self._note(self.unread, "is of a kind that is not read")
-        self._note(sorted(+self.again), "is there more than once; the last one counts, as when the tar is unpacked")
-        return TarScan(samples, self._damage(), self.unusable, self._lost(len(samples)), self.notes, self.has_end)
+    def result(self) -> TarScan:
+        samples = list(self._samples())
+        notes = {
+            "is of a kind that is not read": self.unread,
+            "is not used: another member has the same name or key": self.unused,
+            "is not used: a text file that captions no picture": self.texts,
+        }
+        told = [f"{and_more(names)} {what}" for what, names in notes.items() if names]
+        return TarScan(samples, self._damage(), self.unusable, self._lost(len(samples)), told)
 
-    def _follow_links(self) -> None:
-        for name, target in self.links.items():
-            self.spans[name] = self.spans.get(target)
-            if self.spans[name] is None:
-                self.unusable.append((name, f"a link to {target}, which is not a picture or caption in this tar"))
-
-    def _samples(self, suffixes: Sequence[str]) -> Iterator[tuple[str, Sample]]:
-        groups: dict[str, dict[str, Span]] = {}
-        beside: list[str] = []
-        for name, span in self.spans.items():
-            if span is not None:
-                key, suffix = split_name(name)
-                group = groups.setdefault(key, {})
-                beside += [name] if suffix in group else []
-                group.setdefault(suffix, span)
+    def _samples(self) -> Iterator[tuple[str, Sample]]:
+        groups: dict[str, dict[str, str]] = {}  # by key in NFC: names by suffix
+        for name in self.spans:
+            key, suffix = split_name(nfc(name))
+            group = groups.setdefault(key, {})
+            if group.setdefault(suffix, name) != name:
+                self.unused.append(name)
         for key, group in groups.items():
-            images = [suffix for suffix in suffixes if suffix in group]
-            beside += [f"{key}.{suffix}" for suffix in images[1:]]
-            if images:
-                text, as_json = group.get("txt", MISSING), group.get("json", MISSING)
-                if text[1] == 0 and "json" not in group:
-                    text = group.get("caption", MISSING)
-                elif "caption" in group:
-                    beside.append(f"{key}.caption")
-                yield key, Sample(group[images[0]], text, as_json)
-        self._note(beside, "is not used: another image or caption has the same key")
+            base, suffix = split_name(key)
+            if suffix in self.suffixes and base in groups and not self._images(group):  # x.jpg.txt beside x.jpg
+                self.texts += [name for kind, name in group.items() if kind in groups[base]]
+                groups[base] = group | groups[base]
+                group.clear()
+        for group in groups.values():
+            images = self._images(group)
+            if not images:
+                self.texts += [name for suffix, name in group.items() if suffix != "json"]
+                continue
+            self.unused += [group[suffix] for suffix in images[1:]]
+            text, as_json = self._span(group, "txt"), self._span(group, "json")
+            if text[1] == 0 and "json" not in group:
+                text = self._span(group, "caption")
+            elif "caption" in group:
+                self.unused.append(group["caption"])
+            yield split_name(group[images[0]])[0], Sample(self.spans[group[images[0]]], text, as_json)
 
-    def _note(self, names: Sequence[str], what: str) -> None:
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            self.notes.append(f"{names[0]}{more} {what}")
+    def _images(self, group: dict[str, str]) -> list[str]:
+        return [suffix for suffix in self.suffixes if suffix in group]
+
+    def _span(self, group: dict[str, str], suffix: str) -> Span:
+        return self.spans[group[suffix]] if suffix in group else MISSING
 
     def _damage(self) -> str | None:
         more = len(self.damages) - _NAMED
@@ -171,76 +206,3 @@ class _Scan:
         damaged = sum(size for _, size in self.damages)
         each = (self.size - damaged) / samples if samples else float("inf")
         return sum(max(1, int(size / each)) for _, size in self.damages)
-
-
-def _read(file: BinaryIO, size: int, scan: _Scan) -> None:
-    """All members of a tar, and the damage between them."""
-    start = file.read(8)
-    kind = next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
-    if kind is not None:
-        scan.damages.append((f"compressed ({kind}): samples are read in place, so unpack it to a plain tar", size))
-        return
-    if size == 0:
-        scan.damages.append(("not a tar: the file is empty", 0))
-    place: int | None = 0
-    while place is not None and place < size:
-        end, cut = _take_members(file, place, size, scan)
-        place = _go_on(file, end, cut, size, scan)
-
-
-def _take_members(file: BinaryIO, place: int, size: int, scan: _Scan) -> tuple[int, str | None]:
-    """The members from a header on. Returns where they end, and the name of a last one that is cut, if any."""
-    file.seek(place)
-    end = place
-    try:
-        tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
-        while (member := tar.next()) is not None and member.size >= 0:
-            if not member.issparse() and member.isfile() and member.offset_data + member.size > size:
-                return member.offset_data, member.name
-            end = tar.offset
-            scan.take(member)
-            tar.members = []  # type: ignore[attr-defined] # for lookups by name, which nobody makes
-    except (tarfile.TarError, ValueError, OverflowError):  # the last two: of extended headers
-        pass
-    return end, None
-
-
-def _go_on(file: BinaryIO, end: int, cut: str | None, size: int, scan: _Scan) -> int | None:
-    """After the members: says what is damaged there. Returns where the next header is, if any."""
-    header, only_zeros = _next_header(file, end, size)
-    stop = size if header is None else header
-    if cut is not None:
-        what = f"ends early, in {cut}" if header is None else f"damaged: another header lies in {cut}, at byte {stop}"
-        scan.damages.append((what, stop - end))
-    elif not only_zeros:
-        what = f"damaged tar header at byte {end}" if end else "not a tar: no header at its start"
-        scan.damages.append((what, stop - end))
-    elif header is None and end >= size:
-        scan.has_end = False
-    return header
-
-
-def _next_header(file: BinaryIO, start: int, size: int) -> tuple[int | None, bool]:
-    """The first block after the one at `start` that is a header by its checksum, and whether only zeros lie before."""
-    only_zeros, offset, count = True, start, _READ_BLOCKS
-    while offset < size:
-        file.seek(offset)
-        content = file.read(BLOCK * count)
-        blocks = np.frombuffer(content[: len(content) // BLOCK * BLOCK], np.uint8).reshape(-1, BLOCK)
-        digits = blocks[:, _CHECKSUM_DIGITS]
-        likely = ((digits >= ord("0")) & (digits <= ord("7")) | (digits == ord(" "))).all(1)
-        for index in likely.nonzero()[0].tolist():
-            place = offset + index * BLOCK
-            if place > start and _is_header(blocks[index].tobytes()):
-                return place, only_zeros and not blocks[:index].any()
-        only_zeros = only_zeros and not content.strip(b"\0")
-        offset, count = offset + BLOCK * count, min(2 * count, _MAX_READ_BLOCKS)
-    return None, only_zeros
-
-
-def _is_header(block: bytes) -> bool:
-    try:
-        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except (tarfile.HeaderError, ValueError):
-        return False
-    return True

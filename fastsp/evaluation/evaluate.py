@@ -115,7 +115,7 @@ class Evaluation:
         self.model = load_pipeline(str(Path(config.run_dir) / "final"))
         self.model.place(device)
         self.heldout = heldout_pictures(config.data, self.model.channels, settings.heldout)
-        self.train = training_pictures(config.data, self.model.channels, Path(config.run_dir))
+        self.train = training_pictures(config.data, self.model.channels)
         features = feature_model(settings.features, self.train, self.heldout).to(device)
         self.scorer = Scorer(features, self.heldout, self.train)
         self._stage, self._unet = "", None

@@ -1,13 +1,10 @@
 """The real pictures of a run: what it was trained on and what was held out, as its own data pipeline delivers them."""
 
-from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 
 import torch
 
 from fastsp.config import DataConfig
-from fastsp.data.inventory import Inventory
 from fastsp.data.source import open_source
 from fastsp.errors import UserError
 from fastsp.evaluation.picture_set import Pictures
@@ -15,16 +12,14 @@ from fastsp.evaluation.picture_set import Pictures
 MAX_PICTURES = 10_000  # of each set: bounds memory, and the paper's FID uses as many
 
 
-def training_pictures(data: DataConfig, channels: int, run_dir: Path | None = None) -> Pictures:
+def training_pictures(data: DataConfig, channels: int) -> Pictures:
     """The first pictures of the run's source, at most 10,000, cropped at the centre and not mirrored.
 
     Args:
         data: of the run.
         channels: 1 (grey) or 3 (RGB).
-        run_dir: knows the shards that the run began with, of which some may be gone.
     """
-    began_with = Inventory.of_run(run_dir) if run_dir is not None else None
-    return _read(data, channels, began_with.shards if began_with else ())
+    return _read(data, channels)
 
 
 def heldout_pictures(data: DataConfig, channels: int, path: str | list[str] | None) -> Pictures:
@@ -48,12 +43,10 @@ def heldout_data(data: DataConfig, path: str | list[str] | None) -> DataConfig:
     return data.model_copy(update={"path": path})
 
 
-def _read(data: DataConfig, channels: int, known_shards: Sequence[str] = ()) -> Pictures:
+def _read(data: DataConfig, channels: int) -> Pictures:
     """One epoch, or its first 10,000, without the samples that cannot be decoded; captions even if trained without."""
     still = {"crop": "center", "flip": False, "unconditional": False, "max_bad_fraction": 1.0}
-    source = open_source(
-        data.model_copy(update=still), tokenizer=None, channels=channels, seed=0, known_shards=known_shards
-    )
+    source = open_source(data.model_copy(update=still), tokenizer=None, channels=channels, seed=0)
     images, captions = [], []
     batches = source.batches(last_position=min(len(source), MAX_PICTURES), batch_size=min(len(source), 256))
     with closing(batches):

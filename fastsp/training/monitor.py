@@ -93,8 +93,6 @@ class Monitor:
             Diverged: too many updates in a row were skipped.
         """
         self.flush()
-        if news := self.bad_samples.news():
-            self.console.print(f"data: {news}", highlight=False, markup=False)
         self.steps_since_log += 1
         self.bar.update(self.task, completed=step)
         if step % self.config.log.every == 0 or step == self.stage.steps:

@@ -55,11 +55,6 @@ class RunDirectory:
         """Whether anything is kept that a changed configuration, or other data, would not fit."""
         return any(any(folder.glob("[!.]*")) for folder in (self.checkpoints, self.root / "stages"))
 
-    @property
-    def known_shards(self) -> tuple[str, ...]:
-        """The tars that the run goes on with, though some may be gone; none where it may go on with other data."""
-        return () if self.data is None or self._allows_changes else self.data.shards
-
     def check_data(self, now: Inventory) -> str | None:
         """See that the samples and their order are still those of when the run began.
 

@@ -42,7 +42,7 @@ from fastsp.training.samples import SampleDrawer
 from fastsp.training.step import COMPUTE_DTYPES, StepResult, TrainingStep, build_step
 from fastsp.training.trackers import Trackers, check_installed
 
-_NOTES = 3  # shown of what may surprise in the data
+_NOTES = 3  # shown of what is damaged or may surprise in the data
 
 
 @record  # for torchrun's summary
@@ -105,7 +105,7 @@ class Trainer:
         if self.device.type == "cuda" or config.compiles_on(self.device):  # Triton's kernels are compiled in any case
             keep_compiled_code()
         check_installed(config)
-        check_path(config.data, run.known_shards)  # before a model is downloaded
+        check_path(config.data)  # before a model is downloaded
         model = config.model
         self.model = load_model(model.preset, model.pretrained, config.data.resolution, config.seed, model.config)
         if model.lora is not None:
@@ -127,7 +127,6 @@ class Trainer:
             seed=config.seed,
             device=self.device,
             bad_samples_file=run.bad_samples_file,
-            known_shards=run.known_shards,
             progress=ranks.is_main,
             **_fingerprints(self.model) if config.data.source == "latents" else {},
         )
@@ -139,9 +138,10 @@ class Trainer:
         )
         if (times := config.data.batch_size / len(self.source)) > 1:
             console.print(f"data.batch_size {config.data.batch_size}: every sample comes {times:.1f} times a step")
-        for name, what in self.source.reader.notes[:_NOTES]:
+        told = [*self.source.reader.damaged, *self.source.reader.notes]
+        for name, what in told[:_NOTES]:
             console.print(f"note: {name}: {what}", highlight=False, markup=False)
-        if (more := len(self.source.reader.notes) - _NOTES) > 0:
+        if (more := len(told) - _NOTES) > 0:
             console.print(f"note: {more} more about the data; `fastsp data check` has them all")
         if changed_data:
             console.print(f"changed: the data ({changed_data})")

@@ -87,11 +87,10 @@ def broken(tmp_path_factory):
 
 
 def open_broken(folder, source, log=None, **options):
-    options = {"max_bad_fraction": 0.05, "known_shards": ()} | options
-    known = options.pop("known_shards")
+    options = {"max_bad_fraction": 0.05} | options
     kind = "shards" if source == "damaged" else source
     config = Config(source=kind, path=str(folder / source), resolution=16, crop="random", **options)
-    return open_source(config, tokenizer=None, channels=3, seed=11, bad_samples_file=log, known_shards=known)
+    return open_source(config, tokenizer=None, channels=3, seed=11, bad_samples_file=log)
 
 
 def collect(source, **options):
@@ -159,70 +158,17 @@ def test_folder_and_shards_agree(broken):
         assert batch.captions == expected.captions and torch.equal(batch.pixel_values, expected.pixel_values)
 
 
-@pytest.fixture
-def own(tmp_path):
-    """A copy that a test may take from."""
+def test_a_shard_disappears_while_it_is_read(tmp_path):
+    """A tar that is open is read to its end; one that is not is named with every sample of it."""
     folder = write_both(tmp_path)
-    write_damaged(folder)
-    for link in (folder / "damaged").iterdir():
-        if link.is_symlink():
-            link.resolve().replace(link)
-    return folder
-
-
-def names_by_position(source):
-    indices = source.order(torch.arange(len(source))).tolist()
-    return [source.reader.name(index) for index in indices]
-
-
-def test_a_shard_disappears_while_it_is_read(own, tmp_path):
-    source = open_broken(own, "damaged", tmp_path / "bad_samples.jsonl", max_bad_fraction=1.0)
-    names = names_by_position(source)
-    with closing(source.batches(batch_size=20, last_position=len(source))) as batches:
-        seen = [next(batches)]
-        (own / "damaged" / "2.tar").unlink()
-        seen += list(batches)
-    weights = torch.cat([batch.weights for batch in seen]).bool().tolist()
-    captions = [caption for batch in seen for caption in batch.captions]
-    lines = {
-        line["sample"]: line for line in map(json.loads, (tmp_path / "bad_samples.jsonl").read_text().splitlines())
-    }
-    shard = str(own / "damaged" / "2.tar")
-    assert lines.pop(shard)["reason"] == "lost since the run began: cannot read the shard: No such file or directory"
-    assert source.bad_samples.news().startswith(f"{own}/damaged/4.tar: damaged") and source.bad_samples.news() is None
-    gone = {name for name, line in lines.items() if "No such file" in line["reason"]}
-    assert 150 < len(gone) <= PER_SHARD and all("/2.tar#" in name for name in gone)
-    delivered = {f"good {number}" for number in good_numbers("damaged")}
-    delivered -= {f"good {int(name.rpartition('#')[2])}" for name in gone if "-" not in name.rpartition("#")[2]}
-    assert sorted(filter(None, captions)) == sorted(delivered), "once each: all but what is named"
+    source = open_broken(folder, "shards", tmp_path / "bad_samples.jsonl", max_bad_fraction=1.0)
+    names = [source.reader.name(index) for index in source.order(torch.arange(SAMPLES)).tolist()]
+    (folder / "shards" / "2.tar").unlink()
+    batches = collect(source, batch_size=20, last_position=SAMPLES)
+    weights = torch.cat([batch.weights for batch in batches]).bool().tolist()
+    lines = map(json.loads, (tmp_path / "bad_samples.jsonl").read_text().splitlines())
+    bad = {line["sample"]: line for line in lines}
+    gone = {name for name, line in bad.items() if "cannot read the shard: No such file" in line["reason"]}
+    assert gone == {name for name in names if "/2.tar#" in name} and len(gone) == PER_SHARD
     for position, (name, weight) in enumerate(zip(names, weights, strict=True)):
-        assert weight != (name in lines) and (weight or lines[name]["position"] == position)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_shard_that_is_gone_at_the_first_of_two_resumes(own, world_size):
-    """From there on its samples are bad ones, and nothing else is different: ids, order and pixels."""
-    fresh = open_broken(own, "damaged")
-    known = fresh.reader.inventory().shards
-    steps = -(-len(fresh) // 32)
-    stops = sorted(random.Random(world_size).sample(range(1, steps), 2))
-    options = [{"batch_size": 32, "rank": rank, "world_size": world_size} for rank in range(world_size)]
-    straight = [collect(open_broken(own, "damaged"), last_position=32 * steps, **rank) for rank in options]
-
-    def part(first, last):
-        for rank, expected in zip(options, straight, strict=True):
-            source = open_broken(own, "damaged", max_bad_fraction=1.0, known_shards=known)
-            batches = collect(source, first_position=32 * first, last_position=32 * last, **rank)
-            yield from zip(batches, expected[first:last], strict=True)
-
-    assert all(equal(*pair) for pair in part(0, stops[0]))
-    (own / "damaged" / "2.tar").unlink()
-    for first, last in ((stops[0], stops[1]), (stops[1], steps)):
-        for batch, expected in part(first, last):
-            assert torch.equal(batch.positions, expected.positions)
-            names = map(fresh.reader.name, fresh.order(batch.positions).tolist())
-            gone = torch.tensor([f"{own}/damaged/2.tar#" in name for name in names], dtype=torch.bool)
-            assert torch.equal(batch.weights, expected.weights * ~gone)
-            assert torch.equal(batch.pixel_values[~gone], expected.pixel_values[~gone])
-            captions = zip(expected.captions, gone.tolist(), strict=True)
-            assert batch.captions == tuple("" if is_gone else caption for caption, is_gone in captions)
+        assert weight != (name in bad) and (weight or bad[name]["position"] == position)

@@ -153,7 +153,7 @@ def test_bad_images_keep_their_places(images, vae, tmp_path):
         assert torch.allclose(batch.moments[good], moments[good], atol=1e-5) and not batch.moments[~good].any()
     assert latents.bad_samples.reasons.keys() == {f"{folder}/00000.tar#{index:09d}" for index in (3, 10)}
     reasons = "".join(latents.bad_samples.reasons.values())
-    assert f"could not be encoded: {images}#003: the image" in reasons and f"{images}#010: the caption" in reasons
+    assert f"could not be encoded: {images}#003: the JPEG file" in reasons and f"{images}#010: the caption" in reasons
     stock = list(webdataset.WebDataset(str(folder / "00000.tar"), shardshuffle=False))
     assert [index for index, sample in enumerate(stock) if not load(sample["safetensors"])] == [3, 10]
 

@@ -1,8 +1,7 @@
-"""A run goes on with the data that it began with: what is gone keeps its place or is named, nothing is reordered."""
+"""A run goes on with the data that it began with: what is gone is named, and nothing is reordered."""
 
 from __future__ import annotations
 
-import json
 import signal
 from io import StringIO
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 from data.helpers import encode, photo, write_tar
 from rich.console import Console
-from training.processes import ROOT, Run, logged_steps, metrics, start
+from training.processes import ROOT, Run, logged_steps, start
 
 from fastsp.config import load_config
 from fastsp.data.folder import FolderReader
@@ -62,10 +61,6 @@ def stop(folder: Path, name: str, source: str = "shards") -> None:
     assert run.wait() == 143, run.output()
 
 
-def losses(run_dir: Path) -> list[tuple[int, float]]:
-    return [(row["step"], row["loss"]) for row in metrics(run_dir)]
-
-
 def test_after_a_stop_for_bad_data_the_bad_file_is_removed_and_the_run_starts(folder):
     """Before the first checkpoint nothing depends on the data; what the stopped attempt met does not count any more."""
     for name, content in members(0):
@@ -87,34 +82,9 @@ def test_after_a_stop_for_bad_data_the_bad_file_is_removed_and_the_run_starts(fo
     assert (folder / "run" / "environment.json").is_file() and "There is no environment.json" not in page
 
 
-@pytest.mark.slow
-def test_a_shard_that_is_gone_keeps_its_place_or_is_named(folder):
-    stop(folder, "run")
-    reached = logged_steps(folder / "run")
-    gone = folder / "data" / "2.tar"
-    gone.rename(folder / "2.tar")
-    run = train(folder, "run", "--resume")
-    assert run.wait() == 0, run.output()
-    assert f"{SHARDS * PER_SHARD} samples of shards" in run.output()
-    assert run.output().count(f"data: {gone}: gone since the run began; its samples keep their places") == 1
-    bad = [json.loads(line) for line in (folder / "run" / "bad_samples.jsonl").read_text().splitlines()]
-    assert bad[0] == {"sample": str(gone), "reason": "gone since the run began; its samples keep their places"} | {
-        "position": None
-    }
-    places = range(2 * PER_SHARD, 3 * PER_SHARD)
-    assert {line["sample"] for line in bad[1:]} == {f"{gone}#{place:03d}" for place in places}
-    (folder / "2.tar").rename(gone)
-    straight = train(folder, "straight")
-    assert straight.wait() == 0
-    assert losses(folder / "straight")[:reached] == losses(folder / "run")[:reached]
-    assert losses(folder / "straight")[reached:] != losses(folder / "run")[reached:]
-
-
-def test_without_the_index_a_shard_that_is_gone_is_refused(folder):
+def test_a_shard_that_is_gone_is_refused_by_its_name(folder):
     stop(folder, "run")
     (folder / "data" / "0.tar").unlink()
-    for index in (folder / "data").glob(".fastsp-index-*"):
-        index.unlink()
     run = train(folder, "run", "--resume")
     assert run.wait() == 2, run.output()
     message = "began with other data: 100 samples before, 75 now, 0.tar is missing; samples would come again or be left"
