@@ -1,31 +1,26 @@
-"""The steps that fastsp is compared with, written as their authors would write them. Read them as a sceptic.
+"""The step that fastsp is compared with: the paper's Algorithm 1, as its authors would write it.
 
-All of them compute in the workload's dtype. Those of Algorithm 1 keep bfloat16 weights with float32 master weights, as
-fastsp does; the diffusers-style step keeps float32 weights under autocast, as diffusers' scripts do. None of them
-encodes captions or drops them.
+It computes in the workload's dtype, with float32 master weights beside bfloat16 ones, as fastsp does, and with
+PyTorch's fused optimizer. Captions are neither encoded nor dropped.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from fastsp.bench.workload import Workload
 from fastsp.config import Config
-from fastsp.perceptual import PerceptualNetwork, cast
-from fastsp.schedule import BETA_END, BETA_START
+from fastsp.perceptual import cast
 from fastsp.training.compilation import compile_options
 
 
 class TorchUpdate:
-    """Clip, AdamW and moving average with what torch has: its fused AdamW, and foreach for the rest."""
+    """Clipping, AdamW and the moving average with PyTorch's means: fused AdamW, foreach for the rest."""
 
     def __init__(self, unet: nn.Module, config: Config, learning_rate: float) -> None:
         self.params = list(unet.parameters())
@@ -57,33 +52,26 @@ class TorchUpdate:
 
 
 class Algorithm1:
-    """The paper's Algorithm 1 as printed: the whole frozen UNet runs twice, a forward hook takes the mid feature.
+    """Algorithm 1 as printed: the whole frozen UNet runs twice, and a forward hook takes the mid feature.
 
     Args:
         workload: what to train.
-        compiled: give the online UNet and the teacher to ``torch.compile``, each as one module, as a user would, with
+        compiled: pass the online UNet and the teacher to ``torch.compile``, each as one module, as a user would, with
             the options of fastsp's own step.
     """
-
-    memory_format = torch.contiguous_format
 
     def __init__(self, workload: Workload, compiled: bool = False) -> None:
         self.x0, self.c, self.dtype = workload.latents(), workload.text_features(), workload.dtype
         schedule = workload.schedule().to(workload.device)
         self.a, self.s = schedule.signal, schedule.noise
-        initial = workload.unet()
-        self.unet = cast(initial, self.dtype).to(memory_format=self.memory_format)
-        self.teacher: Any = self.build_teacher(self.unet)
+        self.unet = cast(workload.unet(), self.dtype)
+        self.teacher: Any = copy.deepcopy(self.unet).requires_grad_(False).eval()
+        self.teacher.mid_block.register_forward_hook(self._keep)
         if compiled:
             options = compile_options(workload.config, workload.device)
             self.unet.compile(**options)
             self.teacher.compile(**options)
         self.update = TorchUpdate(self.unet, workload.config, workload.stage("self_perceptual").learning_rate)
-
-    def build_teacher(self, unet: nn.Module) -> nn.Module:
-        teacher: Any = copy.deepcopy(unet).requires_grad_(False).eval()
-        teacher.mid_block.register_forward_hook(self._keep)
-        return teacher
 
     def _keep(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         self.feature = output
@@ -115,69 +103,3 @@ class Algorithm1:
         with torch.no_grad():
             real = self.features(x_t_prime, t_prime)
         return F.mse_loss(self.features(x_t_prime_hat, t_prime).float(), real.float())  # (11)
-
-
-class Split(Algorithm1):
-    """Algorithm 1 with the decoder cut off the teacher and channels_last weights: two calls of half the network."""
-
-    memory_format = torch.channels_last
-
-    def build_teacher(self, unet: nn.Module) -> nn.Module:
-        return PerceptualNetwork(unet)
-
-    def features(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.teacher(x.to(self.dtype), t, self.c)[0]
-
-
-class DiffusersMSE:
-    """The loop of diffusers' ``train_text_to_image.py``, one process, data at hand: the plain MSE step."""
-
-    def __init__(self, workload: Workload) -> None:
-        config, device = workload.config, workload.device
-        self.latents, self.encoder_hidden_states = workload.latents(), workload.text_features()
-        self.scheduler = DDPMScheduler(
-            beta_schedule="scaled_linear",
-            beta_start=BETA_START,
-            beta_end=BETA_END,
-            prediction_type="v_prediction",
-            rescale_betas_zero_snr=True,
-        )
-        self.unet = workload.unet()
-        self.autocast: Any = contextlib.nullcontext()
-        if device.type == "meta":  # which autocast does not know
-            cast(self.unet, workload.dtype)
-        elif workload.dtype != torch.float32:
-            self.autocast = torch.autocast(device.type, workload.dtype)
-        self.latents = self.latents.to(workload.dtype)
-        self.optimizer = torch.optim.AdamW(
-            self.unet.parameters(),
-            lr=workload.stage("mse").learning_rate,
-            betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
-        )
-        self.grad_clip = config.optimizer.grad_clip
-        self.ema = EMAModel(self.unet.parameters(), decay=config.ema.decay, foreach=True)
-
-    def step(self) -> None:
-        """One optimizer step."""
-        self.loss(*self.draws()).backward()
-        if self.grad_clip is not None:
-            nn.utils.clip_grad_norm_(self.unet.parameters(), self.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.step(self.unet.parameters())
-
-    def draws(self) -> tuple[Tensor, Tensor]:
-        """noise (B, C, H, W) and t (B,), from torch's generator."""
-        num_train_timesteps, device = self.scheduler.config.num_train_timesteps, self.latents.device
-        t = torch.randint(0, num_train_timesteps, (len(self.latents),), device=device)
-        return torch.randn_like(self.latents), t
-
-    def loss(self, noise: Tensor, t: Tensor) -> Tensor:
-        """Mean squared error of v for given draws. 0-d float32."""
-        noisy_latents = self.scheduler.add_noise(self.latents, noise, t)
-        target = self.scheduler.get_velocity(self.latents, noise, t)
-        with self.autocast:
-            model_pred = self.unet(noisy_latents, t, self.encoder_hidden_states, return_dict=False)[0]
-        return F.mse_loss(model_pred.float(), target.float(), reduction="mean")

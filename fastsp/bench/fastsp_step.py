@@ -1,10 +1,8 @@
-"""fastsp's own step, built from the trainer's parts in the trainer's order."""
+"""fastsp's own step, built by the trainer's own function."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +18,9 @@ from fastsp.training.step import TrainingStep, build_step
 
 
 class FastspStep:
-    """A :class:`fastsp.training.step.TrainingStep` on a batch that never changes but for its positions.
+    """A :class:`fastsp.training.step.TrainingStep` on one batch, whose positions move on with every step.
 
-    The text features are at hand, as for the other providers; captions are dropped as the configuration says.
+    The text features are precomputed, as for the other providers; captions are dropped as the configuration says.
 
     Args:
         workload: what to train.
@@ -39,26 +37,16 @@ class FastspStep:
             positions=torch.arange(batch_size),
             weights=torch.ones(batch_size, device=workload.device),
             captions=("",) * batch_size,
-            pixel_values=workload.latents(),  # without a VAE, what the step is given are the latents
+            pixel_values=workload.latents(),  # without a VAE, the step takes latents as pixels
             text_features=workload.text_features(),
         )
 
     @property
     def how(self) -> dict[str, Any]:
-        """Whether a CUDA graph is replayed, and how the teacher is called: as it turned out, whatever was asked for."""
+        """Whether a CUDA graph is replayed and how the teacher is called, as it turned out."""
         criterion = self.training_step.objective.self_perceptual
-        captured = isinstance(self.take_step, CapturedStep) and self.take_step.recording is not None
-        return {"cuda_graph": captured, "teacher": None if criterion is None else criterion.teacher}
-
-    @contextmanager
-    def uncaptured(self) -> Iterator[None]:
-        """Steps that have an inside to look at. The CUDA graph and its memory are let go; afterwards one is recorded
-        anew, which takes as many steps as at first."""
-        self.take_step = self.training_step
-        try:
-            yield
-        finally:
-            self.take_step = captured(self.training_step)
+        replayed = isinstance(self.take_step, CapturedStep) and self.take_step.recording is not None
+        return {"cuda_graph": replayed, "teacher": None if criterion is None else criterion.teacher}
 
     def step(self) -> None:
         """One optimizer step."""
@@ -67,7 +55,7 @@ class FastspStep:
         self.take_step(replace(self.batch, positions=positions), number)
 
     def draws(self) -> tuple[()]:
-        """None to hand over: they follow from the seed and the positions."""
+        """Nothing to hand over: the draws follow from the seed and the positions."""
         return ()
 
     def loss(self) -> Tensor:

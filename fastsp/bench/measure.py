@@ -1,91 +1,162 @@
-"""Providers side by side: built, warmed up, and then taking turns, so that a change of the machine's load meets all."""
+"""Clocks, the device's peak rate, and providers that take turns."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
 
+from fastsp.bench.flops import flops_per_sample
 from fastsp.bench.providers import Provider, Steps
-from fastsp.bench.timing import STEPS_PER_TURN, seconds_per_call, synchronize
 from fastsp.bench.workload import Workload
 
+STEPS_PER_TURN = {"cuda": 4, "cpu": 1}  # back to back on a GPU, so that the host may run ahead as it does in training
 WARM_UP_STEPS = 2
-LEAST_ROUNDS = 3
-Say = Callable[[str], None]
+MIN_ROUNDS = 3
+
+# Dense matrix products, TFLOP/s, from NVIDIA's data sheets: bfloat16 on tensor cores, float32 without TF32. The first
+# key that the device's name contains is used.
+DATASHEET_TFLOPS: dict[str, dict[torch.dtype, float]] = {
+    "H200": {torch.bfloat16: 989.0, torch.float32: 67.0},
+    "H100 PCIe": {torch.bfloat16: 756.0, torch.float32: 51.0},
+    "H100 NVL": {torch.bfloat16: 835.0, torch.float32: 60.0},
+    "H100": {torch.bfloat16: 989.0, torch.float32: 67.0},
+    "A100": {torch.bfloat16: 312.0, torch.float32: 19.5},
+    "L40S": {torch.bfloat16: 362.0, torch.float32: 91.6},
+}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_per_call(call: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Mean of ``calls`` calls back to back: by events on a GPU, by the wall clock on a CPU."""
+    synchronize(device)
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    for _ in range(calls):
+        call()
+    last.record()
+    synchronize(device)
+    return first.elapsed_time(last) / 1e3 / calls
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """p20, p50 and p80."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return deciles[1], deciles[4], deciles[7]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The highest rate of matrix products, FLOP/s: as measured here, and by the data sheet (None: not in the table)."""
+
+    measured: float
+    datasheet: float | None
+
+    def utilisation(self, flops_per_s: float) -> dict[str, float | None]:
+        """A rate, and its share of the two peaks."""
+        return {
+            "tflops_per_s": flops_per_s / 1e12,
+            "mfu": None if self.datasheet is None else flops_per_s / self.datasheet,
+            "mfu_of_measured_matmul": flops_per_s / self.measured,
+        }
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The best of ten large products. Takes less than a second."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = min(seconds_per_call(lambda: a @ b, device) for _ in range(10))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peaks = next((peaks for known, peaks in DATASHEET_TFLOPS.items() if known in name), {})
+    return Peak(2 * size**3 / seconds, 1e12 * peaks[dtype] if dtype in peaks else None)
 
 
 @dataclass
 class Entry:
-    """A provider that is ready to run, and what has been measured of it so far."""
+    """A provider that is ready to run, and what has been measured of it.
+
+    Attributes:
+        flops: per sample, forward and backward.
+        first_step_s: compiling and autotuning included, as far as no cache had the code.
+        how: what the provider says of itself, such as whether it was captured.
+        peak_bytes: of device memory, as if the provider had the device to itself; None on a CPU.
+        seconds: of one step, a value for each turn.
+    """
 
     name: str
     steps: Steps | None
-    first_step_s: float | None  # compiling and autotuning included; None: it met code compiled for one before it
-    how: dict[str, Any]  # as it turned out, where a provider can tell: whether captured, how the teacher is called
-    peak_bytes: int | None  # device memory at most, as if the provider had the device to itself; None on a CPU
-    seconds: list[float] = field(default_factory=list)  # of a step, one value a turn
+    flops: float
+    first_step_s: float
+    how: dict[str, Any]
+    peak_bytes: int | None
+    seconds: list[float] = field(default_factory=list)
 
     def release(self) -> None:
-        """Give its memory back; the figures stay."""
+        """Free its memory; the figures stay."""
         self.steps = None
         empty_caches()
 
 
-def prepare(name: str, provider: Provider, workload: Workload, say: Say) -> Entry:
-    """Build a provider, take its first step and warm up.
+def prepare(name: str, provider: Provider, workload: Workload) -> Entry:
+    """Count the operations of a provider, build it, take its first step and warm up.
 
     Raises:
         torch.OutOfMemoryError: it does not fit.
     """
-    device, before = workload.device, _allocated(workload.device)
+    flops = flops_per_sample(provider, workload)
+    device = workload.device
+    on_gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
     steps = provider.build(workload)
-    graphs = _graphs_compiled()
-    first: float | None = seconds_per_call(steps.step, device)
-    if before is not None:
-        torch.cuda.reset_peak_memory_stats(device)  # compiling and tuning take memory of their own
-    warm_up(steps, device)
-    # Here and not in the turns: the replay of a CUDA graph, recorded by now, allocates nothing that could be seen.
-    peak = None if before is None else torch.cuda.max_memory_allocated(device) - before
-    took = f"first step {first:.1f} s"
-    if provider.is_compiled(workload) and _graphs_compiled() == graphs:
-        first, took = None, "its code had been compiled for a provider before it"
-    say(f"{name}: {provider.says}; {took}")
-    return Entry(name, steps, first, getattr(steps, "how", {}), peak)
-
-
-def warm_up(steps: Steps, device: torch.device) -> None:
-    """After a first step: with it as many as are taken before a CUDA graph is recorded, and the recording."""
-    for _ in range(WARM_UP_STEPS):
+    first_step_s = seconds_per_call(steps.step, device)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)  # compiling and autotuning take memory of their own
+    for _ in range(WARM_UP_STEPS):  # until a CUDA graph has been recorded
         steps.step()
     synchronize(device)
+    # Read here and not in the turns: replaying a CUDA graph allocates nothing.
+    peak_bytes = torch.cuda.max_memory_allocated(device) - before if on_gpu else None
+    return Entry(name, steps, flops, first_step_s, getattr(steps, "how", {}), peak_bytes)
 
 
 def take_turns(
-    entries: Mapping[str, Entry], device: torch.device, rounds: int, late: Callable[[], bool] = lambda: False
+    entries: Sequence[Entry], device: torch.device, rounds: int, is_late: Callable[[], bool] = lambda: False
 ) -> None:
-    """``rounds`` times, each entry takes a turn of a few steps; the order is that of the mapping. Once it is ``late``,
-    LEAST_ROUNDS must do."""
+    """In each round every entry takes a turn of a few steps. Once it is late, MIN_ROUNDS are enough."""
     for number in range(rounds):
-        if number >= LEAST_ROUNDS and late():
+        if number >= MIN_ROUNDS and is_late():
             return
-        for entry in entries.values():
+        for entry in entries:
             assert entry.steps is not None
             entry.seconds.append(seconds_per_call(entry.steps.step, device, STEPS_PER_TURN[device.type]))
 
 
-def ratios(entry: Entry, reference: Entry, start: int) -> list[float]:
-    """Speed of ``entry`` over that of ``reference``, round by round; the reference's rounds begin at ``start``."""
-    return [theirs / own for own, theirs in zip(entry.seconds, reference.seconds[start:], strict=True)]
+def relative_speed(entry: Entry, reference: Entry) -> float:
+    """How many times as fast as ``reference``: the median over the rounds that both have just taken together."""
+    latest = reference.seconds[-len(entry.seconds) :]
+    return statistics.median(theirs / own for own, theirs in zip(entry.seconds, latest, strict=True))
 
 
 def empty_caches() -> None:
-    """Give back what nothing refers to any more."""
+    """Free what nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -93,18 +164,9 @@ def empty_caches() -> None:
 
 @contextmanager
 def compiler_settings() -> Iterator[None]:
-    """Every provider compiles the same UNet for its own shapes: as many times as there are, and never a generic one."""
+    """Every provider compiles the same UNet for its own shapes: as often as needed, and never with dynamic shapes."""
     import torch._dynamo
 
     settings = {"automatic_dynamic_shapes": False, "recompile_limit": 64, "fail_on_recompile_limit_hit": True}
     with torch._dynamo.config.patch(settings):
         yield
-
-
-def _graphs_compiled() -> int:
-    """By torch.compile in this process so far."""
-    return counters["stats"]["unique_graphs"]
-
-
-def _allocated(device: torch.device) -> int | None:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""The providers by name: what `fastsp bench` takes side by side."""
+"""The training steps that `fastsp bench` compares, by name."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastsp.bench.baselines import Algorithm1, DiffusersMSE, Split
+from fastsp.bench.baselines import Algorithm1
 from fastsp.bench.fastsp_step import FastspStep
 from fastsp.bench.workload import Workload
 
 REFERENCE = "fastsp_sp"
+ON_GPU = torch.cuda.is_available()
 
 
 class Steps(Protocol):
-    """What a provider is asked to do."""
+    """What every provider can do."""
 
     def step(self) -> None:
         """One optimizer step: draws, forward, backward, update. Does not wait for the device."""
 
     def draws(self) -> tuple[Tensor, ...]:
-        """What ``loss`` takes."""
+        """The arguments of ``loss``."""
 
     @property
     def loss(self) -> Callable[..., Tensor]:
@@ -32,44 +33,41 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class Provider:
-    """How to build one, and what is said of it."""
+    """One way to write a training step.
+
+    Attributes:
+        build: makes one.
+        says: a description in a few words.
+        compiled: True: always, and left out where the workload does not compile; False: never; None: as the workload.
+        by_default: whether it is measured unless others are named.
+    """
 
     build: Callable[[Workload], Steps]
     says: str
-    compiled: bool = False  # by its nature
-    ours: bool = False  # compiled where the trainer compiles
+    compiled: bool | None = None
     by_default: bool = True
-    uncompiled: Callable[[Workload], Steps] | None = None  # the same computation, for counting its operations
 
     def is_compiled(self, workload: Workload) -> bool:
-        return self.compiled or (self.ours and workload.compiles)
-
-    def for_counting(self, workload: Workload) -> Steps:
-        """The same on the ``meta`` device."""
-        return (self.uncompiled or self.build)(workload.for_counting())
+        return workload.compiles and self.compiled is not False
 
 
+# In the order in which they are measured: a time limit leaves out the last ones.
 PROVIDERS: dict[str, Provider] = {
-    "algorithm1_eager": Provider(Algorithm1, "Algorithm 1 as printed: eager, the whole UNet as teacher"),
-    "algorithm1_compiled": Provider(
-        lambda workload: Algorithm1(workload, compiled=True),
-        "Algorithm 1 under torch.compile",
-        True,
-        uncompiled=Algorithm1,
-    ),
-    "split_compiled": Provider(
-        lambda workload: Split(workload, compiled=True),
-        "truncated teacher, two calls, compiled",
-        True,
-        uncompiled=Split,
-    ),
-    "fastsp_sp": Provider(FastspStep, "fastsp, self-perceptual", ours=True),
-    "fastsp_mse": Provider(lambda workload: FastspStep(workload, "mse"), "fastsp, MSE", ours=True),
+    REFERENCE: Provider(FastspStep, "fastsp, self-perceptual"),
+    "algorithm1_eager": Provider(Algorithm1, "Algorithm 1 as printed, eager", compiled=False),
+    "fastsp_mse": Provider(lambda workload: FastspStep(workload, "mse"), "fastsp, MSE"),
+    # One launch instead of two, and one CUDA graph instead of thousands of launches: on a CPU there is nothing to gain.
     "fastsp_sp_split": Provider(
         lambda workload: FastspStep(workload, teacher="split"),
-        "fastsp, self-perceptual, the teacher in two calls",
-        ours=True,
-        by_default=torch.cuda.is_available(),  # on a CPU there is no launch to be saved
+        "fastsp, self-perceptual, teacher called twice",
+        by_default=ON_GPU,
     ),
-    "diffusers_mse": Provider(DiffusersMSE, "MSE in the manner of diffusers' scripts"),
+    "fastsp_sp_no_graph": Provider(
+        lambda workload: FastspStep(workload.with_settings(cuda_graph=False)),
+        "fastsp, self-perceptual, no CUDA graph",
+        by_default=ON_GPU,
+    ),
+    "algorithm1_compiled": Provider(
+        lambda workload: Algorithm1(workload, workload.compiles), "Algorithm 1, torch.compile", compiled=True
+    ),
 }

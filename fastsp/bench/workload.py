@@ -31,21 +31,20 @@ SD21_BASE_UNET: dict[str, Any] = {
     "use_linear_projection": True,
 }
 SD21_TEXT_SHAPE = (77, 1024)
-STATE_BYTES_PER_PARAMETER = 24  # weights, master weights, gradients, two moments, average
+SD21_STATE_BYTES = 24 * 866_000_000  # weights, master weights, gradients, two moments, average
 SD21_BYTES_PER_SAMPLE = 3 << 30  # what a step keeps between forward and backward, rounded up
-SD21_SHRINK = 8  # of its VAE
+SD21_VAE_SCALE_FACTOR = 8
 DIGITS_RESOLUTION, DIGITS_BATCH_SIZE = 8, 32  # those of configs/quickstart.yaml
-_ENDLESS = 1_000_000  # steps
-_COMPUTED = ("layers", "distance", "timestep_sampling", "normalize", "mse_weight", "min_snr_gamma")  # of a stage
+_MANY_STEPS = 1_000_000
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Shapes and settings; the weights and data that it gives are random, seeded and the same at every call.
+    """Shapes and settings. Weights and data are random, seeded, and the same at every call.
 
     Attributes:
         name: for people.
-        config: batch size, precision, compile, optimizer and EMA are read from it.
+        config: gives batch size, precision, compilation, optimizer and EMA.
         unet_config: of a ``UNet2DConditionModel``.
         latent_shape: (C, H, W).
         text_shape: (L, D) of the text features.
@@ -65,7 +64,7 @@ class Workload:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the networks compute in."""
+        """The compute dtype of the networks."""
         return COMPUTE_DTYPES[self.config.precision]
 
     @property
@@ -75,7 +74,7 @@ class Workload:
 
     @property
     def attention(self) -> str:
-        """The kernel of fastsp's own step; what is not chosen yet is PyTorch's choice."""
+        """The attention kernel of fastsp's own step; PyTorch's choice as long as none has been measured."""
         return "sdpa" if self.config.attention == "auto" else self.config.attention
 
     def choose_attention(self) -> Choice:
@@ -90,7 +89,7 @@ class Workload:
             return UNet2DConditionModel.from_config(self.unet_config).train()
 
     def schedule(self) -> NoiseSchedule:
-        """Zero terminal SNR, as the paper trains. A new one: its tables move to wherever they are used."""
+        """A new one with zero terminal SNR, as the paper trains. Its tables move to where they are used."""
         return NoiseSchedule.of(ddim_scheduler())
 
     def latents(self) -> Tensor:
@@ -102,25 +101,15 @@ class Workload:
         return self._normal(2, (self.batch_size, *self.text_shape)).to(self.dtype)
 
     def stage(self, objective: str) -> StageConfig:
-        """The configured stage of that objective, the first; where there is none, one with the paper's choices."""
-        plain = stage_config(name=objective, objective=objective, steps=_ENDLESS, learning_rate=3e-5)
+        """The first configured stage of that objective; if there is none, one with the paper's choices."""
+        plain = stage_config(name=objective, objective=objective, steps=_MANY_STEPS, learning_rate=3e-5)
         configured = next((stage for stage in self.config.stages if stage.objective == objective), plain)
-        return configured.model_copy(update={"name": objective, "steps": _ENDLESS})
-
-    def unlike_the_paper(self) -> dict[str, Any]:
-        """What the self-perceptual stage computes other than Algorithm 1 as printed (mid block, MSE, uniform t')."""
-        stage = self.stage("self_perceptual")
-        return {
-            key: value for key in _COMPUTED if (value := getattr(stage, key)) != type(stage).model_fields[key].default
-        }
+        return configured.model_copy(update={"name": objective, "steps": _MANY_STEPS})
 
     def for_counting(self) -> Workload:
-        """The same where nothing is computed, as a program that keeps what its backward needs."""
-        return self.on("meta").with_settings(compile=False, cuda_graph=False, gradient_checkpointing=False)
-
-    def on(self, device: torch.device | str) -> Workload:
-        """The same on another device."""
-        return replace(self, device=torch.device(device))
+        """The same on the ``meta`` device, eager and without recomputation."""
+        workload = self.with_settings(compile=False, cuda_graph=False, gradient_checkpointing=False)
+        return replace(workload, device=torch.device("meta"))
 
     def with_settings(self, batch_size: int | None = None, **settings: Any) -> Workload:
         """The same with another batch size, or with other top-level keys of the configuration."""
@@ -142,23 +131,23 @@ def default_workload(device: torch.device, overrides: Sequence[str] = ()) -> Wor
     """
     for override in overrides:
         if override.partition("=")[0].split(".")[0] == "model":
-            raise UserError(f"{override}: without --config fastsp bench has a model of its own; give a run's file")
+            raise UserError(f"{override}: without --config fastsp bench uses its own model; give a run's file")
     if device.type != "cuda":
         model = digits_model(DIGITS_RESOLUTION, seed=0)
         config = _config("digits", DIGITS_RESOLUTION, DIGITS_BATCH_SIZE, "fp32", overrides)
         return _workload("the quickstart's digits model", config, model, device)
     config = _config("stabilityai/stable-diffusion-2-1-base", 512, _sd21_batch_size(device), "bf16", overrides)
-    if config.data.resolution % SD21_SHRINK:
-        raise UserError(f"data.resolution {config.data.resolution} must be a multiple of {SD21_SHRINK}")
-    latent_shape = (4, *[config.data.resolution // SD21_SHRINK] * 2)
+    if config.data.resolution % SD21_VAE_SCALE_FACTOR:
+        raise UserError(f"data.resolution {config.data.resolution} must be a multiple of {SD21_VAE_SCALE_FACTOR}")
+    latent_shape = (4, *[config.data.resolution // SD21_VAE_SCALE_FACTOR] * 2)
     name = "SD2.1-base, random weights"
     return Workload(name, _one_microbatch(config), SD21_BASE_UNET, latent_shape, SD21_TEXT_SHAPE, device)
 
 
 def workload_of(file: Path, device: torch.device, overrides: Sequence[str] = ()) -> Workload:
-    """The model and the settings of a configuration file, its weights random: speed does not depend on them.
+    """The model and the settings of a configuration file, with random weights: speed does not depend on them.
 
-    A configuration that trains in microbatches is measured at the size of one.
+    A configuration with microbatches is measured at the size of one.
 
     Raises:
         UserError: what :func:`fastsp.config.load_config` and :func:`fastsp.models.load_model` refuse; adapters;
@@ -166,7 +155,7 @@ def workload_of(file: Path, device: torch.device, overrides: Sequence[str] = ())
     """
     config = load_config(file, overrides)
     if config.model.lora is not None:
-        raise UserError(f"{file}: fastsp bench measures the training of whole UNets: take model.lora out")
+        raise UserError(f"{file}: fastsp bench measures the training of whole UNets: remove model.lora")
     data = config.data
     model = load_model(config.model.preset, config.model.pretrained, data.resolution, config.seed, config.model.config)
     if model.text_encoder_2 is not None:
@@ -181,7 +170,7 @@ def _workload(name: str, config: Config, model: Any, device: torch.device) -> Wo
 
 
 def _one_microbatch(config: Config) -> Config:
-    """A batch that is taken in microbatches would be compared with steps that take it at once."""
+    """The other providers take the whole batch at once, so ours does too."""
     data = config.data
     data = data.model_copy(update={"batch_size": data.microbatch or data.batch_size, "microbatch": None})
     return config.model_copy(update={"data": data})
@@ -205,7 +194,7 @@ def _config(model: str, resolution: int, batch_size: int, precision: str, overri
 def _sd21_batch_size(device: torch.device) -> int:
     """The largest power of two, up to 32, that fits beside the state of two providers."""
     memory = torch.cuda.get_device_properties(device).total_memory
-    room = memory - 2 * STATE_BYTES_PER_PARAMETER * 866_000_000
+    room = memory - 2 * SD21_STATE_BYTES
     batch_size = 1
     while batch_size < 32 and 2 * batch_size * SD21_BYTES_PER_SAMPLE <= room:
         batch_size *= 2

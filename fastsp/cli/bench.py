@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def bench(
@@ -14,59 +17,49 @@ def bench(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", help="A run's YAML file; random weights stand in for the model's.", metavar="FILE"),
+        typer.Option("--config", help="A run's YAML file; weights are random all the same.", metavar="FILE"),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows.", metavar="FILE")] = None,
-    png: Annotated[Path | None, typer.Option("--png", help="Draw the roofline.", metavar="FILE.png")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples of a step.")] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Turns of each provider; by default 20 of a step, on a GPU 6 of four.")
+        int | None, typer.Option(min=1, help="Turns of each provider; by default 20 of one step, on a GPU 6 of four.")
     ] = None,
     only: Annotated[list[str] | None, typer.Option("--only", help="A provider; may be given several times.")] = None,
-    compiled: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile",
-            help="fastsp's steps compiled, or nothing at all; by default as the file says, compiled without one.",
-        ),
-    ] = None,
-    no_cuda_graph: Annotated[bool, typer.Option("--no-cuda-graph", help="fastsp's steps uncaptured.")] = False,
-    sweep: Annotated[bool | None, typer.Option(help="Batch sizes of fastsp_sp; by default on a GPU.")] = None,
     time_limit: Annotated[
         float | None, typer.Option(min=0.0, help="Begin nothing new after so many seconds.", metavar="SECONDS")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the JSON file if it exists.")] = False,
 ) -> None:
     """Measure fastsp's step beside the paper's Algorithm 1 and a plain MSE step: same model, batch and precision.
 
-    Without --config: Stable Diffusion 2.1-base in bf16 on a GPU, the quickstart's digits model in float32 on a CPU;
-    weights are random in any case. Compiling takes minutes.
+    Without --config: Stable Diffusion 2.1-base in bf16 on a GPU, the quickstart's digits model in float32 on a CPU,
+    with random weights, compiled. Compiling takes minutes; compile=false leaves it out. Keys of a stage, such as
+    stages.1.layers=encoder, change fastsp's steps alone: Algorithm 1 stays as printed.
 
-    Example: fastsp bench --json bench.json --png roofline.png attention=flash
+    Example: fastsp bench --json bench.json data.batch_size=16 attention=flash
     """
     import json
 
     from rich.console import Console
 
-    from fastsp.bench.report import operator_lines, phase_lines, sweep_lines, table, verdict
-    from fastsp.bench.roofline import save_roofline
     from fastsp.bench.run import Plan, run
     from fastsp.bench.workload import default_workload, workload_of
     from fastsp.devices import best_device
+    from fastsp.errors import UserError
+    from fastsp.files import check_writable
     from fastsp.training.compilation import keep_compiled_code
 
+    if json_file is not None:
+        if not json_file.parent.is_dir():
+            raise UserError(f"--json {json_file}: there is no folder {json_file.parent}")
+        check_writable(json_file, force, "--json")
     keep_compiled_code()
-    names = _names(only, no_compile=compiled is False)
-    _check_outputs(json_file, png, force)
+    device, changes = best_device(), overrides or []
+    workload = workload_of(config, device, changes) if config else default_workload(device, changes)
+    if config is None and not any(change.startswith("compile=") for change in changes):
+        workload = workload.with_settings(compile=True)
+    names = _names(only, workload.compiles)
+    plan = Plan(names, rounds or (6 if device.type == "cuda" else 20), time_limit)
     console = Console()
-    device = best_device()
-    workload = workload_of(config, device, overrides or []) if config else default_workload(device, overrides or [])
-    if compiled is None and config is None and not any(text.partition("=")[0] == "compile" for text in overrides or []):
-        compiled = True
-    settings = {"compile": compiled, "cuda_graph": False if no_cuda_graph else None}
-    workload = workload.with_settings(batch_size, **{key: on for key, on in settings.items() if on is not None})
-    rounds = rounds or (6 if device.type == "cuda" else 20)
-    plan = Plan(names, rounds, device.type == "cuda" if sweep is None else sweep, time_limit_s=time_limit)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
@@ -79,44 +72,53 @@ def bench(
     if not rows:
         say("nothing was measured")
         raise typer.Exit(1)
-    console.print(table(rows))
-    for line in (*phase_lines(rows), *operator_lines(rows), *sweep_lines(rows), *verdict(rows)):
-        say(line)
-    if png is not None:
-        save_roofline(rows, png)
-    for file in (json_file, png):
-        if file is not None:
-            say(f"wrote {file}")
+    console.print(_table(rows))
+    if json_file is not None:
+        say(f"wrote {json_file}")
 
 
-def _names(only: list[str] | None, no_compile: bool) -> tuple[str, ...]:
-    """The providers to measure, in the order of the table."""
+def _names(only: list[str] | None, compiles: bool) -> tuple[str, ...]:
+    """The providers to measure, in the order of their table."""
     from fastsp.bench.providers import PROVIDERS
     from fastsp.errors import UserError
 
     for name in only or []:
         if name not in PROVIDERS:
             raise UserError(f"--only {name!r} is unknown: use one of {', '.join(PROVIDERS)}")
-        if no_compile and PROVIDERS[name].compiled:
-            raise UserError(f"--only {name} is compiled by its nature: leave out --no-compile")
-    wanted = only or [name for name, provider in PROVIDERS.items() if provider.by_default]
+        if PROVIDERS[name].compiled and not compiles:
+            raise UserError(f"--only {name} needs torch.compile: use compile=true")
     return tuple(
-        name for name, provider in PROVIDERS.items() if name in wanted and not (no_compile and provider.compiled)
+        name
+        for name, provider in PROVIDERS.items()
+        if (name in only if only else provider.by_default and (compiles or not provider.compiled))
     )
 
 
-def _check_outputs(json_file: Path | None, png: Path | None, force: bool) -> None:
-    """Refuse what cannot be written before minutes are spent."""
-    from fastsp.bench.need import missing
-    from fastsp.errors import UserError
-    from fastsp.files import check_writable
+def _table(rows: list[dict[str, Any]]) -> Table:
+    """One provider a line: speed relative to fastsp_sp, GFLOP per sample, seconds of the first step.
 
-    if png is not None and png.suffix.lower() != ".png":
-        raise UserError(f"--png {png} must end in .png")
-    if png is not None and missing(["matplotlib"]):
-        raise UserError("--png needs matplotlib, which is not installed")
-    for option, file in (("--json", json_file), ("--png", png)):
-        if file is not None:
-            if not file.parent.is_dir():
-                raise UserError(f"{option} {file}: there is no folder {file.parent}")
-            check_writable(file, force, option)
+    MFU is relative to the data sheet where the GPU is known, else to the rate of one large product ("of matmul").
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    def short(value: float | None) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+    first = rows[0]
+    mfu = "mfu_of_measured_matmul" if first["mfu"] is None else "mfu"
+    title = f"{first['model']}, batch {first['batch_size']}, {first['precision']}"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("provider", no_wrap=True)
+    share = "MFU" if mfu == "mfu" else "of matmul"
+    for heading in ("samples/s", "ms p20/p50/p80", "speed", "GFLOP", share, "first, s", "GB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        times = "/".join(short(row[key]) for key in ("ms_p20", "ms_p50", "ms_p80"))
+        keys = ("speed_relative_to_fastsp_sp", "gflop_per_sample", "first_step_s", "peak_memory_gb")
+        speed, gflop, first_step, memory = (short(row[key]) for key in keys)
+        rate = short(row["samples_per_s"])
+        table.add_row(row["name"], rate, times, speed, gflop, f"{row[mfu]:.0%}", first_step, memory)
+    return table
