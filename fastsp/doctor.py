@@ -1,34 +1,32 @@
 """What of this machine a run will use, and what is missing: for `fastsp doctor`.
 
-Whatever is heavy or may be broken is looked at in a process of its own, so that a library that crashes on import, or
-hangs, becomes a line like any other.
+Every library is examined in a process of its own, so that one that crashes on import, or hangs, becomes a line like any
+other.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastsp.data.cache import cache_folder
-
-Status = Literal["ok", "note", "missing"]
 GIB = 2**30
 PROBE_SECONDS = 90.0
 
-# Of Stable Diffusion 2.1: float32 weights, EMA and two moments of 866 M parameters, three checkpoints and final/.
-ROOM_FOR_A_RUN = 60 * GIB
-MEMORY_FOR_A_RUN = 16 * GIB
+# What a run of Stable Diffusion 2.1 (866 M parameters) takes. A checkpoint, 14 GB, holds float32 weights, their average
+# and two moments. On disk lie `checkpoint.keep` (3) of them, one more while it is written, and four pipelines of 5 GB.
+# In memory: the pinned copy of a checkpoint, whose tensors are rounded up to powers of two (15.8 GiB), a file of 2 GiB
+# that is being written, and the process.
+DISK_FOR_A_RUN = 80 * GIB
+MEMORY_FOR_A_RUN = 24 * GIB
 
 
 @dataclass(frozen=True)
@@ -36,121 +34,82 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        name: what was looked at.
+        name: what was examined.
         status: "ok"; "note": a run works without it, less well; "missing": no run works.
         found: what is there.
-        advice: what to do about it; empty where nothing has to be done.
+        advice: what to do about it; empty if there is nothing to do.
     """
 
     name: str
-    status: Status
+    status: Literal["ok", "note", "missing"]
     found: str
     advice: str = ""
 
-    def as_json(self) -> dict[str, str]:
-        return asdict(self)
 
-
-_TORCH = """
-import json, torch
-cuda = torch.cuda.is_available()
-backends = torch.backends.cuda
-print(json.dumps({
-    "version": torch.__version__, "cuda": torch.version.cuda, "available": cuda,
-    "attention": {
-        "flash": cuda and backends.is_flash_attention_available(),
-        "cudnn": cuda and backends.cudnn_sdp_enabled() and torch.backends.cudnn.is_available(),
-        "efficient": cuda and backends.mem_efficient_sdp_enabled(),
-        "math": True,
-    },
-    "devices": [
-        {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory": p.total_memory,
-         "free": torch.cuda.mem_get_info(i)[0]}
-        for i in range(torch.cuda.device_count() if cuda else 0) for p in [torch.cuda.get_device_properties(i)]
-    ],
-}))
-"""
-_MODELS = """
-import json, diffusers, transformers
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
-print(json.dumps({"version": f"diffusers {diffusers.__version__}, transformers {transformers.__version__}"}))
-"""
-_HUB = """
-import json, os, urllib.request
-from huggingface_hub import constants
-if constants.HF_HUB_OFFLINE:
-    state = "offline by HF_HUB_OFFLINE"
-else:
-    try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5)
-        state = "reachable"
-    except Exception as error:
-        state = f"not reachable ({type(error).__name__})"
-models = [n for n in os.listdir(constants.HF_HUB_CACHE) if n.startswith("models--")] \
-    if os.path.isdir(constants.HF_HUB_CACHE) else []
-print(json.dumps({"state": state, "endpoint": constants.ENDPOINT, "cache": constants.HF_HUB_CACHE,
-                  "models": len(models)}))
-"""
-
-
-_DECODER = """
-from nvidia import nvimgcodec as n
-n.Decoder(device_id=n.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=[n.Backend(n.BackendKind.CPU_ONLY)])
-"""
-
-
-def _version_probe(module: str, also: str = "") -> str:
-    return (
-        f"import json, {module}\n{also}\n"
-        f"print(json.dumps({{'version': getattr({module}, '__version__', 'of unknown version')}}))"
-    )
-
-
+_VERSION = (
+    "import json, {0} as m\n{1}\nprint(json.dumps({{'version': getattr(m, '__version__', 'of unknown version')}}))"
+)
 PROBES = {
-    "torch": _TORCH,
-    "models": _MODELS,
-    "triton": _version_probe("triton"),
-    "dali": _version_probe("nvidia.dali", "from nvidia.dali import fn, pipeline_def"),
-    "nvimgcodec": _version_probe("nvidia.nvimgcodec", _DECODER),
-    "xformers": _version_probe("xformers", "import xformers.ops"),
-    "hub": _HUB,
+    "torch": """
+import json, torch
+cuda, backends = torch.cuda.is_available(), torch.backends.cuda
+attention = {
+    "flash": cuda and backends.is_flash_attention_available(),
+    "cudnn": cuda and backends.cudnn_sdp_enabled() and torch.backends.cudnn.is_available(),
+    "efficient": cuda and backends.mem_efficient_sdp_enabled(),
+    "math": True,
 }
-Answer = dict[str, Any]  # of a probe; {"problem": reason} where it failed
+devices = []
+for i in range(torch.cuda.device_count() if cuda else 0):
+    p, free = torch.cuda.get_device_properties(i), torch.cuda.mem_get_info(i)[0]
+    devices.append({"name": p.name, "capability": [p.major, p.minor], "memory": p.total_memory, "free": free})
+print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "available": cuda,
+                  "attention": [name for name, there in attention.items() if there], "devices": devices}))
+""",
+    "triton": _VERSION.format("triton", ""),
+    "dali": _VERSION.format("nvidia.dali", "from nvidia.dali import fn, pipeline_def"),
+    "nvimgcodec": _VERSION.format(
+        "nvidia.nvimgcodec",
+        "m.Decoder(device_id=m.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1,"
+        " backends=[m.Backend(m.BackendKind.CPU_ONLY)])",
+    ),
+    "xformers": _VERSION.format("xformers", "import xformers.ops"),
+    "compile cache": """
+import json
+from fastsp.training.compilation import keep_compiled_code
+print(json.dumps({"folder": str(keep_compiled_code())}))
+""",
+}
+Answer = dict[str, Any]  # of a probe; {"problem": reason} if it failed
 
 
 def examine() -> list[Finding]:
-    """Look at everything. No exception gets out."""
+    """Examine everything. Raises nothing."""
     with ThreadPoolExecutor(len(PROBES)) as pool:
         answers = dict(zip(PROBES, pool.map(probe, PROBES.values()), strict=True))
     torch = answers["torch"]
     checks: list[tuple[str, Callable[[], list[Finding]]]] = [
-        ("Python", lambda: [_python()]),
-        ("packages", _packages),
         ("PyTorch", lambda: [_torch(torch)]),
         ("GPU", lambda: _gpus(torch)),
         ("attention", lambda: [_attention(torch, answers["xformers"])]),
-        ("models", lambda: [_models(answers["models"])]),
         ("Triton", lambda: [_triton(answers["triton"])]),
-        ("data", lambda: _data(answers["dali"], answers["nvimgcodec"])),
-        ("compile cache", lambda: [_compile_cache()]),
+        ("DALI", lambda: [_decoder("DALI", answers["dali"]), _decoder("nvImageCodec", answers["nvimgcodec"])]),
+        ("compile cache", lambda: [_compile_cache(answers["compile cache"])]),
         ("disk", lambda: [_disk()]),
         ("memory", lambda: [_memory()]),
-        ("cores", lambda: [_cores()]),
-        ("hub", lambda: [_hub(answers["hub"])]),
     ]
     findings: list[Finding] = []
     for name, check in checks:
         try:
             findings += check()
-        except Exception as error:  # a machine stranger than all that was thought of
+        except Exception as error:  # a machine that nobody thought of
             findings.append(Finding(name, "note", f"could not be examined ({type(error).__name__}: {_short(error)})"))
     return findings
 
 
 def probe(code: str, seconds: float = PROBE_SECONDS) -> Answer:
-    """Run Python code in a process of its own; the JSON on the last line that it prints, or why there is none."""
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
+    """Run Python code in a process of its own. Returns the JSON on the last line it prints, or why there is none."""
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     try:
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=seconds, env=environment, check=False
@@ -162,50 +121,18 @@ def probe(code: str, seconds: float = PROBE_SECONDS) -> Answer:
     if done.returncode < 0:
         return {"problem": f"crashed with signal {-done.returncode}"}
     if done.returncode:
-        return {"problem": _short((done.stderr.strip().splitlines() or ["it failed without a word"])[-1])}
+        return {"problem": _short((done.stderr.strip().splitlines() or ["failed without a message"])[-1])}
     try:
         return json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
         return {"problem": "gave no answer"}
 
 
-def _python() -> Finding:
-    return Finding("Python", "ok", f"{platform.python_version()} ({sys.executable})")
-
-
-def _packages() -> list[Finding]:
-    """What `fastsp[train]` asks for, without importing it; PyTorch, DALI and Triton have lines of their own."""
-    from packaging.requirements import Requirement
-
-    try:
-        wanted = [Requirement(line) for line in metadata.requires("fastsp") or []]
-    except metadata.PackageNotFoundError:
-        return [Finding("packages", "note", "fastsp runs from a folder, not installed", "pip install -e '.[train]'")]
-    wrong = []
-    for requirement in wanted:
-        if requirement.marker and not requirement.marker.evaluate({"extra": "train"}):
-            continue
-        if requirement.name == "torch" or "dali" in requirement.name or requirement.name == "triton":
-            continue
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            wrong.append(f"{requirement.name} is not installed")
-            continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            wrong.append(f"{requirement.name} {version} is not {requirement.specifier}")
-    if wrong:
-        return [Finding("packages", "missing", "; ".join(wrong), "pip install -U 'fastsp[train]'")]
-    return [Finding("packages", "ok", f"fastsp {metadata.version('fastsp')} and all that fastsp[train] asks for")]
-
-
 def _torch(torch: Answer) -> Finding:
     if "problem" in torch:
         return Finding("PyTorch", "missing", torch["problem"], "install it from pytorch.org, 2.11 or newer")
-    build = f"built for CUDA {torch['cuda']}" if torch["cuda"] else "built for the CPU"
-    found = f"{torch['version']}, {build}"
-    numbers = [int(part) for part in torch["version"].split("+")[0].split(".")[:2]]
-    if numbers < [2, 11]:
+    found = f"{torch['version']}, built for {'CUDA ' + torch['cuda'] if torch['cuda'] else 'the CPU'}"
+    if [int(part) for part in torch["version"].split("+")[0].split(".")[:2]] < [2, 11]:
         return Finding("PyTorch", "missing", found, "fastsp needs 2.11 or newer")
     return Finding("PyTorch", "ok", found)
 
@@ -213,41 +140,35 @@ def _torch(torch: Answer) -> Finding:
 def _gpus(torch: Answer) -> list[Finding]:
     if devices := torch.get("devices"):
         return [_gpu(index, device) for index, device in enumerate(devices)]
-    hardware = shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
-    found = "none: the run takes the CPU, which is enough for the digits"
-    if not hardware:
-        return [Finding("GPU", "note", found, "Stable Diffusion wants an NVIDIA GPU of 24 GiB or more")]
-    advice = "the driver is too old for this PyTorch, or the GPU is hidden (CUDA_VISIBLE_DEVICES)"
-    if not torch.get("cuda"):
-        advice = "there is a driver, but PyTorch is built for the CPU: install the build for your CUDA from pytorch.org"
-    return [Finding("GPU", "note", found, advice)]
+    advice = "Stable Diffusion needs an NVIDIA GPU, of 24 GiB or more for a full finetuning"
+    if shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists():
+        advice = "the driver is too old for this PyTorch, or the GPU is hidden (CUDA_VISIBLE_DEVICES)"
+        if not torch.get("cuda"):
+            advice = (
+                "a driver is there, but PyTorch is built for the CPU: install the build for your CUDA from pytorch.org"
+            )
+    return [Finding("GPU", "note", "none: runs use the CPU, which is enough for the digits", advice)]
 
 
 def _gpu(index: int, device: Answer) -> Finding:
+    name, capability = f"GPU {index}", device["capability"]
     memory, free = device["memory"] / GIB, device["free"] / GIB
-    found = f"{device['name']}, capability {device['capability']}, {memory:.0f} GiB, {free:.0f} GiB of it free"
-    if float(device["capability"]) < 8.0:
-        return Finding(f"GPU {index}", "note", found, "it has no bfloat16: use precision: fp32")
+    found = f"{device['name']}, capability {capability[0]}.{capability[1]}, {memory:.0f} GiB, {free:.0f} GiB free"
+    if capability < [8, 0]:
+        return Finding(name, "note", found, "it has no bfloat16: use precision: fp32")
     if free < 0.8 * memory:
-        return Finding(f"GPU {index}", "note", found, "another process holds its memory: see nvidia-smi")
-    return Finding(f"GPU {index}", "ok", found)
+        return Finding(name, "note", found, "another process holds its memory: see nvidia-smi")
+    return Finding(name, "ok", found)
 
 
 def _attention(torch: Answer, xformers: Answer) -> Finding:
-    backends = [name for name, there in torch.get("attention", {}).items() if there]
-    found = f"PyTorch's {', '.join(backends) or 'none'}; xformers {xformers.get('version', 'is not there')}"
-    if torch.get("available") and "problem" in xformers:
-        return Finding(
-            "attention", "note", found, "nothing has to be done; pip install xformers adds one to choose from"
-        )
-    return Finding("attention", "ok", found)
-
-
-def _models(models: Answer) -> Finding:
-    if "problem" in models:
-        advice = "if a torchvision is named: it does not fit this PyTorch; remove it, fastsp needs none"
-        return Finding("models", "missing", models["problem"], advice)
-    return Finding("models", "ok", models["version"])
+    found = f"PyTorch's {', '.join(torch.get('attention', ())) or 'none'}"
+    if not torch.get("available"):
+        return Finding("attention", "ok", found)
+    if "problem" in xformers:
+        advice = "optional, one more kernel to choose from: pip install -e '.[train,xformers]' in fastsp's repository"
+        return Finding("attention", "note", f"{found}; no xformers ({xformers['problem']})", advice)
+    return Finding("attention", "ok", f"{found}; xformers {xformers['version']}")
 
 
 def _triton(triton: Answer) -> Finding:
@@ -260,24 +181,24 @@ def _triton(triton: Answer) -> Finding:
     return Finding("Triton", "ok", f"{triton['version']}, C compiler {compiler}")
 
 
-def _data(dali: Answer, nvimgcodec: Answer) -> list[Finding]:
-    findings = []
-    for name, answer in (("DALI", dali), ("nvImageCodec", nvimgcodec)):
-        if "problem" in answer:
-            advice = "it reads the data: pip install nvidia-dali-cuda130 (or -cuda120, by your driver); Linux alone"
-            findings.append(Finding(name, "missing", answer["problem"], advice))
-        else:
-            findings.append(Finding(name, "ok", answer["version"]))
-    return findings
+def _decoder(name: str, answer: Answer) -> Finding:
+    if "problem" in answer:
+        advice = "it decodes pictures: pip install nvidia-dali-cuda130 (or -cuda120, for an older driver); Linux only"
+        return Finding(name, "missing", answer["problem"], advice)
+    return Finding(name, "ok", answer["version"])
 
 
-def _compile_cache() -> Finding:
-    """Where compiled code is kept: see `fastsp.training.compilation`, which is too heavy to import here."""
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(cache_folder() / "inductor")
-    if not _is_writable(Path(folder)):
-        advice = "set FASTSP_CACHE or TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
-        return Finding("compile cache", "note", f"{folder} cannot be written", advice)
-    return Finding("compile cache", "ok", folder)
+def _compile_cache(cache: Answer) -> Finding:
+    """The folder that a run would use, by the run's own rule."""
+    advice = "set FASTSP_CACHE to a folder that can be written"
+    if "problem" in cache:
+        return Finding("compile cache", "note", cache["problem"], f"torch.compile may fail: {advice}")
+    folder = Path(cache["folder"])
+    if not _is_writable(folder):
+        return Finding("compile cache", "note", f"{folder} cannot be written", f"torch.compile will fail: {advice}")
+    if folder.is_relative_to(tempfile.gettempdir()):
+        return Finding("compile cache", "note", f"{folder}, temporary", f"to keep compiled code, {advice}")
+    return Finding("compile cache", "ok", str(folder))
 
 
 def _disk() -> Finding:
@@ -286,11 +207,9 @@ def _disk() -> Finding:
     found = f"{free / GIB:.0f} GiB free in {here}"
     if not _is_writable(here):
         return Finding("disk", "missing", f"{here} cannot be written", "change into a folder of yours, or set run_dir")
-    if free < ROOM_FOR_A_RUN:
-        advice = (
-            f"a Stable Diffusion run wants {ROOM_FOR_A_RUN // GIB} GiB (checkpoint.keep: 1 takes less); digits, few MB"
-        )
-        return Finding("disk", "note", found, advice)
+    if free < DISK_FOR_A_RUN:
+        advice = f"a run of Stable Diffusion 2.1 takes {DISK_FOR_A_RUN // GIB} GiB, less with checkpoint.keep: 1"
+        return Finding("disk", "note", found, f"{advice}; SDXL three times as much; digits, a few MB")
     return Finding("disk", "ok", found)
 
 
@@ -298,12 +217,13 @@ def _memory() -> Finding:
     available = _available_memory()
     found = f"{available / GIB:.1f} GiB available"
     if available < MEMORY_FOR_A_RUN:
-        return Finding("memory", "note", found, f"Stable Diffusion wants {MEMORY_FOR_A_RUN // GIB} GiB; the digits 2")
+        advice = f"a run of Stable Diffusion 2.1 takes {MEMORY_FOR_A_RUN // GIB} GiB, most of it pinned for checkpoints"
+        return Finding("memory", "note", found, f"{advice}; SDXL, 56; digits, 2")
     return Finding("memory", "ok", found)
 
 
 def _available_memory() -> int:
-    """Bytes that this process may still take: the machine's, or what its container leaves it."""
+    """Bytes that this process may still take: the machine's, or what its container leaves."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) * 1024
     limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
@@ -312,29 +232,8 @@ def _available_memory() -> int:
     return max(0, available)
 
 
-def _cores() -> Finding:
-    cores: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file() and (parts := quota.read_text().split())[0].isdecimal():
-        cores = min(cores, int(parts[0]) / int(parts[1]))
-    if cores < 4:
-        return Finding(
-            "cores", "note", f"{cores:g}", "decoding images for a fast GPU wants 8 or more; or fastsp encode"
-        )
-    return Finding("cores", "ok", f"{cores:g}")
-
-
-def _hub(hub: Answer) -> Finding:
-    if "problem" in hub:
-        return Finding("hub", "note", hub["problem"], "models have to be local folders")
-    found = f"{hub['endpoint']} {hub['state']}; {hub['models']} models cached in {hub['cache']}"
-    if hub["state"] != "reachable":
-        return Finding("hub", "note", found, "model.pretrained takes local folders, and what the cache holds")
-    return Finding("hub", "ok", found)
-
-
 def _is_writable(folder: Path) -> bool:
-    """Whether a file can be made in ``folder``, or in the first folder above it that there is."""
+    """Whether a file can be made in ``folder``, or in the first folder above it that exists."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
