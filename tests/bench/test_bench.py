@@ -114,7 +114,8 @@ def test_checkpointing_changes_nothing_that_is_counted():
 
 def test_a_stage_is_measured_as_it_is_configured():
     of_paper = tiny_workload()
-    stages = [stage.model_copy(update={"layers": "encoder", "mse_weight": 0.5}) for stage in of_paper.config.stages]
+    mse, sp = of_paper.config.stages
+    stages = [mse, sp.model_copy(update={"layers": "encoder", "mse_weight": 0.5})]
     workload = of_paper.with_settings(stages=stages)
     assert workload.stage("self_perceptual").learning_rate == stages[1].learning_rate
     assert FastspStep(workload).training_step.objective.mse_weight == 0.5
