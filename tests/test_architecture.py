@@ -32,9 +32,6 @@ PACKAGE_OF = {
     "config_text": "config",
     "objectives": "config",
     "section": "config",
-    "config_mistakes": "config",
-    "objectives": "config",
-    "section": "config",
     "options": "utils",
     "attention": "models",  # to be moved
     "lora": "models",  # to be moved
@@ -52,7 +49,6 @@ PACKAGE_OF = {
     "errors": "utils",
     "files": "utils",  # to be moved
     "gpu_settings": "utils",  # to be moved
-    "options": "utils",  # to be moved
     "progress": "utils",  # to be moved
 }
 # Imports that break the rules today. To be mended, never added to.

@@ -1,8 +1,11 @@
-"""`make gpu-test` runs every test that needs a GPU: its list of files is made with grep, which knows no fixtures."""
+"""The calls that docs/performance.md lists for a machine with a GPU: here they run on the CPU, as far as that goes."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,43 +13,59 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "performance.md").read_text()
 
 
-def made(target: str) -> str:
-    """What make would run."""
-    command = ["make", "--dry-run", "--no-print-directory", target, "PYTHON_GPU=python3", "OUT=out"]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+def make(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = ["make", "--no-print-directory", f"PYTHON_GPU={sys.executable}", f"OUT={out}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
 
 
-def test_no_test_for_a_gpu_is_left_out():
-    listing = re.search(r"`(grep .*?)`", made("gpu-test"))
-    assert listing
-    read = subprocess.run(
-        ["bash", "-c", listing[1]], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.split()
-    assert all(f"tests/{part} -m gpu" in made("gpu-test") for part in ("kernels", "data"))
-    collected = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    ).stdout
-    files = {line.partition("::")[0] for line in collected.splitlines() if "::" in line}
-    assert len(files) > 10
-    assert {file for file in files if not file.startswith(("tests/kernels/", "tests/data/"))} == set(read)
+def test_every_call_of_the_page_is_one_command_with_a_limit(tmp_path):
+    section = PAGE.partition("## Fifteen minutes on a GPU")[2].partition("\n## ")[0]
+    calls = [shlex.split(line) for line in section.splitlines() if line.startswith("    ")]
+    assert len(calls) == 4
+    for program, *arguments in calls:
+        for path in re.findall(r"(?:tests|benchmarks|configs)/[\w/.-]+", " ".join(arguments)):
+            assert (ROOT / path).exists(), path
+        if program == "make":
+            (limit,) = (argument.removeprefix("LIMIT=") for argument in arguments if argument.startswith("LIMIT="))
+            done = make("--dry-run", *arguments, out=tmp_path)
+            assert done.returncode == 0, done.stderr
+            assert f"timeout -s INT -k 20 {limit} " in done.stdout
+        else:
+            assert program == "timeout" and arguments[0].isdecimal()
 
 
-@pytest.mark.parametrize("target", ["gpu-test", "gpu-bench", "gpu-graph", "gpu-data", "gpu-train"])
-def test_each_target_ends_within_nine_minutes(target):
-    """By its limits: SIGINT, so that what was measured is written, and 20 seconds later SIGKILL."""
-    script = made(target)
-    repeats = len(list((ROOT / "benchmarks" / "kernels").glob("bench_*.py")))
-    seconds = 0
-    for line in script.split("fi;"):
-        inside_loop = line.split("for file in")
-        seconds += sum(map(int, re.findall(r"timeout (?:-s INT -k 20 )?(\d+)", inside_loop[0])))
-        if len(inside_loop) > 1:
-            loop, _, rest = inside_loop[1].partition("done")
-            seconds += repeats * sum(map(int, re.findall(r"timeout (?:-s INT -k 20 )?(\d+)", loop)))
-            seconds += sum(map(int, re.findall(r"timeout (?:-s INT -k 20 )?(\d+)", rest)))
-    assert 0 < seconds <= 530
+@pytest.mark.slow
+def test_the_calls_run_and_their_results_are_collected(tmp_path):
+    out, folder = tmp_path / "out", tmp_path / "results"
+    kernels = make("gpu-test", "NAME=kernels", "TESTS=benchmarks/kernels/bench_random.py", "MARK=benchmark", out=out)
+    assert kernels.returncode == 0, kernels.stdout + kernels.stderr
+    few = "--only fastsp_sp --only fastsp_mse --rounds 1 data.batch_size=2 compile=false stages.1.teacher=split"
+    step = make("gpu-bench", f"ARGS={few}", out=out)
+    assert step.returncode == 0, step.stdout + step.stderr
+    command = [sys.executable, str(ROOT / "benchmarks" / "collect.py"), str(out), str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    names = {"README.md", "kernels.json", "kernels-outcome.json", "step.json"}
+    assert {file.name for file in folder.iterdir()} == names
+    (outcome,) = json.loads((folder / "kernels-outcome.json").read_text())
+    assert outcome["passed"] > 0 and outcome["failed"] == 0
+    assert [row["name"] for row in json.loads((folder / "step.json").read_text())] == ["fastsp_sp", "fastsp_mse"]
+
+
+@pytest.mark.slow
+def test_what_is_interrupted_keeps_what_it_has(tmp_path):
+    """A limit that is too short, and two files: the first is measured, the second never ends."""
+    fast = "import pytest\n@pytest.mark.benchmark\ndef test_fast(benchmark):\n    benchmark(lambda: None)\n"
+    (tmp_path / "test_1_fast.py").write_text(fast)
+    (tmp_path / "test_2_slow.py").write_text(
+        "import time, pytest\n@pytest.mark.benchmark\ndef test_slow():\n    time.sleep(60)\n"
+    )
+    done = make("gpu-test", "NAME=some", "MARK=benchmark", "LIMIT=10", f"TESTS={tmp_path}", out=tmp_path / "out")
+    assert done.returncode != 0
+    assert [row["name"] for row in json.loads((tmp_path / "out" / "some.json").read_text())["benchmarks"]] == [
+        "test_fast"
+    ]
+    assert 'name="test_fast"' in (tmp_path / "out" / "some.xml").read_text()

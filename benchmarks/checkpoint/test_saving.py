@@ -21,8 +21,7 @@ import pytest
 import torch
 
 from fastsp.bench.fastsp_step import FastspStep
-from fastsp.bench.measure import compiler_settings
-from fastsp.bench.timing import quantiles, synchronize
+from fastsp.bench.measure import compiler_settings, quantiles, synchronize
 from fastsp.bench.workload import default_workload
 from fastsp.config import CheckpointConfig
 from fastsp.training.checkpoint import CheckpointWriter

@@ -25,6 +25,7 @@ from benchmarks.data.conftest import DEVICES
 from fastsp.data.decode import ImageDecoder, default_threads
 from fastsp.data.source import DataOptions, open_source
 
+pytestmark = pytest.mark.benchmark
 BATCH_SIZE, ROUNDS = 64, 20
 
 

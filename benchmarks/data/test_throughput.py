@@ -22,6 +22,7 @@ pytest.importorskip("webdataset")
 from benchmarks.data.conftest import IMAGES
 from benchmarks.data.loaders import LOADERS, Batches
 
+pytestmark = pytest.mark.benchmark
 RESOLUTION = int(os.environ.get("FASTSP_BENCH_RESOLUTION", 512))
 BATCH_SIZE = 32
 ROUNDS = 3

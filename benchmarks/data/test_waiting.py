@@ -23,6 +23,7 @@ from fastsp.data.batch import Batch
 from fastsp.data.source import DataOptions, open_source
 from fastsp.models import load_model
 
+pytestmark = pytest.mark.benchmark
 STEPS, BATCH_SIZE, ROUNDS = 10, 64, 3
 GPU_STEPS, STEP_MS = 30, 300.0
 
