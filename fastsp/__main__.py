@@ -22,6 +22,7 @@ def limit_spinning() -> None:
 
 def main() -> None:
     """Run the command line. A user's mistake is one line on stderr and exit code 2, never a traceback."""
+    limit_spinning()
     # Notices of the libraries would break our display. The hub's bars stay: a download takes minutes.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> int:
-    rank = os.environ.get("RANK", "0")  # of what torchrun starts
+    rank = os.environ.get("RANK") or "0"  # of what torchrun starts
     who = "fastsp" if rank == "0" else f"fastsp: rank {rank}"
     print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
     return 2

@@ -83,14 +83,15 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW; the learning rate warms up anew in every stage."""
+    """The optimizer; its state and the warm-up of the learning rate start anew in every stage."""
 
+    kind: str = "adamw"  # or muon, or one that is registered in :mod:`fastsp.training.update`
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     eps: AboveZero = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     grad_clip: AboveZero | None = 1.0  # largest norm of the whole gradient
     warmup_steps: NonNegative = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # the last two go down to zero at the stage's end
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # the last two reach 0 after the stage's last step
     max_skipped: Positive = 20  # updates in a row whose gradient is not finite; then the run stops
 
 
@@ -98,6 +99,10 @@ class EMAConfig(Section):
     """Exponential moving average of the weights; each stage restarts its own."""
 
     decay: Decay = 0.9995
+    warmup: bool = (
+        True  # at step n of a stage the decay is at most (1 + n) / (10 + n), so that short stages keep little
+    )
+    # of the weights that they started from
 
 
 class CheckpointConfig(Section):

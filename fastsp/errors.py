@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-_FOR_RANK_0 = 10.0  # seconds
 
 
 class UserError(ValueError):
@@ -24,27 +18,6 @@ class RunFailed(RuntimeError):  # noqa: N818 - it is an end of a run, as Interru
 
     The message is one line that says what is left and how to go on. The command line prints it and exits with code 1.
     """
-
-
-def is_main_process() -> bool:
-    """Whether this is rank 0 of what `torchrun` started, before any group is made."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-@contextmanager
-def said_once() -> Iterator[None]:
-    """Around what every rank refuses alike: rank 0 alone says so.
-
-    Raises:
-        SystemExit: in place of a UserError on the other ranks.
-    """
-    try:
-        yield
-    except UserError:
-        if is_main_process():
-            raise
-        time.sleep(_FOR_RANK_0)  # torchrun ends all as soon as one has ended, and rank 0 is to speak before that
-        raise SystemExit(2) from None
 
 
 def install_command(extra: str) -> str:

@@ -32,6 +32,7 @@ PACKAGE_OF = {
     "config_text": "config",
     "objectives": "config",
     "section": "config",
+    "launcher": "utils",  # to be moved
     "options": "utils",
     "attention": "models",  # to be moved
     "lora": "models",  # to be moved

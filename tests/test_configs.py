@@ -43,7 +43,7 @@ def test_the_papers_recipe():
         assert (sp.init, sp.perceptual_network, sp.layers) == ("mse", "mse", "mid")
         assert (sp.distance, sp.timestep_sampling, sp.mse_weight, mse.min_snr_gamma) == ("mse", "uniform", 0.0, None)
         assert config.data.batch_size == 896 and config.data.resolution == 512
-        assert config.ema.decay == 0.9995 and config.final == "sp"
+        assert config.ema.decay == 0.9995 and not config.ema.warmup and config.final == "sp"
         assert config.optimizer.betas == [0.9, 0.999] and config.optimizer.weight_decay == 0.0
         assert config.evaluation.num_samples == 10_000
         assert config.data.unconditional == (name == "sd21-unconditional")

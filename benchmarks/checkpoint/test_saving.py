@@ -21,11 +21,12 @@ import pytest
 import torch
 
 from fastsp.bench.fastsp_step import FastspStep
-from fastsp.bench.measure import compiler_settings, quantiles, synchronize
+from fastsp.bench.measure import quantiles, synchronize
 from fastsp.bench.workload import default_workload
 from fastsp.config import CheckpointConfig
 from fastsp.training.checkpoint import CheckpointWriter
 from fastsp.training.checkpoint_folder import Progress, damage
+from fastsp.training.compilation import compiler_settings
 from fastsp.training.distributed import Ranks
 
 EVERY = 50  # steps

@@ -1,4 +1,4 @@
-"""The digits model's MSE step on a quiet CPU, and beside busy loops, under several ways of waiting at OpenMP's barriers.
+"""The digits model's MSE step on a quiet CPU and beside busy loops, by how OpenMP's threads wait for each other.
 
     python benchmarks/step/busy.py [--seconds 3] [--rounds 3] [--loops 0 2 4]
 
@@ -96,7 +96,9 @@ def main() -> None:
             for name, values in taken.items():
                 speeds[name].append(statistics.median(values))
                 quiet = speeds[name][0]
-                print(f"  {name:16s} {speeds[name][-1]:7.1f} samples/s  {speeds[name][-1] / (quiet * share):5.2f} of it")
+                print(
+                    f"  {name:16s} {speeds[name][-1]:7.1f} samples/s  {speeds[name][-1] / (quiet * share):5.2f} of it"
+                )
 
 
 if __name__ == "__main__":

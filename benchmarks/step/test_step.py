@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastsp.bench.measure import compiler_settings, measure_peak, prepare, quantiles, synchronize, take_turns
+from fastsp.bench.measure import measure_peak, prepare, quantiles, synchronize, take_turns
 from fastsp.bench.providers import PROVIDERS
 from fastsp.bench.workload import Workload, default_workload
 from fastsp.devices import best_device
 from fastsp.evaluation.environment import environment
 from fastsp.gpu_settings import gpu_settings
+from fastsp.training.compilation import compiler_settings
 
 ROUNDS = 10
 COMPILED = torch.cuda.is_available() or os.environ.get("FASTSP_BENCH_COMPILED") == "1"

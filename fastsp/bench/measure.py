@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,13 +159,3 @@ def empty_caches() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def compiler_settings() -> Iterator[None]:
-    """Every provider compiles the same UNet for its own shapes: as often as needed, and never with dynamic shapes."""
-    import torch._dynamo
-
-    settings = {"automatic_dynamic_shapes": False, "recompile_limit": 64, "fail_on_recompile_limit_hit": True}
-    with torch._dynamo.config.patch(settings):
-        yield

@@ -12,7 +12,6 @@ import torch
 
 from fastsp.bench.measure import (
     Entry,
-    compiler_settings,
     empty_caches,
     measure_peak,
     prepare,
@@ -25,6 +24,7 @@ from fastsp.bench.workload import Workload
 from fastsp.devices import device_name
 from fastsp.evaluation.environment import environment
 from fastsp.gpu_settings import gpu_settings
+from fastsp.training.compilation import compiler_settings
 
 Row = dict[str, Any]
 Say = Callable[[str], None]

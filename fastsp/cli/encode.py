@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -42,6 +41,7 @@ def encode(
     from fastsp.errors import UserError
     from fastsp.files import check_folder_writable
     from fastsp.gpu_settings import gpu_settings
+    from fastsp.launcher import launched
     from fastsp.progress import steps_bar
 
     settings = load_config(config, overrides or [])
@@ -55,9 +55,10 @@ def encode(
         )
     check_folder_writable(out, "--out")
     check_path(data)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    process = launched()
+    rank, world_size = process.rank, process.world_size
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", process.local_rank) if on_gpu else torch.device("cpu")
     model = _frozen_parts(settings, device)
     out.mkdir(parents=True, exist_ok=True)
     source = open_source(

@@ -24,8 +24,9 @@ def train(
     Example: fastsp train --config configs/quickstart.yaml run_dir=runs/try stages.0.steps=500
     """
     from fastsp.config import load_config
-    from fastsp.errors import is_main_process, said_once
+    from fastsp.launcher import launched, said_once
 
+    is_main = launched().is_main
     with said_once():
         loaded = load_config(config, overrides or [])  # a mistake is answered before torch is imported
 
@@ -36,7 +37,7 @@ def train(
     from fastsp.evaluation.report import write_report
     from fastsp.training.trainer import train as run_stages
 
-    console = Console(quiet=not is_main_process(), soft_wrap=not sys.stdout.isatty())  # a log's lines stay whole
+    console = Console(quiet=not is_main, soft_wrap=not sys.stdout.isatty())  # a log's lines stay whole
     with said_once():
         warning = check_evaluation(loaded)
     if warning is not None:
@@ -47,7 +48,7 @@ def train(
         return write_report(run_dir)
 
     run_stages(loaded, resume=resume, console=console, allow_changes=allow_changes, report=report)
-    if not is_main_process():
+    if not is_main:
         return
     if loaded.evaluation.enabled:
         from fastsp.evaluation.evaluate import evaluate_run

@@ -3,9 +3,9 @@
 Recorded are draws, diffusion, online forward, objective, backward, clipping, AdamW and the moving average; under DDP
 the sums over ranks too. With one microbatch that is one graph; with several it is one for every microbatch but the
 last, and one for the last and the update. What changes from step to step lies in tensors: the graph's own copy of the
-batch (its positions are the draws' counters) and the learning rate. Outside are those copies, and the frozen text
-encoders and VAE, which are others' code and may wait for the device; with latents and text features computed beforehand
-they have nothing to do.
+batch (its positions are the draws' counters), the learning rate and the decay of the average. Outside are those copies,
+and the frozen text encoders and VAE, which are others' code and may wait for the device; with latents and text features
+computed beforehand they have nothing to do.
 
 The first steps of a batch shape run uncaptured on a side stream, where everything is compiled, tuned and allocated that
 must not be during a recording. They are steps like any other. Recording computes nothing.
@@ -69,7 +69,7 @@ class CapturedStep:
             self.recording = self._try_to_record(self.step.encoded(microbatches[0]), len(microbatches))
             if self.recording is None:
                 return self.step(batch, number)
-        rate = self.step.set_learning_rate(number)
+        rate = self.step.set_rates(number)
         return self.step.result(*self.recording(microbatches), rate)
 
     def _try_to_record(self, example: Batch, microbatches: int) -> Recording | None:

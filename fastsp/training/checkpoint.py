@@ -37,7 +37,7 @@ from fastsp.training.checkpoint_folder import (
     write_manifest,
 )
 from fastsp.training.distributed import Ranks
-from fastsp.training.optimizer import local
+from fastsp.training.update import local
 
 # One process without a group is meant to be so. (For the whole process: `catch_warnings` is not for threads.)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")

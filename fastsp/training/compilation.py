@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from fastsp.config import Config
 from fastsp.data.cache import can_be_written, compiled_code_folder
+from fastsp.errors import RunFailed
+
+_MOST_VERSIONS = 64  # of the compiled code of one function
 
 # Never the modes with CUDA graphs of their own: the whole step is captured by hand, and theirs overwrite the teacher's
 # features and the gradients of earlier microbatches.
@@ -34,6 +39,37 @@ def compile_options(config: Config, device: torch.device, channels_last: bool = 
     if channels_last:
         return {"options": {**list_mode_options(mode), "layout_optimization": False}}
     return {"mode": mode}
+
+
+@contextmanager
+def compiler_settings() -> Iterator[None]:
+    """How ``torch.compile`` works within it:
+
+    - One version for every shape, never a generic one, and as many as there are: all stages' networks share the code of
+      one class. A code object that runs out of versions would go on uncompiled with only a warning; here that fails.
+    - One graph stays one under DDP. By default it is cut at the bounds of DDP's buckets (25 MB), so that their sums
+      over ranks overlap with the backward; SD2.1's would become some 65 pieces, between which nothing is fused.
+
+    Raises:
+        RunFailed: there were more shapes than versions.
+    """
+    import torch._dynamo
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    settings = {
+        "automatic_dynamic_shapes": False,
+        "recompile_limit": _MOST_VERSIONS,
+        "fail_on_recompile_limit_hit": True,
+        "optimize_ddp": False,
+    }
+    try:
+        with torch._dynamo.config.patch(settings):
+            yield
+    except FailOnRecompileLimitHit as error:
+        raise RunFailed(
+            f"torch.compile would need more than {_MOST_VERSIONS} versions of one function, and the rest would run "
+            "uncompiled; set compile: false, or see TORCH_LOGS=recompiles"
+        ) from error
 
 
 def keep_compiled_code() -> Path:

@@ -7,7 +7,6 @@ this costs nothing.
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from fastsp.errors import RunFailed, UserError
+from fastsp.launcher import launched
 
 T = TypeVar("T")
 
@@ -176,9 +176,10 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
         timeout_seconds: that a process may wait for the others.
 
     Raises:
-        UserError: more processes than GPUs on this machine.
+        UserError: more processes than GPUs on this machine, or launcher variables that do not fit together.
     """
-    world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    process = launched()
+    world_size, local_rank = process.world_size, process.local_rank
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda and local_rank >= torch.cuda.device_count():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 from fastsp.config import Config
 from fastsp.errors import RunFailed
@@ -14,6 +17,7 @@ from fastsp.training.checkpoint_folder import damage, newest_first, progress_of
 from fastsp.training.run_directory import RunDirectory
 
 _AFTER_A_FULL_DISK = "make room and go on with --resume"
+_NO_GPU_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _AFTER_DIVERGING = (
     "look at these samples, or go on with --resume --allow-changes and a lower learning rate or precision=fp32"
 )
@@ -25,7 +29,7 @@ class Diverged(Exception):  # noqa: N818
 
 @contextmanager
 def explained(run: RunDirectory) -> Iterator[None]:
-    """Around the whole run: turn :class:`Diverged`, and errors that mean a full disk, into one line.
+    """Around the whole run: turn :class:`Diverged`, and errors that mean a full disk or memory, into one line.
 
     Raises:
         RunFailed: in their place. Every other error passes.
@@ -39,6 +43,8 @@ def explained(run: RunDirectory) -> Iterator[None]:
             reason, advice = str(error), _AFTER_DIVERGING
         elif full := no_room(error):
             reason, advice = full, _AFTER_A_FULL_DISK
+        elif full := no_memory(error):
+            reason, advice = full, f"{less_memory(run.config)}, and go on with --resume --allow-changes"
         else:
             raise
         raise RunFailed(f"{run.root}: {reason}; {_last_good(run)}; {advice}") from error
@@ -64,6 +70,28 @@ def check_skipped(config: Config, stage: StageConfig, step: int, in_a_row: int) 
         f"{in_a_row} updates in a row were skipped, their gradient is not finite: steps {step - in_a_row + 1} to "
         f"{step} of stage {stage.name}, sample positions {positions}"
     )
+
+
+def no_memory(error: BaseException) -> str | None:
+    """How one of torch's errors says that memory is used up; None if it does not. Only one of them has its own type."""
+    if isinstance(error, torch.OutOfMemoryError):
+        wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+        return "out of GPU memory" + (f", {wanted[1]} more were wanted" if wanted else "")
+    told = str(error) if isinstance(error, RuntimeError) else ""
+    if "DefaultCPUAllocator: can't allocate memory" in told:
+        return "out of memory"
+    return "out of GPU memory" if any(phrase in told for phrase in _NO_GPU_MEMORY) else None
+
+
+def less_memory(config: Config) -> str:
+    """The keys by which a run takes less memory, as far as it does not do so yet."""
+    rows = config.data.microbatch or config.data.batch_size
+    ways = [f"set data.microbatch below {rows} (samples of one forward)"] if rows > 1 else []
+    if not config.gradient_checkpointing:
+        ways.append("set gradient_checkpointing: true")
+    if config.precision != "bf16":
+        ways.append("set precision: bf16")
+    return ", or ".join(ways) or "take a smaller data.resolution or model, or adapters (model.lora)"
 
 
 def _last_good(run: RunDirectory) -> str:

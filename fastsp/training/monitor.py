@@ -135,7 +135,7 @@ class Monitor:
             return
         global_step = self.steps_before + step
         self.run.append_metrics({"stage": self.stage.name, "step": step, "global_step": global_step, **figures})
-        self.trackers.write(figures, self.stage.name, global_step)
+        self.trackers.write(figures, self.stage, global_step)
 
     def _show(self, step: int, figures: dict[str, float], seconds_left: float) -> None:
         text = f"loss {figures['loss']:.4f}  {figures['samples_per_s']:.3g} samples/s"

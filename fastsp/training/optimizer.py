@@ -1,6 +1,6 @@
-"""AdamW with float32 master weights and the moving average of the weights, in one update.
+"""What surrounds every optimizer: float32 master weights, accumulated gradients, the moving average, and schedules.
 
-The learning rate is a pure function of the step, so that a resumed run needs to save no scheduler.
+Learning rate and decay of the average are pure functions of the step, so that a resumed run needs no saved scheduler.
 """
 
 from __future__ import annotations
@@ -9,19 +9,22 @@ import math
 
 import torch
 import torch.distributed as dist
-from fastsp_kernels import adamw_ema, global_norm
+from fastsp_kernels import global_norm
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+import fastsp.training.torch_updates  # noqa: F401 - registers them
 from fastsp.config import EMAConfig, OptimizerConfig
+from fastsp.training.update import AdamW, Update, Weights, local, present
 
 
 def learning_rate(config: OptimizerConfig, peak: float, step: int, num_steps: int) -> float:
-    """The rate of the ``step``-th update (from 1) of a stage of ``num_steps``: linear warm-up, then the schedule."""
+    """The rate of the ``step``-th update (from 1) of a stage of ``num_steps``: linear warm-up, then the schedule, which
+    would reach 0 at the update after the last."""
     warmup = config.warmup_steps
     if step <= warmup:
         return peak * step / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
+    progress = (step - 1 - warmup) / max(1, num_steps - warmup)
     if config.schedule == "linear":
         return peak * (1.0 - progress)
     if config.schedule == "cosine":
@@ -29,66 +32,77 @@ def learning_rate(config: OptimizerConfig, peak: float, step: int, num_steps: in
     return peak
 
 
-class AdamWEMA:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) and EMA over the parameters of a UNet that are not frozen.
+def ema_decay(config: EMAConfig, step: int) -> float:
+    """The decay of the average at the ``step``-th update (from 1) of a stage.
+
+    With warm-up it is at most (1 + step) / (10 + step), as in TensorFlow and diffusers: the average then spans about
+    the latest ninth of the steps so far, until it spans what ``decay`` says.
+    """
+    return min(config.decay, (1 + step) / (10 + step)) if config.warmup else config.decay
+
+
+def trained_share(config: EMAConfig, num_steps: int) -> float:
+    """How much of a stage's average are weights from its own steps; the rest are the weights that it started from."""
+    return 1.0 - math.prod(ema_decay(config, step) for step in range(1, num_steps + 1))
+
+
+class Optimizer:
+    """The training of those parameters of a network that are not frozen.
 
     Args:
         unet: the online network. Parameters in half precision get float32 master weights.
         ema_unet: of the same shape, those parameters in float32: they become the moving average, starting as they are.
-        config: betas, eps, weight decay and the largest gradient norm.
-        ema: the decay.
+        config: the learning rule and the largest gradient norm.
+        update: the learning rule's class.
 
     All state lives in tensors: ``state`` names each of them, for checkpoints. The parameters may be sharded by FSDP2
-    (``ema_unet``'s in the same way): the update, which is elementwise, then works on this rank's shards alone.
+    (``ema_unet``'s in the same way): the update then works on this rank's shards alone.
     """
 
-    def __init__(self, unet: nn.Module, ema_unet: nn.Module, config: OptimizerConfig, ema: EMAConfig) -> None:
-        names, params = zip(*((name, p) for name, p in unet.named_parameters() if p.requires_grad), strict=True)
+    def __init__(
+        self, unet: nn.Module, ema_unet: nn.Module, config: OptimizerConfig, update: type[Update] = AdamW
+    ) -> None:
+        params = {name: p for name, p in unet.named_parameters() if p.requires_grad}
         averages = dict(ema_unet.named_parameters())
-        self.config = config
-        masters = [p.data if p.dtype == torch.float32 else p.data.float() for p in params]
-        self._groups = {
-            "master": masters,
-            "exp_avg": [torch.zeros_like(master) for master in masters],
-            "exp_avg_sq": [torch.zeros_like(master) for master in masters],
-            "ema": [averages[name].data for name in names],
-        }
-        # What the update works on: this rank's part, without the empty shards that a small tensor leaves to some ranks.
-        present = [index for index, master in enumerate(masters) if local(master).numel()]
-        self.params: list[nn.Parameter] = [params[index] for index in present]
-        self.masters, self.exp_avgs, self.exp_avg_sqs, self.emas = (
-            [local(group[index]) for index in present] for group in self._groups.values()
-        )
-        self.low_precision = [p.data for p in params if p.dtype != torch.float32]
-        self.gradients: list[Tensor] | None = None
+        self._masters = {name: p.data if p.dtype == torch.float32 else p.data.float() for name, p in params.items()}
+        self._averages = {name: averages[name].data for name in params}
+        self.rule = update(self._masters, config)
+        masters = list(self._masters.values())
+        self.params: list[nn.Parameter] = [p for p in params.values() if local(p.data).numel()]
         self.sharded = isinstance(masters[0], DTensor)
         device = masters[0].device
-        self.ema_decay = torch.tensor(ema.decay, device=device)
-        self.learning_rate = torch.zeros((), device=device)
-        self.step_count = torch.zeros((), dtype=torch.int64, device=device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self._names: tuple[str, ...] = names
+        self.learning_rate, self.ema_decay = (torch.zeros((), device=device) for _ in range(2))
+        self.step_count, self.skipped, self.skipped_in_a_row = (
+            torch.zeros((), dtype=torch.int64, device=device) for _ in range(3)
+        )
+        self.masters = present(masters)
+        self.weights = Weights(
+            self.masters,
+            present(list(self._averages.values())),
+            [p.data for p in params.values() if p.dtype != torch.float32],
+            self.learning_rate,
+            self.ema_decay,
+            self.step_count,
+            self.skipped,
+        )
+        self.gradients: list[Tensor] | None = None
 
     @property
     def state(self) -> dict[str, Tensor]:
         """Every tensor that an exact resume needs, by name. They are the live ones: load in place."""
-        tensors = {
-            f"{kind}.{name}": tensor
-            for kind, group in self._groups.items()
-            for name, tensor in zip(self._names, group, strict=True)
-        }
-        counters = {
+        return {
+            **{f"master.{name}": tensor for name, tensor in self._masters.items()},
+            **self.rule.state,
+            **{f"ema.{name}": tensor for name, tensor in self._averages.items()},
             "step_count": self.step_count,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
         }
-        return {**tensors, **counters}
 
     def after_loading(self) -> None:
         """Make the half precision weights follow the master weights that were loaded in place."""
-        if self.low_precision:
-            torch._foreach_copy_(self.low_precision, self.masters)
+        if self.weights.copies:
+            torch._foreach_copy_(self.weights.copies, self.masters)
 
     def accumulate(self) -> None:
         """Take over the gradients of one microbatch and clear them. Several are added up in float32."""
@@ -113,7 +127,7 @@ class AdamWEMA:
 
     @torch.no_grad()
     def update(self) -> Tensor:
-        """Clip, step and average with the accumulated gradients and ``learning_rate``, a 0-d tensor to be filled in.
+        """Clip, step and average with the accumulated gradients; ``learning_rate`` and ``ema_decay`` are filled before.
 
         Returns the gradients' norm before clipping, 0-d float32. An update whose norm is not finite is skipped and
         counted, on the device.
@@ -121,23 +135,7 @@ class AdamWEMA:
         assert self.gradients is not None, "accumulate() comes first"
         gradients, self.gradients = self.gradients, None
         norm = self._norm(gradients)
-        adamw_ema(
-            self.masters,
-            gradients,
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            self.emas,
-            self.low_precision,
-            learning_rate=self.learning_rate,
-            ema_decay=self.ema_decay,
-            gradient_norm=norm,
-            step=self.step_count,
-            skipped=self.skipped,
-            max_norm=math.inf if self.config.grad_clip is None else self.config.grad_clip,
-            betas=(self.config.betas[0], self.config.betas[1]),
-            eps=self.config.eps,
-            weight_decay=self.config.weight_decay,
-        )
+        self.rule.apply(self.weights, gradients, norm)
         self.skipped_in_a_row.add_(1).mul_(~norm.isfinite())
         return norm
 
@@ -152,8 +150,3 @@ class AdamWEMA:
     def _clear(self) -> None:
         for p in self.params:
             p.grad = None
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a tensor that FSDP2 has sharded; any other as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastsp.families import family_of
 from fastsp.training.distributed import Ranks
-from fastsp.training.optimizer import AdamWEMA
+from fastsp.training.optimizer import Optimizer
 
 
 class Gradients:
@@ -37,7 +37,7 @@ class Gradients:
 
     warm_up_steps = 0
 
-    def __init__(self, unet: Any, optimizer: AdamWEMA) -> None:
+    def __init__(self, unet: Any, optimizer: Optimizer) -> None:
         self.network, self.optimizer = unet, optimizer
 
     @contextmanager
@@ -67,7 +67,7 @@ class ReplicatedGradients(Gradients):
 
     warm_up_steps = 11
 
-    def __init__(self, unet: Any, optimizer: AdamWEMA) -> None:
+    def __init__(self, unet: Any, optimizer: Optimizer) -> None:
         super().__init__(unet, optimizer)
         self.indices = {id(p): index for index, p in enumerate(optimizer.params)}
         self.summed: dict[int, Tensor] = {}  # by the index of the parameter
@@ -115,7 +115,7 @@ class ShardedGradients(Gradients):
         dist.all_reduce(loss)
 
 
-def gather_gradients(unet: Any, optimizer: AdamWEMA, ranks: Ranks) -> Gradients:
+def gather_gradients(unet: Any, optimizer: Optimizer, ranks: Ranks) -> Gradients:
     """The way of the gradients that fits: the UNet is sharded, or there are many ranks, or one."""
     if is_sharded(unet):
         return ShardedGradients(unet, optimizer)

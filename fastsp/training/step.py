@@ -24,8 +24,9 @@ from fastsp.perceptual import cast, shared_copy
 from fastsp.schedule import NoiseSchedule
 from fastsp.training.compilation import compile_options
 from fastsp.training.distributed import ALONE, Ranks
-from fastsp.training.optimizer import AdamWEMA, learning_rate
+from fastsp.training.optimizer import Optimizer, ema_decay, learning_rate
 from fastsp.training.parallel import Gradients, gather_gradients, shard
+from fastsp.training.update import update_of
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -120,7 +121,7 @@ class TrainingStep:
 
     def __call__(self, batch: Batch, number: int) -> StepResult:
         """One optimizer step on ``batch``, the ``number``-th (from 1) of the stage."""
-        rate = self.set_learning_rate(number)
+        rate = self.set_rates(number)
         loss = torch.zeros((), device=self.seed.device)
         *others, last = batch.microbatches(self.config.data.microbatch)
         for microbatch in others:
@@ -133,10 +134,12 @@ class TrainingStep:
         """With the optimizer's counters."""
         return StepResult(loss, grad_norm, rate, self.optimizer.skipped, self.optimizer.skipped_in_a_row)
 
-    def set_learning_rate(self, number: int) -> float:
-        """That of the ``number``-th update (from 1) of the stage, for the next update."""
+    def set_rates(self, number: int) -> float:
+        """Learning rate, which is returned, and decay of the average at the ``number``-th update (from 1) of the stage,
+        for the next update."""
         rate = learning_rate(self.config.optimizer, self.stage.learning_rate, number, self.stage.steps)
         self.optimizer.learning_rate.fill_(rate)
+        self.optimizer.ema_decay.fill_(ema_decay(self.config.ema, number))
         return rate
 
     def encoded(self, batch: Batch) -> Batch:
@@ -266,7 +269,7 @@ def build_step(
         family = family_of(initial)
         for module in (objective,) if sharded else (objective, unet):
             family.keep_channels_last(module)
-    optimizer = AdamWEMA(unet, ema_unet, config.optimizer, config.ema)
+    optimizer = Optimizer(unet, ema_unet, config.optimizer, update_of(config))
     gradients = gather_gradients(unet, optimizer, ranks)
     return TrainingStep(config, stage, gradients, objective, schedule, model, empty), ema_unet
 

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fastsp.config import Config
 from fastsp.errors import UserError
 from fastsp.files import write_file
+from fastsp.objectives import StageConfig
 from fastsp.training.run_directory import RunDirectory
 
 
@@ -52,12 +53,13 @@ class Trackers:
             self._wandb.finish(exit_code=0 if kind is None else 1)
         self._tensorboard.close()
 
-    def write(self, figures: dict[str, float], stage: str, global_step: int) -> None:
-        """The figures of one logged step."""
-        for name, value in figures.items():
+    def write(self, figures: dict[str, float], stage: StageConfig, global_step: int) -> None:
+        """The figures of one logged step. Losses of different objectives cannot be compared: each has its own curve."""
+        curves = {f"loss/{stage.objective}" if name == "loss" else name: value for name, value in figures.items()}
+        for name, value in curves.items():
             self._tensorboard.add_scalar(name, value, global_step)
         if self._wandb is not None:
-            self._wandb.log({**figures, "stage": stage, "global_step": global_step})
+            self._wandb.log({**curves, "stage": stage.name, "global_step": global_step})
 
     def show(self, samples: Image.Image, stage: str, global_step: int) -> None:
         """A grid of samples."""

@@ -17,13 +17,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from fastsp.attention import available, check_available, kept_choice
 from fastsp.attention import choose as choose_attention
-from fastsp.config import Config
+from fastsp.config import Config, EMAConfig
 from fastsp.data.inventory import Inventory
 from fastsp.data.latents import fingerprint
 from fastsp.data.source import Source, check_path, open_source
 from fastsp.devices import device_name
-from fastsp.errors import UserError, said_once
+from fastsp.errors import UserError
 from fastsp.gpu_settings import gpu_settings
+from fastsp.launcher import said_once
 from fastsp.lora import Base, add_adapters, load_adapters, save_adapters, save_for_use
 from fastsp.models import TextToImageModel, check_perceptual_network, load_model, load_unet
 from fastsp.objectives import StageConfig
@@ -31,17 +32,20 @@ from fastsp.perceptual import shared_copy
 from fastsp.training.capture import captured
 from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
 from fastsp.training.checkpoint_folder import Progress
-from fastsp.training.compilation import keep_compiled_code
+from fastsp.training.compilation import compiler_settings, keep_compiled_code
 from fastsp.training.distributed import Ranks, process_group
 from fastsp.training.faults import explained
 from fastsp.training.interrupt import Interrupted, StopRequest
 from fastsp.training.monitor import Monitor
+from fastsp.training.optimizer import trained_share
 from fastsp.training.parallel import whole_unet
 from fastsp.training.run_directory import RunDirectory
 from fastsp.training.samples import SampleDrawer
 from fastsp.training.step import COMPUTE_DTYPES, StepResult, TrainingStep, build_step
 from fastsp.training.trackers import Trackers, check_installed
+from fastsp.training.update import update_of
 
+_MOSTLY = 0.9  # of an average: below it there is a word of advice
 _NOTES = 3  # shown of what is damaged or may surprise in the data
 
 
@@ -66,22 +70,27 @@ def train(
     Raises:
         UserError: the run directory is not to be had, the model or the data cannot be loaded.
         Interrupted: by SIGINT or SIGTERM of any process, after saving.
-        RunFailed: the disk is full, or the gradient stays not finite.
+        RunFailed: disk or memory is full, or the gradient stays not finite.
     """
     with process_group(config.distributed_timeout) as ranks, ExitStack() as stack:
         with said_once():
             config.check_world_size(ranks.world_size)
         with ranks.main_first():
-            run, stop = RunDirectory(config, resume, allow_changes, ranks.is_main), StopRequest()
+            run, stop = RunDirectory(config, resume, allow_changes, ranks.is_main), StopRequest(ranks.is_main)
+            stack.enter_context(explained(run))  # the memory may be too small for the model already
             stack.callback(run.release)
             run.hold()
             trainer = Trainer(config, ranks, run, stop, console or Console(), report)  # fails before writing anything
             # The missing are named while `stop` still holds: torchrun sends SIGTERM as soon as one process has ended.
-            for context in (explained(run), run, stop, ranks.naming_the_missing()):
+            for context in (run, stop, ranks.naming_the_missing()):
                 stack.enter_context(context)
             if run.lock.note is not None:
                 trainer.console.print(f"note: {run.lock.note}")
-        with gpu_settings(config.precision == "bf16", config.deterministic):
+        compiles = config.compiles_on(ranks.device)
+        with (
+            gpu_settings(config.precision == "bf16", config.deterministic),
+            compiler_settings() if compiles else nullcontext(),
+        ):
             trainer.train(resume)
 
 
@@ -105,6 +114,7 @@ class Trainer:
         if self.device.type == "cuda" or config.compiles_on(self.device):  # Triton's kernels are compiled in any case
             keep_compiled_code()
         check_installed(config)
+        update_of(config)  # refuses an optimizer that is not there, or not for shards
         check_path(config.data)  # before a model is downloaded
         model = config.model
         self.model = load_model(model.preset, model.pretrained, config.data.resolution, config.seed, model.config)
@@ -174,6 +184,7 @@ class Trainer:
     ) -> None:
         """One stage, from update ``done`` on (what the checkpoint holds), to the EMA weights in its folder."""
         self.console.print(_headline(stage, done))
+        self.console.print(_average_line(self.config.ema, stage.steps), highlight=False)
         step, ema_unet = self._build(stage)
         if done:
             assert checkpoint is not None
@@ -432,6 +443,16 @@ def _headline(stage: StageConfig, done: int) -> str:
     steps = f"{stage.steps} step{'s' * (stage.steps != 1)}"
     start = f"from {stage.init}" if stage.init else "from the model's own weights"
     return f"stage {stage.name}: {stage.title}, {steps} {start}" + (f", {done} done" if done else "")
+
+
+def _average_line(ema: EMAConfig, steps: int) -> str:
+    """What the moving average of a stage will consist of."""
+    share = trained_share(ema, steps)
+    text = f"moving average (EMA {ema.decay}): {share:.1%} of it will be weights of this stage's steps"
+    if share > _MOSTLY:
+        return text
+    advice = "ema.warmup: true or a smaller ema.decay" if not ema.warmup else "a smaller ema.decay"
+    return f"{text}, the rest the weights that it starts from; {advice} leaves less of those"
 
 
 def _share(config: Config, ranks: Ranks) -> str:

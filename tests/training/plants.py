@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import resource
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,3 +69,51 @@ class SlowSaving:
         from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
         HuggingFaceStorageWriter.write_data = lambda *_: time.sleep(600)  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Variables:
+    """Variables of the environment."""
+
+    values: tuple[tuple[str, str], ...]
+
+    def __call__(self) -> None:
+        os.environ.update(self.values)
+
+
+@dataclass(frozen=True)
+class StuckInC:
+    """The main thread goes into C at a step and does not come back for minutes."""
+
+    step: int
+
+    def __call__(self) -> None:
+        _before_step(self.step, lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1))
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """A step wants more memory than the GPU has, in torch's words."""
+
+    step: int
+
+    def __call__(self) -> None:
+        import torch
+
+        def fails() -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity")
+
+        _before_step(self.step, fails)
+
+
+def _before_step(number: int, what: Callable[[], object]) -> None:
+    from fastsp.training.step import TrainingStep
+
+    call = TrainingStep.__call__
+
+    def faulty(step: Any, batch: Any, at: int) -> Any:
+        if at == number:
+            what()
+        return call(step, batch, at)
+
+    TrainingStep.__call__ = faulty  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from training.plants import BadPixels, BrokenReport, FileLimit, SlowSaving
+from training.plants import BadPixels, BrokenReport, FileLimit, OutOfMemory, SlowSaving, StuckInC, Variables
 from training.processes import ROOT, Run, logged_steps, metrics, start
 
 from fastsp.training.checkpoint import newest_whole
@@ -120,6 +120,34 @@ def test_the_second_of_two_signals_ends_the_run_at_once(tmp_path):
     run.signal(signal.SIGINT)
     assert run.wait(5) == 130
     assert newest_whole(tmp_path / "run" / "checkpoints") == (None, [])
+
+
+def test_signals_are_heard_while_the_main_thread_is_in_c(tmp_path):
+    run_dir = tmp_path / "run"
+    run = train(run_dir, plant=StuckInC(step=3))
+    run.until(lambda: logged_steps(run_dir) >= 2)
+    run.signal(signal.SIGINT)
+    run.until(lambda: "once more to stop at once" in run.output(), seconds=10)
+    run.signal(signal.SIGTERM)
+    assert run.wait(5) == 143
+
+
+def test_out_of_gpu_memory_is_one_line(tmp_path):
+    run = train(tmp_path / "run", "gradient_checkpointing=true", plant=OutOfMemory(step=2))
+    assert run.wait() == 1
+    assert complaint(run) == (
+        f"fastsp: {tmp_path / 'run'}: out of GPU memory, 2.50 GiB more were wanted; there is no checkpoint yet; "
+        "set data.microbatch below 4 (samples of one forward), or set precision: bf16, "
+        "and go on with --resume --allow-changes"
+    )
+
+
+@pytest.mark.parametrize("variables", [{"RANK": ""}, {"RANK": "1"}, {"WORLD_SIZE": "2"}], ids=str)
+def test_half_of_a_launcher_s_variables_is_refused(tmp_path, variables):
+    run = train(tmp_path / "run", plant=Variables(tuple(variables.items())))
+    assert run.wait() == 2
+    ((name, value),) = variables.items()
+    assert f"{name}={value}" in complaint(run).replace("'", "") and not (tmp_path / "run").exists()
 
 
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 from tiny import tiny_unet
 
-from fastsp.config import EMAConfig, OptimizerConfig
-from fastsp.training.optimizer import AdamWEMA, learning_rate
+from fastsp.config import EMAConfig, OptimizerConfig, load_config
+from fastsp.errors import UserError
+from fastsp.training.optimizer import Optimizer, ema_decay, learning_rate, trained_share
+from fastsp.training.torch_updates import Muon, TorchUpdate
+from fastsp.training.update import AdamW, Update, register, update_of
 
 
 def test_learning_rate():
@@ -17,8 +22,34 @@ def test_learning_rate():
     assert [learning_rate(config, 1.0, step, 10) for step in (1, 2, 4, 5, 10)] == [0.25, 0.5, 1.0, 1.0, 1.0]
     assert learning_rate(OptimizerConfig(), 0.3, 1, 10) == 0.3
     linear, cosine = (OptimizerConfig(warmup_steps=2, schedule=name) for name in ("linear", "cosine"))
-    assert [learning_rate(linear, 1.0, step, 10) for step in (2, 6, 10)] == [1.0, 0.5, 0.0]
-    assert [learning_rate(cosine, 1.0, step, 10) for step in (2, 6, 10)] == pytest.approx([1.0, 0.5, 0.0])
+    assert [learning_rate(linear, 1.0, step, 10) for step in (2, 3, 7, 10, 11)] == [1.0, 1.0, 0.5, 0.125, 0.0]
+    assert [learning_rate(cosine, 1.0, step, 10) for step in (2, 3, 7, 11)] == pytest.approx([1.0, 1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_last_update_trains(schedule):
+    """As diffusers' schedules, which reach 0 after the last step."""
+    theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(schedule, theirs, num_warmup_steps=0, num_training_steps=5)
+    for step in range(1, 6):
+        config = OptimizerConfig(schedule=schedule)
+        assert learning_rate(config, 1.0, step, 5) == pytest.approx(scheduler.get_last_lr()[0])
+        assert learning_rate(config, 1.0, step, 5) > 0
+        theirs.step()
+        scheduler.step()
+    assert learning_rate(OptimizerConfig(schedule=schedule), 1.0, 1, 1) == 1.0
+
+
+def test_the_average_of_a_short_stage_is_trained_weights():
+    """A constant 0.9995 leaves 40 steps 2 % of the average, 1,000 steps 39 %."""
+    constant, warm = EMAConfig(warmup=False), EMAConfig()
+    assert [round(trained_share(constant, steps), 2) for steps in (40, 500, 1000)] == [0.02, 0.22, 0.39]
+    assert all(trained_share(warm, steps) > 0.999 for steps in (10, 40, 500, 1000, 60_000))
+    assert [ema_decay(warm, step) for step in (1, 8, 100_000)] == [2 / 11, 0.5, 0.9995]
+    assert ema_decay(constant, 1) == 0.9995
+
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 
 def gradients(model, seed: int):
@@ -27,17 +58,30 @@ def gradients(model, seed: int):
         p.grad = torch.randn_like(p) * 0.01
 
 
-def make(dtype: torch.dtype):
+def make(dtype: torch.dtype, update: type[Update] = AdamW):
     ema_unet = copy.deepcopy(tiny_unet()).requires_grad_(False)
     unet = torch.nn.Module.to(tiny_unet(), dtype)
     config = OptimizerConfig(weight_decay=0.01, grad_clip=0.5)
-    optimizer = AdamWEMA(unet, ema_unet, config, EMAConfig(decay=0.9))
+    optimizer = Optimizer(unet, ema_unet, config, update)
     optimizer.learning_rate.fill_(1e-3)
+    optimizer.ema_decay.fill_(0.9)
     return unet, ema_unet, optimizer
 
 
-def test_agrees_with_torch_over_microbatches():
-    unet, ema_unet, optimizer = make(torch.float32)
+class PlainAdamW(TorchUpdate):
+    """torch's AdamW in place of the kernel."""
+
+    def make(self, steps):
+        betas = (self.config.betas[0], self.config.betas[1])
+        return [torch.optim.AdamW(list(steps.values()), 1.0, betas, self.config.eps, weight_decay=0.0)]
+
+
+UPDATES = [AdamW, PlainAdamW]
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_agrees_with_torch_over_microbatches(update):
+    unet, ema_unet, optimizer = make(torch.float32, update)
     theirs = tiny_unet()
     average = [p.detach().clone() for p in theirs.parameters()]
     adamw = torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0.01)
@@ -61,8 +105,9 @@ def test_agrees_with_torch_over_microbatches():
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_weights_follow_float32_masters():
-    unet, _, optimizer = make(torch.bfloat16)
+@pytest.mark.parametrize("update", [AdamW, Muon])
+def test_bfloat16_weights_follow_float32_masters(update):
+    unet, _, optimizer = make(torch.bfloat16, update)
     optimizer.learning_rate.fill_(1e-5)  # far below a bfloat16 step of most weights
     before = [master.clone() for master in optimizer.masters]
     for step in range(3):
@@ -85,8 +130,9 @@ def test_microbatches_add_up_in_float32():
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(optimizer.gradients, exact, strict=True))
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
-    unet, _, optimizer = make(torch.float32)
+@pytest.mark.parametrize("update", [AdamW, Muon])
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(update):
+    unet, _, optimizer = make(torch.float32, update)
     before = {name: tensor.clone() for name, tensor in optimizer.state.items()}
     counters = []
     for seed, broken in enumerate((float("nan"), float("inf"), None, float("nan"))):
@@ -100,3 +146,88 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
             changed = [name for name, tensor in optimizer.state.items() if not torch.equal(tensor, before[name])]
             assert changed == ["skipped", "skipped_in_a_row"]
     assert counters == [(1, 1, 0), (2, 2, 0), (2, 0, 1), (3, 1, 1)]
+
+
+def test_muon_steps_as_torch_s_muon_and_adamw():
+    """Convolutions as matrices; what is no matrix of a block takes AdamW."""
+    unet, _, optimizer = make(torch.float32, Muon)
+    theirs = tiny_unet()
+    parts: dict[bool, list] = {True: [], False: []}
+    flat = {}
+    for name, p in theirs.named_parameters():
+        is_matrix = p.ndim > 1 and "block" in name
+        flat[name] = torch.nn.Parameter(p.detach().flatten(1) if is_matrix else p.detach())
+        parts[is_matrix].append(flat[name])
+    muon = torch.optim.Muon(parts[True], lr=1e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(parts[False], lr=1e-3, weight_decay=0.01)
+    for step in range(3):
+        gradients(unet, step)
+        optimizer.accumulate()
+        norm = optimizer.update()
+        gradients(theirs, step)
+        for name, p in theirs.named_parameters():
+            flat[name].grad = p.grad.reshape(flat[name].shape) * min(1.0, 0.5 / (float(norm) + 1e-6))
+        muon.step()
+        adamw.step()
+    for name, p in unet.named_parameters():
+        torch.testing.assert_close(p.flatten(), flat[name].flatten(), rtol=1e-5, atol=2e-6)
+    assert all(parts.values()) and any(p.ndim == 4 and "block" in name for name, p in unet.named_parameters())
+
+
+def test_muon_goes_on_exactly_from_its_state():
+    _, _, straight = make(torch.float32, Muon)
+    _, _, first = make(torch.float32, Muon)
+
+    def steps(optimizer, numbers):
+        for number in numbers:
+            torch.manual_seed(number)
+            for p in optimizer.params:
+                p.grad = torch.randn_like(p)
+            optimizer.accumulate()
+            optimizer.update()
+
+    steps(straight, range(4))
+    steps(first, range(2))
+    _, _, second = make(torch.float32, Muon)
+    for name, tensor in second.state.items():
+        tensor.copy_(first.state[name])
+    second.after_loading()
+    steps(second, range(2, 4))
+    assert {name.split(".")[0] for name in second.state} >= {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
+    assert all(torch.equal(tensor, straight.state[name]) for name, tensor in second.state.items())
+
+
+class SignDescent(Update):
+    """As somebody would add it: in a file of their own, registered in one line."""
+
+    def directions(self, gradients):
+        return [-gradient.sign() for gradient in gradients]
+
+
+def test_an_optimizer_from_outside_of_the_package():
+    register("sign", SignDescent)
+    config = load_config(QUICKSTART, ["optimizer.kind=sign"])
+    unet, _, optimizer = make(torch.float32, update_of(config))
+    before = [p.detach().clone() for p in unet.parameters()]
+    gradients(unet, 0)
+    signs = [p.grad.sign() for p in unet.parameters()]
+    optimizer.accumulate()
+    optimizer.update()
+    for p, old, sign in zip(unet.parameters(), before, signs, strict=True):
+        torch.testing.assert_close(p, (1 - 1e-5) * old - 1e-3 * sign)
+    assert set(optimizer.state) == {
+        *(f"{kind}.{name}" for kind in ("master", "ema") for name, _ in unet.named_parameters()),
+        *("step_count", "skipped", "skipped_in_a_row"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["optimizer.kind=adamx"], r"optimizer\.kind: 'adamx' is not allowed: input should be adamw, muon"),
+        (["optimizer.kind=muon", "distributed=fsdp"], r"optimizer\.kind: muon needs whole matrices, .*use ddp"),
+    ],
+)
+def test_an_optimizer_that_cannot_work_is_refused(overrides, said):
+    with pytest.raises(UserError, match=said):
+        update_of(load_config(QUICKSTART, overrides))

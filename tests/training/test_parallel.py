@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from training.test_capture import assert_same, make, run
 
+from fastsp.errors import RunFailed
 from fastsp.training.capture import CapturedStep, record_cuda_graphs
+from fastsp.training.compilation import compiler_settings
 from fastsp.training.parallel import ReplicatedGradients
 from fastsp.training.step import TrainingStep
 
@@ -64,3 +66,30 @@ def test_a_finished_stage_is_freed(device):
     del step
     gc.collect()
     assert [reference() for reference in held] == [None, None]
+
+
+def test_a_compiled_network_stays_one_graph(device, monkeypatch):
+    """DDP's buckets are made small here, as 25 MB are for a real network."""
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)
+
+    def graphs() -> int:
+        torch._dynamo.reset()
+        compiled = []
+        step = make(device, "mse")
+        step.unet.compile(backend=lambda graph, _: compiled.append(graph) or graph)
+        replicated(step).unet.bucket_bytes_cap = 1000
+        run(step, step, 1)
+        return len(compiled)
+
+    assert graphs() > 1, "as torch does it by default"
+    with compiler_settings():
+        assert graphs() == 1
+
+
+def test_steps_that_would_run_uncompiled_are_refused():
+    function = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    with compiler_settings(), pytest.raises(RunFailed, match="the rest would run uncompiled; set compile: false"):
+        for size in range(2, 100):
+            function(torch.zeros(size))
+    with compiler_settings():
+        assert len(function(torch.zeros(2))) == 2

@@ -77,9 +77,25 @@ def test_tensorboard_forgets_what_a_resumed_run_makes_again(tmp_path):
         for reached, steps in ((0, (1, 2, 3)), (1, (2, 3, 4))):
             with Trackers(run, config, reached) as trackers:
                 for step in steps:
-                    trackers.write({"loss": step + reached / 10}, "mse", step)
+                    trackers.write({"loss": step + reached / 10}, config.stages[0], step)
             time.sleep(1.1)  # event files of one process are told apart by their second
-        assert tensorboard(run, "loss") == [(1, 1.0), (2, 2.1), (3, 3.1), (4, 4.1)]
+        assert tensorboard(run, "loss/mse") == [(1, 1.0), (2, 2.1), (3, 3.1), (4, 4.1)]
+
+
+def test_each_objective_has_its_own_curve_of_losses(tmp_path, wandb):
+    config = config_of(tmp_path, "log.wandb={project: sp}")
+    with RunDirectory(config) as run:
+        with Trackers(run, config, 0) as trackers:
+            for step, stage in enumerate(config.stages, start=1):
+                trackers.write({"loss": 1.0 * step, "grad_norm": 0.5}, stage, step)
+        assert tensorboard(run, "loss/mse") == [(1, 1.0), (3, 3.0)]
+        assert tensorboard(run, "loss/self_perceptual") == [(2, 2.0)]
+        assert tensorboard(run, "grad_norm") == [(1, 0.5), (2, 0.5), (3, 0.5)]
+    assert [set(row) - {"grad_norm", "stage", "global_step"} for row in wandb.runs[0].logged] == [
+        {"loss/mse"},
+        {"loss/self_perceptual"},
+        {"loss/mse"},
+    ]
 
 
 def test_grids_of_samples_are_shown(tmp_path, wandb):
@@ -107,13 +123,16 @@ def test_weights_and_biases_goes_on_with_its_run(tmp_path, wandb):
     check_installed(config)
     for reached in (0, 7):
         with RunDirectory(config, resume=True) as run, Trackers(run, config, reached) as trackers:
-            trackers.write(FIGURES, "mse", reached + 1)
+            trackers.write(FIGURES, config.stages[0], reached + 1)
     first, second = wandb.runs
     assert first.settings["id"] == second.settings["id"] and second.settings["resume"] == "allow"
     assert (first.settings["project"], first.settings["name"], first.settings["mode"]) == ("sp", "run", "offline")
     assert first.settings["config"]["data"]["batch_size"] == 32 and first.settings["dir"] == str(run.root)
     assert first.metrics == [("global_step", {}), ("*", {"step_metric": "global_step"})]
-    assert second.logged == [{**FIGURES, "stage": "mse", "global_step": 8}] and second.exit_code == 0
+    assert (
+        second.logged == [{"loss/mse": 0.5, "grad_norm": 1.0, "stage": "mse", "global_step": 8}]
+        and second.exit_code == 0
+    )
 
 
 def test_weights_and_biases_hears_of_a_failure(tmp_path, wandb):
@@ -146,7 +165,7 @@ def test_the_real_weights_and_biases_offline(tmp_path, monkeypatch):
     config = config_of(tmp_path, "log.wandb={project: sp, mode: offline}")
     for reached in (0, 1):
         with RunDirectory(config, resume=True) as run, Trackers(run, config, reached) as trackers:
-            trackers.write(FIGURES, "mse", reached + 1)
+            trackers.write(FIGURES, config.stages[0], reached + 1)
     identity = (run.root / "wandb_id").read_text()
     assert len(list(run.root.glob(f"wandb/offline-run-*/run-{identity}.wandb"))) == 2
 

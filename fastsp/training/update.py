@@ -1,0 +1,154 @@
+"""How gradients change weights: the arithmetic of an optimizer, chosen by `optimizer.kind`.
+
+To add one, subclass :class:`Update` in a file of its own and :func:`register` it under a name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from fastsp_kernels import adamw_ema
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fastsp.config import Config, OptimizerConfig
+from fastsp.errors import UserError
+
+_CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What an update changes: this rank's part of every list, and device scalars (0-d)."""
+
+    masters: list[Tensor]  # float32
+    averages: list[Tensor]  # float32
+    copies: list[Tensor]  # of the masters, in half precision; or empty
+    learning_rate: Tensor  # float32
+    ema_decay: Tensor  # float32
+    step_count: Tensor  # int64, updates that were made
+    skipped: Tensor  # int64, updates that were not, since the gradient was not finite
+
+
+class Update:
+    """One optimizer. Clipping, skipping, weight decay and the moving average are the same for all, in :meth:`apply`.
+
+    Args:
+        masters: the float32 weights by name; DTensors where FSDP2 has sharded them.
+        config: of the optimizer.
+
+    Attributes:
+        state: the tensors that an exact resume needs, by name. They are live: loading happens in place.
+        shards: whether it may be given a part of every tensor, as FSDP2 does.
+    """
+
+    shards = True
+
+    def __init__(self, masters: dict[str, Tensor], config: OptimizerConfig) -> None:
+        self.config = config
+        self.state: dict[str, Tensor] = {}
+
+    def directions(self, gradients: list[Tensor]) -> list[Tensor]:
+        """What is added to each weight at learning rate 1, without weight decay.
+
+        Args:
+            gradients: clipped, float32, in the order of the masters. Zeros where the update is skipped.
+
+        Everything is enqueued on the device and nothing is read back, so that a CUDA graph can hold it.
+        """
+        raise NotImplementedError
+
+    def apply(self, weights: Weights, gradients: list[Tensor], norm: Tensor) -> None:
+        """Clip, step and average, in place; where ``norm`` is not finite only ``skipped`` changes."""
+        finite = norm.isfinite()
+        weights.step_count.add_(finite)
+        weights.skipped.add_(~finite)
+        clip = (_max_norm(self.config) / (norm + _CLIP_EPSILON)).clamp(max=1.0)
+        gradients = [torch.where(finite, gradient.float() * clip, 0.0) for gradient in gradients]
+        before = [tensor.clone() for tensor in self.state.values()]
+        directions = self.directions(gradients)
+        for tensor, old in zip(self.state.values(), before, strict=True):
+            tensor.copy_(torch.where(finite, tensor, old))
+        rate = torch.where(finite, weights.learning_rate, 0.0)
+        torch._foreach_mul_(weights.masters, 1 - rate * self.config.weight_decay)
+        torch._foreach_add_(weights.masters, torch._foreach_mul(directions, rate))
+        share = torch.where(finite, 1 - weights.ema_decay, 0.0)
+        for average, master in zip(weights.averages, weights.masters, strict=True):
+            average.lerp_(master, share)
+        if weights.copies:
+            torch._foreach_copy_(weights.copies, weights.masters)
+
+
+_updates: dict[str, Callable[[dict[str, Tensor], OptimizerConfig], Update]] = {}
+
+
+def register(kind: str, update: type[Update]) -> None:
+    """Let `optimizer.kind` name an update."""
+    _updates[kind] = update
+
+
+def update_of(config: Config) -> type[Update]:
+    """The class that `optimizer.kind` names.
+
+    Raises:
+        UserError: there is none, or it cannot work on shards and `distributed` asks for them.
+    """
+    kind = config.optimizer.kind
+    if kind not in _updates:
+        raise UserError(f"optimizer.kind: {kind!r} is not allowed: input should be {', '.join(sorted(_updates))}")
+    update = _updates[kind]
+    if config.distributed == "fsdp" and not update.shards:
+        raise UserError(f"optimizer.kind: {kind} needs whole matrices, and distributed: fsdp shards them; use ddp")
+    return update
+
+
+class AdamW(Update):
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101), clipping, average and half-precision copies in one kernel."""
+
+    def __init__(self, masters: dict[str, Tensor], config: OptimizerConfig) -> None:
+        super().__init__(masters, config)
+        moments = {
+            kind: {name: torch.zeros_like(master) for name, master in masters.items()}
+            for kind in ("exp_avg", "exp_avg_sq")
+        }
+        self.state = {f"{kind}.{name}": tensor for kind, group in moments.items() for name, tensor in group.items()}
+        self.exp_avgs, self.exp_avg_sqs = (present(list(group.values())) for group in moments.values())
+
+    def apply(self, weights: Weights, gradients: list[Tensor], norm: Tensor) -> None:
+        adamw_ema(
+            weights.masters,
+            gradients,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            weights.averages,
+            weights.copies,
+            learning_rate=weights.learning_rate,
+            ema_decay=weights.ema_decay,
+            gradient_norm=norm,
+            step=weights.step_count,
+            skipped=weights.skipped,
+            max_norm=_max_norm(self.config),
+            betas=(self.config.betas[0], self.config.betas[1]),
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay,
+        )
+
+
+register("adamw", AdamW)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor that FSDP2 has sharded; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def present(tensors: list[Tensor]) -> list[Tensor]:
+    """This rank's shards, without the empty ones that a small tensor leaves to some ranks."""
+    return [shard for tensor in tensors if (shard := local(tensor)).numel()]
+
+
+def _max_norm(config: OptimizerConfig) -> float:
+    return math.inf if config.grad_clip is None else config.grad_clip
