@@ -32,12 +32,14 @@ def train(
 
     from rich.console import Console
 
+    console = Console(quiet=not is_main, soft_wrap=not sys.stdout.isatty())  # a log's lines stay whole
+    console.print(f"run {loaded.run_dir}: loading PyTorch, the model and the data")  # which takes a while
+
     from fastsp.evaluation.check import check_evaluation
     from fastsp.evaluation.environment import write_environment
     from fastsp.evaluation.report import write_report
     from fastsp.training.trainer import train as run_stages
 
-    console = Console(quiet=not is_main, soft_wrap=not sys.stdout.isatty())  # a log's lines stay whole
     with said_once():
         warning = check_evaluation(loaded)
     if warning is not None:

@@ -88,7 +88,7 @@ def test_a_compiled_network_stays_one_graph(device, monkeypatch):
 
 def test_steps_that_would_run_uncompiled_are_refused():
     function = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
-    with compiler_settings(), pytest.raises(RunFailed, match="the rest would run uncompiled; set compile: false"):
+    with pytest.raises(RunFailed, match="the rest would run uncompiled; set compile: false"), compiler_settings():
         for size in range(2, 100):
             function(torch.zeros(size))
     with compiler_settings():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,3 +56,14 @@ def test_the_first_compiled_step_says_what_it_does_and_how_long_it_took(monkeypa
         assert said.removeprefix(so_far) == "compiled; the first step took 0.0 s\n"
     else:
         assert said == ""
+
+
+def test_the_first_line_comes_before_torch_is_imported(tmp_path):
+    """Which takes ten seconds. Here the import fails, and the line has been printed."""
+    overrides = [f"run_dir={tmp_path / 'run'}", "evaluation.enabled=false"]
+    program = (
+        "import sys; sys.modules['torch'] = None; from fastsp.__main__ import main; "
+        f"sys.argv = ['fastsp', 'train', '--config', {str(QUICKSTART)!r}, *{overrides!r}]; main()"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert said.stdout == f"run {tmp_path / 'run'}: loading PyTorch, the model and the data\n", said.stderr
