@@ -17,7 +17,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from enum import Enum
 from pathlib import Path
 from typing import NamedTuple, Self, TextIO
 
@@ -174,15 +173,15 @@ class FileLock:
         until = time.monotonic() + self.patience
         try:
             stream = self.path.open("a+", encoding="utf-8")
-            while (state := _try_lock(stream, fcntl.LOCK_EX)) is _Lock.HELD and time.monotonic() < until:
+            while (is_ours := _try_lock(stream, fcntl.LOCK_EX)) is False and time.monotonic() < until:
                 time.sleep(0.05)
         except OSError as error:
             raise UserError(f"{self.what} cannot be locked: {self.path}: {error.strerror}") from None
-        if state is _Lock.HELD:
+        if is_ours is False:
             holder = _text_of(stream)
             stream.close()
             raise UserError(f"{self.what} is in use by {holder}")
-        if state is _Lock.UNSUPPORTED:
+        if is_ours is None:
             self.note = f"{self.what}: its file system has no locks; take care that no other process writes there"
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -224,32 +223,29 @@ def lock_holder(path: Path) -> LockHolder | None:
     """
     try:
         with path.open(encoding="utf-8") as stream:
-            state, name = _try_lock(stream, fcntl.LOCK_SH), _text_of(stream)
+            is_free, name = _try_lock(stream, fcntl.LOCK_SH), _text_of(stream)
     except OSError:
         return None
-    if state is _Lock.HELD:
+    if is_free is False:
         return LockHolder(name, certain=True)
     owner = re.fullmatch(r"process (\d+) on (.*)", name)
-    if state is _Lock.TAKEN or owner is None:
+    if is_free or owner is None:
         return None
     gone = owner[2] == socket.gethostname() and not _is_alive(int(owner[1]))
     return None if gone else LockHolder(name, certain=False)
 
 
-class _Lock(Enum):
-    TAKEN, HELD, UNSUPPORTED = range(3)
-
-
-def _try_lock(stream: TextIO, kind: int) -> _Lock:
+def _try_lock(stream: TextIO, kind: int) -> bool | None:
+    """Whether the lock could be taken; None where the file system has none."""
     try:
         fcntl.flock(stream, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            return _Lock.HELD
+            return False
         if error.errno in _UNSUPPORTED:
-            return _Lock.UNSUPPORTED
+            return None
         raise
-    return _Lock.TAKEN
+    return True
 
 
 def _text_of(stream: TextIO) -> str:

@@ -1,10 +1,11 @@
-"""Bars of long commands: on a terminal alone, on stderr, with the time that is left."""
+"""Progress of long commands: bars on stderr where it is a terminal, with the time that is left; times in words."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,26 +35,19 @@ def steps_progress(console: Console, *more: ProgressColumn, shown: bool = True) 
 
 
 @contextmanager
-def steps_bar(description: str, total: int, shown: bool = True) -> Iterator[Callable[..., None]]:
-    """The value of the context is a function that advances the bar by one of ``total``, or by as many as it is told."""
-    from rich.console import Console
-
-    with steps_progress(Console(stderr=True), shown=shown) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda count=1: bar.advance(task, count)
-
-
-@contextmanager
-def late_bar(description: str, total: int | None, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """As :func:`steps_bar`, for what mostly takes an instant: it appears after a while only.
+def steps_bar(
+    description: str, total: int | None, shown: bool = True, late: bool = False
+) -> Iterator[Callable[..., None]]:
+    """A bar around the work; the context's value advances it by one, or by as many as it is told.
 
     Args:
         description: of what is done.
-        total: None where it is not known before.
+        total: steps; None where their number is not known before.
         shown: whether at all.
+        late: it appears after ``LATE_SECONDS`` only, for what mostly takes an instant.
     """
     if not shown:
-        yield lambda count: None
+        yield lambda count=1: None
         return
     from rich.console import Console
 
@@ -61,10 +55,26 @@ def late_bar(description: str, total: int | None, shown: bool = True) -> Iterato
     task = bar.add_task(description, total=total)
     timer = threading.Timer(LATE_SECONDS, bar.start)
     timer.daemon = True
-    timer.start()
+    (timer if late else bar).start()
     try:
-        yield lambda count: bar.advance(task, count)
+        yield lambda count=1: bar.advance(task, count)
     finally:
-        timer.cancel()
-        timer.join()  # it may just be starting the bar
+        if late:
+            timer.cancel()
+            timer.join()  # it may just be starting the bar
         bar.stop()
+
+
+late_bar = partial(steps_bar, late=True)
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 20 s, 1 h 04 min, 2 d 05 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"

@@ -46,7 +46,6 @@ PACKAGE_OF = {
     "schedule": "diffusion",  # to be moved
     "cuda_graphs": "utils",  # to be moved
     "devices": "utils",  # to be moved
-    "durations": "utils",  # to be moved
     "errors": "utils",
     "files": "utils",  # to be moved
     "gpu_settings": "utils",  # to be moved

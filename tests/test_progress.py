@@ -1,4 +1,4 @@
-"""Bars that appear when something takes long, and only then."""
+"""Bars that appear when something takes long, and only then; times in words."""
 
 from __future__ import annotations
 
@@ -84,3 +84,10 @@ def test_data_check_shows_it(
     monkeypatch.setattr(folder, "_list", slow(folder._list))
     check_source(options_for(str(picture_folder(tmp_path / "pictures", 2)), 8))
     assert "listing pictures" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(7.4, "7 s"), (200, "3 min 20 s"), (3840, "1 h 04 min"), (190_800, "2 d 05 h")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert progress.duration(seconds) == text

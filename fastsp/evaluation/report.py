@@ -18,11 +18,11 @@ import jinja2
 import yaml
 from PIL import Image
 
-from fastsp.durations import duration
 from fastsp.evaluation.charts import loss_curve
 from fastsp.evaluation.run_files import RunFiles, read_run
 from fastsp.evaluation.tables import Roles, find_roles, score_tables, verdict
 from fastsp.files import write_file
+from fastsp.progress import duration
 
 MAX_STEP_GRIDS = 6  # of one stage; evenly chosen
 WIDE, NARROW = 1800, 640  # pixels: longest side of an embedded image, in the page's full width and beside others

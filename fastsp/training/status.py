@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from fastsp.durations import duration
 from fastsp.errors import UserError
 from fastsp.files import lock_holder
+from fastsp.progress import duration
 from fastsp.training.checkpoint_folder import Progress, damage, newest_first, progress_of
 
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl: some hundred lines
