@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsp.prediction import expand
-
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -86,7 +84,8 @@ def time_ids(original_sizes: Tensor, crop_offsets: Tensor, target_sizes: Tensor)
 
 
 def _where(dropped: Tensor, empty: Tensor, features: Tensor) -> Tensor:
-    return torch.where(expand(dropped, features), empty.to(features.dtype), features)
+    per_sample = dropped.view(-1, *[1] * (features.ndim - 1))
+    return torch.where(per_sample, empty.to(features.dtype), features)
 
 
 def _doubled(first: Tensor | None, second: Tensor | None) -> Tensor | None:

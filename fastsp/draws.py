@@ -1,36 +1,63 @@
-"""Every random number of a training run: pure functions of (seed, stream, sample position).
+"""Random numbers of a training run, as pure functions of (seed, stream, sample position); and of torch's generator.
 
-Position is the index of a sample in the run, never of a rank or a worker, so draws are the same at any world size and
-microbatch, and a resumed run needs no state. The generator is counter-based Philox 4x32-10 (`fastsp_kernels.philox`);
-t and eps are drawn where they are used, by :func:`fastsp_kernels.diffuse_seeded`.
+A position is the index of a sample in the run, never of a rank or a worker, so draws are the same at any world size and
+microbatch, and a resumed run needs no state. The generator is counter-based: Philox 4x32-10 (`fastsp_kernels.philox`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from fastsp_kernels import Stream, random_integers, random_normals, random_uniforms
 from fastsp_kernels.philox import Seed
 from torch import Tensor
 
-from fastsp.schedule import NORMAL_STD, OFFSET, displace
+
+@dataclass(frozen=True)
+class Seeded:
+    """One stream of Philox at the samples' positions, (B,) int64. Asked twice, it gives the same numbers."""
+
+    seed: Seed
+    stream: Stream
+    positions: Tensor
+
+    def integers(self, bound: int) -> Tensor:
+        return random_integers(self.seed, self.stream, self.positions, bound)
+
+    def uniforms(self) -> Tensor:
+        return random_uniforms(self.seed, self.stream, self.positions, 1)[:, 0]
+
+    def normals(self) -> Tensor:
+        return random_normals(self.seed, self.stream, self.positions, (1,))[:, 0]
 
 
-def perceptual_timesteps(
-    seed: Seed, positions: Tensor, timesteps: Tensor, num_train_timesteps: int, policy: str = "uniform"
-) -> Tensor:
-    """t' by one of the policies of Table 4, as :func:`fastsp.schedule.sample_perceptual_timesteps`. (B,) int64."""
-    stream = Stream.PERCEPTUAL_TIMESTEP
-    if policy == "uniform":
-        return random_integers(seed, stream, positions, num_train_timesteps)
-    if policy == "normal":
-        displacement = NORMAL_STD * random_normals(seed, stream, positions, (1,))[:, 0]
-    else:
-        displacement = OFFSET * (2.0 * random_integers(seed, stream, positions, 2) - 1.0)
-    return displace(timesteps, displacement, num_train_timesteps)
+@dataclass(frozen=True)
+class FromGenerator:
+    """Numbers for ``count`` samples on ``device``, drawn where the generator is; None: torch's default one."""
+
+    count: int
+    device: torch.device
+    generator: torch.Generator | None = None
+
+    @property
+    def _drawn_on(self) -> torch.device:
+        return self.device if self.generator is None else self.generator.device
+
+    def integers(self, bound: int) -> Tensor:
+        drawn = torch.randint(bound, (self.count,), generator=self.generator, device=self._drawn_on)
+        return drawn.to(self.device)
+
+    def uniforms(self) -> Tensor:
+        return torch.rand(self.count, generator=self.generator, device=self._drawn_on).to(self.device)
+
+    def normals(self) -> Tensor:
+        return torch.randn(self.count, generator=self.generator, device=self._drawn_on).to(self.device)
 
 
 def dropped_captions(seed: Seed, positions: Tensor, probability: float) -> Tensor:
     """Which samples lose their caption. (B,) bool."""
-    return random_uniforms(seed, Stream.CAPTION_DROPOUT, positions, 1)[:, 0] < probability
+    return Seeded(seed, Stream.CAPTION_DROPOUT, positions).uniforms() < probability
 
 
 def evaluation_noise(seed: Seed, indices: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -144,8 +144,9 @@ def generate(
     Raises:
         UserError: more steps than the model's schedule has, or a resolution that its VAE cannot encode.
     """
-    if sampling.steps > len(model.schedule):
-        raise UserError(f"--steps {sampling.steps}: the model knows {len(model.schedule)} timesteps; take no more")
+    num_timesteps = model.scheduler.config.num_train_timesteps
+    if sampling.steps > num_timesteps:
+        raise UserError(f"--steps {sampling.steps}: the model knows {num_timesteps} timesteps; take no more")
     shape = model.latent_shape(sampling.resolution or model.default_resolution)
     shown = frame_steps(sampling.steps, frames)
     for start in range(first, len(prompts), sampling.batch_size):

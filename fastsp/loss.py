@@ -9,60 +9,30 @@ The names of the arguments are those of diffusers' training scripts. Equation nu
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
 from fastsp_kernels import reproject
-from fastsp_kernels._checks import check_in_table
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastsp import prediction
-from fastsp.half_backward import HalfBackward, Misaligned
-from fastsp.options import Distance, Reduction, Teacher, TimestepSampling
-from fastsp.perceptual import PerceptualNetwork
-from fastsp.prediction import PREDICTION_TYPES, expand
-from fastsp.schedule import NoiseSchedule, sample_perceptual_timesteps
+from fastsp.diffusion.process import process_of
+from fastsp.draws import FromGenerator
+from fastsp.options import Displacement, Reduction, TimestepSampling
+from fastsp.perceptual.metric import build_metric, one_of
 
-Features = tuple[Tensor, ...]  # one tensor for each layer
-
-_log = logging.getLogger(__name__)
+SMALLEST_DISPLACEMENT = 0.1  # |c_f| below it counts as this much: the features' own rounding is what is left there
 
 
-def choose(name: str, value: str, allowed: Any) -> str:
-    """``value`` if the Literal type (or sequence of names) ``allowed`` has it.
-
-    Raises:
-        ValueError: it has not; the message names all three.
-    """
-    names = get_args(allowed) or tuple(allowed)
-    if value not in names:
-        raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(names)}")
-    return value
-
-
-def reduce(per_sample: Tensor, reduction: str) -> Tensor:
-    """(B,) -> its mean, or itself."""
-    return per_sample.mean() if reduction == "mean" else per_sample
-
-
-class _ScheduledLoss(nn.Module):
-    """What both losses share: the schedule, the prediction type and the checks of their arguments."""
+class _Loss(nn.Module):
+    """What both losses share: the noise process, the reduction and the checks of their arguments."""
 
     def __init__(self, scheduler: Any, prediction_type: str | None, reduction: str) -> None:
         super().__init__()
-        self.schedule = NoiseSchedule.of(scheduler)
-        if prediction_type is None:
-            prediction_type = getattr(getattr(scheduler, "config", None), "prediction_type", "v_prediction")
-        self.prediction_type = choose("prediction_type", prediction_type, PREDICTION_TYPES)
-        self.schedule.require(self.prediction_type)
-        self.reduction = choose("reduction", reduction, Reduction)
+        self.process = process_of(scheduler, prediction_type)
+        self.reduction = one_of("reduction", reduction, Reduction)
 
-    def _checked_timesteps(self, model_pred: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The timesteps as (B,) int64 on the prediction's device; refuses shapes that do not fit together."""
+    def _check_shapes(self, model_pred: Tensor, latents: Tensor, noise: Tensor) -> None:
         if not model_pred.shape == latents.shape == noise.shape:
             raise ValueError(
                 f"model_pred {tuple(model_pred.shape)}, latents {tuple(latents.shape)} and noise "
@@ -70,26 +40,31 @@ class _ScheduledLoss(nn.Module):
             )
         if model_pred.shape[0] == 0:
             raise ValueError("the batch is empty")
-        if timesteps.ndim == 0:
-            timesteps = timesteps.expand(model_pred.shape[0])
-        if timesteps.shape != model_pred.shape[:1]:
-            raise ValueError(f"timesteps must have shape ({model_pred.shape[0]},), got {tuple(timesteps.shape)}")
-        self.schedule.to(model_pred.device)
-        if not torch.compiler.is_compiling():
-            check_in_table("timesteps", timesteps, len(self.schedule))
-        return timesteps.to(model_pred.device, torch.int64)
+
+    def _times(self, name: str, t: Tensor, model_pred: Tensor) -> Tensor:
+        """Times of the process as (B,) on the prediction's device, checked."""
+        if t.ndim == 0:
+            t = t.expand(model_pred.shape[0])
+        if t.shape != model_pred.shape[:1]:
+            raise ValueError(f"{name} must have shape ({model_pred.shape[0]},), got {tuple(t.shape)}")
+        self.process.to(model_pred.device)
+        return self.process.check(name, t).to(model_pred.device)
+
+    def _reduced(self, per_sample: Tensor) -> Tensor:
+        """(B,) -> its mean, or itself."""
+        return per_sample.mean() if self.reduction == "mean" else per_sample
 
 
-class DenoisingLoss(_ScheduledLoss):
+class DenoisingLoss(_Loss):
     """The plain objective, equations (3) and (6): mean squared error of the prediction, in float32.
 
     It is called as :class:`SelfPerceptualLoss` is, and ignores what it does not need.
 
     Args:
-        scheduler: diffusers scheduler, ``NoiseSchedule`` or 1-D tensor of alpha_bar.
+        scheduler: diffusers scheduler, ``NoiseSchedule``, 1-D tensor of alpha_bar, or a ``Process``.
         prediction_type: ``v_prediction``, ``epsilon`` or ``sample``; None: the scheduler's.
         min_snr_gamma: min-SNR weighting (Hang et al., arXiv 2303.09556); None: no weighting.
-        reduction: ``mean``, or ``none`` for one value a sample, (B,).
+        reduction: ``mean``, or ``none`` for one value per sample, (B,).
 
     Raises:
         ValueError: unknown names; a prediction type that the schedule cannot carry; a gamma that is not positive.
@@ -118,58 +93,48 @@ class DenoisingLoss(_ScheduledLoss):
     ) -> Tensor:
         """Scalar float32 loss, or (B,) with ``reduction="none"``. Arguments as for :class:`SelfPerceptualLoss`."""
         del encoder_hidden_states, unused
-        timesteps = self._checked_timesteps(model_pred, latents, noise, timesteps)
-        a = expand(self.schedule.signal[timesteps], latents)
-        s = expand(self.schedule.noise[timesteps], latents)
-        target = prediction.target(self.prediction_type, latents.float(), noise.float(), a, s)
-        return reduce(self.against(model_pred, target, timesteps), self.reduction)
+        self._check_shapes(model_pred, latents, noise)
+        t = self._times("timesteps", timesteps, model_pred)
+        _, _, p, q = self.process.marginal(t).view(4, -1, *[1] * (latents.ndim - 1))
+        return self._reduced(self.per_sample(model_pred, p * latents.float() + q * noise.float(), t))
 
-    def against(self, model_pred: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
-        """The loss where the target is at hand: per-sample mean squared error, weighted by min-SNR. (B,) float32."""
-        per_sample = (model_pred.float() - target.float()).square().flatten(1).mean(1)
-        if self.min_snr_gamma is not None:
-            per_sample = per_sample * self._min_snr_weight(timesteps)
-        return per_sample
-
-    def _min_snr_weight(self, timesteps: Tensor) -> Tensor:
-        """``min(SNR, gamma)`` for a loss on x0, carried over to the prediction's own loss. (B,) float32."""
-        alphas_cumprod = self.schedule.alphas_cumprod[timesteps]
-        snr = alphas_cumprod / (1.0 - alphas_cumprod)
-        clipped = snr.clamp(max=self.min_snr_gamma)
-        if self.prediction_type == "v_prediction":
-            clipped = clipped / (snr + 1.0)
-        elif self.prediction_type == "epsilon":
-            clipped = clipped / snr
-        return clipped.float()
+    def per_sample(self, model_pred: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """Mean squared error of each sample against a target at hand, weighted by min-SNR. (B,) float32."""
+        loss = (model_pred.float() - target.float()).square().flatten(1).mean(1)
+        return loss if self.min_snr_gamma is None else loss * self.process.min_snr_weight(t, self.min_snr_gamma)
 
 
-class SelfPerceptualLoss(_ScheduledLoss):
+class SelfPerceptualLoss(_Loss):
     """The self-perceptual objective, equation (11), with the model's own frozen copy as the metric.
 
     Args:
         unet: **the MSE model**, a diffusers ``UNet2DConditionModel``. It is copied (truncated) and never changed. Build
             the criterion before SP training starts, and before DDP, FSDP or compile wrap the UNet; after resuming an SP
             run ``unet`` would be the SP model: use :meth:`from_pretrained` with the MSE model's folder there.
-        scheduler: diffusers scheduler, ``NoiseSchedule`` or 1-D tensor of alpha_bar.
+        scheduler: diffusers scheduler, ``NoiseSchedule``, 1-D tensor of alpha_bar, or a ``Process``.
         prediction_type: ``v_prediction``, ``epsilon`` or ``sample``; None: the scheduler's.
         layers: ``mid`` (the paper's choice), ``encoder``, ``decoder`` or ``encoder+mid`` (Table 3).
         distance: ``mse`` or ``mae`` (Table 5).
         timestep_sampling: how t' is drawn: ``uniform``, ``normal`` or ``offset`` (Table 4).
-        teacher: ``batched`` runs predicted and real half in one call, whose backward costs the predicted half alone
-            (traced once for every new shape); ``split`` in two calls, for the same FLOPs.
-        reduction: ``mean``, or ``none`` for one value a sample, (B,).
+        teacher: how the frozen network is called: ``batched``, predicted and real half in one call whose backward costs
+            the predicted half alone (traced once per shape); or ``split``, two calls, for the same FLOPs.
+        reduction: ``mean``, or ``none`` for one value per sample, (B,).
         dtype: of the perceptual network; None: the UNet's.
-        normalize: divide each layer's distance of a sample by the real features' own mean square (``mae``: mean
-            absolute value), so that the loss says how far the features are off in parts of their size, whatever the
-            network and t'. Ours, not the paper's: for sums with other losses.
+        normalize: ``none``, or ``sample`` (also False and True): divide each layer's distance by the real features' own
+            mean square (``mae``: mean absolute value), so that the loss is relative to their size, whatever the network
+            and t'. Not in the paper: for sums with other losses.
         share_frozen: hold the UNet's frozen parameters themselves instead of copies. For LoRA: only the adapters are
             copied, the base is held once. They must stay frozen, and in their dtype.
+        displacement: ``none``, or ``normalized``: divide by ``max(c_f^2, 0.01)``, where ``c_f`` is how much of the
+            prediction's error arrives at t'; by its square root for ``mae``. Near and far t' then count alike. Not in
+            the paper.
+        metric: the name of a registered metric (:mod:`fastsp.perceptual.metric`).
 
     The module's parameters are all frozen; it stays in eval mode and follows the device of ``model_pred``.
 
     Raises:
         ValueError: unknown names; a prediction type that the schedule cannot carry (epsilon with zero terminal SNR); a
-            scheduler without alpha_bar; a UNet without mid block, or sharded by FSDP.
+            scheduler without alpha_bar; a network that is no such UNet, has no mid block, or is sharded by FSDP.
     """
 
     def __init__(
@@ -183,49 +148,61 @@ class SelfPerceptualLoss(_ScheduledLoss):
         teacher: str = "batched",
         reduction: str = "mean",
         dtype: torch.dtype | None = None,
-        normalize: bool = False,
+        normalize: str | bool = "none",
         share_frozen: bool = False,
+        displacement: str = "none",
+        metric: str = "frozen_features",
     ) -> None:
         super().__init__(scheduler, prediction_type, reduction)
-        self.normalize = normalize
-        self.distance = choose("distance", distance, Distance)
-        self.timestep_sampling = choose("timestep_sampling", timestep_sampling, TimestepSampling)
-        self.teacher = choose("teacher", teacher, Teacher)
-        self.perceptual_network = PerceptualNetwork(unet, layers=layers, dtype=dtype, share_frozen=share_frozen)
-        self._half_backward = HalfBackward(self.perceptual_network)
+        self.timestep_sampling = one_of("timestep_sampling", timestep_sampling, TimestepSampling)
+        self.displacement = one_of("displacement", displacement, Displacement)
+        self.metric = build_metric(
+            metric,
+            unet,
+            layers=layers,
+            distance=distance,
+            normalize=normalize,
+            calls=teacher,
+            dtype=dtype,
+            share_frozen=share_frozen,
+        )
+        self.train(False)
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str, scheduler: Any = None, **kwargs: Any) -> SelfPerceptualLoss:
-        """The criterion of an MSE model on disk or on the hub, safetensors only.
+        """The criterion of an MSE model on disk or on the hub, safetensors only. Needs fastsp's extra ``train``.
 
         Args:
-            folder_or_hub_id: a diffusers pipeline (its ``unet/`` and ``scheduler/`` are read); or, of a run of
-                ``fastsp train``, one of ``stages/``, with the scheduler of the run.
-            scheduler: instead of the pipeline's own.
+            folder_or_hub_id: a diffusers pipeline, of which ``unet/`` and ``scheduler/`` are read; a ``.safetensors``
+                file of a whole model; or one of ``stages/`` of a run of ``fastsp train``, finished or not, with the
+                scheduler of the run.
+            scheduler: instead of the model's own.
             **kwargs: the constructor's other keywords.
 
         Raises:
             ValueError: one of the two is not there, or cannot be loaded.
         """
+        from fastsp.models import load_unet, load_unet_and_scheduler  # takes seconds to import
+
         folder = Path(folder_or_hub_id).expanduser()
-        if folder.is_file() or (folder / "pytorch_lora_weights.safetensors").is_file():
-            what = "is a single file" if folder.is_file() else "holds adapters"
-            raise ValueError(
-                f"{folder_or_hub_id} {what}: load the UNet with diffusers (and the adapters into it), and give it to "
-                "SelfPerceptualLoss(unet, scheduler, share_frozen=True)"
-            )
-        if (folder / "config.json").is_file():
-            unet_source, subfolder, scheduler_source = str(folder), None, str(folder.parent.parent / "final")
-        else:
-            unet_source, subfolder, scheduler_source = folder_or_hub_id, "unet", folder_or_hub_id
-        try:
-            unet = UNet2DConditionModel.from_pretrained(unet_source, subfolder=subfolder, use_safetensors=True)
-            if scheduler is None:
-                scheduler = DDIMScheduler.from_pretrained(scheduler_source, subfolder="scheduler")
-        except (OSError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{folder_or_hub_id} cannot be loaded as a pipeline of diffusers: {reason}") from error
-        return cls(unet, scheduler, **kwargs)
+        if scheduler is not None and folder.is_dir():
+            return cls(load_unet(folder), scheduler, **kwargs)
+        unet, own = load_unet_and_scheduler(str(folder_or_hub_id))
+        return cls(unet, own if scheduler is None else scheduler, **kwargs)
+
+    @property
+    def perceptual_network(self) -> Any:
+        """The frozen network of the metric."""
+        return self.metric.network
+
+    @property
+    def teacher(self) -> str:
+        """How it is called: as asked for, or ``split`` where it turned out that it cannot be traced."""
+        return self.metric.calls
+
+    def compile_teacher(self, **options: Any) -> None:
+        """Hand the frozen network to ``torch.compile``, with its keywords; also after the first call."""
+        self.metric.compile_network(**options)
 
     def train(self, mode: bool = True) -> SelfPerceptualLoss:
         """Stays in eval mode."""
@@ -248,7 +225,7 @@ class SelfPerceptualLoss(_ScheduledLoss):
         """Equation (11) for one batch.
 
         Args:
-            model_pred: the online network's answer at (x_t, t, c), (B, C, H, W), any float dtype.
+            model_pred: the online network's prediction at (x_t, t, c), (B, C, H, W), any float dtype.
             latents: x_0, (B, C, H, W).
             noise: eps, (B, C, H, W).
             timesteps: t, (B,) integers in 0 .. T-1.
@@ -263,101 +240,50 @@ class SelfPerceptualLoss(_ScheduledLoss):
             Scalar float32 loss, or (B,) with ``reduction="none"``. Gradient flows to ``model_pred`` alone.
 
         Raises:
-            ValueError: shapes that do not fit together, an empty batch, timesteps outside of the schedule (on a CPU).
+            ValueError: shapes that do not fit together, an empty batch, timesteps outside of the schedule (seen only
+                on a CPU), conditioning that the UNet needs and does not get.
         """
-        timesteps = self._checked_timesteps(model_pred, latents, noise, timesteps)
+        self._check_shapes(model_pred, latents, noise)
+        t = self._times("timesteps", timesteps, model_pred)
         if perceptual_timesteps is None:
-            perceptual_timesteps = sample_perceptual_timesteps(
-                timesteps, len(self.schedule), self.timestep_sampling, generator
-            )
-        perceptual_timesteps = perceptual_timesteps.to(model_pred.device, torch.int64)
-        if self.perceptual_network.device != model_pred.device:
-            self.perceptual_network.to(model_pred.device)
-        inputs = self.teacher_inputs(
-            model_pred, latents, timesteps, perceptual_timesteps, noise=noise, noisy_latents=noisy_latents
-        )
-        per_sample = self.between(inputs, perceptual_timesteps, encoder_hidden_states, added_cond_kwargs, class_labels)
-        return reduce(per_sample, self.reduction)
-
-    def between(
-        self,
-        inputs: Tensor,
-        perceptual_timesteps: Tensor,
-        encoder_hidden_states: Tensor,
-        added_cond_kwargs: dict[str, Tensor] | None = None,
-        class_labels: Tensor | None = None,
-    ) -> Tensor:
-        """The distance of the features of both halves of ``inputs`` (see :meth:`teacher_inputs`). (B,) float32."""
+            random = FromGenerator(len(t), t.device, generator)
+            t_prime = self.process.draw_perceptual(random, t, self.timestep_sampling)
+        else:
+            t_prime = self._times("perceptual_timesteps", perceptual_timesteps, model_pred)
+        if any(parameter.device != model_pred.device for parameter in self.metric.parameters()):
+            self.metric.to(model_pred.device)
         conditioning = {
-            "timesteps": perceptual_timesteps,
-            "encoder_hidden_states": encoder_hidden_states.to(inputs.dtype),
+            "encoder_hidden_states": encoder_hidden_states,
             "added_cond_kwargs": added_cond_kwargs,
             "class_labels": class_labels,
         }
-        if self.teacher == "split" or not inputs.requires_grad or torch.compiler.is_compiling():
-            return self._distance(*self._split(inputs, conditioning))
-        try:
-            return self._distance(*self._batched(inputs, conditioning))
-        except Misaligned as reason:
-            _log.warning("teacher='batched' goes on as 'split': %s", reason)
-            self.teacher = "split"
-            if self._half_backward.compile_options is not None:
-                self.compile_teacher(**self._half_backward.compile_options)
-            return self._distance(*self._split(inputs, conditioning))
+        noise_source = {"noise": noise, "noisy_latents": noisy_latents}
+        return self._reduced(self.per_sample(model_pred, latents, t, t_prime, conditioning, **noise_source))
 
-    def compile_teacher(self, **options: Any) -> None:
-        """Hand the perceptual network to ``torch.compile``, whichever way it is called."""
-        if self.teacher == "batched":
-            self._half_backward.compile_options = options
-        else:
-            self.perceptual_network.compile(**options)
-
-    def teacher_inputs(
-        self, model_pred: Tensor, latents: Tensor, timesteps: Tensor, perceptual_timesteps: Tensor, **source: Any
+    def per_sample(
+        self,
+        model_pred: Tensor,
+        latents: Tensor,
+        t: Tensor,
+        t_prime: Tensor,
+        conditioning: dict[str, Any],
+        **noise_source: Tensor | None,
     ) -> Tensor:
-        """``[x^_t' ; x_t']``, (2B, C, H, W) in the network's dtype and layout: equations (7) to (10) by rotation.
+        """The loss at given t and t', nothing checked. (B,) float32.
 
-        ``source`` is ``noise``, or ``seed`` and ``positions`` to make it again; see
-        :func:`fastsp_kernels.reproject`, which is safe at zero terminal SNR and alike for both halves.
+        ``noise_source`` is ``noise`` and perhaps ``noisy_latents``; or ``seed`` and ``positions``, to draw it again.
         """
-        schedule, network = self.schedule, self.perceptual_network
-        return reproject(
-            model_pred,
-            latents,
-            timesteps,
-            perceptual_timesteps,
-            schedule.signal,
-            schedule.noise,
-            schedule.angles,
-            prediction_type=self.prediction_type,
-            dtype=network.dtype,
-            memory_format=network.memory_format,
-            **source,
-        )
+        transition = self.process.transition(t, t_prime)
+        inputs = self.metric_inputs(model_pred, latents, self.process.marginal(t), transition, **noise_source)
+        distance = self.metric.distance(inputs, self.process.model_time(t_prime), conditioning)
+        if self.displacement == "none":
+            return distance
+        return distance / transition[1].abs().clamp_min(SMALLEST_DISPLACEMENT) ** self.metric.order
 
-    def _batched(self, inputs: Tensor, conditioning: dict[str, Any]) -> tuple[Features, Features]:
-        """Features of the predicted and of the real half, from one call of the perceptual network."""
-        flat = {**conditioning, **{f"added.{k}": v for k, v in (conditioning["added_cond_kwargs"] or {}).items()}}
-        both = {name: torch.cat([value, value]) for name, value in flat.items() if isinstance(value, Tensor)}
-        halves = [feature.chunk(2) for feature in self._half_backward(inputs, both)]
-        return tuple(pred for pred, _ in halves), tuple(real.detach() for _, real in halves)
-
-    def _split(self, inputs: Tensor, conditioning: dict[str, Any]) -> tuple[Features, Features]:
-        """The same from two calls: the real half without gradient, then the predicted one."""
-        pred, real = inputs.chunk(2)
-        with torch.no_grad():
-            real_features = self.perceptual_network(real.detach(), **conditioning)
-        return self.perceptual_network(pred, **conditioning), real_features
-
-    def _distance(self, pred: Features, real: Features) -> Tensor:
-        """Each layer's distance within a sample, then the plain mean over layers. (B,) float32."""
-        pairs = [(p.float().flatten(1), r.float().flatten(1)) for p, r in zip(pred, real, strict=True)]
-        per_layer = [self._magnitude(p - r) for p, r in pairs]
-        if self.normalize:
-            sizes = [self._magnitude(r).clamp_min(torch.finfo(torch.float32).tiny) for _, r in pairs]
-            per_layer = [distance / size for distance, size in zip(per_layer, sizes, strict=True)]
-        return torch.stack(per_layer).mean(0)
-
-    def _magnitude(self, features: Tensor) -> Tensor:
-        """Mean square (or absolute value) of a sample's features: (B, N) -> (B,)."""
-        return features.abs().mean(1) if self.distance == "mae" else features.square().mean(1)
+    def metric_inputs(
+        self, model_pred: Tensor, latents: Tensor, marginal: Tensor, transition: Tensor, **noise_source: Tensor | None
+    ) -> Tensor:
+        """``[x^_t' ; x_t']``, (2B, C, H, W) as the metric wants it: see :func:`fastsp_kernels.reproject`."""
+        metric = self.metric
+        layout = {"dtype": metric.dtype, "memory_format": metric.memory_format}
+        return reproject(model_pred, latents, marginal, transition, **noise_source, **layout)

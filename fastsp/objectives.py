@@ -5,12 +5,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SerializeAsAny, TypeAdapter, ValidationInfo, WrapValidator, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, TypeAdapter, ValidationInfo, WrapValidator, model_validator
 
-from fastsp.options import Distance, Layers, Teacher, TimestepSampling
+from fastsp.options import Displacement, Distance, Layers, Teacher, TimestepSampling
 from fastsp.section import AboveZero, Kinds, Name, PathText, Positive, Section, is_reading
 
 OBJECTIVES = Kinds("objective")
+
+
+def _named(normalize: Any) -> Any:
+    """True and False, as earlier versions had it."""
+    return ("sample" if normalize else "none") if isinstance(normalize, bool) else normalize
+
+
+FeatureNormalization = Annotated[Literal["none", "sample"], BeforeValidator(_named)]
 
 
 class StageConfig(Section):
@@ -67,7 +75,8 @@ class SelfPerceptualStage(StageConfig):
     distance: Distance = "mse"
     timestep_sampling: TimestepSampling = "uniform"
     teacher: Teacher = "batched"
-    normalize: bool = False  # divide the features' distance by their mean square: its scale is then the same everywhere
+    normalize: FeatureNormalization = "none"  # sample: divide the features' distance by the real ones' mean square
+    displacement: Displacement = "none"  # normalized: divide by max(c_f^2, 0.01), so that near and far t' count alike
     mse_weight: Annotated[float, Field(ge=0.0)] = 0.0  # adds this much of the MSE objective to the self-perceptual one
 
     @property

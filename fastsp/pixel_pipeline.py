@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fastsp.conditioning import Conditioning
+from fastsp.diffusion.process import process_of
 from fastsp.families import family_of
 from fastsp.sampling import Guidance, ddim, guided_denoiser
-from fastsp.schedule import NoiseSchedule
 
 
 class PixelTextToImagePipeline(DiffusionPipeline):
@@ -62,8 +62,8 @@ class PixelTextToImagePipeline(DiffusionPipeline):
         denoise = guided_denoiser(
             self.unet, self._encode(prompts), self._encode([""]), Guidance(guidance_scale, guidance_rescale)
         )
-        schedule, prediction_type = NoiseSchedule.of(self.scheduler), self.scheduler.config.prediction_type
-        for x_t, _ in ddim(denoise, schedule.to(latents.device), latents, num_inference_steps, prediction_type):
+        process = process_of(self.scheduler).to(latents.device)
+        for x_t, _ in ddim(denoise, process, latents, num_inference_steps):
             latents = x_t
         images = latents.clamp(-1.0, 1.0)
         if output_type != "pt":

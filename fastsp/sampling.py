@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsp import prediction
 from fastsp.conditioning import Conditioning
-from fastsp.schedule import NoiseSchedule
+from fastsp.diffusion.process import Process
 
-# (x_t, t) -> the model's answer, both halves of a guided batch in one call where there is guidance.
-Denoiser = Callable[[Tensor, int], Tensor]
+# (x_t, what the network is told about t) -> its prediction; with guidance, both halves of the batch in one call.
+Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,32 +50,24 @@ class Guidance:
 NO_GUIDANCE = Guidance()
 
 
-def ddim(
-    denoise: Denoiser, schedule: NoiseSchedule, noise: Tensor, num_steps: int, prediction_type: str = "v_prediction"
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Walk down the trailing grid, yielding ``(x_next, x0^)`` after each of the ``num_steps`` steps, in float32.
+def ddim(denoise: Denoiser, process: Process, noise: Tensor, num_steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Walk down the process's grid, yielding ``(x_next, x0^)`` after each of the ``num_steps`` steps, in float32.
 
-    Each step goes to the grid's own next timestep, so the walk is exact for every step count; the last one lands on
-    alpha_bar = 1, where x_next is x0^ itself.
+    A step is the transition to the grid's next time, so the walk is exact for every number of steps. The last one lands
+    on the clean sample, where x_next is x0^ itself. On a flow these are Euler's steps.
 
     Args:
-        denoise: ``(x_t, t) -> model_pred``.
-        schedule: the noise schedule.
+        denoise: ``(x_t, model time) -> model_pred``.
+        process: the noise process of ``denoise``.
         noise: x_T, (B, C, H, W).
-        num_steps: 1 .. T.
-        prediction_type: of ``denoise``'s answer.
+        num_steps: at least 1; at most T where the process is a table.
     """
-    grid = schedule.trailing_timesteps(num_steps)
+    grid = process.grid(num_steps)
     x_t = noise.float()
-    for t, t_next in zip(grid, [*grid[1:], None], strict=True):
-        a, s = schedule.signal[t], schedule.noise[t]
-        v = prediction.to_velocity(prediction_type, denoise(x_t, t).float(), x_t, a, s)
-        sample = prediction.sample_from_velocity(x_t, v, a, s)
-        if t_next is None:
-            x_t = sample
-        else:
-            epsilon = prediction.epsilon_from_velocity(x_t, v, a, s)
-            x_t = prediction.noisy_latents(sample, epsilon, schedule.signal[t_next], schedule.noise[t_next])
+    for t, t_next in pairwise(grid):
+        model_pred = denoise(x_t, process.model_time(t)).float()
+        steps = (process.transition(t, to) for to in (t_next, grid[-1]))
+        x_t, sample = (c_x * x_t + c_f * model_pred for c_x, c_f in steps)
         yield x_t, sample
 
 
@@ -94,10 +86,9 @@ def guided_denoiser(
         conditioning = conditioning.with_empty(empty)
     conditioning = conditioning.to(dtype=unet.dtype)
 
-    def denoise(x_t: Tensor, t: int) -> Tensor:
+    def denoise(x_t: Tensor, time: Tensor) -> Tensor:
         x_t = torch.cat([x_t, x_t]) if guidance.active else x_t
-        timesteps = torch.full((len(x_t),), t, device=x_t.device)
-        model_pred = unet(x_t.to(unet.dtype), timesteps, **conditioning.kwargs(), return_dict=False)[0]
+        model_pred = unet(x_t.to(unet.dtype), time.expand(len(x_t)), **conditioning.kwargs(), return_dict=False)[0]
         return guidance.combine(*model_pred.float().chunk(2)) if guidance.active else model_pred
 
     return denoise

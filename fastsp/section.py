@@ -76,6 +76,7 @@ class Kinds(dict[str, type[Section]]):
                 fault = {"type": "missing", "loc": (self.key,), "input": value}
             raise ValidationError.from_exception_data("section", [fault])
         fields = [(key, field) for other in self.values() for key, field in other.model_fields.items()]
-        idle = {key for key, field in fields if is_reading(info) or value.get(key) == field.default}
+        # False is `normalize: none` of earlier versions
+        idle = {key for key, field in fields if is_reading(info) or value.get(key) in (field.default, False)}
         own = {key: content for key, content in value.items() if key in kind.model_fields or key not in idle}
         return kind.model_validate(own, context=info.context)

@@ -16,7 +16,8 @@ FLOORS = (
     ("training",),
     ("generation",),
     ("config",),
-    ("models", "data", "loss"),
+    ("loss",),
+    ("models", "data"),
     ("perceptual",),
     ("diffusion",),
     ("utils", "kernels"),
@@ -38,12 +39,9 @@ PACKAGE_OF = {
     "lora": "models",  # to be moved
     "pixel_pipeline": "models",  # to be moved
     "families": "perceptual",  # to be moved
-    "half_backward": "perceptual",  # to be moved
     "conditioning": "diffusion",  # to be moved
     "draws": "diffusion",  # to be moved
-    "prediction": "diffusion",  # to be moved
     "sampling": "diffusion",  # to be moved
-    "schedule": "diffusion",  # to be moved
     "cuda_graphs": "utils",  # to be moved
     "devices": "utils",  # to be moved
     "errors": "utils",

@@ -10,8 +10,10 @@ import torch
 from tiny import batch, scheduler, tiny_unet
 from torch import Tensor, nn
 
+from fastsp.diffusion.process import NoiseSchedule, process_of
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
-from fastsp.schedule import NoiseSchedule
+from fastsp.perceptual import metric
+from fastsp.perceptual.metric import PerceptualMetric, register_metric
 
 LAYERS = ("mid", "encoder", "decoder", "encoder+mid")
 
@@ -86,7 +88,7 @@ def to_double(data: dict[str, Any]) -> dict[str, Any]:
 def online_step(criterion: nn.Module, online: Any, sched: Any, data: dict[str, Any]) -> Tensor:
     """What anybody's loop does with a criterion. Float32."""
     schedule = NoiseSchedule.of(sched)
-    a, s = (table[data["timesteps"]].view(-1, 1, 1, 1) for table in (schedule.signal, schedule.noise))
+    a, s = (table[data["timesteps"]].view(-1, 1, 1, 1) for table in (schedule.signal, schedule.noise_level))
     noisy = a * data["latents"] + s * data["noise"]
     states, added = data["encoder_hidden_states"], data["added_cond_kwargs"]
     model_pred = online(noisy, data["timesteps"], states, added_cond_kwargs=added).sample
@@ -156,6 +158,83 @@ def test_normalized_loss_does_not_depend_on_the_size_of_the_features():
     torch.testing.assert_close(values[True], torch.ones(3), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize(("distance", "order"), [("mse", 2), ("mae", 1)])
+@pytest.mark.parametrize("teacher_mode", ["batched", "split"])
+def test_normalized_displacement(distance, order, teacher_mode):
+    """The published loss of each sample over max(c_f^2, 0.01), or its root for absolute values; with its gradient."""
+    online, teacher, sched = tiny_unet(seed=1), tiny_unet(seed=2), scheduler()
+    data = batch() | {"perceptual_timesteps": torch.tensor([900, 510, 20])}
+    options = {"distance": distance, "teacher": teacher_mode, "reduction": "none"}
+    criterion = SelfPerceptualLoss(teacher, sched, displacement="normalized", **options)
+    losses = online_step(criterion, online, sched, data)
+
+    exact_online, exact_teacher = copy.deepcopy(online).double(), copy.deepcopy(teacher).double()
+    table, exact, expected, c_f = sched.alphas_cumprod.double(), to_double(data), [], []
+    for row in range(3):
+        one = {name: value if value is None else value[row : row + 1] for name, value in exact.items()}
+        angles = [
+            torch.atan2((1 - table[t]).sqrt(), table[t].sqrt())
+            for t in (data["timesteps"][row], data["perceptual_timesteps"][row])
+        ]
+        c_f.append(float((angles[1] - angles[0]).sin()))
+        published = algorithm_1(exact_online, exact_teacher, table, one, "v_prediction", distance=distance)
+        expected.append(published / max(c_f[-1] ** 2, 0.01) ** (order / 2))
+    assert abs(c_f[0]) > 0.9 and abs(c_f[1]) < 0.1, "on both sides of the floor"
+    assert relative_error(losses, torch.stack(expected)) < 1e-5
+    assert relative_error(gradient(losses.sum(), online), gradient(sum(expected), exact_online)) < 1e-5
+
+
+@pytest.mark.parametrize("distance", ["mse", "mae"])
+def test_normalized_displacement_where_the_times_are_equal(distance):
+    data, pred = batch(), torch.randn(3, 4, 8, 8, requires_grad=True)
+    data["perceptual_timesteps"] = data["timesteps"]
+    criterion = SelfPerceptualLoss(tiny_unet(), scheduler(), distance=distance, displacement="normalized")
+    loss = criterion(pred, **data)
+    assert loss == 0 and torch.equal(torch.autograd.grad(loss, pred)[0], torch.zeros_like(pred))
+
+
+def test_normalize_is_a_name_or_a_boolean():
+    data, pred = batch(), torch.randn(3, 4, 8, 8)
+    values = {
+        n: SelfPerceptualLoss(tiny_unet(), scheduler(), normalize=n)(pred, **data)
+        for n in ("none", False, "sample", True)
+    }
+    assert values["none"] == values[False] != values["sample"] == values[True]
+    for wrong, message in (
+        ("channel", "'channel' is not available yet"),
+        ("layer", "'layer' is unknown: use one of none, sample"),
+    ):
+        with pytest.raises(ValueError, match=f"normalize {message}"):
+            SelfPerceptualLoss(tiny_unet(), scheduler(), normalize=wrong)
+
+
+class PixelDistance(PerceptualMetric):
+    """A metric from outside of the package: no network, the mean square of the difference itself."""
+
+    def __init__(self, unet, **options):
+        super().__init__()
+
+    def distance(self, inputs, time, conditioning):
+        predicted, real = inputs.float().chunk(2)
+        return (predicted - real.detach()).square().flatten(1).mean(1)
+
+
+def test_a_metric_of_one_s_own(monkeypatch):
+    """One class and one registration. In pixels the loss is MSE times c_f^2, which `displacement` takes out again."""
+    monkeypatch.setattr(metric, "METRICS", dict(metric.METRICS))
+    register_metric("pixels")(PixelDistance)
+    data, sched, pred = batch(), scheduler(), torch.randn(3, 4, 8, 8, requires_grad=True)
+    data["perceptual_timesteps"] = torch.tensor([700, 100, 500])
+    mse = DenoisingLoss(sched, reduction="none")(pred, **data)
+    options = {"metric": "pixels", "reduction": "none"}
+    _, c_f = process_of(sched).transition(data["timesteps"], data["perceptual_timesteps"])
+    torch.testing.assert_close(SelfPerceptualLoss(tiny_unet(), sched, **options)(pred, **data), c_f**2 * mse)
+    flat = SelfPerceptualLoss(tiny_unet(), sched, displacement="normalized", **options)(pred, **data)
+    torch.testing.assert_close(flat, mse)
+    with pytest.raises(ValueError, match="metric 'lpips' is unknown: use one of frozen_features, pixels"):
+        SelfPerceptualLoss(tiny_unet(), sched, metric="lpips")
+
+
 def test_uses_the_predicted_noise():
     """A known mistake: x^_t' from x0^ and the *true* noise. The oracle with that mistake must be far away."""
     online, teacher = tiny_unet(seed=1).double(), tiny_unet(seed=2).double()
@@ -173,18 +252,21 @@ def test_uses_the_predicted_noise():
 def test_equal_halves_are_bitwise_equal(prediction_type):
     data, sched = batch(), scheduler(prediction_type)
     criterion = SelfPerceptualLoss(tiny_unet(), sched)
+    process = criterion.process
     latents, noise, t = data["latents"], data["noise"], data["timesteps"]
     t_prime, anything = data["perceptual_timesteps"], torch.randn_like(noise)
     schedule = NoiseSchedule.of(sched)
-    a, s = (table[t].view(-1, 1, 1, 1) for table in (schedule.signal, schedule.noise))
+    a, s = (table[t].view(-1, 1, 1, 1) for table in (schedule.signal, schedule.noise_level))
     truth = {"v_prediction": a * noise - s * latents, "epsilon": noise, "sample": latents}[prediction_type]
 
-    same_time = criterion.teacher_inputs(anything, latents, t, t, noise=noise)
-    same_answer = criterion.teacher_inputs(truth, latents, t, t_prime, noise=noise)
-    for inputs in (same_time, same_answer):
-        predicted, real = inputs.chunk(2)
+    def inputs(model_pred: Tensor, to: Tensor) -> Tensor:
+        return criterion.metric_inputs(model_pred, latents, process.marginal(t), process.transition(t, to), noise=noise)
+
+    same_time, same_answer = inputs(anything, t), inputs(truth, t_prime)
+    for pair in (same_time, same_answer):
+        predicted, real = pair.chunk(2)
         assert torch.equal(predicted, real)
-    predicted, real = criterion.teacher_inputs(anything, latents, t, t_prime, noise=noise).chunk(2)
+    predicted, real = inputs(anything, t_prime).chunk(2)
     assert not torch.equal(predicted, real)
 
 
@@ -204,7 +286,7 @@ def test_noisy_latents_of_the_caller_are_used():
     data, sched = batch(), scheduler()
     criterion, pred = SelfPerceptualLoss(tiny_unet(), sched), torch.randn(3, 4, 8, 8)
     schedule = NoiseSchedule.of(sched)
-    a, s = (table[data["timesteps"]].view(-1, 1, 1, 1) for table in (schedule.signal, schedule.noise))
+    a, s = (table[data["timesteps"]].view(-1, 1, 1, 1) for table in (schedule.signal, schedule.noise_level))
     noisy = a * data["latents"] + s * data["noise"]
     assert torch.equal(criterion(pred, **data, noisy_latents=noisy), criterion(pred, **data))
     assert not torch.equal(criterion(pred, **data, noisy_latents=noisy + 0.1), criterion(pred, **data))
@@ -226,6 +308,7 @@ def test_never_changes_the_unet_and_stays_frozen():
     unet = tiny_unet().train()
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     criterion = SelfPerceptualLoss(unet, scheduler())
+    assert not any(module.training for module in criterion.modules()), "from the start"
     criterion.train()
     assert not any(module.training for module in criterion.modules())
     assert not any(p.requires_grad for p in criterion.parameters())
@@ -268,26 +351,36 @@ def test_from_pretrained_reads_a_pipeline_folder(tmp_path):
     assert torch.equal(criterion(pred, **data), SelfPerceptualLoss(unet, sched, layers="encoder")(pred, **data))
 
 
-def test_from_pretrained_reads_a_stage_of_a_run(tmp_path):
+def test_from_pretrained_reads_weights_in_half_precision(tmp_path):
+    """A folder of the fp16 variant, as the hub has them; the copy is float32, as everywhere."""
     unet, sched, data, pred = tiny_unet(), scheduler(), batch(), torch.randn(3, 4, 8, 8)
-    unet.save_pretrained(tmp_path / "stages" / "mse")
-    with pytest.raises(ValueError, match=r"stages/mse cannot be loaded .*scheduler_config\.json"):
-        SelfPerceptualLoss.from_pretrained(str(tmp_path / "stages" / "mse"))
-    sched.save_pretrained(tmp_path / "final" / "scheduler")
-    criterion = SelfPerceptualLoss.from_pretrained(str(tmp_path / "stages" / "mse"))
-    assert torch.equal(criterion(pred, **data), SelfPerceptualLoss(unet, sched)(pred, **data))
-    (tmp_path / "stages" / "mse" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
+    unet.half().save_pretrained(tmp_path / "unet", variant="fp16")
+    sched.save_pretrained(tmp_path / "scheduler")
+    criterion = SelfPerceptualLoss.from_pretrained(str(tmp_path))
+    assert torch.equal(criterion(pred, **data), SelfPerceptualLoss(unet.float(), sched)(pred, **data))
+
+
+def test_from_pretrained_reads_a_stage_of_a_run(tmp_path, monkeypatch):
+    """Of a finished run with the scheduler of `final/`; of an unfinished one with that of its configuration."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # nothing is asked of the hub
+    unet, data, pred = tiny_unet(), batch(), torch.randn(3, 4, 8, 8)
+    stage = tmp_path / "run" / "stages" / "mse"
+    unet.save_pretrained(stage)
+    with pytest.raises(ValueError, match=r"stages/mse has no scheduler/scheduler_config\.json"):
+        SelfPerceptualLoss.from_pretrained(str(stage))
+    own = SelfPerceptualLoss.from_pretrained(str(stage), scheduler("sample"))
+    assert torch.equal(own(pred, **data), SelfPerceptualLoss(unet, scheduler("sample"))(pred, **data))
+    expected = SelfPerceptualLoss(unet, scheduler())(pred, **data)
+    (tmp_path / "run" / "config.yaml").write_text("model: {preset: digits, pretrained: null}\n")
+    assert torch.equal(SelfPerceptualLoss.from_pretrained(str(stage))(pred, **data), expected)
+    scheduler("sample").save_pretrained(tmp_path / "run" / "final" / "scheduler")
+    finished = SelfPerceptualLoss.from_pretrained(str(stage))
+    assert torch.equal(finished(pred, **data), own(pred, **data))
+    (stage / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="cannot be loaded"):
-        SelfPerceptualLoss.from_pretrained(str(tmp_path / "stages" / "mse"))
-
-
-def test_from_pretrained_says_how_to_use_what_it_does_not_take(tmp_path):
-    (tmp_path / "stages" / "mse").mkdir(parents=True)
-    (tmp_path / "stages" / "mse" / "pytorch_lora_weights.safetensors").touch()
-    (tmp_path / "model.safetensors").touch()
-    for source, what in (("stages/mse", "holds adapters"), ("model.safetensors", "is a single file")):
-        with pytest.raises(ValueError, match=rf"{source} {what}: load the UNet with diffusers .* share_frozen=True"):
-            SelfPerceptualLoss.from_pretrained(str(tmp_path / source))
+        SelfPerceptualLoss.from_pretrained(str(stage))
+    with pytest.raises(ValueError, match="nowhere/at/all does not exist"):
+        SelfPerceptualLoss.from_pretrained(str(tmp_path / "nowhere" / "at" / "all"))
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
@@ -316,6 +409,7 @@ def test_denoising_loss_is_mean_squared_error(prediction_type):
         ({"timestep_sampling": "never"}, "timestep_sampling 'never' is unknown"),
         ({"teacher": "twice"}, "teacher 'twice' is unknown"),
         ({"reduction": "sum"}, "reduction 'sum' is unknown"),
+        ({"displacement": "half"}, "displacement 'half' is unknown: use one of none, normalized"),
         ({"prediction_type": "x"}, "prediction_type 'x' is unknown"),
         ({"prediction_type": "epsilon"}, "'epsilon' cannot be used with zero terminal SNR"),
     ],

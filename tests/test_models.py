@@ -61,7 +61,7 @@ def test_preset_is_seeded_and_survives_its_folder(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trained_folder_samples_as_diffusers_does(pipelines, tmp_path, kind, steps, guidance):
     model = load_model(None, str(pipelines[kind]), 16, 0)
-    assert model.prediction_type == "v_prediction" and float(model.schedule.alphas_cumprod[-1]) == 0
+    assert model.prediction_type == "v_prediction" and float(model.scheduler.alphas_cumprod[-1]) == 0
     assert model.latent_shape(16) == (4, 4, 4) and model.channels == 3 and model.default_resolution == 16
     noise = torch.randn(2, 4, 4, 4)
     ours = model.generate(PROMPTS, noise, steps, Guidance(guidance, 0.7))

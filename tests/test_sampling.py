@@ -7,11 +7,11 @@ import torch
 from tiny import TEXT_LENGTH, TEXT_WIDTH, scheduler, tiny_unet
 
 from fastsp.conditioning import Conditioning
+from fastsp.diffusion.process import NoiseSchedule, process_of
 from fastsp.sampling import Guidance, ddim, guided_denoiser
-from fastsp.schedule import NoiseSchedule
 
 
-def answer(x_t: torch.Tensor, t: int) -> torch.Tensor:
+def answer(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """Stands for a network: smooth, nonlinear, different at every timestep."""
     return torch.sin(2.0 * x_t + 0.003 * t) - 0.3 * x_t
 
@@ -32,7 +32,7 @@ def test_agrees_with_diffusers(steps, prediction_type):
     x_t = NOISE
     for t in theirs.timesteps:
         x_t = theirs.step(answer(x_t, int(t)), t, x_t, eta=0.0).prev_sample
-    ours = final(ddim(answer, NoiseSchedule.of(theirs), NOISE, steps, prediction_type))
+    ours = final(ddim(answer, process_of(theirs), NOISE, steps))
     torch.testing.assert_close(ours, x_t, rtol=1e-4, atol=2e-5)
 
 
@@ -58,7 +58,7 @@ def test_is_exact_where_diffusers_is_not(steps):
         x_t = theirs.step(answer(x_t, int(t)), t, x_t, eta=0.0).prev_sample
     schedule = NoiseSchedule.of(theirs)
     exact = exact_ddim(schedule, steps)
-    ours = final(ddim(answer, schedule, NOISE, steps))
+    ours = final(ddim(answer, process_of(theirs), NOISE, steps))
     torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=2e-5)
     assert (x_t.double() - exact).abs().max() > 1e-3  # off the trailing grid where N does not divide 1000
 
@@ -68,11 +68,11 @@ def test_true_velocity_leads_to_the_image():
     schedule = NoiseSchedule.stable_diffusion()
     image = torch.randn(2, 4, 8, 8)
 
-    def perfect(x_t: torch.Tensor, t: int) -> torch.Tensor:
-        a, s = schedule.signal[t], schedule.noise[t]
+    def perfect(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a, s = schedule.signal[t], schedule.noise_level[t]
         return (a * x_t - image) / s
 
-    walk = list(ddim(perfect, schedule, NOISE, 25))
+    walk = list(ddim(perfect, process_of(schedule), NOISE, 25))
     assert len(walk) == 25
     assert all((sample - image).abs().max() < 1e-3 for _, sample in walk)
     assert torch.equal(walk[-1][0], walk[-1][1])
@@ -95,10 +95,10 @@ def test_guided_denoiser_is_two_calls_in_one():
     condition, none = Conditioning(states), Conditioning(empty)
     guidance = Guidance(4.0, 0.7)
     with torch.no_grad():
-        guided = guided_denoiser(unet, condition, none, guidance)(NOISE, 500)
+        guided = guided_denoiser(unet, condition, none, guidance)(NOISE, torch.tensor(500))
         t = torch.full((2,), 500)
         conditional = unet(NOISE, t, states).sample
         unconditional = unet(NOISE, t, empty.expand_as(states)).sample
-        plain = guided_denoiser(unet, condition, none)(NOISE, 500)
+        plain = guided_denoiser(unet, condition, none)(NOISE, torch.tensor(500))
     torch.testing.assert_close(guided, guidance.combine(conditional, unconditional), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(plain, conditional)

@@ -36,7 +36,7 @@ def without_weights(folder, to):
 def test_the_same_model_as_its_folder(saved, tmp_path):
     config = without_weights(saved / "folder", tmp_path / "config")
     model, expected = load_pipeline(str(saved / "model.safetensors"), str(config)), load_pipeline(str(saved / "folder"))
-    assert model.prediction_type == "v_prediction" and float(model.schedule.alphas_cumprod[-1]) == 0
+    assert model.prediction_type == "v_prediction" and float(model.scheduler.alphas_cumprod[-1]) == 0
     assert model.zeros_for_empty_prompt == expected.zeros_for_empty_prompt
     assert not any(parameter.requires_grad for part in model.frozen_parts() for parameter in part.parameters())
     noise = torch.randn(2, 4, 4, 4)

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from fastsp.diffusion.process import process_of
 from fastsp.loss import SelfPerceptualLoss
-from fastsp.schedule import NoiseSchedule
 
 PROCESSES, BATCH_SIZE = 2, 4
 
@@ -27,8 +27,8 @@ def share(data: dict[str, Any], rank: int, processes: int) -> dict[str, Any]:
 
 def one_step(unet: nn.Module, criterion: nn.Module, data: dict[str, Any]) -> Tensor:
     """Forward and backward of somebody's loop."""
-    schedule = NoiseSchedule.of(scheduler()).to(data["latents"].device)
-    a, s = (table[data["timesteps"]].view(-1, 1, 1, 1) for table in (schedule.signal, schedule.noise))
+    marginal = process_of(scheduler()).to(data["latents"].device).marginal(data["timesteps"])
+    a, s, _, _ = marginal.view(4, -1, 1, 1, 1)
     noisy = a * data["latents"] + s * data["noise"]
     model_pred = unet(noisy, data["timesteps"], data["encoder_hidden_states"], return_dict=False)[0]
     loss = criterion(model_pred, **data)

@@ -14,12 +14,13 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from fastsp_kernels import Stream, diffuse_seeded, random_normals
+from fastsp_kernels import Stream, diffuse, random_normals
 from torch import Tensor
 
 from fastsp.config import read_config
 from fastsp.data.source import open_source
-from fastsp.draws import perceptual_timesteps
+from fastsp.diffusion.process import NUM_TRAIN_TIMESTEPS
+from fastsp.draws import Seeded
 from fastsp.loss import SelfPerceptualLoss
 from fastsp.models import load_model, load_unet
 
@@ -35,15 +36,16 @@ def measure(run: Path, samples: int) -> Tensor:
     source = open_source(config.data, tokenizer=model.tokenizer, channels=model.channels, seed=config.seed)
     with closing(source.batches(batch_size=samples)) as batches:
         batch = next(batches)
-    schedule, seed, positions, latents = model.schedule, torch.tensor(0), batch.positions, batch.pixel_values
+    process, seed, positions, latents = model.process, torch.tensor(0), batch.positions, batch.pixel_values
     assert latents is not None and batch.input_ids is not None
     states = model.encode_ids(batch.input_ids).encoder_hidden_states
     noise = random_normals(seed, Stream.NOISE, positions, latents.shape[1:])
-    noisy, _, t = diffuse_seeded(latents, seed, positions, schedule.signal, schedule.noise)
+    t = process.draw(Seeded(seed, Stream.TIMESTEP, positions))
+    noisy, _ = diffuse(latents, process.marginal(t), noise=noise)
     with torch.no_grad():
         answer = unet(noisy, t, states).sample
     criteria = [
-        SelfPerceptualLoss(unet, schedule, "v_prediction", teacher="split", reduction="none", dtype=dtype)
+        SelfPerceptualLoss(unet, process, teacher="split", reduction="none", dtype=dtype)
         for dtype in (torch.float32, torch.bfloat16)
     ]
 
@@ -55,14 +57,14 @@ def measure(run: Path, samples: int) -> Tensor:
 
     rows = []
     for distance in DISTANCES:
-        t_prime = torch.where(t + distance < len(schedule), t + distance, t - distance)
+        t_prime = torch.where(t + distance < NUM_TRAIN_TIMESTEPS, t + distance, t - distance)
         exact, ours = (gradient(criterion, t_prime) for criterion in criteria)
         errors = (ours - exact).norm(dim=1) / exact.norm(dim=1)
         rows.append(errors.quantile(QUANTILES))
         print(
             f"|t' - t| = {distance:3d}: relative error p20/p50/p80 " + "/".join(f"{e:.1%}" for e in rows[-1].tolist())
         )
-    t_prime = perceptual_timesteps(seed, positions, t, len(schedule))
+    t_prime = process.draw_perceptual(Seeded(seed, Stream.PERCEPTUAL_TIMESTEP, positions), t)
     exact, ours = (gradient(criterion, t_prime) for criterion in criteria)
     print(f"all samples together, t' uniform: relative error {(ours - exact).norm() / exact.norm():.1%}")
     return torch.stack(rows)

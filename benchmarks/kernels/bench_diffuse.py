@@ -1,4 +1,4 @@
-"""Drawing t and eps and writing x_t: one kernel against randint, randn and arithmetic."""
+"""Drawing eps and writing x_t: one kernel against randn and arithmetic (with randint, for t)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastsp_kernels import diffuse_seeded
+from fastsp_kernels import diffuse
 from fastsp_kernels.diffuse import _diffuse_kernel
 
 from benchmarks.kernels.latents import Latents, describe, plain_diffuse
@@ -17,12 +17,12 @@ Provider = Callable[[Latents], Any]
 
 
 def ours(batch: Latents) -> Any:
-    return diffuse_seeded(
+    return diffuse(
         batch.latents,
-        batch.seed,
-        batch.positions,
-        batch.signal,
-        batch.noise_level,
+        batch.marginal,
+        seed=batch.seed,
+        positions=batch.positions,
+        with_target=False,
         dtype=torch.bfloat16,
         memory_format=torch.channels_last,
     )

@@ -1,4 +1,4 @@
-"""The perceptual network's input, and its gradient: one kernel each against the paper's equations in PyTorch."""
+"""The perceptual network's input, and its gradient, against the paper's equations in PyTorch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fastsp_kernels import Stream, random_normals, reproject
-from fastsp_kernels.reproject import _reproject_kernel
-from fastsp_kernels.reproject_backward import _backward_kernel, reproject_backward
+from fastsp_kernels.reproject import _reproject_kernel, reproject_backward
 from torch import Tensor
 
 from benchmarks.kernels.latents import Latents, describe, plain_reproject, plain_reproject_backward
@@ -23,11 +22,8 @@ def ours(batch: Latents, noise: Tensor) -> Tensor:
     return reproject(
         batch.model_pred,
         batch.latents,
-        batch.t,
-        batch.t2,
-        batch.signal,
-        batch.noise_level,
-        batch.angles,
+        batch.marginal,
+        batch.transition,
         seed=batch.seed,
         positions=batch.positions,
         memory_format=torch.channels_last,
@@ -61,8 +57,7 @@ def test_forward(benchmark: Any, device: torch.device, copy_bandwidth: float, pr
 
 
 def our_backward(batch: Latents) -> Tensor:
-    schedule = (batch.t, batch.t2, batch.signal, batch.noise_level, batch.angles)
-    return reproject_backward(batch.gradient, *schedule, 0, torch.bfloat16, 1)  # of v, into channels_last
+    return reproject_backward(batch.gradient, batch.transition, torch.bfloat16, torch.channels_last)
 
 
 def eager_backward(batch: Latents) -> Tensor:
@@ -83,10 +78,7 @@ BACKWARD = {"ours": our_backward, "eager": eager_backward, "compiled": compiled_
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward(benchmark: Any, device: torch.device, copy_bandwidth: float, name: str) -> None:
     batch = Latents.on(device)
-    required_bytes = (
-        2 + 2
-    ) * batch.latents.numel()  # half of the pair's gradient read, that of v^ written, in bfloat16
+    required_bytes = (2 + 2) * batch.latents.numel()  # half of the gradient read, that of v^ written, in bfloat16
     batches = [batch, *(Latents.on(device) for _ in range(rotations(required_bytes) - 1))]
     calls = [lambda batch=batch: BACKWARD[name](batch) for batch in batches]
-    kernel = _backward_kernel if name == "ours" else None
-    run(benchmark, name, calls, required_bytes, copy_bandwidth, kernel=kernel, **describe(device))
+    run(benchmark, name, calls, required_bytes, copy_bandwidth, **describe(device))

@@ -20,7 +20,8 @@ class Latents:
     gradient: Tensor
     signal: Tensor
     noise_level: Tensor
-    angles: Tensor
+    marginal: Tensor
+    transition: Tensor
     seed: Tensor
     positions: Tensor
     t: Tensor
@@ -34,17 +35,21 @@ class Latents:
         signal = torch.linspace(1, 0, LENGTH, dtype=torch.float64, device=device)
         noise_level = (1 - signal.square()).sqrt()
         t = torch.randint(0, LENGTH, shape[:1], device=device)
+        t2 = t.flip(0)
+        a, s, difference = signal[t], noise_level[t], torch.atan2(noise_level[t2], signal[t2])
+        difference -= torch.atan2(s, a)
         return cls(
             latents=latents,
             model_pred=model_pred,
             gradient=torch.cat((model_pred, model_pred)),
             signal=signal.float(),
             noise_level=noise_level.float(),
-            angles=torch.atan2(noise_level, signal),
+            marginal=torch.stack([a, s, -s, a]).float(),
+            transition=torch.stack([difference.cos(), difference.sin()]).float(),
             seed=torch.tensor(1, device=device),
             positions=POSITIONS + torch.arange(shape[0], device=device),
             t=t,
-            t2=t.flip(0),
+            t2=t2,
         )
 
 

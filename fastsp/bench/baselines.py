@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from fastsp.bench.workload import Workload
 from fastsp.config import Config
+from fastsp.diffusion.process import NoiseSchedule
+from fastsp.models import ddim_scheduler
 from fastsp.perceptual import cast
 from fastsp.training.compilation import compile_options
 
@@ -62,8 +64,8 @@ class Algorithm1:
 
     def __init__(self, workload: Workload, compiled: bool = False) -> None:
         self.x0, self.c, self.dtype = workload.latents(), workload.text_features(), workload.dtype
-        schedule = workload.schedule().to(workload.device)
-        self.a, self.s = schedule.signal, schedule.noise
+        schedule = NoiseSchedule.of(ddim_scheduler())
+        self.a, self.s = schedule.signal.to(workload.device), schedule.noise_level.to(workload.device)
         self.unet = cast(workload.unet(), self.dtype)
         self.teacher: Any = copy.deepcopy(self.unet).requires_grad_(False).eval()
         self.teacher.mid_block.register_forward_hook(self._keep)

@@ -70,9 +70,8 @@ def build_training_step(workload: Workload, objective: str, teacher: str | None 
         workload.config,
         stage.model_copy(update={"teacher": teacher} if teacher else {}),
         TextToImageModel(initial, text_encoder=None, tokenizer=None, scheduler=None),  # nothing to encode
-        workload.schedule(),
+        workload.process(),
         Conditioning(torch.zeros(1, *workload.text_shape, device=workload.device)),
-        prediction_type="v_prediction",
         initial=initial,
         teacher=initial if objective == "self_perceptual" else None,
         compiles=workload.compiles,

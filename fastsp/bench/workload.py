@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastsp.attention import Choice, choose
 from fastsp.config import Config, config_of, load_config
+from fastsp.diffusion.process import Process, process_of
 from fastsp.errors import UserError
 from fastsp.models import ddim_scheduler, digits_model, load_model
 from fastsp.objectives import StageConfig, stage_config
-from fastsp.schedule import NoiseSchedule
 from fastsp.training.step import COMPUTE_DTYPES
 
 # Stable Diffusion 2.1-base's `unet/config.json`: 865.9 M parameters.
@@ -88,9 +88,9 @@ class Workload:
             torch.manual_seed(self.config.seed)
             return UNet2DConditionModel.from_config(self.unet_config).train()
 
-    def schedule(self) -> NoiseSchedule:
-        """A new one with zero terminal SNR, as the paper trains. Its tables move to where they are used."""
-        return NoiseSchedule.of(ddim_scheduler())
+    def process(self) -> Process:
+        """v-prediction at zero terminal SNR, as in the paper. Always a new one: its table moves to where it is used."""
+        return process_of(ddim_scheduler())
 
     def latents(self) -> Tensor:
         """x_0, (B, C, H, W) float32."""

@@ -161,9 +161,11 @@ def _objective(stage: dict[str, Any]) -> str:
     parts = [
         f"self-perceptual: metric `{_name(stage['perceptual_network'])}`",
         f"layers {stage['layers']}",
-        f"distance {stage['distance']}{', normalised' if stage.get('normalize') else ''}",
+        f"distance {stage['distance']}",
         f"t' {stage['timestep_sampling']}",
     ]
+    parts += ["features normalized"] if stage.get("normalize", "none") not in ("none", False) else []
+    parts += ["displacement normalized"] if stage.get("displacement", "none") != "none" else []
     parts += [f"plus {weight:g} x MSE on v"] if (weight := stage.get("mse_weight")) else []
     return ", ".join(parts)
 

@@ -82,10 +82,12 @@ def family_of(network: Any) -> NetworkFamily:
 
 
 def unwrapped(network: Any) -> Any:
-    """The network inside DDP and ``torch.compile``, in any order."""
+    """The network inside DDP, ``torch.compile`` and peft's ``PeftModel``, in any order."""
     while isinstance(network, nn.Module):
         held = network.__dict__.get("_modules", {})
-        inner = [held[name] for name in ("_orig_mod", "module") if name in held]
+        if "base_model" in held:  # peft's, which holds a tuner, which holds the network as `model`
+            held = {"module": held["base_model"]._modules.get("model")}
+        inner = [held[name] for name in ("_orig_mod", "module") if held.get(name) is not None]
         if not inner:
             break
         network = inner[0]

@@ -12,13 +12,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fastsp.conditioning import Conditioning, time_ids
+from fastsp.diffusion.process import Process, process_of
 from fastsp.errors import UserError
 from fastsp.families import family_of
 from fastsp.models.saving import save_pipeline
 from fastsp.models.schedulers import trained_scheduler
 from fastsp.pixel_pipeline import PixelTextToImagePipeline
 from fastsp.sampling import NO_GUIDANCE, Guidance, ddim, guided_denoiser
-from fastsp.schedule import NoiseSchedule
 
 
 @dataclass
@@ -40,8 +40,9 @@ class TextToImageModel:
     features of the empty prompt, which is what fastsp trains and writes."""
 
     @property
-    def schedule(self) -> NoiseSchedule:
-        return NoiseSchedule.of(self.scheduler)
+    def process(self) -> Process:
+        """The noise process, a new one: its tables move to wherever they are used."""
+        return process_of(self.scheduler)
 
     @property
     def prediction_type(self) -> str:
@@ -158,8 +159,7 @@ class TextToImageModel:
         conditioning = self._with_own_size(self.encode_prompts(prompts), noise)
         empty = self.encode_no_prompt() if guidance.active else conditioning
         denoise = guided_denoiser(self.unet, conditioning, empty, guidance)
-        schedule = self.schedule.to(noise.device)
-        yield from ddim(denoise, schedule, noise, num_steps, self.prediction_type)
+        yield from ddim(denoise, self.process.to(noise.device), noise, num_steps)
 
     def generate(self, prompts: list[str], noise: Tensor, num_steps: int, guidance: Guidance = NO_GUIDANCE) -> Tensor:
         """The images at the end of :meth:`sample`, (B, C, H, W) float32 in [-1, 1]."""

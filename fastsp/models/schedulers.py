@@ -6,8 +6,8 @@ from typing import Any
 
 from diffusers import DDIMScheduler
 
+from fastsp.diffusion.process import BETA_END, BETA_START, NUM_TRAIN_TIMESTEPS
 from fastsp.errors import UserError
-from fastsp.schedule import BETA_END, BETA_START, NUM_TRAIN_TIMESTEPS
 
 _BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
 _MEANING = ("prediction_type", "rescale_betas_zero_snr")  # of the model's answers

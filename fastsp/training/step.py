@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from fastsp_kernels import diffuse_seeded
+from fastsp_kernels import Stream, diffuse
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,12 +16,13 @@ from fastsp.conditioning import Conditioning, time_ids
 from fastsp.config import Config
 from fastsp.data.batch import Batch
 from fastsp.data.latents import encode_moments, sample_latents
+from fastsp.diffusion.process import Process
+from fastsp.draws import Seeded
 from fastsp.families import family_of
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
 from fastsp.models import TextToImageModel
 from fastsp.objectives import MSEStage, SelfPerceptualStage, StageConfig
 from fastsp.perceptual import cast, shared_copy
-from fastsp.schedule import NoiseSchedule
 from fastsp.training.compilation import compile_options
 from fastsp.training.distributed import ALONE, Ranks
 from fastsp.training.optimizer import Optimizer, ema_decay, learning_rate
@@ -43,25 +44,24 @@ class StepResult:
 
 
 class Objective(nn.Module):
-    """What a stage minimises, one value a sample: MSE, self-perceptual, or the latter with a share of the former."""
+    """What a stage minimises, one value per sample: MSE, self-perceptual, or the latter with a share of the former."""
 
-    def __init__(
-        self, stage: MSEStage | SelfPerceptualStage, schedule: NoiseSchedule, prediction_type: str, teacher: Any
-    ) -> None:
+    def __init__(self, stage: MSEStage | SelfPerceptualStage, process: Process, perceptual_network: Any) -> None:
         super().__init__()
-        self.denoising = DenoisingLoss(schedule, prediction_type, stage.min_snr_gamma, reduction="none")
+        self.process = process
+        self.denoising = DenoisingLoss(process, min_snr_gamma=stage.min_snr_gamma, reduction="none")
         self.self_perceptual: SelfPerceptualLoss | None = None
         if isinstance(stage, SelfPerceptualStage):
             self.timestep_sampling, self.mse_weight = stage.timestep_sampling, stage.mse_weight
             self.self_perceptual = SelfPerceptualLoss(
-                teacher,
-                schedule,
-                prediction_type,
+                perceptual_network,
+                process,
                 layers=stage.layers,
                 distance=stage.distance,
                 teacher=stage.teacher,
                 reduction="none",
                 normalize=stage.normalize,
+                displacement=stage.displacement,
                 share_frozen=True,  # of adapters, the base
             )
 
@@ -70,20 +70,20 @@ class Objective(nn.Module):
         model_pred: Tensor,
         target: Tensor,
         latents: Tensor,
-        timesteps: Tensor,
+        t: Tensor,
         conditioning: Conditioning,
         seed: Tensor,
         positions: Tensor,
     ) -> Tensor:
-        """Per-sample loss, (B,) float32. The noise is not passed: it is made again from ``seed`` and ``positions``."""
+        """Per-sample loss, (B,) float32. The noise is not passed: it is drawn again from ``seed`` and ``positions``."""
         if self.self_perceptual is None:
-            return self.denoising.against(model_pred, target, timesteps)
-        criterion, num_train_timesteps = self.self_perceptual, len(self.self_perceptual.schedule)
-        t = draws.perceptual_timesteps(seed, positions, timesteps, num_train_timesteps, self.timestep_sampling)
-        inputs = criterion.teacher_inputs(model_pred, latents, timesteps, t, seed=seed, positions=positions)
-        loss = criterion.between(inputs, t, **conditioning.kwargs())
+            return self.denoising.per_sample(model_pred, target, t)
+        random = Seeded(seed, Stream.PERCEPTUAL_TIMESTEP, positions)
+        t_prime = self.process.draw_perceptual(random, t, self.timestep_sampling)
+        noise_source = {"seed": seed, "positions": positions}
+        loss = self.self_perceptual.per_sample(model_pred, latents, t, t_prime, conditioning.kwargs(), **noise_source)
         if self.mse_weight:
-            loss = loss + self.mse_weight * self.denoising.against(model_pred, target, timesteps)
+            loss = loss + self.mse_weight * self.denoising.per_sample(model_pred, target, t)
         return loss
 
 
@@ -95,7 +95,6 @@ class TrainingStep:
         stage: the stage's.
         gradients: of the online network, with its optimizer.
         objective: what it minimises.
-        schedule: the noise schedule.
         model: the pipeline's frozen parts: text encoder, and VAE if there is one.
         empty: features of the empty prompt, of one sample, on the device: what a dropped caption becomes.
     """
@@ -106,7 +105,6 @@ class TrainingStep:
         stage: StageConfig,
         gradients: Gradients,
         objective: Objective,
-        schedule: NoiseSchedule,
         model: TextToImageModel,
         empty: Conditioning,
     ) -> None:
@@ -114,7 +112,7 @@ class TrainingStep:
         self.gradients, self.objective = gradients, objective
         self.unet, self.optimizer = gradients.network, gradients.optimizer
         device = empty.encoder_hidden_states.device
-        self.schedule = schedule.to(device)
+        self.process = objective.process.to(device)
         self.seed = torch.tensor(config.seed, device=device)
         self.model, self.empty = model, empty
         self.dtype = COMPUTE_DTYPES[config.precision]
@@ -176,18 +174,18 @@ class TrainingStep:
         """An encoded microbatch's share of the loss: the divisor is the whole batch, a rejected sample counts 0."""
         positions = batch.positions.to(self.seed.device, non_blocking=True)
         latents, conditioning = self.latents(batch, positions), self.conditioning(batch, positions)
-        noisy_latents, target, timesteps = diffuse_seeded(
+        t = self.process.draw(Seeded(self.seed, Stream.TIMESTEP, positions))
+        noisy_latents, target = diffuse(
             latents,
-            self.seed,
-            positions,
-            self.schedule.signal,
-            self.schedule.noise,
-            target=self.objective.denoising.prediction_type,
+            self.process.marginal(t),
+            seed=self.seed,
+            positions=positions,
             dtype=self.dtype,
             memory_format=torch.channels_last,
         )
-        model_pred = self.unet(noisy_latents, timesteps, **conditioning.kwargs(), return_dict=False)[0]
-        losses = self.objective(model_pred, target, latents, timesteps, conditioning, self.seed, positions)
+        time = self.process.model_time(t)
+        model_pred = self.unet(noisy_latents, time, **conditioning.kwargs(), return_dict=False)[0]
+        losses = self.objective(model_pred, target, latents, t, conditioning, self.seed, positions)
         return (batch.weights * losses).sum() / self.config.data.batch_size
 
     def latents(self, batch: Batch, positions: Tensor) -> Tensor:
@@ -217,10 +215,9 @@ def build_step(
     config: Config,
     stage: StageConfig,
     model: TextToImageModel,
-    schedule: NoiseSchedule,
+    process: Process,
     empty: Conditioning,
     *,
-    prediction_type: str,
     initial: Any,
     teacher: Any,
     compiles: bool,
@@ -230,8 +227,8 @@ def build_step(
     """The step of a stage and the float32 UNet of its moving average, on the device of ``empty``.
 
     Args:
-        config, stage, model, schedule, empty: see :class:`TrainingStep`.
-        prediction_type: of the UNet.
+        config, stage, model, empty: see :class:`TrainingStep`.
+        process: the noise process, and what the UNet predicts.
         initial: the UNet that the stage starts from; it becomes the online network.
         teacher: of a self-perceptual stage, the UNet that the perceptual network is copied from; may be ``initial``.
             Every rank holds the whole perceptual network.
@@ -249,9 +246,7 @@ def build_step(
     for network in (initial, teacher):  # not the average: samples are drawn with it in float32
         if network is not None:
             use_attention(network, attention)
-    objective = placed(
-        stage.loss_class()(stage, schedule, prediction_type, teacher), dtype
-    )  # copies before `initial` is cast
+    objective = placed(stage.loss_class()(stage, process, teacher), dtype)  # copies before `initial` is cast
     if config.gradient_checkpointing:
         checkpoint_activations(initial)
     options = compile_options(config, device, channels_last=True) if compiles else None
@@ -271,7 +266,7 @@ def build_step(
             family.keep_channels_last(module)
     optimizer = Optimizer(unet, ema_unet, config.optimizer, update_of(config))
     gradients = gather_gradients(unet, optimizer, ranks)
-    return TrainingStep(config, stage, gradients, objective, schedule, model, empty), ema_unet
+    return TrainingStep(config, stage, gradients, objective, model, empty), ema_unet
 
 
 def checkpoint_activations(unet: Any) -> None:

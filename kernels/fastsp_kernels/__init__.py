@@ -2,7 +2,7 @@
 
 from fastsp_kernels._triton import use_triton_on_cpu
 from fastsp_kernels.adamw_ema import adamw_ema, global_norm
-from fastsp_kernels.diffuse import diffuse, diffuse_seeded
+from fastsp_kernels.diffuse import diffuse
 from fastsp_kernels.philox import (
     Stream,
     philox_4x32_10,
@@ -17,7 +17,6 @@ __all__ = [
     "Stream",
     "adamw_ema",
     "diffuse",
-    "diffuse_seeded",
     "global_norm",
     "philox_4x32_10",
     "random_integers",

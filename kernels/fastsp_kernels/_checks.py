@@ -1,4 +1,4 @@
-"""Checks of arguments, shared by the ops: a user's mistake raises a one-line ValueError that names the argument."""
+"""Checks of the ops' arguments: a caller's mistake raises a one-line ValueError that names the argument."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)  # the ops take the index: schemas know no memory format
+MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)  # schemas know no memory format: ops take the index
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
@@ -22,7 +22,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def check_images(name: str, tensor: Tensor) -> None:
-    """A non-empty (B, C, H, W) tensor of a float type, of fewer than 2^30 elements a sample."""
+    """A non-empty (B, C, H, W) tensor of a float type, with fewer than 2^30 elements per sample."""
     check_tensor(name, tensor)
     if tensor.ndim != 4 or tensor.numel() == 0:
         raise ValueError(f"{name} must be a non-empty (B, C, H, W) tensor, got shape {tuple(tensor.shape)}")
@@ -40,14 +40,16 @@ def check_like(name: str, tensor: Tensor, latents: Tensor) -> None:
     check_device(name, tensor, latents)
 
 
-def check_per_sample(name: str, tensor: Tensor, latents: Tensor) -> None:
-    """An int64 tensor with one value per sample, on the latents' device."""
+def check_coefficients(name: str, tensor: Tensor, rows: int, latents: Tensor) -> Tensor:
+    """(rows, B) float32 on the latents' device: one column per sample. Returned contiguous."""
     check_tensor(name, tensor)
-    if tensor.shape != latents.shape[:1] or tensor.dtype != torch.int64:
+    if tensor.shape != (rows, latents.shape[0]) or tensor.dtype != torch.float32:
         raise ValueError(
-            f"{name} must be int64 of shape ({latents.shape[0]},), got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            f"{name} must be float32 of shape ({rows}, {latents.shape[0]}), got {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)}"
         )
     check_device(name, tensor, latents)
+    return tensor.contiguous()
 
 
 def check_seed(seed: Tensor, other: Tensor) -> None:
@@ -58,42 +60,38 @@ def check_seed(seed: Tensor, other: Tensor) -> None:
     check_device("seed", seed, other)
 
 
-def check_table(name: str, table: Tensor, dtype: torch.dtype, length: int, latents: Tensor) -> None:
-    """A contiguous (T,) table of the schedule, on the latents' device."""
-    check_tensor(name, table)
-    if table.shape != (length,) or table.dtype != dtype or not table.is_contiguous():
-        raise ValueError(
-            f"{name} must be {dtype} of shape ({length},), contiguous, got {table.dtype} of shape "
-            f"{tuple(table.shape)} and strides {table.stride()}"
-        )
-    check_device(name, table, latents)
-
-
-def check_in_table(name: str, timesteps: Tensor, length: int) -> None:
-    """Indices into tables of that length. Inside an op; on a GPU, which would be waited for, nothing is seen."""
-    if not timesteps.is_cpu or torch._C._functorch.is_functorch_wrapped_tensor(timesteps):
-        return
-    if wrong := [t for t in timesteps.tolist() if not 0 <= t < length]:
-        raise ValueError(f"{name} must be from 0 to {length - 1}, got {wrong[0]}")
-
-
 def check_device(name: str, tensor: Tensor, other: Tensor) -> None:
     if tensor.device != other.device:
         raise ValueError(f"{name} must be on {other.device}, where the other tensors are, got {tensor.device}")
 
 
 def format_code(memory_format: torch.memory_format) -> int:
-    """The index in MEMORY_FORMATS, which is what the ops' schemas carry."""
+    """The index in MEMORY_FORMATS."""
     if memory_format not in MEMORY_FORMATS:
         raise ValueError(f"memory_format must be contiguous_format or channels_last, got {memory_format}")
     return MEMORY_FORMATS.index(memory_format)
 
 
-def expand_positions(positions: Tensor, latents: Tensor) -> Tensor:
-    """(B,) int64 positions of the samples; a 0-d tensor holds the first one's."""
+def noise_source(
+    noise: Tensor | None, seed: Tensor | None, positions: Tensor | None, latents: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(noise, None, None) or (None, seed, positions), where positions are (B,) int64 and contiguous.
+
+    A 0-d `positions` is the first sample's; the others follow it.
+    """
+    if noise is not None and seed is None and positions is None:
+        check_like("noise", noise, latents)
+        return noise, None, None
+    if noise is not None or seed is None or positions is None:
+        raise ValueError("give either noise, or both seed and positions")
+    check_seed(seed, latents)
     check_tensor("positions", positions)
     check_device("positions", positions, latents)
     if positions.ndim == 0:
         positions = positions + torch.arange(latents.shape[0], device=latents.device)
-    check_per_sample("positions", positions, latents)
-    return positions
+    if positions.shape != latents.shape[:1] or positions.dtype != torch.int64:
+        raise ValueError(
+            f"positions must be int64 of shape ({latents.shape[0]},), got {positions.dtype} of shape "
+            f"{tuple(positions.shape)}"
+        )
+    return None, seed, positions.contiguous()

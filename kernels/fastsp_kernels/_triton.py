@@ -118,9 +118,9 @@ def offsets_device(strides, sample, element, height, width):
 
 
 @jit
-def load_sample_device(pointer, stride, sample):
-    """A sample's value in a (B,) tensor of any stride, 0 where it was expanded."""
-    return tl.load(pointer + sample.to(tl.int64) * stride)
+def load_coefficient_device(pointer, row, batch, sample):
+    """A sample's value in one row of a contiguous (rows, B) tensor."""
+    return tl.load(pointer + row * batch + sample)
 
 
 @jit

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastsp_kernels import _checks as checks
-from fastsp_kernels._triton import LAUNCH_OPTIONS, autotune, jit, load_sample_device, tl, uses_triton
+from fastsp_kernels._triton import LAUNCH_OPTIONS, autotune, jit, tl, uses_triton
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, as fractions of 2^32
@@ -263,13 +263,6 @@ def random_words_device(seed, stream: tl.constexpr, position, first_block, COUNT
 
 
 @jit
-def random_integer_device(seed, stream: tl.constexpr, position, bound):
-    """One int64 scalar over 0 .. bound - 1: `random_integers`."""
-    word, _, _, _ = philox_words_device(seed, stream, position, position * 0)
-    return (word.to(tl.int64) * bound) >> 32
-
-
-@jit
 def box_muller_device(first, second):
     """Two normals from two words: `random_normals`."""
     radius = tl.sqrt_rn(-2.0 * tl.log(((first >> 8).to(tl.float32) + 1.0) * 5.9604644775390625e-08))
@@ -296,7 +289,7 @@ def _random_kernel(
     tiles = (count + BLOCK - 1) // BLOCK
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     first = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK
-    seed, position = tl.load(seed_ptr), load_sample_device(positions_ptr, position_stride, sample)
+    seed, position = tl.load(seed_ptr), tl.load(positions_ptr + sample * position_stride)
     if output_ptr.dtype.element_ty == tl.float32:
         values = random_normals_device(seed, STREAM, position, first // 4, BLOCK)
     else:

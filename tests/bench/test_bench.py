@@ -12,7 +12,6 @@ import torch
 from bench.workloads import tiny_workload
 from fastsp_kernels import Stream, random_integers, random_normals
 
-from fastsp import draws
 from fastsp.__main__ import main
 from fastsp.bench.baselines import Algorithm1
 from fastsp.bench.fastsp_step import FastspStep
@@ -36,7 +35,7 @@ def philox_draws(step: FastspStep) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     seed, positions = step.training_step.seed, step.batch.positions
     t = random_integers(seed, Stream.TIMESTEP, positions, 1000)
     noise = random_normals(seed, Stream.NOISE, positions, (4, 8, 8))
-    return noise, t, draws.perceptual_timesteps(seed, positions, t, 1000)
+    return noise, t, random_integers(seed, Stream.PERCEPTUAL_TIMESTEP, positions, 1000)
 
 
 def gradient(unet) -> torch.Tensor:

@@ -175,10 +175,8 @@ def test_the_card_of_an_mse_stage_claims_no_other_objective(tmp_path: Path) -> N
         assert "by the self-perceptual objective" not in cards[stage] and "grid artefacts" not in cards[stage]
         assert "| mse | MSE on v, min-SNR gamma 5 |" in cards[stage]
     assert "by the self-perceptual objective" in cards["sp"] and "grid artefacts" in cards["sp"]
-    objective = (
-        "self-perceptual: metric `teacher`, layers mid, distance mse, normalised, t' uniform, plus 0.5 x MSE on v"
-    )
-    assert f"| sp | {objective} | mse | 10 | 0.0001 |" in cards["sp"] and "/home" not in cards["sp"]
+    metric = "self-perceptual: metric `teacher`, layers mid, distance mse, t' uniform, features normalized"
+    assert f"| sp | {metric}, plus 0.5 x MSE on v | mse | 10 | 0.0001 |" in cards["sp"] and "/home" not in cards["sp"]
 
 
 def test_pixel_models_have_no_single_file(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastsp_kernels import adamw_ema, diffuse, diffuse_seeded, random_normals, random_words, reproject
+from fastsp_kernels import adamw_ema, diffuse, random_normals, random_words, reproject
 from fastsp_kernels._triton import LAUNCH_OPTIONS
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -25,7 +25,7 @@ from triton.compiler import ASTSource, compile
 from triton.runtime.jit import mangle_type
 
 HOPPER = GPUTarget("cuda", 90, 32)
-MODULES = ("philox", "diffuse", "reproject", "reproject_backward", "adamw_ema")
+MODULES = ("philox", "diffuse", "reproject", "adamw_ema")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -103,9 +103,10 @@ def record(module_name: str) -> None:
         setattr(module, name, Recorder(getattr(module, name)))
 
 
-def latents() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents, a seed, positions, and tables of levels and angles."""
-    return torch.randn(2, 4, 64, 64), torch.tensor(1), torch.arange(2), torch.rand(9), torch.rand(9).double()
+def latents() -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Latents, a source of noise, and the coefficients of a process."""
+    source = {"seed": torch.tensor(1), "positions": torch.arange(2)}
+    return torch.randn(2, 4, 64, 64), source, torch.rand(4, 2), torch.rand(2, 2)
 
 
 def compile_random() -> None:
@@ -114,22 +115,19 @@ def compile_random() -> None:
 
 
 def compile_diffuse() -> None:
-    x0, seed, positions, table, _ = latents()
-    diffuse(x0, x0, positions, table, table, target="epsilon")
+    x0, source, marginal, _ = latents()
+    diffuse(x0, marginal, noise=x0)
     for layout in LAYOUTS:
-        diffuse_seeded(x0, seed, positions, table, table, dtype=torch.bfloat16, memory_format=layout)
+        diffuse(x0, marginal, **source, with_target=False, dtype=torch.bfloat16, memory_format=layout)
 
 
 def compile_reproject() -> None:
-    """Forward and backward, channels_last in and out as in a training step, then the other prediction types."""
-    x0, seed, positions, table, angles = latents()
-    types = (("v_prediction", 1), ("v_prediction", 0), ("epsilon", 0), ("sample", 0))
-    for prediction_type, layout in ((name, LAYOUTS[index]) for name, index in types):
-        answer = x0.bfloat16().contiguous(memory_format=layout).requires_grad_()
-        schedule = (positions, positions, table, table, angles)
-        options = {"prediction_type": prediction_type, "memory_format": layout}
-        pair = reproject(answer, x0, *schedule, seed=seed, positions=positions, **options)
-        pair.backward(torch.ones_like(pair))
+    """With noise of its own, as in a training step and contiguous; and with given noise, as in the drop-in loss."""
+    x0, source, *coefficients = latents()
+    for layout in LAYOUTS:
+        model_pred = x0.bfloat16().contiguous(memory_format=layout)
+        reproject(model_pred, x0, *coefficients, **source, memory_format=layout)
+    reproject(x0, x0, *coefficients, noise=x0)
 
 
 def compile_adamw_ema() -> None:

@@ -22,37 +22,44 @@ PREDICTION_TYPES = ["v_prediction", "epsilon", "sample"]
 
 @dataclass
 class Tables:
-    """The schedule's tables, as the ops take them."""
+    """A variance preserving schedule, and its coefficients as the ops take them."""
 
     alphas_cumprod: Tensor
-    signal: Tensor
-    noise_level: Tensor
-    angles: Tensor
 
-    @property
-    def levels(self) -> tuple[Tensor, Tensor]:
-        return self.signal, self.noise_level
+    def marginal(self, t: Tensor, prediction_type: str = "v_prediction") -> Tensor:
+        """a, s, p, q: (4, B) float32."""
+        a, s = (level.flatten() for level in levels64(self, t))
+        zero, one = torch.zeros_like(a), torch.ones_like(a)
+        of_prediction = {"v_prediction": (-s, a), "epsilon": (zero, one), "sample": (one, zero)}[prediction_type]
+        return torch.stack([a, s, *of_prediction]).float().to(t.device)
 
-    @property
-    def all(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.signal, self.noise_level, self.angles
+    def transition(self, t: Tensor, t2: Tensor, prediction_type: str = "v_prediction") -> Tensor:
+        """c_x, c_f from the table of the design, (2, B) float32; 1 and 0 where the times are equal."""
+        (a, s), (a2, s2) = ([level.flatten() for level in levels64(self, time)] for time in (t, t2))
+        if prediction_type == "v_prediction":
+            difference = torch.atan2(s2, a2) - torch.atan2(s, a)
+            pair = difference.cos(), difference.sin()
+        elif prediction_type == "epsilon":
+            pair = a2 / a, s2 - s * a2 / a
+        else:
+            pair = s2 / s, a2 - a * s2 / s
+        identity = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+        return torch.where((t == t2).cpu(), identity, torch.stack(pair)).float().to(t.device)
 
 
-def make_tables(device: torch.device, length: int = 50, first: float = 0.99, last: float = 0.0) -> Tables:
+def make_tables(length: int = 50, first: float = 0.99, last: float = 0.0) -> Tables:
     """alpha_bar from `first` down to `last`, by default to zero terminal SNR."""
-    alphas = torch.linspace(first**0.5, last**0.5, length, dtype=torch.float64).square()
-    angles = torch.atan2((1 - alphas).sqrt(), alphas.sqrt())
-    return Tables(*(x.to(device) for x in (alphas, alphas.sqrt().float(), (1 - alphas).sqrt().float(), angles)))
+    return Tables(torch.linspace(first**0.5, last**0.5, length, dtype=torch.float64).square())
 
 
 def per_sample_view(values: Tensor, view: str) -> Tensor:
-    """(B,) integers in a tensor that is not contiguous, one of VIEWS; `expanded` repeats the first one."""
-    batch = values.shape[0]
-    between = torch.full((4 * batch,), 7, dtype=values.dtype, device=values.device)
+    """(..., B) values in a tensor that is not contiguous, one of VIEWS; `expanded` repeats the first sample's."""
     if view == "expanded":
-        return values[:1].expand(batch)
-    spread = between[: 2 * batch : 2] if view == "every other" else between.view(batch, 4)[:, 1]
-    return spread.copy_(values)
+        return values[..., :1].expand(values.shape)
+    if view == "every other":
+        return values.repeat_interleave(2, -1)[..., ::2]
+    by_sample = values.movedim(-1, 0)
+    return torch.stack([by_sample, by_sample + 7], dim=-1)[..., 0].movedim(0, -1)
 
 
 def stream_noise(seed: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -63,7 +70,7 @@ def stream_noise(seed: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor
 
 
 def levels64(tables: Tables, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    alphas = tables.alphas_cumprod.cpu()[timesteps.cpu()].view(-1, 1, 1, 1)
+    alphas = tables.alphas_cumprod[timesteps.cpu()].view(-1, 1, 1, 1)
     return alphas.sqrt(), (1 - alphas).sqrt()
 
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from fastsp_kernels import Stream, diffuse_seeded, random_normals, random_words, reproject
+from fastsp_kernels import Stream, random_normals, random_words, reproject
+from fastsp_kernels import diffuse as diffuse_latents
 from kernel_oracles import make_tables
 from torch import Tensor
 
@@ -19,18 +20,18 @@ class Inputs:
     """Everything that changes from step to step, in place."""
 
     def __init__(self) -> None:
-        self.tables = make_tables(torch.device("cuda"))
         self.seed = torch.tensor(-7, device="cuda")
         self.first = torch.tensor(2**32 - 2, device="cuda")
-        self.t, self.t2 = torch.tensor([49, 0, 20], device="cuda"), torch.tensor([0, 49, 21], device="cuda")
+        t, t2 = torch.tensor([49, 0, 20]), torch.tensor([0, 49, 21])
+        self.marginal, self.transition = make_tables().marginal(t).cuda(), make_tables().transition(t, t2).cuda()
         self.latents, self.model_pred = (torch.randn(SHAPE, device="cuda") for _ in range(2))
         self.weight = torch.randn(2 * SHAPE[0], *SHAPE[1:], device="cuda")
 
     def change(self) -> None:
         self.seed += 1
         self.first += 2**33
-        for timesteps in (self.t, self.t2):
-            timesteps.copy_(timesteps.flip(0))
+        for coefficients in (self.marginal, self.transition):
+            coefficients.copy_(coefficients.flip(1))
         for images in (self.latents, self.model_pred, self.weight):
             images.neg_()
 
@@ -50,17 +51,16 @@ def draw_normals(inputs: Inputs) -> tuple[Tensor, ...]:
 
 def diffuse(inputs: Inputs) -> tuple[Tensor, ...]:
     options = {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
-    noisy, target, timesteps = diffuse_seeded(
-        inputs.latents, inputs.seed, inputs.first, *inputs.tables.levels, target="v_prediction", **options
-    )
+    source = {"seed": inputs.seed, "positions": inputs.first}
+    noisy, target = diffuse_latents(inputs.latents, inputs.marginal, **source, **options)
     assert target is not None
-    return noisy, target, timesteps
+    return noisy, target
 
 
 def reproject_both_ways(inputs: Inputs) -> tuple[Tensor, ...]:
     model_pred = inputs.model_pred.detach().requires_grad_()
-    images, timesteps = (model_pred, inputs.latents), (inputs.t, inputs.t2)
-    pair = reproject(*images, *timesteps, *inputs.tables.all, seed=inputs.seed, positions=inputs.first)
+    images, coefficients = (model_pred, inputs.latents), (inputs.marginal, inputs.transition)
+    pair = reproject(*images, *coefficients, seed=inputs.seed, positions=inputs.first)
     return pair.detach(), *torch.autograd.grad(pair, model_pred, inputs.weight)
 
 

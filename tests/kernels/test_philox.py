@@ -15,7 +15,6 @@ from fastsp_kernels.philox import (
     box_muller,
     box_muller_device,
     philox_words_device,
-    random_integer_device,
     random_normals_device,
 )
 from kernel_oracles import VIEWS, normals, per_sample_view, philox_words
@@ -53,9 +52,8 @@ def _words_kernel(output_ptr, seed_ptr, position_ptr, blocks_ptr, STREAM: tl.con
 
 
 @jit
-def _draws_kernel(integer_ptr, normals_ptr, seed_ptr, position_ptr, bound, STREAM: tl.constexpr):
+def _normals_kernel(normals_ptr, seed_ptr, position_ptr, STREAM: tl.constexpr):
     seed, position = tl.load(seed_ptr), tl.load(position_ptr)
-    tl.store(integer_ptr, random_integer_device(seed, STREAM, position, bound))
     tl.store(normals_ptr + tl.arange(0, 16), random_normals_device(seed, STREAM, position, 1, 16))
 
 
@@ -181,12 +179,11 @@ def test_compiled_blocks_are_the_same(seed: int) -> None:
 @pytest.mark.parametrize("position", [5, 2**32 + 5])
 def test_device_draws_match_python(device: torch.device, position: int) -> None:
     seed, positions = torch.tensor(-7, device=device), torch.tensor([position], device=device)
+    integer = random_integers(seed, Stream.EVALUATION, positions, 1000)
     if uses_triton(seed):
-        integer = torch.empty(1, dtype=torch.int64, device=device)
         drawn = torch.empty(16, device=device)
-        _draws_kernel[(1,)](integer, drawn, seed, positions, 1000, STREAM=int(Stream.EVALUATION))
+        _normals_kernel[(1,)](drawn, seed, positions, STREAM=int(Stream.EVALUATION))
     else:
-        integer = random_integers(seed, Stream.EVALUATION, positions, 1000)
         drawn = random_normals(seed, Stream.EVALUATION, positions, (20,))[0, 4:]
     words = philox_words(-7, 7, position, 20)
     assert integer.item() == words[0] * 1000 >> 32

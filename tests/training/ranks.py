@@ -22,20 +22,20 @@ from fastsp.training.trainer import train
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK = int(os.environ.get("RANK", "0"))
-diffuse, call = step_module.diffuse_seeded, step_module.TrainingStep.__call__
+diffuse, call = step_module.diffuse, step_module.TrainingStep.__call__
 
 
 def run(job: dict[str, Any]) -> None:
-    """One job. Of every sample that is trained on it writes position, timestep, and digests of x_0 and of x_t."""
+    """One job. Of every sample that is trained on it writes position, coefficients, and digests of x_0 and of x_t."""
     seen: dict[str, list] = {}
 
-    def recorded(latents: Any, seed: Any, positions: Any, *args: Any, **kwargs: Any) -> Any:
-        noisy, target, timesteps = diffuse(latents, seed, positions, *args, **kwargs)
+    def recorded(latents: Any, marginal: Any, *, positions: Any, **kwargs: Any) -> Any:
+        noisy, target = diffuse(latents, marginal, positions=positions, **kwargs)
         for row, position in enumerate(positions.tolist()):
-            seen[str(position)] = [int(timesteps[row]), digest(latents[row]), digest(noisy[row])]
-        return noisy, target, timesteps
+            seen[str(position)] = [marginal[:, row].tolist(), digest(latents[row]), digest(noisy[row])]
+        return noisy, target
 
-    step_module.diffuse_seeded = recorded
+    step_module.diffuse = recorded
     at_fault = job.get("rank") == RANK
     step_module.TrainingStep.__call__ = planted(job["plant"], job["step"]) if at_fault else call
     config = load_config(ROOT / "configs" / "quickstart.yaml", job["overrides"])

@@ -7,11 +7,11 @@ import torch
 from fastsp_kernels import Stream, random_normals
 from tiny import batch, scheduler, tiny_unet
 
-from fastsp import draws
 from fastsp.conditioning import Conditioning
+from fastsp.diffusion.process import process_of
+from fastsp.draws import Seeded
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
 from fastsp.objectives import stage_config
-from fastsp.schedule import NoiseSchedule
 from fastsp.training.step import Objective
 
 
@@ -25,16 +25,15 @@ def test_sums_with_mse(options):
     states, latents, timesteps = data["encoder_hidden_states"], data["latents"], data["timesteps"]
     seed, positions, pred = torch.tensor(7), torch.arange(3), torch.randn(3, 4, 8, 8)
     noise = random_normals(seed, Stream.NOISE, positions, latents.shape[1:])
-    a, s = (
-        table[timesteps].view(-1, 1, 1, 1) for table in (NoiseSchedule.of(sched).signal, NoiseSchedule.of(sched).noise)
-    )
+    process = process_of(sched)
+    _, _, p, q = process.marginal(timesteps).view(4, -1, 1, 1, 1)
 
     stage = stage_config(name="sp", objective="self_perceptual", steps=1, learning_rate=1e-3, **options)
-    objective = Objective(stage, NoiseSchedule.of(sched), "v_prediction", unet)
-    found = objective(pred, a * noise - s * latents, latents, timesteps, Conditioning(states), seed, positions)
+    objective = Objective(stage, process, unet)
+    found = objective(pred, p * latents + q * noise, latents, timesteps, Conditioning(states), seed, positions)
 
     sp = SelfPerceptualLoss(unet, sched, reduction="none", normalize=options.get("normalize", False))
-    t_prime = draws.perceptual_timesteps(seed, positions, timesteps, 1000)
+    t_prime = process.draw_perceptual(Seeded(seed, Stream.PERCEPTUAL_TIMESTEP, positions), timesteps)
     expected = sp(pred, latents, noise, timesteps, states, perceptual_timesteps=t_prime)
     mse = DenoisingLoss(sched, min_snr_gamma=options.get("min_snr_gamma"), reduction="none")
     expected = expected + options.get("mse_weight", 0.0) * mse(pred, latents, noise, timesteps)

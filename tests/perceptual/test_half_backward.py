@@ -13,10 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastsp import half_backward
 from fastsp.attention import TORCH_BACKENDS, use_attention
 from fastsp.loss import SelfPerceptualLoss
-from fastsp.perceptual import PerceptualNetwork
+from fastsp.perceptual import PerceptualNetwork, half_backward
 
 LAYERS = ("mid", "encoder", "decoder", "encoder+mid")
 
@@ -43,7 +42,7 @@ def test_equals_two_calls(kind, layers):
         (ours, our_gradient), (theirs, their_gradient) = (value_and_gradient(c, data, pred) for c in (batched, split))
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
         assert (our_gradient - their_gradient).norm() < 1e-5 * their_gradient.norm()
-    assert batched.teacher == "batched" and len(batched._half_backward._programs) == 2
+    assert batched.teacher == "batched" and len(batched.metric._half_backward._programs) == 2
 
 
 def test_channels_last_and_bfloat16():
@@ -198,7 +197,9 @@ def test_what_does_not_fit_goes_on_as_split(monkeypatch, caplog):
     data, pred = batch(), torch.randn(3, 4, 8, 8)
     with caplog.at_level(logging.WARNING, "fastsp"):
         ours = [value_and_gradient(batched, data, pred)[1] for _ in range(2)]
-    assert [record.getMessage() for record in caplog.records] == ["teacher='batched' goes on as 'split': planted"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "teacher='batched' is not possible here, 'split' is used: planted"
+    ]
     assert torch.equal(ours[0], value_and_gradient(split, data, pred)[1])
 
 
@@ -211,6 +212,30 @@ def test_traces_that_do_not_line_up_are_refused():
         half_backward._fit(torch.empty(4, 6), torch.empty(2, 6, dtype=torch.int64))
     assert half_backward._fit(torch.empty(4, 6), torch.empty(2, 6)).rows == 2
     assert half_backward._fit(torch.empty(4, 6), torch.empty(4, 6)).rows is None
+
+
+@pytest.mark.parametrize("mode", ["batched", "split"])
+def test_compiling_after_a_first_call_compiles(mode, monkeypatch):
+    """Also what is called without a gradient, whichever the mode."""
+    compiled = []
+
+    def compile_(function, **options):
+        compiled.append((function, options))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr("torch.nn.Module.compile", lambda module, **options: compiled.append((module, options)))
+    criterion = pair()[mode == "split"]
+    data, pred = batch(), torch.randn(3, 4, 8, 8)
+    before = value_and_gradient(criterion, data, pred)
+    assert not compiled
+    criterion.compile_teacher(mode="default")
+    after = value_and_gradient(criterion, data, pred)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert len(compiled) == (3 if mode == "batched" else 1), "the network, and of `batched` both graphs anew"
+    assert all(options.get("mode") == "default" for _, options in compiled)
+    value_and_gradient(criterion, data, pred)
+    assert len(compiled) == (3 if mode == "batched" else 1), "once"
 
 
 @pytest.mark.slow

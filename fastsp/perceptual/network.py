@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsp.families import family_of, unwrapped
 from fastsp.options import LAYERS
 
 
@@ -19,7 +20,7 @@ class PerceptualNetwork(nn.Module):
     """Frozen features of a ``UNet2DConditionModel`` (SD 1.x, 2.x, XL or any other configuration of the class).
 
     Args:
-        unet: the MSE-trained UNet. It is copied, never changed. DDP and ``torch.compile`` wrappers are taken off.
+        unet: the MSE-trained UNet. It is copied, never changed. DDP, ``torch.compile`` and peft are unwrapped.
         layers: ``mid`` (the paper's choice), ``encoder`` (the output of every down block), ``decoder`` (of every up
             block) or ``encoder+mid``. Only ``decoder`` holds the up blocks.
         dtype: of the copy's parameters; None keeps the UNet's.
@@ -28,7 +29,7 @@ class PerceptualNetwork(nn.Module):
 
     Raises:
         ValueError: unknown ``layers``; ``share_frozen`` with another ``dtype``; a UNet without a mid block where
-            ``layers`` needs one; a sharded (FSDP) UNet; an object that is no conditional UNet of diffusers.
+            ``layers`` needs one; what :func:`unwrap` refuses.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class PerceptualNetwork(nn.Module):
         if layers not in LAYERS:
             raise ValueError(f"layers {layers!r} is unknown: use one of {', '.join(LAYERS)}")
         unet = unwrap(unet)
-        if unet.mid_block is None and layers != "encoder":
-            raise ValueError(f"the UNet has no mid block (mid_block_type is null), which layers={layers!r} needs")
+        allowed = family_of(unet).layers(unet.config)
+        if layers not in allowed:
+            raise ValueError(f"layers {layers!r}: this network has no mid block; use one of {', '.join(allowed)}")
         if share_frozen and dtype not in (None, unet.dtype):
             raise ValueError(
                 f"share_frozen keeps the UNet's dtype, which is {unet.dtype}: dtype {dtype} is not possible"
@@ -59,19 +61,23 @@ class PerceptualNetwork(nn.Module):
         return super().train(False)
 
     @property
+    def _input_weight(self) -> Tensor:
+        return family_of(self.unet).input_weight(self.unet)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that ``forward`` expects its sample in."""
-        return self.unet.conv_in.weight.dtype
+        return self._input_weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where its parameters are."""
-        return self.unet.conv_in.weight.device
+        return self._input_weight.device
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """The layout that its convolutions like: that of their weights."""
-        weight = self.unet.conv_in.weight
+        """The memory format of its convolutions' weights, which its inputs should have too."""
+        weight = self._input_weight
         channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
         return torch.channels_last if channels_last else torch.contiguous_format
 
@@ -105,6 +111,19 @@ class PerceptualNetwork(nn.Module):
         self._collected.clear()  # nothing outlives the call
         return features if self.layers in ("encoder", "decoder") else (*features, last)
 
+    def check_conditioning(self, conditioning: dict[str, Any]) -> None:
+        """See that the network is told what its configuration asks for.
+
+        Raises:
+            ValueError: something is missing.
+        """
+        config, added = self.unet.config, conditioning.get("added_cond_kwargs") or {}
+        missing = [name for name in ("text_embeds", "time_ids") if name not in added]
+        if config.addition_embed_type == "text_time" and missing:
+            raise ValueError(f"added_cond_kwargs lacks {' and '.join(missing)}, which this UNet (SDXL) needs")
+        if self.unet.class_embedding is not None and conditioning.get("class_labels") is None:
+            raise ValueError("class_labels is missing, which this UNet needs")
+
     def _collect(self, _block: nn.Module, _args: Any, output: Any) -> None:
         """Forward hook: down blocks answer (hidden, skips), up blocks the hidden tensor."""
         self._collected.append(output[0] if isinstance(output, tuple) else output)
@@ -116,19 +135,28 @@ class PerceptualNetwork(nn.Module):
         return [] if self.layers == "mid" else list(self.unet.down_blocks)
 
 
-def unwrap(unet: nn.Module) -> Any:
-    """The UNet under DDP and ``torch.compile``.
+def unwrap(network: Any) -> Any:
+    """The network under DDP, ``torch.compile`` and peft's wrapper.
 
     Raises:
-        ValueError: an FSDP-sharded UNet, whose parameters cannot be copied here, or no conditional UNet at all.
+        ValueError: it is of no known family, or cannot be used: sharded by FSDP, or with inputs beside the noisy
+            latents (inpainting, image editing).
     """
-    while inner := unet._modules.get("_orig_mod") or unet._modules.get("module"):
-        unet = inner
-    if not hasattr(unet, "down_blocks"):
-        raise ValueError(f"{type(unet).__name__} is no UNet2DConditionModel: it has no down_blocks")
-    if any("FSDP" in cls.__name__ or "FullyShardedDataParallel" in cls.__name__ for cls in type(unet).__mro__):
+    network = unwrapped(network)
+    kind = type(network).__name__
+    if not isinstance(network, nn.Module):
+        hint = ", but it has one: give its unet" if hasattr(network, "unet") else ""
+        raise ValueError(f"{kind} is no network{hint}")
+    if any("FSDP" in cls.__name__ or "FullyShardedDataParallel" in cls.__name__ for cls in type(network).__mro__):
         raise ValueError("the UNet is sharded by FSDP: build the criterion before wrapping the UNet")
-    return unet
+    family_of(network)
+    channels, predicted = network.config.in_channels, network.config.out_channels
+    if channels != predicted:
+        raise ValueError(
+            f"the UNet takes {channels} channels and predicts {predicted}: a perceptual network gets noisy latents and "
+            "nothing beside them, so models for inpainting or image editing cannot be used"
+        )
+    return network
 
 
 def cast(module: Any, dtype: torch.dtype) -> Any:

@@ -26,12 +26,12 @@ from functorch.compile import (
     make_boxed_func,
     min_cut_rematerialization_partition,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.fx import GraphModule, Node
 
-from fastsp.perceptual import PerceptualNetwork
+from fastsp.perceptual.network import PerceptualNetwork
 
 Run = Callable[..., Sequence[Any]]
 
@@ -71,29 +71,31 @@ class HalfBackward:
 
     Args:
         network: the frozen network.
-
-    Attributes:
-        compile_options: keywords for ``torch.compile`` of both graphs; None: they run as they are.
     """
 
     def __init__(self, network: PerceptualNetwork) -> None:
         self.network = network
-        self.compile_options: dict[str, Any] | None = None
+        self.compile_options: dict[str, Any] | None = None  # None: the graphs run as they are
         self._programs: dict[tuple[Any, ...], Program] = {}
 
-    def __call__(self, sample: Tensor, conditioning: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def compile(self, options: dict[str, Any]) -> None:
+        """Hand both graphs to ``torch.compile``, with its keywords; those built already are built again."""
+        self.compile_options = options
+        self._programs.clear()
+
+    def __call__(self, sample: Tensor, conditioning: dict[str, Any]) -> tuple[Tensor, ...]:
         """Features of all 2B samples, differentiable with respect to the first B.
 
         Args:
             sample: [x^_t' ; x_t'], (2B, C, H, W), in the network's dtype.
-            conditioning: ``timesteps``, ``encoder_hidden_states`` and what else the network takes, each (2B, ...);
-                keys of ``added_cond_kwargs`` as ``added.KEY``.
+            conditioning: the network's other keywords, of B samples: both halves get them.
 
         Raises:
             Misaligned: the network cannot be called this way.
         """
-        program = self._program(sample, conditioning)
-        return _Function.apply(program, list(self.network.parameters()), sample, *conditioning.values())
+        doubled = {name: torch.cat([value, value]) for name, value in _flat(conditioning).items()}
+        program = self._program(sample, doubled)
+        return _Function.apply(program, list(self.network.parameters()), sample, *doubled.values())
 
     def _program(self, sample: Tensor, conditioning: dict[str, Tensor]) -> Program:
         inputs = {"sample": sample, **conditioning}
@@ -178,11 +180,12 @@ def trace(
 
         return compiler
 
-    names, parameters = zip(*network.named_parameters(), strict=True)
+    eager = _Eager(network)
+    names, parameters = zip(*eager.named_parameters(), strict=True)
 
     def function(parameters: list[Tensor], *values: Tensor) -> tuple[Tensor, ...]:
         arguments = _arguments(dict(zip(inputs, values, strict=True)))
-        return functional_call(network, dict(zip(names, parameters, strict=True)), (), arguments)
+        return functional_call(eager, dict(zip(names, parameters, strict=True)), (), arguments)
 
     mode = FakeTensorMode()
     fake_parameters = [mode.from_tensor(p.detach()) for p in parameters]
@@ -299,11 +302,29 @@ def _fit(both: Tensor, half: Tensor) -> Kept:
     return Kept(shape[0], shape, strides)
 
 
+def _flat(conditioning: dict[str, Any]) -> dict[str, Tensor]:
+    """Its tensors alone; those of ``added_cond_kwargs`` as ``added.KEY``."""
+    added = conditioning.get("added_cond_kwargs") or {}
+    flat = {**conditioning, **{f"added.{key}": value for key, value in added.items()}}
+    return {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+
+
 def _arguments(values: dict[str, Tensor]) -> dict[str, Any]:
-    """The network's keyword arguments, ``added.KEY`` gathered into ``added_cond_kwargs``."""
+    """The reverse: the network's keywords."""
     added = {name.removeprefix("added."): value for name, value in values.items() if name.startswith("added.")}
     plain: dict[str, Any] = {name: value for name, value in values.items() if not name.startswith("added.")}
     return {**plain, "added_cond_kwargs": added or None}
+
+
+class _Eager(nn.Module):
+    """The network past what ``network.compile()`` puts in the way of a call."""
+
+    def __init__(self, network: PerceptualNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, **arguments: Any) -> tuple[Tensor, ...]:
+        return self.network.forward(**arguments)
 
 
 def _fake(value: Tensor, size: int) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import peft
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel, UNetMotionModel
 from tiny import batch, scheduler, tiny_unet
 from torch import nn
 
@@ -116,11 +119,65 @@ def test_dtype():
 
 def test_refusals():
     without_mid = tiny_unet(mid_block_type=None)
-    with pytest.raises(ValueError, match="no mid block"):
+    with pytest.raises(ValueError, match="layers 'mid': this network has no mid block; use one of encoder, decoder"):
         PerceptualNetwork(without_mid)
     with pytest.raises(ValueError, match="layers 'up' is unknown: use one of mid, encoder"):
         PerceptualNetwork(tiny_unet(), "up")
-    with pytest.raises(ValueError, match="Linear is no UNet2DConditionModel"):
-        PerceptualNetwork(nn.Linear(1, 1))
     data = batch()
-    assert PerceptualNetwork(without_mid, "encoder")(data["latents"], data["timesteps"], data["encoder_hidden_states"])
+    for layers in ("encoder", "decoder"):
+        network = PerceptualNetwork(without_mid, layers)
+        assert network(data["latents"], data["timesteps"], data["encoder_hidden_states"])
+
+
+SMALL = {"sample_size": 8, "block_out_channels": (16, 32), "norm_num_groups": 4, "layers_per_block": 1}
+UNCONDITIONAL = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+VIDEO = {
+    "cross_attention_dim": 16,
+    "num_attention_heads": 2,
+    "motion_num_attention_heads": 2,
+    "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+    "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
+}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: nn.Linear(1, 1), "Linear is no class of networks that fastsp knows"),
+        (lambda: UNet2DModel(**SMALL, **UNCONDITIONAL), "UNet2DModel is no class"),
+        (lambda: UNetMotionModel(**SMALL, **VIDEO), "UNetMotionModel is no class"),
+        (lambda: tiny_unet(in_channels=9), "takes 9 channels and predicts 4: .* inpainting"),
+        (lambda: SimpleNamespace(unet=tiny_unet()), "SimpleNamespace is no network, but it has one: give its unet"),
+    ],
+    ids=["other", "unconditional", "video", "inpainting", "pipeline"],
+)
+def test_what_is_no_such_network_is_refused_when_the_loss_is_built(wrong, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        SelfPerceptualLoss(wrong(), scheduler())
+    assert "\n" not in str(caught.value)
+
+
+def test_peft_s_wrapper_is_taken_off():
+    unet, data = tiny_unet(), batch()
+    arguments = (data["latents"], data["timesteps"], data["encoder_hidden_states"])
+    expected = PerceptualNetwork(unet)(*arguments)[0]
+    wrapped = peft.get_peft_model(unet, peft.LoraConfig(target_modules=["to_q"]))  # B = 0: it changes nothing yet
+    assert torch.equal(PerceptualNetwork(wrapped)(*arguments)[0], expected)
+
+
+@pytest.mark.parametrize("teacher", ["batched", "split"])
+def test_a_missing_condition_is_the_caller_s_error_and_changes_nothing(teacher):
+    data, pred = batch("sdxl"), torch.randn(3, 4, 8, 8, requires_grad=True)
+    criterion = SelfPerceptualLoss(tiny_unet("sdxl"), scheduler(), teacher=teacher)
+    with pytest.raises(ValueError, match=r"added_cond_kwargs lacks text_embeds and time_ids, which this UNet"):
+        criterion(pred, **data | {"added_cond_kwargs": None})
+    with pytest.raises(ValueError, match="added_cond_kwargs lacks time_ids"):
+        criterion(pred, **data | {"added_cond_kwargs": {"text_embeds": data["added_cond_kwargs"]["text_embeds"]}})
+    with pytest.raises(RuntimeError):  # text features of another width: found inside the network
+        criterion(pred, **data | {"encoder_hidden_states": torch.randn(3, 5, 7)})
+    assert criterion.teacher == teacher
+    assert criterion(pred, **data) > 0 and criterion.teacher == teacher
+    labelled = SelfPerceptualLoss(tiny_unet(num_class_embeds=3), scheduler(), teacher=teacher)
+    with pytest.raises(ValueError, match="class_labels is missing"):
+        labelled(pred, **batch())
+    assert labelled(pred, **batch(), class_labels=torch.tensor([0, 1, 2])) > 0 and labelled.teacher == teacher

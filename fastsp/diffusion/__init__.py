@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: noise processes, random draws, sampling."""
