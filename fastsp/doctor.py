@@ -12,11 +12,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from fastsp.data.cache import can_be_written, compiled_code_folder
+from fastsp.errors import UserError
 
 GIB = 2**30
 PROBE_SECONDS = 90.0
@@ -46,25 +48,15 @@ class Finding:
     advice: str = ""
 
 
-_VERSION = (
-    "import json, {0} as m\n{1}\nprint(json.dumps({{'version': getattr(m, '__version__', 'of unknown version')}}))"
-)
+_VERSION = "import json, {0} as m\n{1}\nprint(json.dumps({{'version': getattr(m, '__version__', 'version unknown')}}))"
 PROBES = {
     "torch": """
 import json, torch
-cuda, backends = torch.cuda.is_available(), torch.backends.cuda
-attention = {
-    "flash": cuda and backends.is_flash_attention_available(),
-    "cudnn": cuda and backends.cudnn_sdp_enabled() and torch.backends.cudnn.is_available(),
-    "efficient": cuda and backends.mem_efficient_sdp_enabled(),
-    "math": True,
-}
 devices = []
-for i in range(torch.cuda.device_count() if cuda else 0):
+for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
     p, free = torch.cuda.get_device_properties(i), torch.cuda.mem_get_info(i)[0]
     devices.append({"name": p.name, "capability": [p.major, p.minor], "memory": p.total_memory, "free": free})
-print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "available": cuda,
-                  "attention": [name for name, there in attention.items() if there], "devices": devices}))
+print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "devices": devices}))
 """,
     "triton": _VERSION.format("triton", ""),
     "dali": _VERSION.format("nvidia.dali", "from nvidia.dali import fn, pipeline_def"),
@@ -74,11 +66,6 @@ print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "ava
         " backends=[m.Backend(m.BackendKind.CPU_ONLY)])",
     ),
     "xformers": _VERSION.format("xformers", "import xformers.ops"),
-    "compile cache": """
-import json
-from fastsp.training.compilation import keep_compiled_code
-print(json.dumps({"folder": str(keep_compiled_code())}))
-""",
 }
 Answer = dict[str, Any]  # of a probe; {"problem": reason} if it failed
 
@@ -87,23 +74,13 @@ def examine() -> list[Finding]:
     """Examine everything. Raises nothing."""
     with ThreadPoolExecutor(len(PROBES)) as pool:
         answers = dict(zip(PROBES, pool.map(probe, PROBES.values()), strict=True))
-    torch = answers["torch"]
-    checks: list[tuple[str, Callable[[], list[Finding]]]] = [
-        ("PyTorch", lambda: [_torch(torch)]),
-        ("GPU", lambda: _gpus(torch)),
-        ("attention", lambda: [_attention(torch, answers["xformers"])]),
-        ("Triton", lambda: [_triton(answers["triton"])]),
-        ("DALI", lambda: [_decoder("DALI", answers["dali"]), _decoder("nvImageCodec", answers["nvimgcodec"])]),
-        ("compile cache", lambda: [_compile_cache(answers["compile cache"])]),
-        ("disk", lambda: [_disk()]),
-        ("memory", lambda: [_memory()]),
-    ]
     findings: list[Finding] = []
-    for name, check in checks:
+    for check in (_torch, _gpus, _xformers, _triton, _decoders, _compile_cache, _disk, _memory):
         try:
-            findings += check()
+            findings += check(answers)
         except Exception as error:  # a machine that nobody thought of
-            findings.append(Finding(name, "note", f"could not be examined ({type(error).__name__}: {_short(error)})"))
+            problem = f"could not be examined ({type(error).__name__}: {_short(error)})"
+            findings.append(Finding(check.__name__.strip("_"), "note", problem))
     return findings
 
 
@@ -128,98 +105,104 @@ def probe(code: str, seconds: float = PROBE_SECONDS) -> Answer:
         return {"problem": "gave no answer"}
 
 
-def _torch(torch: Answer) -> Finding:
+def _torch(answers: dict[str, Answer]) -> list[Finding]:
+    torch = answers["torch"]
     if "problem" in torch:
-        return Finding("PyTorch", "missing", torch["problem"], "install it from pytorch.org, 2.11 or newer")
+        return [Finding("PyTorch", "missing", torch["problem"], "install it from pytorch.org, 2.11 or newer")]
     found = f"{torch['version']}, built for {'CUDA ' + torch['cuda'] if torch['cuda'] else 'the CPU'}"
     if [int(part) for part in torch["version"].split("+")[0].split(".")[:2]] < [2, 11]:
-        return Finding("PyTorch", "missing", found, "fastsp needs 2.11 or newer")
-    return Finding("PyTorch", "ok", found)
+        return [Finding("PyTorch", "missing", found, "fastsp needs 2.11 or newer")]
+    return [Finding("PyTorch", "ok", found)]
 
 
-def _gpus(torch: Answer) -> list[Finding]:
-    if devices := torch.get("devices"):
-        return [_gpu(index, device) for index, device in enumerate(devices)]
+def _gpus(answers: dict[str, Answer]) -> list[Finding]:
+    if devices := answers["torch"].get("devices"):
+        return [_gpu(f"GPU {index}", device) for index, device in enumerate(devices)]
     advice = "Stable Diffusion needs an NVIDIA GPU, of 24 GiB or more for a full finetuning"
     if shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists():
         advice = "the driver is too old for this PyTorch, or the GPU is hidden (CUDA_VISIBLE_DEVICES)"
-        if not torch.get("cuda"):
-            advice = (
-                "a driver is there, but PyTorch is built for the CPU: install the build for your CUDA from pytorch.org"
-            )
+        if not answers["torch"].get("cuda"):
+            advice = "a driver is there, but PyTorch is built for the CPU: install a CUDA build from pytorch.org"
     return [Finding("GPU", "note", "none: runs use the CPU, which is enough for the digits", advice)]
 
 
-def _gpu(index: int, device: Answer) -> Finding:
-    name, capability = f"GPU {index}", device["capability"]
+def _gpu(name: str, device: Answer) -> Finding:
+    major, minor = device["capability"]
     memory, free = device["memory"] / GIB, device["free"] / GIB
-    found = f"{device['name']}, capability {capability[0]}.{capability[1]}, {memory:.0f} GiB, {free:.0f} GiB free"
-    if capability < [8, 0]:
+    found = f"{device['name']}, capability {major}.{minor}, {memory:.0f} GiB, {free:.0f} GiB free"
+    if major < 8:
         return Finding(name, "note", found, "it has no bfloat16: use precision: fp32")
     if free < 0.8 * memory:
         return Finding(name, "note", found, "another process holds its memory: see nvidia-smi")
     return Finding(name, "ok", found)
 
 
-def _attention(torch: Answer, xformers: Answer) -> Finding:
-    found = f"PyTorch's {', '.join(torch.get('attention', ())) or 'none'}"
-    if not torch.get("available"):
-        return Finding("attention", "ok", found)
-    if "problem" in xformers:
-        advice = "optional, one more kernel to choose from: pip install -e '.[train,xformers]' in fastsp's repository"
-        return Finding("attention", "note", f"{found}; no xformers ({xformers['problem']})", advice)
-    return Finding("attention", "ok", f"{found}; xformers {xformers['version']}")
+def _xformers(answers: dict[str, Answer]) -> list[Finding]:
+    """An attention kernel more. Its wheels have no CPU operators."""
+    if not answers["torch"].get("devices"):
+        return []
+    if problem := answers["xformers"].get("problem"):
+        advice = "optional, one more attention kernel: pip install -e '.[train,xformers]' in fastsp's repository"
+        return [Finding("xformers", "note", problem, advice)]
+    return [Finding("xformers", "ok", answers["xformers"]["version"])]
 
 
-def _triton(triton: Answer) -> Finding:
+def _triton(answers: dict[str, Answer]) -> list[Finding]:
+    triton = answers["triton"]
     if "problem" in triton:
-        return Finding("Triton", "note", triton["problem"], "kernels fall back to PyTorch: pip install triton (Linux)")
+        advice = "kernels fall back to PyTorch: pip install triton (Linux)"
+        return [Finding("Triton", "note", triton["problem"], advice)]
     compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     if compiler is None:
         advice = "torch.compile and Triton need one: apt install gcc, or set compile: false"
-        return Finding("Triton", "note", f"{triton['version']}, but no C compiler", advice)
-    return Finding("Triton", "ok", f"{triton['version']}, C compiler {compiler}")
+        return [Finding("Triton", "note", f"{triton['version']}, but no C compiler", advice)]
+    return [Finding("Triton", "ok", f"{triton['version']}, C compiler {compiler}")]
 
 
-def _decoder(name: str, answer: Answer) -> Finding:
-    if "problem" in answer:
-        advice = "it decodes pictures: pip install nvidia-dali-cuda130 (or -cuda120, for an older driver); Linux only"
-        return Finding(name, "missing", answer["problem"], advice)
-    return Finding(name, "ok", answer["version"])
+def _decoders(answers: dict[str, Answer]) -> list[Finding]:
+    advice = "it decodes pictures: pip install nvidia-dali-cuda130 (or -cuda120, for an older driver); Linux only"
+    pairs = (("DALI", answers["dali"]), ("nvImageCodec", answers["nvimgcodec"]))
+    return [
+        Finding(name, "missing", answer["problem"], advice)
+        if "problem" in answer
+        else Finding(name, "ok", answer["version"])
+        for name, answer in pairs
+    ]
 
 
-def _compile_cache(cache: Answer) -> Finding:
+def _compile_cache(_answers: dict[str, Answer]) -> list[Finding]:
     """The folder that a run would use, by the run's own rule."""
-    advice = "set FASTSP_CACHE to a folder that can be written"
-    if "problem" in cache:
-        return Finding("compile cache", "note", cache["problem"], f"torch.compile may fail: {advice}")
-    folder = Path(cache["folder"])
-    if not _is_writable(folder):
-        return Finding("compile cache", "note", f"{folder} cannot be written", f"torch.compile will fail: {advice}")
+    name, advice = "compile cache", "to keep compiled code, set FASTSP_CACHE to a folder that can be written"
+    try:
+        folder = compiled_code_folder(os.environ.get("TORCHINDUCTOR_CACHE_DIR"))
+    except UserError as error:
+        return [Finding(name, "note", str(error), "torch.compile will fail: or set compile: false")]
     if folder.is_relative_to(tempfile.gettempdir()):
-        return Finding("compile cache", "note", f"{folder}, temporary", f"to keep compiled code, {advice}")
-    return Finding("compile cache", "ok", str(folder))
+        return [Finding(name, "note", f"{folder}, temporary", advice)]
+    return [Finding(name, "ok", str(folder))]
 
 
-def _disk() -> Finding:
+def _disk(_answers: dict[str, Answer]) -> list[Finding]:
     here = Path.cwd()
     free = shutil.disk_usage(here).free
     found = f"{free / GIB:.0f} GiB free in {here}"
-    if not _is_writable(here):
-        return Finding("disk", "missing", f"{here} cannot be written", "change into a folder of yours, or set run_dir")
+    if not can_be_written(here):
+        return [
+            Finding("disk", "missing", f"{here} cannot be written", "change into a folder of yours, or set run_dir")
+        ]
     if free < DISK_FOR_A_RUN:
         advice = f"a run of Stable Diffusion 2.1 takes {DISK_FOR_A_RUN // GIB} GiB, less with checkpoint.keep: 1"
-        return Finding("disk", "note", found, f"{advice}; SDXL three times as much; digits, a few MB")
-    return Finding("disk", "ok", found)
+        return [Finding("disk", "note", found, f"{advice}; SDXL three times as much; digits, a few MB")]
+    return [Finding("disk", "ok", found)]
 
 
-def _memory() -> Finding:
+def _memory(_answers: dict[str, Answer]) -> list[Finding]:
     available = _available_memory()
     found = f"{available / GIB:.1f} GiB available"
     if available < MEMORY_FOR_A_RUN:
         advice = f"a run of Stable Diffusion 2.1 takes {MEMORY_FOR_A_RUN // GIB} GiB, most of it pinned for checkpoints"
-        return Finding("memory", "note", found, f"{advice}; SDXL, 56; digits, 2")
-    return Finding("memory", "ok", found)
+        return [Finding("memory", "note", found, f"{advice}; SDXL, 56; digits, 2")]
+    return [Finding("memory", "ok", found)]
 
 
 def _available_memory() -> int:
@@ -230,17 +213,6 @@ def _available_memory() -> int:
     if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
         available = min(available, int(text) - int(used.read_text()))
     return max(0, available)
-
-
-def _is_writable(folder: Path) -> bool:
-    """Whether a file can be made in ``folder``, or in the first folder above it that exists."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
 
 
 def _short(problem: object) -> str:

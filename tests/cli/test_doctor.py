@@ -84,46 +84,47 @@ def test_probes() -> None:
 
 def test_gpus() -> None:
     def gpu(**changes: object) -> Finding:
-        return doctor._gpus({"devices": [{**GPU, **changes}]})[0]
+        return doctor._gpus({"torch": {"devices": [{**GPU, **changes}]}})[0]
 
     assert gpu() == Finding("GPU 0", "ok", "Example, capability 9.0, 80 GiB, 79 GiB free")
     assert "precision: fp32" in gpu(capability=[7, 5]).advice
     assert "another process" in gpu(free=doctor.GIB).advice
-    assert doctor._gpus({"problem": "no torch"})[0].status == "note"
+    assert doctor._gpus({"torch": {"problem": "no torch"}})[0].status == "note"
 
 
 def test_capabilities_are_compared_as_numbers() -> None:
-    assert doctor._gpu(0, {**GPU, "capability": [10, 0]}).status == "ok"
+    assert doctor._gpu("GPU 0", {**GPU, "capability": [10, 0]}).status == "ok"
 
 
 def test_a_driver_without_a_gpu_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    assert "PyTorch is built for the CPU" in doctor._gpus({"cuda": None})[0].advice
-    assert "driver is too old" in doctor._gpus({"cuda": "13.0"})[0].advice
+    assert "PyTorch is built for the CPU" in doctor._gpus({"torch": {"cuda": None}})[0].advice
+    assert "driver is too old" in doctor._gpus({"torch": {"cuda": "13.0"}})[0].advice
 
 
 def test_an_exception_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails() -> Finding:
+    def fails(*_: object) -> None:
         raise OSError("a device that\nnobody has")
 
-    monkeypatch.setattr(doctor, "_disk", fails)
+    monkeypatch.setattr("shutil.disk_usage", fails)
     monkeypatch.setattr(doctor, "probe", lambda code: {"problem": "not asked"})
     (disk,) = (finding for finding in doctor.examine() if finding.name == "disk")
     assert disk == Finding("disk", "note", "could not be examined (OSError: a device that nobody has)")
 
 
 def test_the_compile_cache_is_the_one_that_a_run_would_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def cache(*parts: str) -> Finding:
-        return doctor._compile_cache({"folder": str(tmp_path.joinpath(*parts))})
+    def finding(folder: Path) -> Finding:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        return doctor._compile_cache({})[0]
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "file").write_text("")
-    unwritable = cache("file", "cache")
-    assert unwritable.status == "note" and "cannot be written" in unwritable.found
-    assert "FASTSP_CACHE" in unwritable.advice
-    assert cache("new", "cache").status == "ok" and not (tmp_path / "new").exists()
-    assert cache("temporary", "cache").found.endswith("cache, temporary")
-    assert "may fail" in doctor._compile_cache({"problem": "RuntimeError: no home directory"}).advice
+    monkeypatch.setenv("FASTSP_CACHE", str(tmp_path / "cache"))
+    assert finding(tmp_path / "new" / "code") == Finding("compile cache", "ok", str(tmp_path / "new" / "code"))
+    assert not (tmp_path / "new").exists()
+    assert finding(tmp_path / "file" / "code").found == str(tmp_path / "cache" / "inductor"), "the run's next choice"
+    temporary = finding(tmp_path / "temporary" / "code")
+    assert temporary.status == "note" and "FASTSP_CACHE" in temporary.advice
 
 
 @pytest.mark.slow
@@ -140,12 +141,12 @@ def test_a_user_without_a_home_is_told_where_compiled_code_goes(tmp_path: Path) 
 
 
 def test_the_command_that_installs_xformers_is_named() -> None:
-    on_gpu = {"available": True, "attention": ["flash", "math"]}
-    without = doctor._attention(on_gpu, {"problem": "No module named 'xformers'"})
+    problem = {"problem": "No module named 'xformers'"}
+    (without,) = doctor._xformers({"torch": {"devices": [GPU]}, "xformers": problem})
     assert without.status == "note" and "pip install -e '.[train,xformers]'" in without.advice
-    assert doctor._attention(on_gpu, {"version": "0.0.35"}).status == "ok"
-    on_cpu = doctor._attention({"available": False, "attention": ["math"]}, {"problem": "not there"})
-    assert on_cpu == Finding("attention", "ok", "PyTorch's math"), "it has no CPU operators"
+    (there,) = doctor._xformers({"torch": {"devices": [GPU]}, "xformers": {"version": "0.0.35"}})
+    assert there.status == "ok"
+    assert doctor._xformers({"torch": {"devices": []}, "xformers": problem}) == [], "it has no CPU operators"
 
 
 def test_the_floors_are_what_a_run_of_stable_diffusion_takes() -> None:
