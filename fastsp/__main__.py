@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
+from fastsp.errors import RunFailed, UserError, install_command
+
 SPIN_COUNT = "1000"
-_NEEDS = "the command line needs more packages than the loss: pip install 'fastsp[train]'"
 
 
 def limit_spinning() -> None:
@@ -28,10 +29,9 @@ def main() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         from fastsp.cli import app
-        from fastsp.errors import RunFailed, UserError
         from fastsp.files import no_room
     except ModuleNotFoundError as error:
-        sys.exit(_fail(f"{_NEEDS} ({error.name} is missing)"))
+        sys.exit(_fail(_needed(error.name)))
 
     try:
         sys.exit(app(standalone_mode=False))
@@ -42,17 +42,25 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fastsp"):
+            raise  # ours to mend: a traceback helps
+        sys.exit(_fail(_needed(error.name)))
     except Exception as error:
         if reason := no_room(error):
             _fail(f"{reason}{f': {file}' if (file := getattr(error, 'filename', None)) else ''}")
             sys.exit(1)
         if (code := getattr(error, "exit_code", None)) is None:
-            raise  # ours to mend: a traceback helps
+            raise
         if hasattr(error, "format_message"):  # the command line's own mistakes, of whichever click typer uses
             context = getattr(error, "ctx", None)
             command = context.command_path if context else "fastsp"
             _fail(f"{error.format_message()} See '{command} --help'.")
         sys.exit(code)
+
+
+def _needed(package: str | None) -> str:
+    return f"{package} is missing: the command line needs more packages than the loss: {install_command('train')}"
 
 
 def _fail(message: str) -> int:

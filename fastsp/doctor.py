@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastsp.data.cache import can_be_written, compiled_code_folder
-from fastsp.errors import UserError
+from fastsp.errors import UserError, install_command
 
 GIB = 2**30
 PROBE_SECONDS = 90.0
@@ -142,7 +142,7 @@ def _xformers(answers: dict[str, Answer]) -> list[Finding]:
     if not answers["torch"].get("devices"):
         return []
     if problem := answers["xformers"].get("problem"):
-        advice = "optional, one more attention kernel: pip install -e '.[train,xformers]' in fastsp's repository"
+        advice = f"optional, one more attention kernel: {install_command('train,xformers')}"
         return [Finding("xformers", "note", problem, advice)]
     return [Finding("xformers", "ok", answers["xformers"]["version"])]
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastsp.errors import UserError
+from fastsp.errors import UserError, install_command
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # what `pipeline.load_lora_weights(folder)` looks for
 KOHYA_FILE = "kohya_lora.safetensors"  # what ComfyUI, A1111, Forge and kohya's scripts read
@@ -49,7 +49,7 @@ def add_adapters(unet: Any, rank: int, alpha: float, target_modules: Sequence[st
     try:
         from peft import LoraConfig
     except ModuleNotFoundError:
-        raise UserError("model.lora needs peft: pip install 'fastsp[train]'") from None
+        raise UserError(f"model.lora needs peft: {install_command('train')}") from None
     names = [f".{name}" for name, _ in unet.named_modules()]
     for target in target_modules:
         if not any(name.endswith(f".{target}") for name in names):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from fastsp.errors import UserError
+from fastsp.errors import UserError, install_command
 
 PACKAGES = {
     "nvidia.dali": "nvidia-dali-cuda130",
@@ -30,4 +30,4 @@ def library(module: str) -> Any:
         return import_module(module)
     except ImportError as error:
         what = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported: {error}"
-        raise UserError(f"pictures need {PACKAGES[module]}, which {what}; pip install 'fastsp[train]'") from error
+        raise UserError(f"pictures need {PACKAGES[module]}, which {what}; {install_command('train')}") from error

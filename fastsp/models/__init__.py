@@ -8,6 +8,7 @@ from fastsp.models.model import TextToImageModel, tokenize
 from fastsp.models.pretrained import (
     check_perceptual_network,
     check_pipeline,
+    check_predicts_v,
     check_unet,
     load_pipeline,
     load_unet,
@@ -23,6 +24,7 @@ __all__ = [
     "TextToImageModel",
     "check_perceptual_network",
     "check_pipeline",
+    "check_predicts_v",
     "check_unet",
     "ddim_scheduler",
     "digits_model",

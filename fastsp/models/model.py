@@ -38,6 +38,8 @@ class TextToImageModel:
     zeros_for_empty_prompt: bool = False
     """Guidance starts from zeros, as SDXL folders ask for by ``force_zeros_for_empty_prompt``, and not from the
     features of the empty prompt, which is what fastsp trains and writes."""
+    loaded_prediction_type: str | None = None
+    """What the weights as they were loaded predict, where that may differ from what they are trained for."""
 
     @property
     def process(self) -> Process:
@@ -102,7 +104,9 @@ class TextToImageModel:
         An epsilon model is so put to v-prediction, which its first stage has to teach it by MSE, as the paper's does.
         """
         scheduler = trained_scheduler(self.scheduler.config)
-        return replace(self, scheduler=scheduler, zeros_for_empty_prompt=False)
+        return replace(
+            self, scheduler=scheduler, zeros_for_empty_prompt=False, loaded_prediction_type=self.prediction_type
+        )
 
     @torch.no_grad()
     def encode_ids(self, input_ids: Tensor, input_ids_2: Tensor | None = None) -> Conditioning:

@@ -148,7 +148,8 @@ def check_perceptual_network(unet: Any, layers: str | None, folder: Path | None,
         stage: its key in the configuration, such as ``stages.1``.
 
     Raises:
-        UserError: the perceptual network has no such layers, or takes other inputs than the run's UNet.
+        UserError: the perceptual network has no such layers, takes other inputs than the run's UNet, or is of a
+            pipeline that predicts something else than v.
     """
     config, family = unet.config, family_of(unet)
     if folder is not None:
@@ -164,6 +165,25 @@ def check_perceptual_network(unet: Any, layers: str | None, folder: Path | None,
             )
     if layers is not None and layers not in (allowed := family.layers(config)):
         raise UserError(f"{stage}.layers {layers!r}: the perceptual network lacks them; allowed: {', '.join(allowed)}")
+    if folder is not None and (scheduler := folder / "scheduler" / "scheduler_config.json").is_file():
+        predicts = loaded_scheduler(_read_json(scheduler), str(folder)).config.prediction_type
+        check_predicts_v(predicts, f"{stage}.perceptual_network: {folder}")
+
+
+def check_predicts_v(prediction_type: str | None, what: str) -> None:
+    """See that a network can be the start or the perceptual network of a self-perceptual stage.
+
+    Another prediction type belongs to another noise schedule too: such a network is a good metric at no high noise,
+    and the stage, which compares features alone, would have to teach v-prediction from nothing.
+
+    Raises:
+        UserError: it predicts epsilon or the sample; None: it is a preset's, which predicts v.
+    """
+    if prediction_type not in (None, "v_prediction"):
+        raise UserError(
+            f"{what} predicts {prediction_type}, and fastsp trains v_prediction, which a stage of objective mse has to "
+            "teach it first: put one before this stage, and take it as perceptual_network"
+        )
 
 
 def _find(name: str, parts: Collection[str] | None = None) -> Path:

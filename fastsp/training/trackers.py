@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from fastsp.config import Config
-from fastsp.errors import UserError
+from fastsp.errors import UserError, install_command
 from fastsp.files import write_file
 from fastsp.objectives import StageConfig
 from fastsp.training.run_directory import RunDirectory
@@ -25,7 +25,7 @@ def check_installed(config: Config) -> None:
     """
     if config.log.wandb is not None and find_spec("wandb") is None:
         raise UserError(
-            "log.wandb is set, but wandb is not installed: pip install 'fastsp[wandb]', or leave log.wandb out"
+            f"log.wandb is set, but wandb is not installed: {install_command('wandb')}, or leave log.wandb out"
         )
 
 

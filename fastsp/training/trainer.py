@@ -26,7 +26,7 @@ from fastsp.errors import UserError
 from fastsp.gpu_settings import gpu_settings
 from fastsp.launcher import said_once
 from fastsp.lora import Base, add_adapters, load_adapters, save_adapters, save_for_use
-from fastsp.models import TextToImageModel, check_perceptual_network, load_model, load_unet
+from fastsp.models import TextToImageModel, check_perceptual_network, check_predicts_v, load_model, load_unet
 from fastsp.objectives import StageConfig
 from fastsp.perceptual import shared_copy
 from fastsp.training.capture import captured
@@ -126,6 +126,8 @@ class Trainer:
                 is_own = frozen in (model.pretrained, *(other.name for other in config.stages))
                 layers = getattr(stage, "layers", None)
                 check_perceptual_network(self.model.unet, layers, None if is_own else Path(frozen), f"stages.{number}")
+                if stage.init is None or frozen == model.pretrained:
+                    check_predicts_v(self.model.loaded_prediction_type, f"stages.{number}: {model.pretrained}")
         if config.data.source == "latents" and self.model.vae is None:
             raise UserError("data.source: 'latents' needs a model with a VAE; this one works on pixels")
         self.model.place(self.device, config.compiles_on(self.device))

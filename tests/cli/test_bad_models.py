@@ -231,6 +231,17 @@ def test_layers_that_a_later_stage_cannot_have(fails, whole, tmp_path):
     assert "without_mid: its cross_attention_dim is 8, the model's 16" in refusal(plain, "mid", folder)
 
 
+def test_a_self_perceptual_stage_needs_networks_that_predict_v(fails, whole, tmp_path):
+    """The base predicts epsilon on another noise schedule: neither a start nor a metric before an MSE stage."""
+    sp = "{name: sp, objective: self_perceptual, steps: 1, learning_rate: 1e-3"
+    mse = "{name: mse, objective: mse, steps: 1, learning_rate: 1e-3}"
+    told = "predicts epsilon, and fastsp trains v_prediction, which a stage of objective mse has to teach it first"
+    assert f"stages.0: {whole} {told}" in fails(whole, f"stages=[{sp}}}]", named="stages.0")
+    for network in (whole, shutil.copytree(whole, tmp_path / "metric")):
+        stages = f"stages=[{mse}, {sp}, perceptual_network: {network}}}]"
+        assert f"{network} {told}" in fails(whole, stages, named="stages.1")
+
+
 def test_files(fails, tmp_path):
     for name in ("model.ckpt", "model.bin", "model.pt"):
         (tmp_path / name).write_bytes(b"\x80\x04.")

@@ -9,6 +9,7 @@ from data.helpers import write_tar
 from safetensors.torch import save
 
 from fastsp.data.latents import LatentsHeader
+from fastsp.errors import install_command
 
 BLOCK = """
 import sys
@@ -61,5 +62,5 @@ for source in ("digits", "images", "shards"):
     except UserError as error:
         print(error)
 """
-    expected = "pictures need nvidia-dali-cuda130, which is not installed; pip install 'fastsp[train]'"
+    expected = f"pictures need nvidia-dali-cuda130, which is not installed; {install_command('train')}"
     assert run(code, tmp_path).splitlines() == [expected] * 3

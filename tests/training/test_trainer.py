@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from tiny import tiny_unet
 
 from fastsp.config import load_config
 from fastsp.training.trainer import Trainer, train
@@ -67,3 +68,14 @@ def test_the_first_line_comes_before_torch_is_imported(tmp_path):
     )
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert said.stdout == f"run {tmp_path / 'run'}: loading PyTorch, the model and the data\n", said.stderr
+
+
+def test_a_stage_is_looked_up_before_a_model_of_its_name(tmp_path):
+    """New configurations with such names are refused; a run that began with one goes on with what it trained."""
+    tiny_unet(seed=1).save_pretrained(tmp_path / "sd21")
+    config = SimpleNamespace(stages=[SimpleNamespace(name="sd21")], model=SimpleNamespace(pretrained="sd21", lora=None))
+    run = SimpleNamespace(stage_folder=lambda name: tmp_path / name)
+    trainer = SimpleNamespace(config=config, run=run, model=SimpleNamespace(unet=tiny_unet(seed=2)))
+    found = Trainer._initial_unet(trainer, "sd21")
+    assert torch.equal(found.conv_in.weight, tiny_unet(seed=1).conv_in.weight)
+    assert not torch.equal(found.conv_in.weight, tiny_unet(seed=2).conv_in.weight)
