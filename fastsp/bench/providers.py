@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastsp.bench.baselines import Algorithm1
 from fastsp.bench.fastsp_step import FastspStep
@@ -17,32 +16,19 @@ REFERENCE = "fastsp_sp"
 ON_GPU = torch.cuda.is_available()
 
 
-class Steps(Protocol):
-    """What every provider can do."""
-
-    def step(self) -> None:
-        """One optimizer step: draws, forward, backward, update. Does not wait for the device."""
-
-    def draws(self) -> tuple[Tensor, ...]:
-        """The arguments of ``loss``."""
-
-    @property
-    def loss(self) -> Callable[..., Tensor]:
-        """From the draws, the mean over the batch, 0-d float32, with gradient to the online network."""
-
-
 @dataclass(frozen=True)
 class Provider:
     """One way to write a training step.
 
     Attributes:
-        build: makes one.
+        build: makes an object with ``step()``, one optimizer step, which does not wait for the device, and with
+            ``draws()``, the arguments of ``loss(...)``: 0-d float32, with gradient to the online network.
         says: a description in a few words.
         compiled: True: always, and left out where the workload does not compile; False: never; None: as the workload.
         by_default: whether it is measured unless others are named.
     """
 
-    build: Callable[[Workload], Steps]
+    build: Callable[[Workload], Any]
     says: str
     compiled: bool | None = None
     by_default: bool = True

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -30,55 +30,48 @@ Row = dict[str, Any]
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be measured, and for how long.
+def run(
+    workload: Workload,
+    names: Sequence[str],
+    rounds: int,
+    say: Say,
+    time_limit_s: float = math.inf,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """Measure providers, each taking turns with fastsp's self-perceptual step.
 
-    Attributes:
-        names: of the providers.
-        rounds: turns that each provider takes.
-        time_limit_s: nothing new begins after it; None: no limit.
-    """
-
-    names: tuple[str, ...]
-    rounds: int
-    time_limit_s: float | None = None
-
-
-def run(workload: Workload, plan: Plan, say: Say, keep: Callable[[list[Row]], None] = lambda rows: None) -> list[Row]:
-    """Measure the providers of ``plan``, each taking turns with fastsp's self-perceptual step.
-
-    So at most two lie in memory, and a change of the machine's load meets both sides of a ratio.
+    So at most two are in memory, and a change of the machine's load meets both sides of a ratio.
 
     Args:
         workload: what they train.
-        plan: which, and how often.
+        names: of the providers, in the order of the rows.
+        rounds: turns that each provider takes.
         say: takes a line of progress.
-        keep: takes the rows so far after each provider, so that a run that is stopped leaves them.
+        time_limit_s: nothing new begins after it.
+        keep: takes the rows so far after each provider, so that an interrupted run leaves them.
 
     Returns:
-        One row for each provider, in the order of ``plan.names``. A provider that does not fit, or for which no time
-        is left, has none and is named by ``say``.
+        One row for each provider. ``say`` names those that do not fit, or for which no time was left.
     """
     with compiler_settings(), gpu_settings(tf32=False):
-        bench = Bench(workload, plan, say)
-        reference = bench.prepare(REFERENCE) if REFERENCE in plan.names else None
-        for name in plan.names:
+        bench = Bench(workload, rounds, time_limit_s, say)
+        reference = bench.prepare(REFERENCE) if REFERENCE in names else None
+        for name in names:
             if name != REFERENCE and (entry := bench.prepare(name)):
                 bench.measure(entry, reference)
                 entry.release()
-                keep(bench.rows())
+                keep(bench.rows(names))
         if reference and not reference.seconds:
             bench.measure(reference)
-            keep(bench.rows())
-    return bench.rows()
+            keep(bench.rows(names))
+    return bench.rows(names)
 
 
 class Bench:
     """The state of one run. Made and used by :func:`run`."""
 
-    def __init__(self, workload: Workload, plan: Plan, say: Say) -> None:
-        self.plan, self.say, self.started = plan, say, time.monotonic()
+    def __init__(self, workload: Workload, rounds: int, time_limit_s: float, say: Say) -> None:
+        self.rounds, self.say, self.deadline = rounds, say, time.monotonic() + time_limit_s
         self.entries: dict[str, Entry] = {}
         self.speeds = {REFERENCE: 1.0}  # relative to the reference
         batch, precision = workload.batch_size, workload.config.precision
@@ -103,7 +96,7 @@ class Bench:
     def prepare(self, name: str) -> Entry | None:
         """A provider ready to run; None if it does not fit or it is too late."""
         if self.is_late():
-            self.say(f"{name}: skipped, the time limit of {self.plan.time_limit_s:.0f} s has passed")
+            self.say(f"{name}: skipped, the time limit has passed")
             return None
         self.say(f"{name}: preparing ({PROVIDERS[name].says})")
         try:
@@ -118,13 +111,13 @@ class Bench:
 
     def measure(self, entry: Entry, reference: Entry | None = None) -> None:
         turns = [entry] if reference is None else [reference, entry]
-        take_turns(turns, self.workload.device, self.plan.rounds, self.is_late)
+        take_turns(turns, self.workload.device, self.rounds, self.is_late)
         if reference is not None:
             self.speeds[entry.name] = relative_speed(entry, reference)
         self.say(f"{entry.name}: {self.workload.batch_size / quantiles(entry.seconds)[1]:.4g} samples/s")
 
-    def rows(self) -> list[Row]:
-        ready = (self.entries[name] for name in self.plan.names if name in self.entries)
+    def rows(self, names: Sequence[str]) -> list[Row]:
+        ready = (self.entries[name] for name in names if name in self.entries)
         return [self.row(entry) for entry in ready if entry.seconds]
 
     def row(self, entry: Entry) -> Row:
@@ -149,5 +142,4 @@ class Bench:
         }
 
     def is_late(self) -> bool:
-        limit = self.plan.time_limit_s
-        return limit is not None and time.monotonic() - self.started >= limit
+        return time.monotonic() >= self.deadline

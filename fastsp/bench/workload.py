@@ -111,10 +111,9 @@ class Workload:
         workload = self.with_settings(compile=False, cuda_graph=False, gradient_checkpointing=False)
         return replace(workload, device=torch.device("meta"))
 
-    def with_settings(self, batch_size: int | None = None, **settings: Any) -> Workload:
-        """The same with another batch size, or with other top-level keys of the configuration."""
-        data = self.config.data.model_copy(update={"batch_size": batch_size or self.batch_size})
-        return replace(self, config=self.config.model_copy(update={"data": data, **settings}))
+    def with_settings(self, **settings: Any) -> Workload:
+        """The same with other top-level keys of the configuration."""
+        return replace(self, config=self.config.model_copy(update=settings))
 
     def _normal(self, seed: int, shape: tuple[int, ...]) -> Tensor:
         if self.device.type == "meta":

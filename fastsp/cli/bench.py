@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,8 +26,8 @@ def bench(
     ] = None,
     only: Annotated[list[str] | None, typer.Option("--only", help="A provider; may be given several times.")] = None,
     time_limit: Annotated[
-        float | None, typer.Option(min=0.0, help="Begin nothing new after so many seconds.", metavar="SECONDS")
-    ] = None,
+        float, typer.Option(min=0.0, help="Begin nothing new after so many seconds.", metavar="SECONDS")
+    ] = math.inf,
     force: Annotated[bool, typer.Option("--force", help="Replace the JSON file if it exists.")] = False,
 ) -> None:
     """Measure fastsp's step beside the paper's Algorithm 1 and a plain MSE step: same model, batch and precision.
@@ -41,7 +42,7 @@ def bench(
 
     from rich.console import Console
 
-    from fastsp.bench.run import Plan, run
+    from fastsp.bench.run import run
     from fastsp.bench.workload import default_workload, workload_of
     from fastsp.devices import best_device
     from fastsp.errors import UserError
@@ -57,8 +58,7 @@ def bench(
     workload = workload_of(config, device, changes) if config else default_workload(device, changes)
     if config is None and not any(change.startswith("compile=") for change in changes):
         workload = workload.with_settings(compile=True)
-    names = _names(only, workload.compiles)
-    plan = Plan(names, rounds or (6 if device.type == "cuda" else 20), time_limit)
+    names, rounds = _names(only, workload.compiles), rounds or (6 if device.type == "cuda" else 20)
     console = Console()
 
     def say(line: str) -> None:
@@ -68,7 +68,7 @@ def bench(
         if json_file is not None:
             json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
-    rows = run(workload, plan, say, keep)
+    rows = run(workload, names, rounds, say, time_limit, keep)
     if not rows:
         say("nothing was measured")
         raise typer.Exit(1)

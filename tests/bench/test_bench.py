@@ -18,7 +18,7 @@ from fastsp.bench.fastsp_step import FastspStep
 from fastsp.bench.flops import flops_per_sample
 from fastsp.bench.measure import Entry, Peak, measure_peak, prepare, quantiles, relative_speed, seconds_per_call
 from fastsp.bench.providers import PROVIDERS
-from fastsp.bench.run import Plan, run
+from fastsp.bench.run import run
 from fastsp.bench.workload import SD21_BASE_UNET, SD21_TEXT_SHAPE, default_workload
 from fastsp.config import load_config
 from fastsp.errors import UserError
@@ -107,7 +107,7 @@ def test_checkpointing_changes_nothing_that_is_counted():
     plain, checkpointed = (tiny_workload().with_settings(gradient_checkpointing=on) for on in (False, True))
     counts = [flops_per_sample(PROVIDERS["fastsp_sp"], workload) for workload in (plain, checkpointed)]
     assert counts[0] == counts[1]
-    (row,) = run(checkpointed, Plan(("fastsp_sp",), rounds=1), print)
+    (row,) = run(checkpointed, ("fastsp_sp",), 1, print)
     assert row["samples_per_s"] > 0
 
 
@@ -167,7 +167,7 @@ def test_gpu_a_captured_step_s_memory_is_counted():
 def test_rows_have_the_contract_s_keys():
     kept: list[list[str]] = []
     workload = tiny_workload()
-    rows = run(workload, Plan(MANY, rounds=2), print, lambda rows: kept.append([row["name"] for row in rows]))
+    rows = run(workload, MANY, 2, print, keep=lambda rows: kept.append([row["name"] for row in rows]))
     assert tuple(row["name"] for row in rows) == MANY and kept == [list(MANY[:2]), list(MANY)]
     for row in rows:
         assert row.keys() >= CONTRACT | {"environment", "date", "model", "batch_size"}
@@ -188,14 +188,14 @@ def test_what_does_not_fit_is_left_out_and_named(monkeypatch):
 
     said: list[str] = []
     monkeypatch.setitem(PROVIDERS, "fastsp_sp", replace(PROVIDERS["fastsp_sp"], build=TooLarge))
-    (row,) = run(tiny_workload(), Plan(("fastsp_sp", "fastsp_mse"), rounds=1), said.append)
+    (row,) = run(tiny_workload(), ("fastsp_sp", "fastsp_mse"), 1, said.append)
     assert row["name"] == "fastsp_mse" and row["speed_relative_to_fastsp_sp"] is None
     assert any("fastsp_sp: skipped, batch 3 does not fit" in line for line in said)
 
 
 def test_the_time_limit_names_what_is_left_out():
     said: list[str] = []
-    assert run(tiny_workload(), Plan(EAGER, 1, time_limit_s=0.0), said.append) == []
+    assert run(tiny_workload(), EAGER, 1, said.append, time_limit_s=0.0) == []
     assert sum("time limit" in line for line in said) == len(EAGER)
 
 

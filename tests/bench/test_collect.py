@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from bench.workloads import tiny_workload
 
-from fastsp.bench.run import Plan, run
+from fastsp.bench.run import run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +38,7 @@ def pytest_benchmark(name: str, **noted) -> str:
 def test_a_suite_becomes_files_and_tables(collect, tmp_path, capsys):
     out, folder = tmp_path / "out", tmp_path / "results"
     out.mkdir()
-    rows = run(tiny_workload(), Plan(("fastsp_sp", "fastsp_mse"), rounds=1), print)
+    rows = run(tiny_workload(), ("fastsp_sp", "fastsp_mse"), 1, print)
     (out / "step.json").write_text(json.dumps(rows))
     kernel = {"provider": "ours", "p20_us": 1.0, "p50_us": 2.0, "p80_us": 3.0, "required_bytes_per_s": 4e12}
     (out / "kernels.json").write_text(pytest_benchmark("one", **kernel, fraction_of_copy=0.93, host_ms=None))
