@@ -153,13 +153,13 @@ class GuidanceConfig(Section):
 class EvaluationConfig(Section):
     """What the finished run is measured by; see :mod:`fastsp.evaluation`."""
 
-    enabled: bool = True
+    enabled: Auto = "auto"  # auto: of the digits, and where heldout or captions is given; `config.yaml` has the outcome
     num_samples: Positive = 500  # of one row
     seeds: Annotated[list[NonNegative], Field(min_length=1)] = [0, 1, 2]  # of the initial noise
     steps: Annotated[list[Positive], Field(min_length=1)] = [25, 50]  # DDIM steps of the rows without guidance
     guidance: list[GuidanceConfig] = []
     unconditional: bool = True  # every stage with the empty prompt too, at the first step count
-    batch_size: Positive = 256  # samples made at once; no figure depends on it
+    batch_size: Positive | None = None  # samples made at once; None: 256, or 16 where a VAE decodes them
     features: PathText = "classifier"  # or an Inception-v3 safetensors file
     heldout: PathText | list[PathText] | None = None  # like data.path; the digits have their own split
     captions: PathText | None = None  # COCO's captions_val2014.json, or a text file: the first num_samples
@@ -194,6 +194,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> Self:
         reading = is_reading(info)
+        if self.evaluation.enabled == "auto":
+            named = self.evaluation.heldout is not None or self.evaluation.captions is not None
+            enabled = named or self.data.source == "digits"
+            self.evaluation = self.evaluation.model_copy(update={"enabled": enabled})
         if faults := [*self._stage_faults(reading), *self._other_faults()]:
             raise ValueError("\n".join(faults))
         return self

@@ -17,6 +17,12 @@ LATE_SECONDS = 1.5
 Bar = Callable[[str, int], AbstractContextManager[Callable[[], None]]]  # (what, how many steps) -> advances by one
 
 
+@contextmanager
+def no_bar(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """A :data:`Bar` that shows nothing."""
+    yield lambda: None
+
+
 def steps_progress(console: Console, *more: ProgressColumn, shown: bool = True) -> Progress:
     """rich's display of steps, ``more``, elapsed and remaining time; nothing is drawn if ``console`` is no terminal."""
     from rich import progress

@@ -25,7 +25,7 @@ def varied(config: Config, key: str) -> list[str]:
 @pytest.mark.parametrize("number", TABLES)
 def test_a_run_has_the_rows_of_its_table(number: int, base: str) -> None:
     config, own = table_config(number, BASES[base]), load_config(BASES[base])
-    planned = {row.setting for row in plan(config, config.evaluation)}
+    planned = {job.setting for job in plan(config)}
     conditional = number != 2
     for entry in TABLES[number].entries:
         assert Setting(entry.stage, conditional, entry.guidance, entry.rescale, entry.steps) in planned

@@ -24,7 +24,7 @@ def evaluate(
     json_file: Annotated[Path, typer.Option("--json", help="Where rows are added.", metavar="FILE")],
     reference: Annotated[
         Path | None,
-        typer.Option("--reference", help="Real pictures: a folder, or saved statistics.", metavar="DIR|FILE"),
+        typer.Option("--reference", help="Real images: a folder, or saved statistics.", metavar="DIR|FILE"),
     ] = None,
     features: Annotated[
         str | None, typer.Option(help="Inception-v3's weights as a safetensors file; 'classifier' for the digits.")
@@ -45,7 +45,7 @@ def evaluate(
     seed: Annotated[list[int] | None, typer.Option(min=0, help="Of the noise; repeatable. Without it: 0.")] = None,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Sample the empty prompt (Table 2).")] = False,
     resolution: Annotated[int | None, typer.Option(min=1, help="Side in pixels; by default the model's own.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images sampled at once.")] = 16,
     model_config: Annotated[
         str | None,
         typer.Option("--model-config", help="For single files: a pipeline folder of their kind.", metavar="DIR"),
@@ -55,42 +55,58 @@ def evaluate(
     ] = None,
     keep_pictures: Annotated[bool, typer.Option("--keep-pictures", help="Keep the samples as PNG in there.")] = False,
 ) -> None:
-    """Sample captions and compare with real pictures. Stopped at any moment, the same command goes on.
+    """Sample captions and compare with real images. Stopped at any moment, the same command goes on.
 
-    Rows are added to the JSON file, one for each model, step count, guidance and seed, and one of the real pictures.
+    Rows are added to the JSON file, one for each model, step count, guidance and seed, and one of the real images.
 
     Example: fastsp eval --model runs/sd21/stages/sp --captions captions_val2014.json --reference val2014
     --features inception.safetensors --steps 25 --steps 50 --json evaluation.json
     """
     from fastsp.cli.sample import short_names
     from fastsp.errors import UserError
-    from fastsp.evaluation.captions_file import read_captions
-    from fastsp.evaluation.evaluate_models import ModelEvaluation, RowFile, jobs_of
-    from fastsp.evaluation.real_pictures import load_statistics
-    from fastsp.evaluation.reference_set import open_reference
+    from fastsp.evaluation.captions import read_captions
+    from fastsp.evaluation.engine import Evaluation
+    from fastsp.evaluation.plan import Job, combinations
+    from fastsp.evaluation.reference import load_reference, open_reference
+    from fastsp.evaluation.rows import REAL, RowFile, Setting
+    from fastsp.files import check_folder_writable, check_writable
     from fastsp.generation import check_for_sampling
     from fastsp.progress import steps_bar
 
     if features is None:
         raise UserError(_NO_FEATURES)
+    work = work or json_file.with_name(f"{json_file.name}.work")
     if not json_file.parent.is_dir() or json_file.is_dir():
         raise UserError(f"--json {json_file}: a file in a folder that there is")
-    if save_reference is not None and save_reference.suffix != ".safetensors":
-        raise UserError(f"--save-reference {save_reference} must end in .safetensors")
-    RowFile(json_file)  # refuses what holds something else
+    check_writable(json_file, force=True, option="--json")
+    check_folder_writable(work, "--work")
+    if save_reference is not None:
+        if save_reference.suffix != ".safetensors":
+            raise UserError(f"--save-reference {save_reference} must end in .safetensors")
+        check_writable(save_reference, force=True, option="--save-reference")
+    rows = RowFile(json_file)  # refuses what holds something else
     for name in model:
         check_for_sampling(name)
     found = read_captions(captions, num_samples)
-    work = work or json_file.with_name(f"{json_file.name}.work")
-    extractor, statistics = open_reference(features, reference, found, work, steps_bar, resolution)
+    extractor, real = open_reference(features, reference, found, work, steps_bar, resolution)
     if save_reference is not None:
         if save_reference.exists():  # of the same command, stopped; anything else of the user's stays
-            load_statistics(save_reference, extractor.identity)
-        statistics.save(save_reference)
-    evaluation = ModelEvaluation(
-        found, extractor, statistics, json_file, work, resolution, batch_size, keep_pictures, model_config
+            load_reference(save_reference, extractor.identity)
+        real.save(save_reference)
+    evaluation = Evaluation(
+        lambda seed: found,
+        extractor,
+        real,
+        rows,
+        work,
+        len(found),
+        resolution,
+        batch_size,
+        keep_pictures,
+        model_config=model_config,
     )
     named = list(zip(model, short_names(model), strict=True))
-    jobs = jobs_of(named, steps or [25], guidance or [0.0], rescale or [0.0], seed or [0], not unconditional)
-    rows = evaluation.run(list(jobs), steps_bar, typer.echo)
-    typer.echo(f"{json_file}: {len(rows)} rows")
+    jobs = combinations(named, steps or [25], guidance or [0.0], rescale or [0.0], seed or [0], not unconditional)
+    ground_truth = Job("", Setting(REAL, True, 0.0, 0.0, 0), 0)
+    rows_now = evaluation.run([ground_truth, *jobs], steps_bar, typer.echo)
+    typer.echo(f"{json_file}: {len(rows_now)} rows")

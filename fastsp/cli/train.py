@@ -35,9 +35,9 @@ def train(
     console = Console(quiet=not is_main, soft_wrap=not sys.stdout.isatty())  # a log's lines stay whole
     console.print(f"run {loaded.run_dir}: loading PyTorch, the model and the data")  # which takes a while
 
-    from fastsp.evaluation.check import check_evaluation
     from fastsp.evaluation.environment import write_environment
     from fastsp.evaluation.report import write_report
+    from fastsp.evaluation.run import check_evaluation, evaluate_run
     from fastsp.training.trainer import train as run_stages
 
     with said_once():
@@ -53,9 +53,7 @@ def train(
     if not is_main:
         return
     if loaded.evaluation.enabled:
-        from fastsp.evaluation.evaluate import evaluate_run
-
-        evaluate_run(loaded, loaded.evaluation, console=console)
+        evaluate_run(loaded, console)
     try:
         console.print(f"{report(Path(loaded.run_dir))} shows the run: scores, samples, losses")
     except Exception as error:  # the run is whole without it

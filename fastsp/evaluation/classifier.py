@@ -1,18 +1,21 @@
-"""The in-domain feature model: a small network that reads which caption a picture has.
+"""The in-domain feature model: a small network that reads which caption an image has.
 
 Inception-v3 was never shown handwriting, so FID in its features says little about digits. For a data set with few
-distinct captions the honest yardstick is a classifier of that very data. It is trained once, on the training split,
-with a fixed seed, and cached.
+distinct captions a classifier of that very data says more. It is trained once, on the training split, with a fixed
+seed, and cached.
 
 It must also know when it cannot tell: validity is the share of samples that it reads with confidence, and the typical
-failure of a diffusion model is a blend of two digits. So half of its training pictures are such blends, with the
+failure of a diffusion model is a blend of two digits. So half of its training images are such blends, with the
 blended label (mixup, Zhang et al. 2018, arXiv 1710.09412).
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +25,29 @@ from torch import Generator, Tensor, nn
 from fastsp.data.cache import cache_folder
 from fastsp.errors import UserError
 from fastsp.evaluation.features import FeatureModel
-from fastsp.evaluation.picture_set import Pictures
+from fastsp.evaluation.metrics import caption_agreement
 from fastsp.files import new_file, write_file
+from fastsp.progress import Bar, no_bar
 
-SIDE = 16  # pixels; pictures of other sizes are resampled to this
+SIDE = 16  # pixels; images of other sizes are resampled to this
 MAX_CLASSES = 100
 STEPS, BATCH, LEARNING_RATE = 600, 64, 3e-3
 
 
+class Captioned(NamedTuple):
+    """Images with their captions.
+
+    Attributes:
+        images: float32 (N, C, H, W) in [-1, 1].
+        captions: N of them; empty where the data has none.
+    """
+
+    images: Tensor
+    captions: Sequence[str] = ()
+
+
 class CaptionClassifier(FeatureModel):
-    """Four convolutions on the grey picture, then D = 64 features, then one score per caption."""
+    """Four convolutions on the grey image, then D = 64 features, then one score per caption."""
 
     def __init__(self, class_names: list[str], identity: str) -> None:
         super().__init__()
@@ -47,41 +63,53 @@ class CaptionClassifier(FeatureModel):
         self.head = nn.Linear(64, len(class_names))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.trunk(_grey(images))
+        features = self.trunk(shrunk(images))
         return features, self.head(features)
 
 
-def caption_classifier(train: Pictures, heldout: Pictures, cache: Path | None = None) -> CaptionClassifier:
-    """The classifier of `train`'s captions, from the cache if it was trained on these very pictures before.
+def check_classes(names: Collection[str]) -> None:
+    """See that a classifier can be trained on these distinct captions.
+
+    Raises:
+        UserError: none, one alone, or too many.
+    """
+    if not 2 <= len(names) <= MAX_CLASSES:
+        count = f"more than {MAX_CLASSES}" if len(names) > MAX_CLASSES else str(len(names))
+        raise UserError(
+            f"evaluation.features=classifier: the data has {count} distinct captions; allowed: 2 to {MAX_CLASSES}; "
+            "give a safetensors file of Inception-v3 instead (docs/tools.md), or set evaluation.enabled=false"
+        )
+
+
+def caption_classifier(
+    train: Captioned, heldout: Captioned, cache: Path | None = None, bar: Bar = no_bar
+) -> CaptionClassifier:
+    """The classifier of `train`'s captions, from the cache if it was trained on these very images before.
 
     Args:
-        train: pictures with captions, at most 100 distinct ones; those are the classes.
-        heldout: pictures on which the accuracy in the cache's JSON is measured; never trained on.
+        train: at most 100 distinct captions, which are the classes.
+        heldout: on these the accuracy in the cache's JSON is measured; it is never trained on them.
         cache: folder; None means `$FASTSP_CACHE`, else `~/.cache/fastsp`.
+        bar: shows the progress of the training.
 
     Raises:
         UserError: no captions, one caption alone, or too many distinct ones.
     """
     names = sorted(set(train.captions))
-    if not 2 <= len(names) <= MAX_CLASSES:
-        raise UserError(
-            f"evaluation.features=classifier: the data has {len(names)} distinct captions; allowed: 2 to {MAX_CLASSES} "
-            "(give an Inception-v3 safetensors file instead)"
-        )
+    check_classes(names)
     digest = _digest(train)
     weights = (cache or cache_folder()) / f"classifier-{digest}.safetensors"
     model = _untrained(names, f"classifier-{digest}").eval().requires_grad_(False)
     if weights.exists():
         model.load_state_dict(load_file(weights))
         return model
-    model.load_state_dict(_train(train, names))
+    model.load_state_dict(_train(train, names, bar))
     weights.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "classes": names,
-        "heldout_accuracy": accuracy(model, heldout),
-        "heldout_pictures": len(heldout),
-        "train_pictures": len(train),
-        "train_digest": train.digest(),
+        "heldout_accuracy": accuracy(model, heldout) if heldout.captions else None,
+        "heldout_images": len(heldout.images),
+        "train_images": len(train.images),
         "torch": torch.__version__,
     }
     write_file(weights.with_suffix(".json"), json.dumps(facts, indent=2))
@@ -90,22 +118,17 @@ def caption_classifier(train: Pictures, heldout: Pictures, cache: Path | None = 
     return model
 
 
-def accuracy(model: CaptionClassifier, pictures: Pictures) -> float:
-    """Share, 0 to 1, of `pictures` whose caption is the class with the highest score."""
-    guesses = model.extract(pictures.images).logits.argmax(1)
-    return (guesses == caption_labels(pictures, model.class_names)).double().mean().item()
+def accuracy(model: CaptionClassifier, heldout: Captioned) -> float:
+    """Share, 0 to 1, of the images whose caption is the class with the highest score."""
+    return caption_agreement(model.extract(heldout.images).logits, heldout.captions, model.class_names)
 
 
-def caption_labels(pictures: Pictures, class_names: Sequence[str]) -> Tensor:
-    """Class index of every caption, int64 (N,)."""
-    index = {name: i for i, name in enumerate(class_names)}
-    return torch.tensor([index[caption] for caption in pictures.captions])
-
-
-def _digest(train: Pictures) -> str:
-    """Changes with the pictures, the captions and this file, so that a stale cache is never read."""
-    code = Path(__file__).read_bytes()
-    return hashlib.sha256(code + train.digest().encode()).hexdigest()[:16]
+def _digest(train: Captioned) -> str:
+    """Changes with the images, the captions and this file, so that a stale cache is never read."""
+    seen = hashlib.sha256(Path(__file__).read_bytes())
+    seen.update(repr((tuple(train.images.shape), list(train.captions))).encode())
+    seen.update(train.images.contiguous().numpy().tobytes())
+    return seen.hexdigest()[:16]
 
 
 def _untrained(names: list[str], identity: str = "") -> CaptionClassifier:
@@ -115,14 +138,15 @@ def _untrained(names: list[str], identity: str = "") -> CaptionClassifier:
         return CaptionClassifier(names, identity)
 
 
-def _train(train: Pictures, names: list[str]) -> dict[str, Tensor]:
+def _train(train: Captioned, names: list[str], bar: Bar) -> dict[str, Tensor]:
     """Weights after a fixed number of steps from a fixed seed."""
     model = _untrained(names)
-    images, targets = _grey(train.images), F.one_hot(caption_labels(train, names), len(names)).float()
+    labels = torch.tensor([names.index(caption) for caption in train.captions])
+    images, targets = shrunk(train.images), F.one_hot(labels, len(names)).float()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
     generator = Generator().manual_seed(0)
-    with torch.enable_grad():
+    with torch.enable_grad(), bar("training the classifier", STEPS) as advance:
         for _ in range(STEPS):
             chosen = torch.randint(len(images), (BATCH,), generator=generator)
             batch, target = _mixup(_jitter(images[chosen], generator), targets[chosen], generator)
@@ -131,10 +155,11 @@ def _train(train: Pictures, names: list[str]) -> dict[str, Tensor]:
             loss.backward()
             optimizer.step()
             schedule.step()
+            advance()
     return model.state_dict()
 
 
-def _grey(images: Tensor) -> Tensor:
+def shrunk(images: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, 1, SIDE, SIDE): the mean over channels, resampled when the size differs."""
     grey = images.float().mean(1, keepdim=True)
     if grey.shape[-2:] == (SIDE, SIDE):
@@ -153,10 +178,10 @@ def _jitter(images: Tensor, generator: Generator) -> Tensor:
 
 
 def _mixup(images: Tensor, targets: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Blend the second half of the batch with the first, pictures and labels alike."""
+    """Blend the second half of the batch with the first, images and labels alike."""
     half = len(images) // 2
     share = torch.rand(half, generator=generator)
-    picture_share, label_share = share.view(-1, 1, 1, 1), share.view(-1, 1)
-    blended = torch.lerp(images[half:], images[:half], picture_share)
+    image_share, label_share = share.view(-1, 1, 1, 1), share.view(-1, 1)
+    blended = torch.lerp(images[half:], images[:half], image_share)
     labels = torch.lerp(targets[half:], targets[:half], label_share)
     return torch.cat([images[:half], blended]), torch.cat([targets[:half], labels])

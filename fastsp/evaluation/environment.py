@@ -17,7 +17,6 @@ PACKAGES = (
     "torch",
     "diffusers",
     "transformers",
-    "torchmetrics",
     "scikit-learn",
     "nvidia-dali-cuda130",
     "triton",

@@ -1,58 +1,398 @@
-"""The real pictures of a run: what it was trained on and what was held out, as its own data pipeline delivers them."""
+"""The real images that samples are compared with, as a feature model sees them.
 
+They are a run's own data (what was held out, and what was trained on), a folder, or statistics that were saved. Images
+are read in batches and only what is seen in them is kept, so that memory does not grow with their size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from fastsp.config import DataConfig
-from fastsp.data.source import open_source
+from fastsp.config import Config, DataConfig
+from fastsp.data.folder import FolderReader
+from fastsp.data.source import Source, open_source
+from fastsp.devices import best_device
 from fastsp.errors import UserError
-from fastsp.evaluation.picture_set import Pictures
+from fastsp.evaluation.captions import CaptionSet
+from fastsp.evaluation.classifier import Captioned, caption_classifier, shrunk
+from fastsp.evaluation.features import FeatureModel, Features
+from fastsp.evaluation.inception import load_inception
+from fastsp.evaluation.metrics import (
+    NEIGHBOURS,
+    TEN_SPLITS,
+    caption_agreement,
+    coverage,
+    frechet_distance,
+    inception_score,
+    nearest_distance,
+    precision_recall,
+    validity,
+)
+from fastsp.files import new_file
+from fastsp.progress import Bar
 
-MAX_PICTURES = 10_000  # of each set: bounds memory, and the paper's FID uses as many
+HELD_OUT_DIGITS = "held-out digits"  # the reference of `fastsp eval` where none is given
+OWN = "the run's held-out images"
+MAX_IMAGES = 10_000  # of a run's training and held-out images each: the paper's FID uses as many
+_DIGITS_SIDE = 8  # pixels of the original scans
+_BATCH_VALUES = 1 << 26  # of the images read at once: 256 MiB of float32
+_CHUNK = 64  # files of a folder that are decoded at once
 
 
-def training_pictures(data: DataConfig, channels: int) -> Pictures:
-    """The first pictures of the run's source, at most 10,000, cropped at the centre and not mirrored.
+@dataclass(frozen=True)
+class Reference:
+    """N real images in one feature model.
+
+    Attributes:
+        mean: float64 (D,).
+        covariance: float64 (D, D), with N - 1 below.
+        count: N.
+        score: their own Inception Score; None where a file does not say.
+        features: identity of the feature model.
+        source: in words, which images.
+        heldout: of a run, what is seen in those images, else None; their captions.
+        train: of a run, what is seen in the images that it was trained on, else None; their captions.
+        copy_distance: a sample is called a copy if it is nearer to the training set than 99 % of the held-out images.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    count: int
+    score: float | None
+    features: str
+    source: str
+    heldout: Features | None = None
+    heldout_captions: Sequence[str] = ()
+    train: Features | None = None
+    train_captions: Sequence[str] = ()
+    copy_distance: float = 0.0
+
+    @classmethod
+    def of(cls, seen: Features, features: str, source: str, **own: Any) -> Reference:
+        """Statistics of images that were looked at.
+
+        Raises:
+            UserError: fewer than two.
+        """
+        if len(seen.features) < 2:
+            raise UserError(f"reference {source}: {len(seen.features)} images; allowed: at least 2")
+        mean, covariance, score = seen.features.mean(0), torch.cov(seen.features.T), inception_score(seen.logits)
+        return cls(mean, covariance, len(seen.features), score, features, source, **own)
+
+    def scores(self, seen: Features, class_names: Sequence[str], captions: Sequence[str]) -> dict[str, float]:
+        """All figures that can be computed for one set of images.
+
+        Args:
+            seen: what the feature model sees in them.
+            class_names: of the feature model, where its classes are captions; `validity` needs them.
+            captions: of the images, for `caption_agreement`; empty where they have none.
+
+        Raises:
+            UserError: too few images.
+        """
+        least = 2 if self.heldout is None else NEIGHBOURS + 1
+        if len(seen.features) < least:
+            raise UserError(f"evaluation.num_samples={len(seen.features)}; allowed: at least {least}")
+        row = {
+            "fid": frechet_distance(self.mean, self.covariance, seen.features),
+            "inception_score": inception_score(seen.logits),
+        }
+        if len(seen.logits) >= TEN_SPLITS:
+            row["inception_score_10_splits"] = inception_score(seen.logits, splits=10)
+        if class_names:
+            row["validity"] = validity(seen.logits)
+        if self.heldout is not None:
+            row["precision"], row["recall"] = precision_recall(self.heldout.features, seen.features)
+            row["coverage"] = coverage(self.heldout.features, seen.features)
+        if self.train is not None:
+            nearest = nearest_distance(seen.features, self.train.features)
+            row["nearest_train"] = nearest.mean().item()
+            row["memorised"] = (nearest < self.copy_distance).double().mean().item()
+        if captions and class_names:
+            row["caption_agreement"] = caption_agreement(seen.logits, captions, class_names)
+        return row
+
+    def save(self, file: Path) -> None:
+        """Write the statistics as safetensors: mean, covariance, count, inception_score; the words in its metadata."""
+        tensors = {"mean": self.mean, "covariance": self.covariance, "count": torch.tensor(self.count)}
+        if self.score is not None:
+            tensors["inception_score"] = torch.tensor(self.score, dtype=torch.float64)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(file) as unfinished:
+            save_file(tensors, unfinished, metadata={"features": self.features, "source": self.source})
+
+
+def load_reference(file: Path, features: str) -> Reference:
+    """Statistics that :meth:`Reference.save` wrote.
 
     Args:
-        data: of the run.
-        channels: 1 (grey) or 3 (RGB).
-    """
-    return _read(data, channels)
-
-
-def heldout_pictures(data: DataConfig, channels: int, path: str | list[str] | None) -> Pictures:
-    """Pictures that were not trained on; arguments and errors are those of `heldout_data`."""
-    return _read(heldout_data(data, path), channels)
-
-
-def heldout_data(data: DataConfig, path: str | list[str] | None) -> DataConfig:
-    """Where they are: the digits' own split, or what `evaluation.heldout` names.
+        file: of it.
+        features: the identity that they have to be of.
 
     Raises:
-        UserError: other data than the digits and no path.
+        UserError: no such file, another kind of file, or of another feature model.
     """
+    try:
+        with safe_open(file, "pt") as found:
+            facts = found.metadata() or {}
+            tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
+        mean, covariance, count = tensors["mean"], tensors["covariance"], int(tensors["count"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"reference {file} holds no statistics (mean, covariance, count): {error}") from None
+    if facts.get("features") != features:
+        raise UserError(f"reference {file} is of the features {facts.get('features')!r}; these are {features!r}")
+    score = float(tensors["inception_score"]) if "inception_score" in tensors else None
+    return Reference(mean, covariance, count, score, features, facts.get("source", file.name))
+
+
+def open_reference(
+    features: str, reference: Path | None, captions: CaptionSet, work: Path, bar: Bar, resolution: int | None = None
+) -> tuple[FeatureModel, Reference]:
+    """The feature model on its device, and the real images that a user names.
+
+    Args:
+        features: a file of Inception-v3's weights; or "classifier", that of the digits.
+        reference: a folder of images, of which those are taken that the captions name, or all if they name none;
+            or saved statistics; or, for the digits alone, None: those held out.
+        captions: that will be sampled.
+        work: where the statistics of a folder are kept.
+        bar: shows the progress.
+        resolution: of the digits; None: 8 pixels.
+
+    Raises:
+        UserError: something named is missing or is of another kind.
+    """
+    if features == "classifier":
+        data = DataConfig(source="digits", resolution=resolution or _DIGITS_SIDE, batch_size=1)
+        heldout = _captioned(data.model_copy(update={"split": "heldout"}), 1, bar)
+        model: FeatureModel = caption_classifier(_captioned(data, 1, bar), heldout, bar=bar)
+        if reference is None:
+            return model, Reference.of(model.extract(heldout.images), model.identity, HELD_OUT_DIGITS)
+    else:
+        model = load_inception(Path(features)).to(best_device())
+    if reference is None:
+        raise UserError("the reference is missing: a folder of real images, or statistics kept by --save-reference")
+    if reference.is_file():
+        return model, load_reference(reference, model.identity)
+    return model, _of_folder(reference, captions, model, work, bar)
+
+
+# A run's own data
+
+
+def own_reference(config: Config, channels: int, bar: Bar) -> tuple[FeatureModel, Reference]:
+    """The feature model of a run on its device, and the run's held-out and training images in it.
+
+    Args:
+        config: of the run.
+        channels: of its images, 1 (grey) or 3 (RGB).
+        bar: shows the progress.
+
+    Raises:
+        UserError: too few held-out images, or a feature model that does not go with the data.
+    """
+    data, heldout_data = config.data, heldout_of(config)
+    if config.evaluation.features == "classifier":
+        trained, held = _captioned(data, channels, bar), _captioned(heldout_data, channels, bar)
+        _check_enough(len(held.images))
+        model: FeatureModel = caption_classifier(trained, held, bar=bar).to(best_device())
+        train, heldout = model.extract(trained.images), model.extract(held.images)
+        train_captions, heldout_captions = trained.captions, held.captions
+    else:
+        model = load_inception(Path(config.evaluation.features)).to(best_device())
+        train, train_captions = _seen(data, channels, bar, model)
+        heldout, heldout_captions = _seen(heldout_data, channels, bar, model)
+        _check_enough(len(heldout.features))
+    own = {"heldout": heldout, "heldout_captions": heldout_captions, "train": train, "train_captions": train_captions}
+    copy_distance = nearest_distance(heldout.features, train.features).quantile(0.01).item()
+    return model, Reference.of(heldout, model.identity, OWN, copy_distance=copy_distance, **own)
+
+
+def _check_enough(count: int) -> None:
+    if count <= NEIGHBOURS:
+        raise UserError(f"evaluation: {count} held-out images; allowed: at least {NEIGHBOURS + 1}")
+
+
+def heldout_of(config: Config) -> DataConfig:
+    """Where a run's held-out images are: the digits' own split, or what `evaluation.heldout` names.
+
+    Raises:
+        UserError: other data than the digits, and no path.
+    """
+    data, path = config.data, config.evaluation.heldout
     if data.source == "digits":
         return data.model_copy(update={"split": "heldout"})
     if path is None:
         raise UserError(
             f"evaluation.heldout is missing; data.source={data.source} has no held-out split of its own: give a path "
-            "of the same kind as data.path, or set evaluation.enabled=false"
+            "of the same kind as data.path, or evaluation.captions, or set evaluation.enabled=false"
         )
     return data.model_copy(update={"path": path})
 
 
-def _read(data: DataConfig, channels: int) -> Pictures:
-    """One epoch, or its first 10,000, without the samples that cannot be decoded; captions even if trained without."""
+def still_source(data: DataConfig, channels: int) -> Source:
+    """The images of a data section, cropped at the centre and not mirrored, with captions even if trained without."""
     still = {"crop": "center", "flip": False, "unconditional": False, "max_bad_fraction": 1.0}
-    source = open_source(data.model_copy(update=still), tokenizer=None, channels=channels, seed=0)
-    images, captions = [], []
-    batches = source.batches(last_position=min(len(source), MAX_PICTURES), batch_size=min(len(source), 256))
-    with closing(batches):
+    return open_source(data.model_copy(update=still), tokenizer=None, channels=channels, seed=0)
+
+
+def _batches(data: DataConfig, channels: int, bar: Bar) -> Iterator[tuple[Tensor, list[str]]]:
+    """One epoch, or its first 10,000, without the samples that cannot be decoded: images (B, C, H, W), captions."""
+    source = still_source(data, channels)
+    count = min(len(source), MAX_IMAGES)
+    batch_size = min(count, batch_size_of(data.resolution, channels))
+    batches = source.batches(last_position=count, batch_size=batch_size)
+    with closing(batches), bar("real images", count) as advance:
         for batch in batches:
             whole = (batch.weights > 0).nonzero().flatten()
             assert batch.pixel_values is not None
-            images.append(batch.pixel_values[whole].cpu())
-            captions += [batch.captions[row] for row in whole.tolist()]
-    return Pictures(torch.cat(images), captions if any(captions) else ())
+            yield batch.pixel_values[whole], [batch.captions[row] for row in whole.tolist()]
+            for _ in range(len(batch)):
+                advance()
+
+
+def batch_size_of(resolution: int, channels: int) -> int:
+    """How many images of a side are held at once: at most 256, and at most 256 MiB of float32."""
+    return max(1, min(256, _BATCH_VALUES // (channels * resolution**2)))
+
+
+def _captioned(data: DataConfig, channels: int, bar: Bar) -> Captioned:
+    """The images as the classifier takes them, which is small."""
+    parts, captions = _looked_at(_batches(data, channels, bar), lambda images: shrunk(images).cpu())
+    return Captioned(torch.cat(parts), captions)
+
+
+def _seen(data: DataConfig, channels: int, bar: Bar, model: FeatureModel) -> tuple[Features, Sequence[str]]:
+    parts, captions = _looked_at(_batches(data, channels, bar), model.extract)
+    return Features(*(torch.cat(part) for part in zip(*parts, strict=True))), captions
+
+
+def _looked_at(
+    batches: Iterator[tuple[Tensor, list[str]]], look: Callable[[Tensor], Any]
+) -> tuple[list[Any], Sequence[str]]:
+    """What `look` makes of every batch, and all captions; none where every one is empty."""
+    parts, captions = [], []
+    for images, texts in batches:
+        parts.append(look(images))
+        captions += texts
+    return parts, captions if any(captions) else ()
+
+
+# A folder
+
+
+def _of_folder(folder: Path, captions: CaptionSet, model: FeatureModel, work: Path, bar: Bar) -> Reference:
+    files = image_files(folder, captions.images)
+    kept = work / f"reference-{_digest(files, model.identity)}.safetensors"
+    if kept.is_file():
+        return load_reference(kept, model.identity)
+    with bar("checking real images", len(files)) as advance:
+        check_images(files, advance)
+    with bar("real images", len(files)) as advance:
+        seen = see_files(files, model, advance)
+    which = "the images of the captions" if captions.images else "all images"
+    reference = Reference.of(seen, model.identity, f"{folder.name}: {which}, their central squares")
+    reference.save(kept)
+    return reference
+
+
+def image_files(folder: Path, names: Sequence[str] = ()) -> list[Path]:
+    """The images of a folder, sorted; or those of these names, all of which have to be there.
+
+    Raises:
+        UserError: no such folder, no images, or one that is named is not there.
+    """
+    if not folder.is_dir():
+        raise UserError(f"reference {folder}: there is no such folder or file")
+    if not names:
+        return [folder / path for path in FolderReader(folder, captioned=False).paths]
+    files = [folder / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"reference {folder} lacks {file.name}, which the captions are of")
+    return files
+
+
+def check_images(files: Sequence[Path], advance: Callable[[], Any] = lambda: None) -> None:
+    """Decode image files, to name the broken ones before the feature model, which takes much longer, begins.
+
+    Raises:
+        UserError: some are no images: names the first, and says how many more there are.
+    """
+    broken: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(files), _CHUNK):
+            for fault in pool.map(_fault, files[start : start + _CHUNK]):
+                broken += [fault] if fault is not None else []
+                advance()
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise UserError(f"{broken[0]}{more}; mend or replace it")
+
+
+def _fault(file: Path) -> str | None:
+    """Why a file is no image."""
+    try:
+        _square(file)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def see_files(files: Sequence[Path], model: FeatureModel, advance: Callable[[], Any] = lambda: None) -> Features:
+    """What the model sees in image files: the largest square in the middle of each, in its own resolution.
+
+    Raises:
+        UserError: a file that is no image.
+    """
+    features: list[Tensor] = [torch.empty(0)] * len(files)
+    logits: list[Tensor] = [torch.empty(0)] * len(files)
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(files), _CHUNK):
+            of_size = defaultdict(list)
+            for place, image in enumerate(pool.map(_square, files[start : start + _CHUNK]), start):
+                of_size[image.shape].append((place, image))
+            for (_, side, _), of_side in of_size.items():
+                step = batch_size_of(side, 3)
+                for group in (of_side[first : first + step] for first in range(0, len(of_side), step)):
+                    seen = model.extract(torch.stack([image for _, image in group]).float() / 127.5 - 1)
+                    for row, (place, _) in enumerate(group):
+                        features[place], logits[place] = seen.features[row], seen.logits[row]
+                        advance()
+    return Features(torch.stack(features), torch.stack(logits))
+
+
+def _square(file: Path) -> Tensor:
+    """(3, S, S) uint8."""
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except Exception as error:  # Pillow raises anything from OSError to struct.error at damaged files
+        raise UserError(f"reference {file} cannot be read: {error}") from None
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    pixels = np.asarray(image.crop((left, top, left + side, top + side)))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def _digest(files: Sequence[Path], features: str) -> str:
+    """Changes with the names, sizes and times of the files, and with the feature model."""
+    seen = hashlib.sha256(features.encode())
+    for file in files:
+        facts = file.stat()
+        seen.update(f"{file} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return seen.hexdigest()[:16]

@@ -1,32 +1,38 @@
-"""Rows of `evaluation.json`: what one says, how those of several seeds are summarised, and the verdict.
+"""Rows of `evaluation.json`: what one says, and the file that they are kept in.
 
 A row is one set of samples, one seed:
 
-    stage            name of the stage, or "real" for training pictures scored like samples (the floor); in rows of
-                     `fastsp eval` for the reference against itself, as in the paper
+    stage            name of the stage or model, or "real" for real images. A run scores training images like samples:
+                     the floor. Elsewhere it is the reference against itself, FID 0, as in the paper's first row
     conditional      true: sampled with captions; false: with the empty prompt
     guidance         scale of classifier-free guidance; 0: none
     rescale          phi of the rescale; 0: none
     steps            DDIM steps; 0 for "real"
-    seed             of the initial noise and the choice of captions
-    num_samples      pictures scored
-    fid, inception_score, validity, precision, recall, coverage, nearest_train, memorised, caption_agreement
+    seed             of the initial noise, and in a run of the choice of captions
+    num_samples      images scored
+    fid, inception_score, inception_score_10_splits, validity, caption_agreement, precision, recall, coverage,
+    nearest_train, memorised
                      see `fastsp.evaluation.metrics`
     features         identity of the feature model
-    seconds          wall clock of sampling and scoring
-
-Rows of `fastsp eval` also say what they were made from: see `fastsp.evaluation.evaluate_models`.
+    reference, reference_count
+                     the real images that the samples are compared with, in words, and their number
+    captions, captions_sha256, resolution, model_sha256, dtype, batch_size
+                     what was sampled, and with which weights
+    seconds          wall clock of sampling
 """
 
-import math
-from dataclasses import dataclass
-from statistics import mean, stdev
+from __future__ import annotations
+
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from scipy import stats
+from fastsp.errors import UserError
+from fastsp.files import FileLock, read_text, write_file
 
-CONFIDENCE = 0.95
 REAL = "real"
+_LOCK_PATIENCE = 60.0  # seconds; the file is locked while it is written, and no longer
+Row = dict[str, Any]
 
 
 class Setting(NamedTuple):
@@ -39,44 +45,13 @@ class Setting(NamedTuple):
     steps: int
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds with its confidence interval; `low` and `high` are nan for a single seed."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Self-perceptual minus control in one metric, at one setting.
-
-    Attributes:
-        setting: that of the self-perceptual rows; the control's differs in the stage alone.
-        outcome: "better" or "worse" if the interval excludes zero, "undecided" if not or if there is one seed only.
-    """
-
-    metric: str
-    setting: Setting
-    self_perceptual: float
-    control: float
-    difference: Interval
-    outcome: str
-
-
 def described(setting: Setting, seed: int) -> str:
     """A row in words, for progress and messages."""
     return ", ".join([setting.stage, *([how] if (how := sampling_words(setting)) else []), f"seed {seed}"])
 
 
 def sampling_words(setting: Setting, with_condition: bool = True) -> str:
-    """How the pictures were drawn, as in ``25 steps, guidance 7.5, rescale 0.7, unconditional``."""
+    """How the images were sampled, as in ``25 steps, guidance 7.5, rescale 0.7, unconditional``."""
     parts = [f"{setting.steps} steps"] if setting.steps else []
     parts += [f"guidance {setting.guidance:g}"] if setting.guidance else []
     parts += [f"rescale {setting.rescale:g}"] if setting.rescale else []
@@ -84,56 +59,78 @@ def sampling_words(setting: Setting, with_condition: bool = True) -> str:
     return ", ".join(parts)
 
 
-def setting_of(row: dict[str, Any]) -> Setting:
+def setting_of(row: Row) -> Setting:
     """The setting of a row of `evaluation.json`."""
     return Setting(row["stage"], row.get("conditional", True), row["guidance"], row["rescale"], row["steps"])
 
 
-def by_setting(rows: list[dict[str, Any]]) -> dict[Setting, list[dict[str, Any]]]:
+def by_setting(rows: list[Row]) -> dict[Setting, list[Row]]:
     """Rows grouped by setting, in order of first appearance; each group by rising seed."""
-    groups: dict[Setting, list[dict[str, Any]]] = {}
+    groups: dict[Setting, list[Row]] = {}
     for row in rows:
         groups.setdefault(setting_of(row), []).append(row)
     return {setting: sorted(group, key=lambda row: row["seed"]) for setting, group in groups.items()}
 
 
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation (n - 1); the latter is nan for a single value."""
-    return mean(values), stdev(values) if len(values) > 1 else math.nan
+class RowFile:
+    """A JSON file with a list of rows. Rows are added one by one, each time the whole file is replaced.
 
+    Several processes may add to one file. Whatever is in it stays.
 
-def confidence_interval(values: list[float]) -> Interval:
-    """Student's 95 % interval of the mean of `values`, at least one."""
-    centre, deviation = spread(values)
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * deviation / math.sqrt(len(values))
-    return Interval(centre, centre - reach, centre + reach, len(values))
+    Args:
+        path: of the file.
 
-
-def compare(
-    rows: list[dict[str, Any]], self_perceptual: str, control: str, metric: str = "fid", smaller_is_better: bool = True
-) -> list[Comparison]:
-    """Self-perceptual against control, one comparison for every way of sampling that both have rows of.
-
-    The difference is taken seed by seed, since both start from the same noise and captions; a seed that only one of
-    them has is left out. Without guidance first, then guided, then without captions; else in the
-    order of `rows`, so that the first step count configured leads.
+    Raises:
+        UserError: the file holds something else.
     """
-    groups = by_setting([row for row in rows if metric in row])
-    comparisons = []
-    for setting, ours in groups.items():
-        if setting.stage != self_perceptual:
-            continue
-        theirs = {row["seed"]: row[metric] for row in groups.get(setting._replace(stage=control), [])}
-        pairs = [(row[metric], theirs[row["seed"]]) for row in ours if row["seed"] in theirs]
-        if pairs:
-            comparisons.append(_comparison(metric, setting, pairs, smaller_is_better))
-    return sorted(comparisons, key=lambda c: (not c.setting.conditional, c.setting.guidance != 0))
 
+    # Figures, and the batch size, on which none depends: rows that differ in nothing else are of the same samples.
+    NOT_ASKED = (
+        *("fid", "inception_score", "inception_score_10_splits", "validity", "caption_agreement", "precision"),
+        *("recall", "coverage", "nearest_train", "memorised", "seconds", "batch_size"),
+    )
 
-def _comparison(metric: str, setting: Setting, pairs: list[tuple[float, float]], smaller_is_better: bool) -> Comparison:
-    difference = confidence_interval([ours - theirs for ours, theirs in pairs])
-    outcome = "undecided"
-    if difference.excludes_zero:
-        outcome = "better" if (difference.mean < 0) == smaller_is_better else "worse"
-    ours, theirs = (mean(pair[i] for pair in pairs) for i in (0, 1))
-    return Comparison(metric, setting, ours, theirs, difference, outcome)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = self._read()
+
+    def lock(self) -> FileLock:
+        """To be held while the file is changed."""
+        return FileLock(self.path.with_name(f".{self.path.name}.lock"), _LOCK_PATIENCE, str(self.path))
+
+    def find(self, row: Row) -> Row | None:
+        """The row that was computed from the same, whatever came out."""
+        wanted = self._question(row)
+        return next((found for found in self.rows if self._question(found) == wanted), None)
+
+    def find_anew(self, row: Row) -> Row | None:
+        """As :meth:`find`, after reading the file again."""
+        self.rows = self._read()
+        return self.find(row)
+
+    def add(self, row: Row) -> bool:
+        """Write the row, unless one is there that says the same; true if there was none."""
+        with self.lock():
+            if self.find_anew(row) is not None:  # another process may have added it
+                return False
+            self.rows = self.with_row(row)
+            write_file(self.path, json.dumps(self.rows, indent=1, ensure_ascii=False) + "\n")
+        return True
+
+    def with_row(self, row: Row) -> list[Row]:
+        """What the file is to hold with one more row."""
+        return [*self.rows, row]
+
+    def _question(self, row: Row) -> Row:
+        return {key: value for key, value in row.items() if key not in self.NOT_ASKED}
+
+    def _read(self) -> list[Row]:
+        if not self.path.exists():
+            return []
+        try:
+            rows = json.loads(read_text(self.path))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path} is broken JSON: {error}; choose another file") from None
+        if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+            raise UserError(f"{self.path} holds something else than rows of an evaluation; choose another file")
+        return rows

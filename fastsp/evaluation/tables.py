@@ -8,7 +8,8 @@ from statistics import mean
 from typing import Any
 
 from fastsp.evaluation import paper
-from fastsp.evaluation.rows import REAL, Comparison, Setting, by_setting, compare, sampling_words, spread
+from fastsp.evaluation.comparison import Comparison, compare, spread
+from fastsp.evaluation.rows import REAL, Setting, by_setting, sampling_words
 from fastsp.evaluation.run_files import RunFiles
 
 

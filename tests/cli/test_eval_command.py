@@ -70,8 +70,8 @@ def test_a_row_for_every_combination(command, models: list[Path], captions: Path
     written = command(*arguments).splitlines()
     real, *rows = json.loads(out.read_text())
     assert (real["stage"], real["fid"], real["steps"], real["num_samples"]) == ("real", 0.0, 0, 449)
-    assert written[0].startswith("real pictures: FID 0.00  IS ") and written[-1] == f"{out}: 13 rows"
-    assert written[-2].startswith("10 pictures are fewer than the 64 features: FID comes out too high")
+    assert written[0].startswith("real images: FID 0.00  IS ") and written[-1] == f"{out}: 13 rows"
+    assert written[-2].startswith("10 images are fewer than the 64 features: FID comes out too high")
     assert len(rows) == 2 * 2 * 3
     first = rows[0]
     assert {
@@ -137,7 +137,7 @@ def test_pictures_statistics_and_the_empty_prompt(command, models: list[Path], c
     command(*common, "--json", tmp_path / "b.json", "--reference", pictures, "--save-reference", kept)
     command(*common, "--json", tmp_path / "c.json", "--reference", kept)
     b, c = figures(tmp_path / "b.json"), figures(tmp_path / "c.json")
-    assert b == c and b[0]["reference"] == "pictures: all pictures, their central squares" and len(b) == 2
+    assert b == c and b[0]["reference"] == "pictures: all images, their central squares" and len(b) == 2
 
 
 def test_mistakes(fails, models: list[Path], captions: Path, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_mistakes(fails, models: list[Path], captions: Path, tmp_path: Path) -> 
 def test_a_model_that_is_wrong_is_named_before_anything_is_looked_at(
     fails, models: list[Path], captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastsp.evaluation.reference_set.open_reference", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("fastsp.evaluation.reference.open_reference", lambda *_: pytest.fail("too late"))
     arguments = ("eval", "--model", models[0], "--captions", captions, "--json", tmp_path / "out.json", *COMMON)
     assert "no diffusers pipeline folder" in fails(*arguments, "--model", tmp_path / "nowhere")
     assert not (tmp_path / "out.json").exists()
@@ -171,7 +171,7 @@ def test_a_model_that_is_wrong_is_named_before_anything_is_looked_at(
 def test_a_broken_real_picture_is_named_before_any_is_looked_at(
     fails, models: list[Path], captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastsp.evaluation.reference_set.real_features", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("fastsp.evaluation.reference.see_files", lambda *_: pytest.fail("too late"))
     reference = picture_folder(tmp_path / "real", 3)
     (reference / "001.png").write_bytes((reference / "001.png").read_bytes()[:60])
     arguments = ("eval", "--model", models[0], "--captions", captions, "--json", tmp_path / "out.json", *COMMON)
@@ -204,9 +204,7 @@ def test_stable_diffusion_in_the_features_of_inception(command, fails, tmp_path:
     out.unlink()
     command(*shared, weights)
     real, row = json.loads(out.read_text())
-    assert real["num_samples"] == row["reference_count"] == 4 and real["reference"].startswith(
-        "val2014: the pictures of"
-    )
+    assert real["num_samples"] == row["reference_count"] == 4 and real["reference"].startswith("val2014: the images of")
     assert (
         row["stage"] == "sp" and row["fid"] > 0 and row["features"].startswith("inception-") and "validity" not in row
     )

@@ -31,7 +31,7 @@ def run(code: str, cache) -> str:
 
 
 def test_everything_can_be_imported(tmp_path):
-    modules = ("fastsp.training.trainer", "fastsp.evaluation.evaluate", "fastsp.data.encode", "fastsp.data.check")
+    modules = ("fastsp.training.trainer", "fastsp.evaluation.run", "fastsp.data.encode", "fastsp.data.check")
     assert run(f"import {', '.join(modules)}; print('imported')", tmp_path) == "imported"
 
 

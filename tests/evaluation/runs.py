@@ -5,9 +5,11 @@ import math
 import random
 from pathlib import Path
 
+import torch
 import yaml
 from PIL import Image
 
+from fastsp.evaluation.classifier import Captioned
 from fastsp.pictures import save_png
 
 CONFIG = {
@@ -22,6 +24,11 @@ CONFIG = {
 }
 HOSTILE = '</li><script>document.title="owned"</script><img src=x onerror=alert(1)>&"\''
 STAGES = ("mse", "sp", "mse_longer")
+
+
+def take(images: Captioned, indices: torch.Tensor) -> Captioned:
+    """Those at `indices`, int64 (M,), in that order."""
+    return Captioned(images.images[indices], [images.captions[index] for index in indices.tolist()])
 
 
 def row(stage: str, seed: int, fid: float, **changes: object) -> dict:

@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from evaluation.runs import take
 
 from fastsp.errors import UserError
 from fastsp.evaluation import classifier as module
-from fastsp.evaluation.classifier import accuracy, caption_classifier
+from fastsp.evaluation.classifier import Captioned, accuracy, caption_classifier
 from fastsp.evaluation.metrics import validity
-from fastsp.evaluation.picture_set import Pictures
 
 
 def test_held_out_accuracy_is_above_97_percent(classifier, heldout, unseen, cache: Path) -> None:
     assert accuracy(classifier, unseen) > 0.97
     facts = json.loads(next(cache.glob("*.json")).read_text())
     assert facts["heldout_accuracy"] == accuracy(classifier, heldout) > 0.97
-    assert facts["train_pictures"] == 1000 and len(facts["classes"]) == 10
+    assert facts["train_images"] == 1000 and len(facts["classes"]) == 10
 
 
 def test_blends_of_two_digits_are_not_read_with_confidence(classifier, unseen) -> None:
@@ -33,10 +33,10 @@ def test_the_second_call_reads_the_cache(classifier, train, heldout, cache: Path
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), classifier.parameters(), strict=True))
 
 
-def test_other_pictures_train_another_classifier(train, heldout, cache: Path, monkeypatch) -> None:
+def test_other_images_train_another_classifier(train, heldout, cache: Path, monkeypatch) -> None:
     monkeypatch.setattr(module, "_train", lambda *_: pytest.fail("trained again"))
     with pytest.raises(pytest.fail.Exception, match="trained again"):
-        caption_classifier(train.take(torch.arange(999)), heldout, cache)
+        caption_classifier(take(train, torch.arange(999)), heldout, cache)
 
 
 def test_training_is_reproducible_and_leaves_the_global_generator_alone(train, heldout, tmp_path, monkeypatch) -> None:
@@ -64,4 +64,4 @@ def test_extraction_does_not_depend_on_the_batch_size(classifier, unseen) -> Non
 @pytest.mark.parametrize("captions", [["the same"] * 200, [f"caption {i}" for i in range(200)]])
 def test_data_without_classes_is_refused(train, heldout, tmp_path, captions: list[str]) -> None:
     with pytest.raises(UserError, match=r"evaluation\.features=classifier: .* distinct captions; allowed: 2 to 100"):
-        caption_classifier(Pictures(train.images[:200], captions), heldout, tmp_path)
+        caption_classifier(Captioned(train.images[:200], captions), heldout, tmp_path)

@@ -1,92 +1,56 @@
-"""The verdict's arithmetic, by hand, and its words."""
+"""The file of rows: nothing in it is lost, by several processes either."""
 
-import math
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from evaluation.runs import row, rows, write_run
+from evaluation.runs import row
 
-from fastsp.evaluation.rows import Setting, compare, confidence_interval, described, sampling_words
-from fastsp.evaluation.run_files import read_run
-from fastsp.evaluation.tables import find_roles, verdict
-
-
-def test_interval_by_hand() -> None:
-    """Mean 2, deviation 1, t(0.975, 2) = 4.302653: 2 +- 4.302653 / sqrt 3."""
-    interval = confidence_interval([1.0, 2.0, 3.0])
-    assert (interval.mean, interval.count) == (2.0, 3)
-    assert interval.high - 2.0 == pytest.approx(2.0 - interval.low) == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+from fastsp.errors import UserError
+from fastsp.evaluation.rows import RowFile
 
 
-def test_one_seed_has_no_interval() -> None:
-    interval = confidence_interval([1.0])
-    assert math.isnan(interval.low) and not interval.excludes_zero
+def test_two_evaluations_into_one_file_lose_no_row(tmp_path: Path) -> None:
+    """Both have read the file before either writes; then both write again and again, at the same time."""
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps([{"mine": "precious"}]))
+    files = [RowFile(path) for _ in range(4)]
+
+    def add(number: int) -> None:
+        for seed in range(10):
+            assert files[number].add(row(f"model{number}", seed, 1.0))
+            files[number].add(row("shared", seed, 1.0))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(4)))
+    rows = json.loads(path.read_text())
+    assert rows[0] == {"mine": "precious"} and len(rows) == 1 + 4 * 10 + 10, "those of equal question once"
+    assert {(found["stage"], found["seed"]) for found in rows[1:]} == {
+        (name, seed) for name in ("model0", "model1", "model2", "model3", "shared") for seed in range(10)
+    }
 
 
-def paired(ours: list[float], theirs: list[float]) -> list[dict]:
-    both = [row("sp", seed, value) for seed, value in enumerate(ours)]
-    return both + [row("mse_longer", seed, value) for seed, value in enumerate(theirs)]
+def test_without_locks_rows_are_added_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    file = RowFile(tmp_path / "evaluation.json")
+    with file.lock() as lock:
+        assert "has no locks; take care that no other process writes there" in (lock.note or "")
+    assert file.add(row("mse", 0, 1.0)) and not file.add(row("mse", 0, 2.0)) and file.add(row("mse", 1, 1.0))
+    assert [found["fid"] for found in json.loads(file.path.read_text())] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs", "outcome"),
-    [
-        ([5.0, 5.2, 5.1], [6.0, 6.3, 6.1], "better"),
-        ([6.0, 6.3, 6.1], [5.0, 5.2, 5.1], "worse"),
-        ([5.0, 6.0, 5.5], [5.5, 5.2, 6.0], "undecided"),
-        ([5.0], [6.0], "undecided"),
-    ],
-)
-def test_outcome_follows_from_the_numbers(ours: list[float], theirs: list[float], outcome: str) -> None:
-    (comparison,) = compare(paired(ours, theirs), "sp", "mse_longer")
-    assert comparison.outcome == outcome
-
-
-def test_seeds_are_paired() -> None:
-    """A constant gain under a large common spread is seen only seed by seed."""
-    (comparison,) = compare(paired([1.0, 5.0, 9.0], [1.5, 5.6, 9.4]), "sp", "mse_longer")
-    assert comparison.outcome == "better" and comparison.difference.mean == pytest.approx(-0.5)
-    (partial,) = compare(paired([1.0, 5.0], [1.5, 5.6, 9.4]), "sp", "mse_longer")
-    assert partial.difference.count == 2
-
-
-def test_larger_is_better_for_the_inception_score() -> None:
-    fewer, more = compare(rows(sp=5, control=6), "sp", "mse_longer", "inception_score", smaller_is_better=False)[:2]
-    assert fewer.outcome == more.outcome == "better" and fewer.setting.steps < more.setting.steps
-
-
-def test_guided_rows_are_compared_where_the_control_has_them() -> None:
-    guided = {"guidance": 3.0, "rescale": 0.7}
-    made = [row("sp", s, 6.0 + s / 10, **guided) for s in range(3)]
-    assert not compare(made, "sp", "mse_longer")
-    made += [row("mse_longer", s, 5.0 + s / 9, **guided) for s in range(3)] + paired([1.0, 2.0], [2.0, 2.9])
-    plain, rescaled = compare(made, "sp", "mse_longer")
-    assert (plain.setting.guidance, rescaled.setting.guidance, rescaled.outcome) == (0.0, 3.0, "worse")
-
-
-def sentence(directory, evaluation: list[dict]) -> str:
-    run = read_run(write_run(directory, evaluation=evaluation))
-    return verdict(run, find_roles(run)).sentence
-
-
-def test_the_words_turn_with_the_numbers(tmp_path) -> None:
-    better, worse = sentence(tmp_path / "a", rows(sp=5, control=6)), sentence(tmp_path / "b", rows(sp=6, control=5))
-    assert "Self-perceptual is better" in better and "−0.97 (95 % interval −1.04 to −0.90) over 3 seeds" in better  # noqa: RUF001
-    assert "Self-perceptual is worse" in worse and "worse in 6, undecided in 3" in worse
-    assert "cannot tell the two apart" in sentence(tmp_path / "c", rows(sp=6, control=6))
-    assert "no verdict" in sentence(tmp_path / "d", rows(seeds=1))
-    assert "no scores" in sentence(tmp_path / "e", [])
-
-
-def test_the_control_is_as_long_and_from_the_same_start(tmp_path) -> None:
-    run = read_run(write_run(tmp_path / "run"))
-    assert find_roles(run).control == "mse_longer"
-    run.config = {**run.config, "stages": [*run.config["stages"][:2], {**run.config["stages"][2], "steps": 999}]}
-    assert find_roles(run).control is None
-    assert "no fair comparison" in verdict(run, find_roles(run)).sentence
-
-
-def test_rows_in_words() -> None:
-    setting = Setting("sp", conditional=False, guidance=7.5, rescale=0.7, steps=25)
-    assert sampling_words(setting) == "25 steps, guidance 7.5, rescale 0.7, unconditional"
-    assert described(setting, 3) == "sp, 25 steps, guidance 7.5, rescale 0.7, unconditional, seed 3"
-    assert described(Setting("real", True, 0.0, 0.0, 0), 0) == "real, seed 0"
+@pytest.mark.parametrize("content", ["{", '{"thesis": 1}', "[1]"])
+def test_what_holds_something_else_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "evaluation.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="choose another file"):
+        RowFile(path)
+    assert path.read_text() == content

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastsp.errors import UserError
-from fastsp.evaluation.captions_file import read_captions
+from fastsp.evaluation.captions import read_captions
 
 COCO = {
     "images": [
@@ -55,6 +55,14 @@ def test_text_files(tmp_path: Path) -> None:
     found = read_captions(file, 2)
     assert found.texts == ["one", "zwei ö"] and found.choice == "a{b}.txt: the first 2 lines" and not found.images
     assert found.facts()["captions_sha256"] != read_captions(file).facts()["captions_sha256"]
+
+
+def test_a_byte_order_mark_belongs_to_no_caption(coco: Path, tmp_path: Path) -> None:
+    """As Notepad and PowerShell write it."""
+    coco.write_bytes(b"\xef\xbb\xbf" + coco.read_bytes())
+    assert read_captions(coco, 1).texts == ["nine, first."]
+    (tmp_path / "captions.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert read_captions(tmp_path / "captions.txt").texts == ["one", "two"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a feature model sees in a model's samples, batch by batch into a folder: a killed evaluation goes on there."""
+"""What a feature model sees in a model's samples, written batch by batch: a killed evaluation goes on from there."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from fastsp.pictures import save_png, to_pil
 
 @dataclass
 class SampledFeatures:
-    """Features of the pictures that a model draws for some prompts.
+    """Features of the images that a model samples for some prompts.
 
     Attributes:
         folder: where a file for every batch goes; its name has to stand for the model, prompts and settings.
-        prompts: one for each picture.
-        sampling: how to draw.
-        extractor: looks at the pictures.
-        keep_pictures: write them as PNG too, under `pictures/`.
+        prompts: one for each image.
+        sampling: how to sample.
+        extractor: looks at the images.
+        keep_images: write them as PNG too, under `pictures/`.
     """
 
     folder: Path
     prompts: Sequence[str]
     sampling: Sampling
     extractor: FeatureModel
-    keep_pictures: bool = False
+    keep_images: bool = False
 
     def missing(self) -> int:
-        """The index of the first picture that has still to be drawn; the number of prompts when all are there."""
+        """The index of the first image that has still to be sampled; the number of prompts when all are there."""
         starts = range(0, len(self.prompts), self.sampling.batch_size)
         return next((start for start in starts if not self._file(start).is_file()), len(self.prompts))
 
     def draw(self, model: TextToImageModel, after_step: Callable[[], Any] = lambda: None) -> None:
-        """Draw what is missing. Batches begin where they would have begun, so that the pictures are the same."""
+        """Sample what is missing. Batches begin where they would have begun, so that the images are the same."""
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.folder)
         before = time.monotonic()
         for indices, images in generate(model, self.prompts, self.sampling, self.missing(), after_step):
             seen = self.extractor.extract(images)
-            if self.keep_pictures:
-                for index, picture in zip(indices, to_pil(images), strict=True):
-                    save_png(picture, self.folder / "pictures" / f"{index:05d}.png", prompt=self.prompts[index])
+            if self.keep_images:
+                for index, image in zip(indices, to_pil(images), strict=True):
+                    save_png(image, self.folder / "pictures" / f"{index:05d}.png", prompt=self.prompts[index])
             now = time.monotonic()
             tensors = {"features": seen.features, "logits": seen.logits, "seconds": torch.tensor(now - before)}
             before = now
@@ -58,7 +58,7 @@ class SampledFeatures:
                 save_file(tensors, unfinished)
 
     def load(self) -> tuple[Features, float]:
-        """Features of all pictures, and the seconds that drawing them took, over all processes that did."""
+        """Features of all images, and the seconds that sampling them took, over all processes that did."""
         starts = range(0, len(self.prompts), self.sampling.batch_size)
         parts = [load_file(self._file(start)) for start in starts]
         features, logits = (torch.cat([part[name] for part in parts]) for name in ("features", "logits"))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastsp.errors import UserError
-from fastsp.files import read_text
+from fastsp.files import read_lines, read_text
 
 
 @dataclass(frozen=True)
@@ -17,16 +18,16 @@ class CaptionSet:
     """Captions in the order in which they are sampled.
 
     Attributes:
-        texts: one a picture.
-        choice: in words, which captions of the file these are.
-        images: file names of the pictures that they describe; empty where the file names none.
-        annotations: COCO's ids of the captions; empty for a text file.
+        texts: one for each image.
+        choice: in words, which captions these are.
+        images: file names of the images that they describe; empty where none are named.
+        annotations: COCO's ids of the captions; empty for other files.
     """
 
-    texts: list[str]
+    texts: Sequence[str]
     choice: str
-    images: list[str]
-    annotations: list[int]
+    images: Sequence[str] = ()
+    annotations: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -52,45 +53,40 @@ def read_captions(file: Path, count: int | None = None) -> CaptionSet:
     stands first there. Of a text file: its first lines, empty ones left out.
 
     Args:
-        file: JSON by its suffix, else UTF-8 text.
-        count: how many; None: all of a text file, 10,000 images of COCO's, as the paper takes, or all if it has fewer.
+        file: JSON by its suffix, else text.
+        count: how many; None: all of a text file, 10,000 images of COCO's, as in the paper, or all if it has fewer.
 
     Raises:
         UserError: no such file, not what it should be, or fewer captions than asked for.
     """
-    text = read_text(file, f"captions {file}")
+    name = f"captions {file}"
     if file.suffix.lower() == ".json":
-        found = _of_coco(_parsed(text, file), file)
+        found = _of_coco(read_text(file, name), name, file.name)
         count = min(10_000, len(found)) if count is None else count
     else:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        found = CaptionSet(lines, f"{file.name}: the first {{count}} lines", [], [])
+        found = CaptionSet(read_lines(file, name), f"{file.name}: the first {{count}} lines")
     count = len(found) if count is None else count
     if count > len(found) or not found.texts:
-        raise UserError(f"captions {file}: {count} are asked for, it has {len(found)}; give --num-samples")
+        raise UserError(f"{name}: {count} are asked for, it has {len(found)}; give --num-samples")
     choice = found.choice.replace("{count}", str(count))
     return CaptionSet(found.texts[:count], choice, found.images[:count], found.annotations[:count])
 
 
-def _parsed(text: str, file: Path) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"captions {file} is broken JSON: {error}") from None
-
-
-def _of_coco(tree: Any, file: Path) -> CaptionSet:
+def _of_coco(text: str, name: str, file_name: str) -> CaptionSet:
     """Every image that has a caption, in the order of the file, with its first one."""
     try:
+        tree = json.loads(text)
         first: dict[Any, tuple[str, int]] = {}
         for entry in tree["annotations"]:
             first.setdefault(entry["image_id"], (" ".join(entry["caption"].split()), entry["id"]))
         images = [image for image in tree["images"] if image["id"] in first]
-        chosen = [first[image["id"]] for image in images]
         names = [str(image["file_name"]) for image in images]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name} is broken JSON: {error}") from None
     except (TypeError, KeyError, AttributeError):
         raise UserError(
-            f"captions {file} is not COCO's: it lacks images (id, file_name) or annotations (id, image_id, caption)"
+            f"{name} is not COCO's: it lacks images (id, file_name) or annotations (id, image_id, caption)"
         ) from None
-    choice = f"{file.name}: of each of the first {{count}} images in file order the caption that stands first"
+    chosen = [first[image["id"]] for image in images]
+    choice = f"{file_name}: of each of the first {{count}} images in file order the caption that stands first"
     return CaptionSet([text for text, _ in chosen], choice, names, [number for _, number in chosen])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastsp.evaluation.features import FeatureModel
-from fastsp.evaluation.sampled_features import SampledFeatures
+from fastsp.evaluation.samples import SampledFeatures
 from fastsp.generation import Sampling
 from fastsp.models import TextToImageModel, digits_model
 

@@ -1,0 +1,221 @@
+"""The evaluation of a run: whether it will find what it needs, and its rows when the training is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fastsp.config import Config, DataConfig, EvaluationConfig
+from fastsp.data.samples import BadSample
+from fastsp.data.source import Source, check_path
+from fastsp.errors import UserError
+from fastsp.evaluation.captions import CaptionSet, read_captions
+from fastsp.evaluation.classifier import MAX_CLASSES, check_classes
+from fastsp.evaluation.engine import Evaluation, seeded_order
+from fastsp.evaluation.environment import write_environment
+from fastsp.evaluation.inception import load_inception
+from fastsp.evaluation.metrics import NEIGHBOURS
+from fastsp.evaluation.plan import Job, plan
+from fastsp.evaluation.reference import (
+    MAX_IMAGES,
+    OWN,
+    Reference,
+    heldout_of,
+    image_files,
+    load_reference,
+    open_reference,
+    own_reference,
+    still_source,
+)
+from fastsp.evaluation.rows import REAL, Row, RowFile, setting_of
+from fastsp.generation import load_for_sampling
+from fastsp.progress import steps_bar
+
+_OR_NONE = "or set evaluation.enabled=false"
+
+
+def evaluate_run(config: Config, console: Console | None = None) -> list[Row]:
+    """Fill `evaluation.json` of a finished run with the rows that its configuration asks for.
+
+    Args:
+        config: of the run; its `run_dir` holds `final/` and `stages/`.
+        console: where progress is shown; None: standard output.
+
+    Returns:
+        All rows of the file; none, and a line says so, where a file is absent that the configuration names.
+
+    Raises:
+        UserError: the run is not finished, or lacks what its `evaluation` section needs.
+    """
+    settings, run_dir, console = config.evaluation, Path(config.run_dir), console or Console()
+    if not (run_dir / "final").is_dir():
+        raise UserError(f"run_dir {run_dir} holds no finished run: it has no final/; train it first")
+
+    def say(line: str) -> None:
+        console.print(f"evaluation: {line}", soft_wrap=True, highlight=False, markup=False)
+
+    if absent := _absent_files(settings):
+        console.print(
+            f"evaluation skipped: {', '.join(absent)} is not there; fastsp eval does it later", soft_wrap=True
+        )
+        return []
+    write_environment(run_dir)
+    jobs = plan(config)
+    say(f"{len(jobs)} rows, into {run_dir / 'evaluation.json'}; first the real images are looked at")
+    work, side = run_dir / "evaluation", config.data.resolution
+    if settings.captions is None:
+        channels = load_for_sampling(jobs[-1].model).channels
+        extractor, reference = own_reference(config, channels, steps_bar)
+        captions = partial(_captions_of, reference, settings.num_samples)
+        rows: RowFile = OwnRows(run_dir / "evaluation.json", jobs)
+    else:
+        given = read_captions(Path(settings.captions), settings.num_samples)
+        named = None if settings.reference is None else Path(settings.reference)
+        extractor, reference = open_reference(settings.features, named, given, work, steps_bar, side)
+        captions = lambda seed: given  # noqa: E731 - the same for every seed
+        rows = RowFile(run_dir / "evaluation.json")
+        jobs = [job for job in jobs if job.model or job.seed == jobs[0].seed]  # the reference is scored once
+    evaluation = Evaluation(
+        captions,
+        extractor,
+        reference,
+        rows,
+        work,
+        settings.num_samples,
+        side,
+        settings.batch_size,
+        keep_features=settings.captions is not None,
+    )
+    return evaluation.run(jobs, steps_bar, say)
+
+
+class OwnRows(RowFile):
+    """Rows of a run against its own held-out images, in the order of the plan, then what `fastsp eval` added.
+
+    Rows of another number of samples, feature model or state of a stage cannot be compared with new ones, and go.
+    """
+
+    def __init__(self, path: Path, jobs: list[Job]) -> None:
+        super().__init__(path)
+        self._place = {(job.setting, job.seed): place for place, job in enumerate(jobs)}
+
+    def with_row(self, row: Row) -> list[Row]:
+        rows = [old for old in self.rows if not (_is_own(old) and _goes(old, row))] + [row]
+        return sorted(rows, key=self._place_of)
+
+    def _place_of(self, row: Row) -> int:
+        last = len(self._place)
+        return self._place.get((setting_of(row), row["seed"]), last) if _is_own(row) else last + 1
+
+
+def _is_own(row: Row) -> bool:
+    return row.get("reference", OWN) == OWN and "features" in row  # rows of older versions do not name the reference
+
+
+def _goes(old: Row, new: Row) -> bool:
+    """Whether a run's row is out of date, now that there is a new one."""
+    if old["features"] != new["features"] or "reference" not in old:
+        return True
+    same_stage = old["stage"] == new["stage"]
+    if same_stage and (setting_of(old), old["seed"]) == (setting_of(new), new["seed"]):
+        return True
+    if same_stage and old.get("model_sha256") != new.get("model_sha256"):
+        return True
+    return REAL not in (old["stage"], new["stage"]) and old["num_samples"] != new["num_samples"]
+
+
+def _captions_of(reference: Reference, count: int, seed: int) -> CaptionSet:
+    """Captions of held-out images in a seeded order, from the start again where they run out."""
+    captions = reference.heldout_captions or [""]
+    order = seeded_order(len(captions), seed).tolist()
+    texts = [captions[order[index % len(order)]] for index in range(count)]
+    return CaptionSet(texts, f"of the held-out images, in the order of seed {seed}")
+
+
+# Before the training
+
+
+def check_evaluation(config: Config) -> str | None:
+    """See that a run's `evaluation` section can be followed, before hours of training.
+
+    Returns:
+        A line to show: it is off, or files are absent, which is no error: they may come yet.
+
+    Raises:
+        UserError: a key is missing, or names something of another kind.
+    """
+    settings = config.evaluation
+    if not settings.enabled:
+        return "evaluation: off; it needs evaluation.heldout, or evaluation.captions, and evaluation.enabled=true"
+    if absent := _absent_files(settings):
+        return f"{', '.join(absent)} is not there: unless it comes, the evaluation after the training is skipped"
+    is_classifier = settings.features == "classifier"
+    if settings.captions is None:
+        _check_own_data(config)
+    elif settings.reference is None and not (is_classifier and config.model.pretrained is None):
+        raise UserError(f"evaluation.reference is missing: a folder of real images, or saved statistics; {_OR_NONE}")
+    identity = None if is_classifier else load_inception(Path(settings.features)).identity
+    if settings.captions is not None:
+        captions = read_captions(Path(settings.captions), settings.num_samples)
+        if settings.reference is not None and Path(settings.reference).is_dir():
+            image_files(Path(settings.reference), captions.images)
+        elif settings.reference is not None and identity is not None:
+            load_reference(Path(settings.reference), identity)
+    return None
+
+
+def _absent_files(settings: EvaluationConfig) -> list[str]:
+    """The files that the settings name and that are not there, each as ``key path``."""
+    named = {"captions": settings.captions, "reference": settings.reference, "features": settings.features}
+    if settings.features == "classifier":
+        del named["features"]
+    return [f"evaluation.{key} {path}" for key, path in named.items() if path is not None and not Path(path).exists()]
+
+
+def _check_own_data(config: Config) -> None:
+    """See that the run's own held-out and training images can be evaluated with."""
+    settings, data = config.evaluation, config.data
+    if settings.num_samples <= NEIGHBOURS:
+        raise UserError(f"evaluation.num_samples={settings.num_samples}; allowed: at least {NEIGHBOURS + 1}")
+    if data.source == "digits":
+        return
+    if data.source == "latents":
+        raise UserError(f"evaluation.captions is missing: with data.source=latents there are no images; {_OR_NONE}")
+    heldout = heldout_of(config)
+    try:
+        check_path(heldout)
+        source = still_source(heldout, 3)
+    except UserError as error:
+        raise UserError(str(error).replace("data.path", "evaluation.heldout")) from None
+    if len(source) <= NEIGHBOURS:
+        raise UserError(f"evaluation.heldout: {len(source)} images; allowed: at least {NEIGHBOURS + 1}")
+    if not data.unconditional and not any(_distinct_captions(source, heldout, any)):
+        raise UserError(f"evaluation.heldout: its images have no captions to sample; {_OR_NONE}")
+    if settings.features == "classifier":
+        check_path(data)
+        check_classes(_distinct_captions(still_source(data, 3), data, lambda found: len(found) > MAX_CLASSES))
+
+
+def _distinct_captions(source: Source, data: DataConfig, enough: Callable[[set[str]], bool]) -> set[str]:
+    """Of the samples that the evaluation will look at, until there are enough."""
+
+    def caption(index: int) -> str | None:
+        try:
+            return source.reader.read(index).caption
+        except BadSample:
+            return None
+
+    found: set[str] = set()
+    count = min(len(source), MAX_IMAGES)
+    with ThreadPoolExecutor(data.workers) as pool, steps_bar("captions", count, late=True) as advance:
+        for indices in source.order(torch.arange(count)).split(256):
+            found |= {text for text in pool.map(caption, indices.tolist()) if text is not None}
+            advance(len(indices))
+            if enough(found):
+                break
+    return found
