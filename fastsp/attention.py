@@ -87,7 +87,7 @@ def check_available(wanted: str, device: torch.device) -> None:
         )
 
 
-def choose(
+def choose_attention(
     wanted: str,
     network_config: Config,
     latents: Shape,

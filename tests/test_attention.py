@@ -16,7 +16,7 @@ from fastsp.attention import (
     attention_calls,
     available,
     check_available,
-    choose,
+    choose_attention,
     kept_choice,
     milliseconds,
     use_attention,
@@ -90,7 +90,7 @@ def test_what_cannot_be_had_is_left_out(monkeypatch):
 
     monkeypatch.setattr(attention, "_attend", attend)
     assert milliseconds(("xformers", "sdpa", "flash", "cudnn"), calls, torch.float32, CPU).keys() == {"sdpa"}
-    nothing = choose("auto", dict(tiny_unet().config), *SHAPES, torch.bfloat16, CUDA, lambda *_: {})
+    nothing = choose_attention("auto", dict(tiny_unet().config), *SHAPES, torch.bfloat16, CUDA, lambda *_: {})
     assert nothing == attention.Choice("sdpa", {})
 
 
@@ -119,7 +119,7 @@ def test_the_fastest_is_taken(monkeypatch):
         return {name: {"sdpa": 2.0, "cudnn": 1.25}[name] for name in names if name != "flash"}
 
     def chosen(wanted):
-        return choose(wanted, dict(tiny_unet().config), *SHAPES, torch.bfloat16, CUDA, measure)
+        return choose_attention(wanted, dict(tiny_unet().config), *SHAPES, torch.bfloat16, CUDA, measure)
 
     assert chosen("auto").name == "cudnn"
     assert str(chosen("auto")) == "attention: cudnn (cudnn 1.25 ms, sdpa 2 ms a forward and backward)"
@@ -130,7 +130,9 @@ def test_the_fastest_is_taken(monkeypatch):
 
 
 def test_on_a_cpu_nothing_is_measured():
-    assert choose("auto", dict(tiny_unet().config), *SHAPES, torch.float32, CPU) == attention.Choice("sdpa", {})
+    assert choose_attention("auto", dict(tiny_unet().config), *SHAPES, torch.float32, CPU) == attention.Choice(
+        "sdpa", {}
+    )
     assert available(CPU) == ("sdpa", "math")
     with pytest.raises(UserError, match=r"^attention: 'flash' is not available here; on this cpu there are auto, sdpa"):
         check_available("flash", CPU)

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from fastsp.attention import Choice, choose
+from fastsp.attention import Choice, choose_attention
 from fastsp.config import Config, config_of, load_config
 from fastsp.diffusion.process import Process, process_of
 from fastsp.errors import UserError
@@ -80,7 +80,7 @@ class Workload:
     def choose_attention(self) -> Choice:
         """The trainer's choice for this model, batch and device."""
         sizes = (self.batch_size, *self.latent_shape), (self.batch_size, *self.text_shape)
-        return choose(self.config.attention, self.unet_config, *sizes, self.dtype, self.device)
+        return choose_attention(self.config.attention, self.unet_config, *sizes, self.dtype, self.device)
 
     def unet(self) -> Any:
         """The UNet with its initial weights, float32, contiguous, on the device, in training mode."""

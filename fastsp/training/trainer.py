@@ -15,8 +15,7 @@ from PIL import Image
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from fastsp.attention import available, check_available, kept_choice
-from fastsp.attention import choose as choose_attention
+from fastsp.attention import available, check_available, choose_attention, kept_choice
 from fastsp.config import Config, EMAConfig
 from fastsp.data.inventory import Inventory
 from fastsp.data.latents import fingerprint
