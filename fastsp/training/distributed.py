@@ -1,7 +1,6 @@
-"""The processes of a run: who they are, what they agree on, what happens when one of them is missing.
+"""The processes of a run: how they agree, and what happens when one of them is missing.
 
-`torchrun` starts them; `torch.distributed` joins them. Without `torchrun` there is one process and no group, and all of
-this costs nothing.
+`torchrun` starts them; `torch.distributed` joins them. A process alone needs no group, and loses no time here.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from fastsp.launcher import launched
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(hours=1)  # for files and downloads: a slow disk is no hung process
-_GRACE_SECONDS = 5.0  # time for the others to notice it too
+_PATIENCE = timedelta(hours=1)  # for files and downloads: a process with a slow disk does not hang
+_GRACE_SECONDS = 5.0  # for the others to notice a failure too
 _SILENT = ("timed out", "timeout")  # in gloo's messages
 _GONE = ("connection closed by peer", "connection reset by peer", "broken pipe")
 _generations = itertools.count()  # of process groups in this process: each has its own keys in the store
@@ -40,9 +39,9 @@ class RankError(RunFailed):
 class Ranks:
     """One process among those of the run.
 
-    Two groups of gloo on the CPU stand beside the one that moves gradients: one for what is agreed on at the border of
-    two steps, and a patient one for all that waits for files. While a checkpoint is written, the latter belongs to the
-    thread that writes it: no two threads ever share a group.
+    Beside the group that sums gradients there are two gloo groups on the CPU: ``control`` for the exchange after every
+    step, and ``patient`` for everything that waits for files. While a checkpoint is written, the latter belongs to the
+    writing thread: two threads never share a group.
     """
 
     rank: int = 0
@@ -55,11 +54,11 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that prints and writes. Never a collective within `if is_main`."""
+        """Whether this is the process that prints and writes. Never put a collective under `if is_main`."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for all, patiently."""
+        """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier(self.patient)
 
@@ -79,13 +78,10 @@ class Ranks:
         return gathered
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """Let every rank do its share: all of the results on all ranks, or an error on all ranks.
-
-        Args:
-            work: this rank's share.
+        """Run ``work`` on every rank and return all results on all ranks, or raise on all ranks.
 
         Raises:
-            RankError: the work of another rank failed. Where it failed, what it raised.
+            RankError: the work of another rank failed. On the rank where it failed: its own error.
         """
         if self.world_size == 1:
             return [work()]
@@ -106,10 +102,10 @@ class Ranks:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 goes through the block before all others: what it refuses is said once, what it makes is there.
+        """Rank 0 runs the block before the others, so that an error is printed once, and files that it makes exist.
 
         Raises:
-            SystemExit: rank 0 has failed, and said why.
+            SystemExit: on the others, where rank 0 has failed.
         """
         if not self.is_main and not self._heard_success():
             raise SystemExit(1)
@@ -123,13 +119,14 @@ class Ranks:
 
     @contextmanager
     def naming_the_missing(self) -> Iterator[None]:
-        """Turn the errors of a collective in which a rank is missing into one that names it.
+        """Name the rank that is missing in a collective.
 
-        Every rank that waits for it gets such an error, at its timeout or when a connection closes, and leaves a note
-        in the store, as does one that fails by itself. Who leaves none hangs, or was killed.
+        Every rank that waited for it gets an error, at the timeout or when a connection closes, and leaves a note in
+        the store, as does a rank that fails by itself. A rank without a note hangs or was killed. (gloo's
+        `monitored_barrier` would name only ranks that miss that barrier; on a CPU they miss DDP's sums before it.)
 
         Raises:
-            RankError: in place of gloo's errors that another process is silent, or gone.
+            RankError: in place of gloo's errors for a silent or closed connection.
         """
         try:
             yield
@@ -149,7 +146,7 @@ class Ranks:
         return bool(told)
 
     def _missing(self, error: Exception, wait: bool) -> list[int]:
-        """Leave the note that this rank has failed. If it is to ``wait``: who has left none a while later."""
+        """Leave the note that this rank has failed. With ``wait``: which ranks have left none a few seconds later."""
         if self.store is None:
             return []
         try:
@@ -167,13 +164,13 @@ ALONE = Ranks()
 
 @contextmanager
 def process_group(timeout_seconds: float) -> Iterator[Ranks]:
-    """Join the processes that `torchrun` started; without it, this process is alone.
+    """Join the processes that `torchrun` started.
 
-    Collectives on the CPU end with an error after the timeout. NCCL's watchdog waits twice as long: at a hang the
-    exchange between two steps, which can tell who is missing, is to speak first.
+    Collectives on the CPU fail after the timeout. NCCL's watchdog waits twice as long, so that at a hang the exchange
+    after a step fails first: it can tell which process is missing.
 
     Args:
-        timeout_seconds: that a process may wait for the others.
+        timeout_seconds: how long a process may wait for the others.
 
     Raises:
         UserError: more processes than GPUs on this machine, or launcher variables that do not fit together.
@@ -214,6 +211,6 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
 
 
 def _says(error: Exception, *phrases: str) -> bool:
-    """Whether it is one of torch's errors, which have no types of their own, and has one of these phrases."""
+    """Whether it is an error of torch.distributed, which has no types for them, with one of these phrases."""
     ours = isinstance(error, RunFailed)
     return isinstance(error, RuntimeError) and not ours and any(phrase in str(error).lower() for phrase in phrases)

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it trains: the progress display and, at the log interval, its figures."""
+"""What is shown of a run while it trains: the progress display and, at the log interval, its figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from fastsp.data.batch import Batch
 from fastsp.objectives import StageConfig
 from fastsp.progress import steps_progress
 from fastsp.training.faults import check_skipped
-from fastsp.training.readings import Reading
 from fastsp.training.run_directory import RunDirectory
 from fastsp.training.step import StepResult
 from fastsp.training.trackers import Trackers
@@ -26,17 +25,47 @@ from fastsp.training.trackers import Trackers
 _PLAIN_SECONDS = 10.0
 
 
+class Reading:
+    """A step's figures, copied to the host behind the step; the next steps may be enqueued meanwhile.
+
+    Args:
+        step: its number.
+        result: its result, on the device.
+    """
+
+    def __init__(self, step: int, result: StepResult) -> None:
+        self.step, self.learning_rate = step, result.learning_rate
+        values = (result.loss, result.grad_norm, result.skipped, result.skipped_in_a_row)
+        on_device = torch.stack([value.double() for value in values])
+        self._values = on_device.to("cpu", non_blocking=True)  # to pinned memory
+        self._copied = torch.cuda.Event() if on_device.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether the copy has arrived."""
+        return self._copied is None or self._copied.query()
+
+    def wait(self) -> tuple[float, float, int, int]:
+        """Loss, gradient norm, updates skipped so far and in a row. Waits for the step, not for later ones."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, grad_norm, skipped, in_a_row = self._values.tolist()
+        return loss, grad_norm, int(skipped), int(in_a_row)
+
+
 class Monitor:
     """Follows one stage. Use it as a context manager around the loop.
 
     Args:
-        run: where the metrics go.
-        trackers: where they go too; None: this process writes nothing.
-        config: for the intervals.
+        run: has the metrics file.
+        trackers: receive the figures too; None: this process writes nothing.
+        config: has the intervals.
         stage: the stage.
-        first_step: updates that a resumed stage has behind it.
-        bad_samples: of the source.
-        console: where to print.
+        first_step: updates that were made before a resume.
+        bad_samples: the source's log.
+        console: prints.
     """
 
     def __init__(
@@ -67,7 +96,7 @@ class Monitor:
         self.bar.stop()
 
     def watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches; the time that the loop waits for each is counted."""
+        """The batches. Counts the time that the loop waits for them."""
         iterator = iter(batches)
         while True:
             began = time.monotonic()
@@ -79,15 +108,15 @@ class Monitor:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no training, such as sampling: its time is left out of every figure."""
+        """Around work that is not training, such as sampling: its time is left out of every figure."""
         self.flush()
         began = time.monotonic()
         yield
         self.logged_at += time.monotonic() - began
 
     def after_step(self, step: int, result: StepResult) -> None:
-        """Count a step. At the log interval its figures are read; they are written when they have come, at the latest
-        after the next step, so that the device always has one to go on with.
+        """Count a step. At the log interval its figures are read. They are written when they have arrived, at the
+        latest after the next step, so that the device never runs out of work.
 
         Raises:
             Diverged: too many updates in a row were skipped.
@@ -101,7 +130,7 @@ class Monitor:
                 self.flush()
 
     def flush(self) -> None:
-        """Write the figures that are on their way.
+        """Write the figures that are still on their way.
 
         Raises:
             Diverged: as :meth:`after_step`.

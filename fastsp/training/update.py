@@ -67,15 +67,15 @@ class Update:
         weights.step_count.add_(finite)
         weights.skipped.add_(~finite)
         clip = (_max_norm(self.config) / (norm + _CLIP_EPSILON)).clamp(max=1.0)
-        gradients = [torch.where(finite, gradient.float() * clip, 0.0) for gradient in gradients]
+        gradients = [(gradient.float() * clip).masked_fill_(~finite, 0.0) for gradient in gradients]
         before = [tensor.clone() for tensor in self.state.values()]
         directions = self.directions(gradients)
         for tensor, old in zip(self.state.values(), before, strict=True):
             tensor.copy_(torch.where(finite, tensor, old))
-        rate = torch.where(finite, weights.learning_rate, 0.0)
+        rate = weights.learning_rate.masked_fill(~finite, 0.0)
         torch._foreach_mul_(weights.masters, 1 - rate * self.config.weight_decay)
         torch._foreach_add_(weights.masters, torch._foreach_mul(directions, rate))
-        share = torch.where(finite, 1 - weights.ema_decay, 0.0)
+        share = (1 - weights.ema_decay).masked_fill(~finite, 0.0)
         for average, master in zip(weights.averages, weights.masters, strict=True):
             average.lerp_(master, share)
         if weights.copies:

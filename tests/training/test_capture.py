@@ -32,11 +32,12 @@ def make(
     teacher: str = "split",
     microbatch: int | None = None,
     precision: str = "fp32",
+    kind: str = "adamw",
     **settings,
 ) -> TrainingStep:
     workload = tiny_workload(BATCH_SIZE, precision, teacher, device).with_settings(**settings)
     data = workload.config.data.model_copy(update={"microbatch": microbatch, "caption_dropout": 0.3})
-    optimizer = workload.config.optimizer.model_copy(update={"warmup_steps": 7})
+    optimizer = workload.config.optimizer.model_copy(update={"warmup_steps": 7, "kind": kind})
     workload = replace(workload, config=workload.config.model_copy(update={"data": data, "optimizer": optimizer}))
     return build_training_step(workload, objective)
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 from tiny import tiny_unet
+from training.test_capture import CapturedStep, HostNumbers, HostTensors, assert_same, run
+from training.test_capture import make as make_step
 
 from fastsp.config import EMAConfig, OptimizerConfig, load_config
 from fastsp.errors import UserError
 from fastsp.training.optimizer import Optimizer, ema_decay, learning_rate, trained_share
 from fastsp.training.torch_updates import Muon, TorchUpdate
-from fastsp.training.update import AdamW, Update, register, update_of
+from fastsp.training.update import AdamW, Update, Weights, register, update_of
 
 
 def test_learning_rate():
@@ -231,3 +233,31 @@ def test_an_optimizer_from_outside_of_the_package():
 def test_an_optimizer_that_cannot_work_is_refused(overrides, said):
     with pytest.raises(UserError, match=said):
         update_of(load_config(QUICKSTART, overrides))
+
+
+@pytest.mark.parametrize("kind", ["muon", "sign"])
+def test_any_optimizer_s_steps_can_be_captured(kind):
+    register("sign", SignDescent)
+    expected, ours = (make_step("cpu", "mse", kind=kind) for _ in range(2))
+    take_step = CapturedStep(ours, record=list)
+    assert run(ours, take_step, 5) == run(expected, expected, 5)
+    assert_same(ours, expected)
+    assert take_step.recording is not None
+
+
+@pytest.mark.parametrize("update", [Muon, SignDescent])
+def test_an_update_reads_nothing_back(update):
+    """On the meta device, which has no values; AdamW's part of Muon is torch's own capturable one."""
+    masters = {
+        name: torch.zeros(shape, device="meta") for name, shape in (("block.a", (4, 6)), ("block.b", (6, 2, 3, 3)))
+    }
+    rule = update(masters, OptimizerConfig(weight_decay=0.1))
+    numbers = [torch.zeros((), device="meta") for _ in range(3)]
+    counts = [torch.zeros((), dtype=torch.int64, device="meta") for _ in range(2)]
+    averages, copies = (
+        [torch.zeros_like(m, dtype=d) for m in masters.values()] for d in (torch.float32, torch.bfloat16)
+    )
+    weights = Weights(list(masters.values()), averages, copies, *numbers[:2], *counts)
+    with torch.no_grad(), HostTensors() as tensors, HostNumbers() as functions:
+        rule.apply(weights, [torch.ones_like(master) for master in masters.values()], numbers[2])
+    assert not tensors.operators and not functions.functions

@@ -21,8 +21,7 @@ from fastsp.config import Config, load_config
 from fastsp.data.bad_samples import BadSampleLog
 from fastsp.errors import UserError, install_command
 from fastsp.training.faults import Diverged
-from fastsp.training.monitor import Monitor
-from fastsp.training.readings import Reading
+from fastsp.training.monitor import Monitor, Reading
 from fastsp.training.run_directory import RunDirectory
 from fastsp.training.step import StepResult
 from fastsp.training.trackers import Trackers, check_installed
