@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple, Self, TextIO
+from typing import Any, NamedTuple, Self, TextIO
 
 from fastsp.errors import UserError
 
@@ -31,6 +32,24 @@ _NO_ROOM = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file would be larger than is allowed here",
 }
+
+
+def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
+    """safetensors' ``save_file`` with the metadata in alphabetical order: equal contents are equal bytes.
+
+    safetensors writes the metadata in an order that changes from process to process.
+    """
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata=metadata)
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # the same characters, then spaces up to a multiple of 8 bytes
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read_text(path: Path, name: str | None = None) -> str:

@@ -44,18 +44,19 @@ class Sampling:
     batch_size: int = 16
 
 
-def load_for_sampling(name: str, config: str | None = None) -> TextToImageModel:
+def load_for_sampling(name: str, config: str | None = None, base: str | None = None) -> TextToImageModel:
     """A model to sample: on a GPU with its UNet in bfloat16, else on the CPU in float32.
 
     Args:
         name: what :func:`fastsp.models.load_pipeline` takes, or a stage of a run, as in ``runs/quickstart/stages/mse``:
             that UNet, the run's other parts. The run need not be finished.
         config: of a single file, see there.
+        base: of adapters, see there.
 
     Raises:
         UserError: there is no such model, or it cannot be loaded.
     """
-    model = _load(Path(name).expanduser(), name, config)
+    model = _load(Path(name).expanduser(), name, config, base)
     device = best_device()
     model.place(device)
     model.unet.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
@@ -64,7 +65,7 @@ def load_for_sampling(name: str, config: str | None = None) -> TextToImageModel:
     return model
 
 
-def check_for_sampling(name: str) -> None:
+def check_for_sampling(name: str, base: str | None = None) -> None:
     """See that `load_for_sampling` would find a model, without reading its weights: before another one is drawn.
 
     Raises:
@@ -73,7 +74,7 @@ def check_for_sampling(name: str) -> None:
     folder = Path(name).expanduser()
     run = _run_of_stage(folder, name)
     if run is None:
-        check_pipeline(name)
+        check_pipeline(name, base)
         return
     check_unet(folder)
     if (run / "final").is_dir():
@@ -105,10 +106,10 @@ def _run_of_stage(folder: Path, name: str) -> Path | None:
     return run
 
 
-def _load(folder: Path, name: str, config: str | None) -> TextToImageModel:
+def _load(folder: Path, name: str, config: str | None, base: str | None) -> TextToImageModel:
     run = _run_of_stage(folder, name)
     if run is None:
-        return load_pipeline(name, config)
+        return load_pipeline(name, config, base=base)
     if (run / "final").is_dir():
         model = load_pipeline(str(run / "final"), with_unet=False)
     else:

@@ -1,36 +1,53 @@
-"""Low-rank adapters in a UNet (LoRA, Hu et al., arXiv 2106.09685): put in, saved, loaded, fused.
+"""Low-rank adapters in a network (LoRA, Hu et al., arXiv 2106.09685): added, saved, loaded, fused.
 
-The adapters are peft's. The base under them is frozen, and every copy of such a UNet shares it
+The adapters are peft's. The base under them is frozen, and every copy of such a network shares it
 (:func:`fastsp.perceptual.shared_copy`): online network, moving average and perceptual network hold it once.
 
-There is no dropout in the adapters: it would draw from torch's generator, and a resumed run would not go on bit for
-bit.
+Adapters have no dropout: it would draw from torch's generator, and a resumed run would no longer be bit for bit equal.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastsp.errors import UserError, install_command
+from fastsp.families import family_of
+from fastsp.files import save_tensors
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # what `pipeline.load_lora_weights(folder)` looks for
 KOHYA_FILE = "kohya_lora.safetensors"  # what ComfyUI, A1111, Forge and kohya's scripts read
 _README = Path(__file__).with_name("lora_readme.md")
+_VALUES_PER_WEIGHT = 16  # that a fingerprint looks at
 
 
 class Base(NamedTuple):
-    """The model that adapters belong to, as :func:`fastsp.models.load_pipeline` takes it."""
+    """The model that adapters belong to. The first two are what :func:`fastsp.models.load_pipeline` takes."""
 
     name: str
     config: str | None = None
+    fingerprint: str | None = None
+    """Of its network, see :func:`fingerprint`; None: not known."""
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A short hash of a network's weights: of some values of each, in half precision, so that an fp16 variant has the
+    fingerprint of its float32 original."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(network.state_dict().items()):
+        values = weight.flatten()
+        some = values[:: max(1, len(values) // _VALUES_PER_WEIGHT)][:_VALUES_PER_WEIGHT]
+        digest.update(name.encode() + some.half().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def add_adapters(unet: Any, rank: int, alpha: float, target_modules: Sequence[str], seed: int = 0) -> None:
@@ -51,11 +68,10 @@ def add_adapters(unet: Any, rank: int, alpha: float, target_modules: Sequence[st
     except ModuleNotFoundError:
         raise UserError(f"model.lora needs peft: {install_command('train')}") from None
     names = [f".{name}" for name, _ in unet.named_modules()]
+    usual = ", ".join(family_of(unet).lora_targets)
     for target in target_modules:
         if not any(name.endswith(f".{target}") for name in names):
-            raise UserError(
-                f"model.lora.target_modules: the UNet has no layer {target!r}; it has to_q, to_k, to_v, ..."
-            )
+            raise UserError(f"model.lora.target_modules: the UNet has no layer {target!r}; usual: {usual}")
     unet.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules))
     with torch.random.fork_rng(devices=[]):
@@ -73,21 +89,35 @@ def adapters(unet: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_adapters(unet: Any, folder: Path, base: Base) -> None:
-    """Write the adapters as diffusers does, with rank, alpha and the base's name in the file's header."""
-    header = {f"unet.{key}": value for key, value in _settings(unet).items()}
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(header), **_header(base)}
-    save_file(_contiguous(adapters(unet)), folder / DIFFUSERS_FILE, metadata=metadata)
+    """Write the adapters as diffusers does. The file's header has rank, alpha and the base.
+
+    A base on this machine is named by its path as given, and by its path from ``folder``: it is found from another
+    working directory too, and after both have been moved together.
+    """
+    settings = {f"unet.{key}": value for key, value in _settings(unet).items()}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings), "base_model": base.name}
+    path = Path(base.name).expanduser()
+    metadata |= {"base_path": os.path.relpath(path.resolve(), folder.resolve())} if path.exists() else {}
+    metadata |= {"base_config": base.config} if base.config is not None else {}
+    metadata |= {"base_fingerprint": base.fingerprint} if base.fingerprint is not None else {}
+    save_tensors(_contiguous(adapters(unet)), folder / DIFFUSERS_FILE, metadata)
 
 
 def load_adapters(unet: nn.Module, folder: Path) -> None:
     """Read what :func:`save_adapters` wrote into the adapters that ``unet`` has.
 
     Raises:
-        UserError: they are of another rank, or of other layers.
+        UserError: they are of another rank or alpha, or in other layers.
     """
     ours, theirs = adapters(unet), load_file(folder / DIFFUSERS_FILE)
-    if {name: p.shape for name, p in ours.items()} != {name: t.shape for name, t in theirs.items()}:
-        raise UserError(f"{folder / DIFFUSERS_FILE} has adapters of another rank, or in other layers, than model.lora")
+    settings = json.loads(header(folder).get("lora_adapter_metadata", "{}"))
+    same = {name: p.shape for name, p in ours.items()} == {name: t.shape for name, t in theirs.items()}
+    if not same or settings.get("unet.lora_alpha") != _settings(unet)["lora_alpha"]:
+        rank, alpha, targets = (settings.get(f"unet.{key}") for key in ("r", "lora_alpha", "target_modules"))
+        raise UserError(
+            f"{folder / DIFFUSERS_FILE} has adapters of another rank or alpha, or in other layers, than model.lora; "
+            f"theirs: rank {rank}, alpha {alpha}, target_modules {targets}"
+        )
     with torch.no_grad():
         for name, parameter in ours.items():
             parameter.copy_(theirs[name])
@@ -99,44 +129,50 @@ def base_of(folder: Path) -> Base:
     Raises:
         UserError: the file does not say, or cannot be read.
     """
-    try:
-        with safe_open(folder / DIFFUSERS_FILE, framework="pt") as opened:
-            header = opened.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / DIFFUSERS_FILE} cannot be read: {error}") from None
-    if "base_model" not in header:
-        raise UserError(f"{folder / DIFFUSERS_FILE} does not name its base model: fastsp loads the adapters it wrote")
-    return Base(header["base_model"], header.get("base_config"))
+    found = header(folder)
+    if "base_model" not in found:
+        raise UserError(f"{folder / DIFFUSERS_FILE} does not name its base model, as adapters written by fastsp do")
+    moved = folder.resolve() / found.get("base_path", "")
+    name = os.path.normpath(moved) if "base_path" in found and moved.exists() else found["base_model"]
+    return Base(name, found.get("base_config"), found.get("base_fingerprint"))
 
 
 def fuse_adapters(unet: Any, folder: Path) -> None:
-    """Add the adapters in ``folder`` to the weights of ``unet``, which is a plain UNet again afterwards."""
-    unet.load_lora_adapter(str(folder), weight_name=DIFFUSERS_FILE, prefix="unet")
+    """Add the adapters in ``folder`` to the weights of ``unet``, which is a plain, trainable network again afterwards.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    try:
+        unet.load_lora_adapter(str(folder), weight_name=DIFFUSERS_FILE, prefix="unet")
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder / DIFFUSERS_FILE} does not fit its base model: {reason}") from None
     unet.fuse_lora()
     unet.unload_lora()
+    unet.requires_grad_(True)  # peft has frozen it
 
 
 def save_for_use(unet: Any, folder: Path, base: Base, scheduler: Any) -> None:
     """Everything that other programs need of a finished run: both layouts, the scheduler, and how to use them."""
     save_adapters(unet, folder, base)
     weights, metadata = kohya_layout(unet)
-    save_file(weights, folder / KOHYA_FILE, metadata=metadata)
+    save_tensors(weights, folder / KOHYA_FILE, metadata)
     scheduler.save_pretrained(folder / "scheduler")
-    settings = _settings(unet)
+    settings, is_file = _settings(unet), Path(base.name).expanduser().is_file()
     facts = {"base": base.name, "rank": settings["r"], "alpha": settings["lora_alpha"], "kohya": KOHYA_FILE}
+    facts["pipeline"] = family_of(unet).pipeline_class(unet.config)
+    facts["load"] = "from_single_file" if is_file else "from_pretrained"
     (folder / "README.md").write_text(_README.read_text(encoding="utf-8").format(**facts), encoding="utf-8")
 
 
 def kohya_layout(unet: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights (``lora_unet_PATH.lora_down.weight``, ``.lora_up.weight``, ``.alpha``) and header of kohya's scripts."""
-    settings, weights = _settings(unet), {}
-    for name, tensor in _contiguous(adapters(unet)).items():
-        path, _, kind = name.removeprefix("unet.").removesuffix(".weight").rpartition(".")
-        module = "lora_unet_" + path.replace(".", "_")
-        weights[f"{module}.{'lora_down' if kind == 'lora_A' else 'lora_up'}.weight"] = tensor
-        weights[f"{module}.alpha"] = torch.tensor(float(settings["lora_alpha"]))
-    versions = {768: "sd_v1", 1024: "sd_v2_v", 2048: "sdxl_base_v1-0"}  # programs list adapters by their base's kind
-    version = versions.get(unet.config.cross_attention_dim, "unknown")
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+
+    settings, weights = _settings(unet), convert_state_dict_to_kohya(_contiguous(adapters(unet)))
+    weights |= {name: torch.tensor(float(settings["lora_alpha"])) for name in weights if name.endswith(".alpha")}
+    version = family_of(unet).kohya_base(unet.config)  # programs list adapters by it
     return weights, {
         "format": "pt",
         "ss_network_module": "networks.lora",
@@ -149,8 +185,12 @@ def kohya_layout(unet: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     }
 
 
-def _header(base: Base) -> dict[str, str]:
-    return {"base_model": base.name} | ({} if base.config is None else {"base_config": base.config})
+def header(folder: Path) -> dict[str, str]:
+    try:
+        with safe_open(folder / DIFFUSERS_FILE, framework="pt") as opened:
+            return opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / DIFFUSERS_FILE} cannot be read: {error}") from None
 
 
 def _settings(unet: Any) -> dict[str, Any]:

@@ -62,9 +62,55 @@ def test_mistakes(saved, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.out.2", "first_stage_model.decoder.conv_in"])
 def test_missing_weights(saved, tmp_path, prefix):
+    assert "cut.safetensors cannot be loaded" in without(saved, tmp_path, lambda name: name.startswith(prefix))
+
+
+@pytest.mark.parametrize("ours, theirs", [("layer_norm1.bias", "ln_1.bias"), ("final_layer_norm", "ln_final")])
+def test_missing_weights_of_each_text_encoder(saved, tmp_path, ours, theirs):
+    """diffusers accepts such a file, and leaves the weights without values."""
+    names, parts = load_file(saved / "model.safetensors"), set()
+    for prefix, part in TEXT_ENCODERS.items():
+        lost = [name for name in names if name.startswith(prefix) and (ours in name or theirs in name)]
+        if lost:
+            parts.add(part)
+            message = without(saved, tmp_path, lambda name, lost=lost: name in lost)
+            assert f"cut.safetensors lacks {len(lost)} tensors of the {part}, such as " in message and ours in message
+    assert parts == ({"text_encoder", "text_encoder_2"} if "sdxl" in saved.name else {"text_encoder"})
+
+
+TEXT_ENCODERS = {
+    "cond_stage_model.": "text_encoder",
+    "conditioner.embedders.0.": "text_encoder",
+    "conditioner.embedders.1.": "text_encoder_2",
+}
+
+
+def without(saved, tmp_path, is_lost) -> str:
+    """What is said of the file without some tensors."""
     tensors = load_file(saved / "model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+    kept = {name: tensor for name, tensor in tensors.items() if not is_lost(name)}
     assert len(kept) < len(tensors)
     save_file(kept, tmp_path / "cut.safetensors")
-    with pytest.raises(UserError, match=r"cut\.safetensors"):
+    with pytest.raises(UserError) as refused:
         load_pipeline(str(tmp_path / "cut.safetensors"), str(saved / "folder"))
+    return str(refused.value)
+
+
+def test_old_names_of_the_text_encoder(saved, tmp_path):
+    """Early files of Stable Diffusion 1.x lack `text_model.` in them."""
+    if saved.name[:-1] != "sd1":
+        pytest.skip("the others never had such files")
+    tensors = load_file(saved / "model.safetensors")
+    old = {name.replace("transformer.text_model.", "transformer."): tensor for name, tensor in tensors.items()}
+    assert old.keys() != tensors.keys()
+    save_file(old, tmp_path / "old.safetensors")
+    model, expected = (
+        load_pipeline(str(file), str(saved / "folder"))
+        for file in (tmp_path / "old.safetensors", saved / "model.safetensors")
+    )
+    ids = torch.arange(5)[None]
+    assert torch.equal(model.encode_ids(ids).encoder_hidden_states, expected.encode_ids(ids).encoder_hidden_states)
+    del old["cond_stage_model.transformer.final_layer_norm.bias"]
+    save_file(old, tmp_path / "old.safetensors")
+    with pytest.raises(UserError, match=r"lacks 1 tensors of the text_encoder, such as final_layer_norm"):
+        load_pipeline(str(tmp_path / "old.safetensors"), str(saved / "folder"))

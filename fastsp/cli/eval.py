@@ -50,6 +50,9 @@ def evaluate(
         str | None,
         typer.Option("--model-config", help="For single files: a pipeline folder of their kind.", metavar="DIR"),
     ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="For LoRA adapters: their base model, instead of the one they name.")
+    ] = None,
     work: Annotated[
         Path | None, typer.Option("--work", help="Where features are kept; by default FILE.work.", metavar="DIR")
     ] = None,
@@ -86,7 +89,7 @@ def evaluate(
         check_writable(save_reference, force=True, option="--save-reference")
     rows = RowFile(json_file)  # refuses what holds something else
     for name in model:
-        check_for_sampling(name)
+        check_for_sampling(name, base)
     found = read_captions(captions, num_samples)
     extractor, real = open_reference(features, reference, found, work, steps_bar, resolution)
     if save_reference is not None:
@@ -104,6 +107,7 @@ def evaluate(
         batch_size,
         keep_pictures,
         model_config=model_config,
+        base=base,
     )
     named = list(zip(model, short_names(model), strict=True))
     jobs = combinations(named, steps or [25], guidance or [0.0], rescale or [0.0], seed or [0], not unconditional)

@@ -17,6 +17,9 @@ def export(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: fp32, fp16 or bf16.")] = "fp32",
     stage: Annotated[str | None, typer.Option(help="Whose weights; by default the run's final stage.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="For LoRA adapters: their base model, instead of the one they name.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
     """Export the EMA weights of a run: a diffusers folder with a model card, and one file for user interfaces.
@@ -35,7 +38,7 @@ def export(
     if single_file is not None:
         for file in (single_file, single_file.with_suffix(".yaml")):
             check_writable(file, force, "--single-file")
-    for path in export_run(run, out, single_file, dtype, stage):
+    for path in export_run(run, out, single_file, dtype, stage, base):
         typer.echo(f"wrote {path}")
 
 

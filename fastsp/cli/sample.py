@@ -33,6 +33,9 @@ def sample(
         str | None,
         typer.Option("--model-config", help="For single files: a pipeline folder of their kind.", metavar="DIR"),
     ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="For LoRA adapters: their base model, instead of the one they name.")
+    ] = None,
     trajectory: Annotated[bool, typer.Option("--trajectory", help="Show x0^ after up to 50 steps.")] = False,
     singles: Annotated[
         Path | None, typer.Option("--singles", help="Write each picture by itself too.", metavar="DIR")
@@ -71,7 +74,7 @@ def sample(
     if rescale and not guided.active:
         raise UserError(f"--rescale {rescale:g} is of the guidance: give --guidance too, other than 0 and 1")
     settings = Sampling(steps, guided, seed, resolution, batch_size)
-    rows, side = _sample_models(model, model_config, texts, settings, files, trajectory)
+    rows, side = _sample_models(model, (model_config, base), texts, settings, files, trajectory)
     _write_grid(rows, titles, texts, settings, trajectory, out, model)
     drawn = len(texts) * len(model)
     shown = f", shown at {rows[0][0].width} px" if max(rows[0][0].size) < side else ""
@@ -117,20 +120,23 @@ def _facts(settings: Sampling, model: str) -> dict[str, str]:
 
 def _sample_models(
     models: Sequence[str],
-    model_config: str | None,
+    origins: tuple[str | None, str | None],
     texts: list[str],
     settings: Sampling,
     files: list[list[Path]],
     trajectory: bool,
 ) -> tuple[list[list[Image]], int]:
-    """For each model its pictures in the order of ``texts``, made small enough for one grid, and their full side."""
+    """For each model its pictures in the order of ``texts``, made small enough for one grid, and their full side.
+
+    ``origins``: ``config`` and ``base`` of :func:`fastsp.generation.load_for_sampling`.
+    """
     from fastsp.errors import UserError
     from fastsp.generation import check_for_sampling, frame_steps, generate_pictures, load_for_sampling, num_batches
     from fastsp.pictures import TRAJECTORY_FRAMES, TRAJECTORY_SIDE, cell_side, save_png
     from fastsp.progress import steps_bar
 
     for name in models[1:]:  # the first is loaded at once
-        check_for_sampling(name)
+        check_for_sampling(name, origins[1])
     rows: list[list[Image]] = []
     size = None
     frames = TRAJECTORY_FRAMES if trajectory else 1
@@ -138,7 +144,7 @@ def _sample_models(
     total = len(models) * num_batches(len(texts), settings.batch_size) * settings.steps
     with steps_bar("sampling", total) as advance:
         for place, name in enumerate(models):
-            model = load_for_sampling(name, model_config)
+            model = load_for_sampling(name, *origins)
             side = settings.resolution or model.default_resolution
             if size is not None and side != size:
                 raise UserError(f"--model {name} makes pictures of {side} px, the others of {size}: give --resolution")

@@ -55,6 +55,7 @@ class Evaluation:
         keep_images: write the samples as PNG too.
         keep_features: they stay when their row is written, for another reference.
         model_config: of single files, see :func:`fastsp.generation.load_for_sampling`.
+        base: of adapters, see there.
     """
 
     captions: Callable[[int], CaptionSet]
@@ -68,6 +69,7 @@ class Evaluation:
     keep_images: bool = False
     keep_features: bool = True
     model_config: str | None = None
+    base: str | None = None
 
     def run(self, jobs: Sequence[Job], bar: Bar, say: Callable[[str], Any]) -> list[Row]:
         """Compute the rows of `jobs` that the file lacks, model by model. Returns all rows of the file."""
@@ -92,7 +94,7 @@ class Evaluation:
 
     def _sampled(self, name: str, jobs: Sequence[Job], bar: Bar, say: Callable[[str], Any]) -> None:
         """The rows of one model."""
-        model = load_for_sampling(name, self.model_config)
+        model = load_for_sampling(name, self.model_config, self.base)
         if self.reference.train is None and self.extractor.class_names and model.vae is not None:
             if self.reference.source == HELD_OUT_DIGITS:
                 raise UserError(f"{name} makes no digits: give --reference, and a file of Inception-v3's weights")

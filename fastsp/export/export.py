@@ -21,7 +21,12 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def export_run(
-    run_dir: Path, out: Path, single_file: Path | None = None, dtype: str = "fp32", stage: str | None = None
+    run_dir: Path,
+    out: Path,
+    single_file: Path | None = None,
+    dtype: str = "fp32",
+    stage: str | None = None,
+    base: str | None = None,
 ) -> list[Path]:
     """Write the EMA weights of a run's final stage, or of another one, where other programs can read them.
 
@@ -33,6 +38,7 @@ def export_run(
         single_file: a `.safetensors` file in the original layout, and beside it the `.yaml` that A1111 reads.
         dtype: of the weights, a name of :data:`DTYPES`; fp32 loses nothing.
         stage: whose weights; None: the one the run's configuration calls final.
+        base: of a LoRA run, the model to merge the adapters into; None: the one they name.
 
     Returns:
         What was written, folders and files.
@@ -41,7 +47,7 @@ def export_run(
         UserError: no finished run, no such stage, or a model that has no original layout.
     """
     run = read_run(run_dir)
-    pipeline, chosen = _pipeline(run, stage)
+    pipeline, chosen = _pipeline(run, stage, base)
     if single_file is not None:
         layout_of(pipeline)  # refuses before anything is written
     for part in pipeline.components.values():
@@ -64,7 +70,7 @@ def export_run(
     return written
 
 
-def _pipeline(run: RunFiles, stage: str | None) -> tuple[Any, str]:
+def _pipeline(run: RunFiles, stage: str | None, base: str | None) -> tuple[Any, str]:
     """The diffusers pipeline of a stage, and the stage's name."""
     final = run.directory / "final"
     if not final.is_dir():
@@ -75,10 +81,10 @@ def _pipeline(run: RunFiles, stage: str | None) -> tuple[Any, str]:
     last = run.config.get("final") or names[-1]
     if stage is not None and stage not in names:
         raise UserError(f"--stage {stage!r} is no stage of {run.directory}; allowed: {', '.join(names)}")
-    model = load_pipeline(str(final))
+    model = load_pipeline(str(final), base=base)
     if stage is not None and stage != last:
         folder = run.directory / "stages" / stage
         if not folder.is_dir():
             raise UserError(f"--run {run.directory} lacks stages/{stage}: that stage has not been finished")
-        model.unet = load_unet(folder)
+        model.unet = load_unet(folder, base)
     return model.pipeline(), stage or last

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from fastsp.export.layout import Layout, State, layout_of, original_layout
 from fastsp.families import family_of
-from fastsp.files import new_file
+from fastsp.files import new_file, save_tensors
 
 # Of https://github.com/Stability-AI/ModelSpec, 1.0.0. There is one identifier for Stable Diffusion 2 with v-prediction.
 _ARCHITECTURE: dict[Layout, str] = {
@@ -41,7 +40,7 @@ def save_single_file(pipeline: Any, path: Path, dtype: torch.dtype, title: str) 
     state |= markers(pipeline.scheduler)
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as unfinished:
-        save_file(state, unfinished, metadata=_metadata(pipeline, title))
+        save_tensors(state, unfinished, _metadata(pipeline, title))
 
 
 def markers(scheduler: Any) -> State:

@@ -38,6 +38,9 @@ class NetworkFamily(Protocol):
     def side(self, config: Config) -> int:
         """Side of the square latents that it was made for."""
 
+    def pipeline_class(self, config: Config) -> str:
+        """The diffusers class of the pipelines that such a network belongs to."""
+
     def kohya_base(self, config: Config) -> str:
         """What kohya's scripts call the base model of adapters, or ``unknown``."""
 

@@ -50,8 +50,11 @@ class UNetFamily:
         """The smaller of two; diffusers' pipelines' default where the config has none."""
         size = config.get("sample_size")
         if size is None:
-            return 64 if config.get("addition_embed_type") is None else 128
+            return 64 if pooled_width(config) is None else 128
         return size if isinstance(size, int) else min(size)
+
+    def pipeline_class(self, config: Mapping[str, Any]) -> str:
+        return "StableDiffusionPipeline" if pooled_width(config) is None else "StableDiffusionXLPipeline"
 
     def kohya_base(self, config: Mapping[str, Any]) -> str:
         names = {768: "sd_v1", 1024: "sd_v2_v", 2048: "sdxl_base_v1-0"}

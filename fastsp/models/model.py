@@ -15,6 +15,7 @@ from fastsp.conditioning import Conditioning, time_ids
 from fastsp.diffusion.process import Process, process_of
 from fastsp.errors import UserError
 from fastsp.families import family_of
+from fastsp.lora import Base
 from fastsp.models.saving import save_pipeline
 from fastsp.models.schedulers import trained_scheduler
 from fastsp.pixel_pipeline import PixelTextToImagePipeline
@@ -35,6 +36,8 @@ class TextToImageModel:
     vae: Any = None
     text_encoder_2: Any = None
     tokenizer_2: Any = None
+    base: Base | None = None
+    """Of a UNet with adapters in training: the model that they belong to."""
     zeros_for_empty_prompt: bool = False
     """Guidance starts from zeros, as SDXL folders ask for by ``force_zeros_for_empty_prompt``, and not from the
     features of the empty prompt, which is what fastsp trains and writes."""

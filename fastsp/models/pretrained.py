@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from fastsp.errors import UserError
 from fastsp.families import family_named, family_of
 from fastsp.families.unet import pooled_width
-from fastsp.lora import DIFFUSERS_FILE, base_of, fuse_adapters
+from fastsp.lora import DIFFUSERS_FILE, Base, add_adapters, base_of, fingerprint, fuse_adapters, header, load_adapters
 from fastsp.models.hub import VARIANTS, download_pipeline, is_hub_id
 from fastsp.models.model import TextToImageModel
 from fastsp.models.quiet import quiet_libraries
@@ -31,24 +33,31 @@ _NETWORKS = {"unet", "text_encoder", "vae", "text_encoder_2"}
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last one has the safety checker
 _NUM_BYTES = 256  # CLIP's tokenizers have a token for each
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
-def load_pipeline(name: str, config: str | None = None, with_unet: bool = True) -> TextToImageModel:
+def load_pipeline(
+    name: str, config: str | None = None, with_unet: bool = True, base: str | None = None
+) -> TextToImageModel:
     """A Stable Diffusion 1.x, 2.x or XL pipeline, or a pixel-space one of fastsp's, in float32 on the CPU.
 
     Args:
         name: a folder in diffusers' layout, a hub id, or a ``.safetensors`` file in Stable Diffusion's own layout;
             or a folder with the adapters of a LoRA run, which come fused into the model they name.
+        base: for adapters, the model to take instead of the one they name.
         config: for a single file, a folder or hub id with tokenizer and configuration; None: diffusers' choice.
         with_unet: load the UNet too; else it is None.
 
     Raises:
         UserError: it is not there, is of another kind, or lacks a part; a part does not fit the others; pickled
-            weights; code beside the weights.
+            weights; code beside the weights; adapters of another base model.
     """
     path = _find(name)
     if (path / DIFFUSERS_FILE).is_file():
-        return _load_with_adapters(path, with_unet)
+        model, _ = _load_base(path, base, with_unet)
+        if with_unet:
+            fuse_adapters(model.unet, path)
+        return model
     model = load_single_file(path, config) if path.is_file() else _load_folder(path, name, with_unet)
     for part in model.frozen_parts():
         part.eval().requires_grad_(False)
@@ -58,7 +67,35 @@ def load_pipeline(name: str, config: str | None = None, with_unet: bool = True) 
     return model
 
 
-def check_pipeline(name: str) -> None:
+def load_with_adapters(name: str, config: str | None, lora: Mapping[str, Any], seed: int) -> TextToImageModel:
+    """A pipeline as fastsp trains it, with trainable adapters in its UNet, and the base that they belong to.
+
+    The adapters are new ones, or those that ``name`` is a folder of, to be trained further.
+
+    Args:
+        name, config: see :func:`load_pipeline`.
+        lora: rank, alpha and target_modules. Given adapters must have the same.
+        seed: of new adapters.
+
+    Raises:
+        UserError: what :func:`load_pipeline` and :func:`fastsp.lora.add_adapters` refuse; given adapters of other
+            settings, or whose base is fused from adapters itself.
+    """
+    path = _find(name)
+    if given := (path / DIFFUSERS_FILE).is_file():
+        model, base = _load_base(path)
+        if (Path(base.name).expanduser() / DIFFUSERS_FILE).is_file():
+            raise UserError(f"{name} has adapters on top of those in {base.name}: export that run, and name the export")
+    else:
+        model, base = load_pipeline(name, config).for_training(), Base(name, config)
+    base = base._replace(fingerprint=fingerprint(model.unet))
+    add_adapters(model.unet, **lora, seed=seed)
+    if given:
+        load_adapters(model.unet, path)
+    return replace(model, base=base)
+
+
+def check_pipeline(name: str, base: str | None = None) -> None:
     """See that `load_pipeline` would find all parts, without reading weights. A hub id is downloaded.
 
     Raises:
@@ -66,7 +103,7 @@ def check_pipeline(name: str) -> None:
     """
     path = _find(name)
     if (path / DIFFUSERS_FILE).is_file():
-        check_pipeline(base_of(path).name)
+        _of_adapters(path, lambda: check_pipeline(base or base_of(path).name))
     elif path.is_file():
         tensor_names(path)
     else:
@@ -74,16 +111,16 @@ def check_pipeline(name: str) -> None:
             _check_weights(path / part)
 
 
-def load_unet(folder: Path) -> Any:
+def load_unet(folder: Path, base: str | None = None) -> Any:
     """The UNet of a pipeline folder, of a folder with a UNet alone, or with adapters, fused into their base; float32.
 
-    Weights of a variant (``*.fp16.safetensors``) are read where there are no others.
+    Weights of a variant (``*.fp16.safetensors``) are read where there are no others. ``base``: as `load_pipeline` has.
 
     Raises:
         UserError: there is none, or it cannot be loaded.
     """
     if (folder / DIFFUSERS_FILE).is_file():
-        return _load_with_adapters(folder).unet
+        return load_pipeline(str(folder), base=base).unet
     return _load_part(UNet2DConditionModel, _unet_folder(folder))
 
 
@@ -133,7 +170,7 @@ def check_unet(folder: Path) -> None:
         UserError: it would not.
     """
     if (folder / DIFFUSERS_FILE).is_file():
-        check_pipeline(base_of(folder).name)
+        check_pipeline(str(folder))
     else:
         _check_weights(_unet_folder(folder))
 
@@ -208,13 +245,34 @@ def _check_weights(folder: Path) -> None:
         raise UserError(f"{folder} has no .safetensors file, and fastsp reads no other weights")
 
 
-def _load_with_adapters(folder: Path, with_unet: bool = True) -> TextToImageModel:
-    """The base as it was trained, with the adapters in its weights."""
-    base = base_of(folder)
-    model = load_pipeline(base.name, base.config, with_unet).for_training()
-    if with_unet:
-        fuse_adapters(model.unet, folder)
-    return model
+def _load_base(folder: Path, instead: str | None = None, with_unet: bool = True) -> tuple[TextToImageModel, Base]:
+    """The model under the adapters in ``folder``, as it was trained, or the one to take ``instead`` of it.
+
+    Raises:
+        UserError: it cannot be loaded, or is another model than the adapters were trained on.
+    """
+    named = Base(instead) if instead is not None else base_of(folder)
+    model = _of_adapters(folder, lambda: load_pipeline(named.name, named.config, with_unet).for_training())
+    trained_on = header(folder).get("base_fingerprint")
+    if model.unet is not None and trained_on not in (None, fingerprint(model.unet)):
+        if instead is None:
+            raise UserError(
+                f"{folder}: the adapters were trained on another model than {named.name}, though of that name; "
+                "sample, eval and export take the right one as --base"
+            )
+        _log.warning("%s: the adapters were trained on another model than --base %s", folder, instead)
+    return model, named
+
+
+def _of_adapters(folder: Path, load: Callable[[], T]) -> T:
+    """What ``load`` makes of the base of adapters; its errors say whose base it is."""
+    try:
+        return load()
+    except UserError as error:
+        raise UserError(
+            f"{folder} has adapters, and their base model cannot be loaded: {error} "
+            "(sample, eval and export take another path or id as --base)"
+        ) from None
 
 
 def _load_folder(root: Path, name: str, with_unet: bool) -> TextToImageModel:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import CLIPTextModel
 
 from fastsp.errors import UserError
 from fastsp.models.hub import NOT_NEEDED, cause_of
@@ -14,7 +15,9 @@ from fastsp.models.model import TextToImageModel
 from fastsp.models.quiet import quiet_libraries
 from fastsp.models.schedulers import loaded_scheduler
 
-_SECOND_TEXT_ENCODER = "conditioner.embedders.1.model.ln_final.weight"  # Stable Diffusion XL
+_CLIP = "cond_stage_model.transformer."
+_OLD_CLIP = f"{_CLIP}embeddings."
+_SECOND_ENCODER = "conditioner.embedders.1."  # Stable Diffusion XL's
 
 
 def load_single_file(file: Path, config: str | None) -> TextToImageModel:
@@ -33,14 +36,17 @@ def load_single_file(file: Path, config: str | None) -> TextToImageModel:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     keys = tensor_names(file)
-    is_xl = _SECOND_TEXT_ENCODER in keys
+    is_xl, is_old = (any(key.startswith(prefix) for key in keys) for prefix in (_SECOND_ENCODER, _OLD_CLIP))
     kind = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
-    absent = {key: None for key in NOT_NEEDED if key in kind._optional_components}
+    given: dict[str, Any] = {key: None for key in NOT_NEEDED if key in kind._optional_components}
     try:
         with quiet_libraries():
-            pipeline = kind.from_single_file(str(file), config=config, torch_dtype=torch.float32, **absent)
+            if is_old:
+                given["text_encoder"] = _old_text_encoder(file, config)
+            pipeline = kind.from_single_file(str(file), config=config, torch_dtype=torch.float32, **given)
     except Exception as error:  # of the network, of the hub, of diffusers' conversion
         raise UserError(_explanation(file, config, error)) from None
+    _check_complete(file, pipeline)
     return TextToImageModel(
         unet=pipeline.unet,
         text_encoder=pipeline.text_encoder,
@@ -51,6 +57,30 @@ def load_single_file(file: Path, config: str | None) -> TextToImageModel:
         tokenizer_2=pipeline.tokenizer_2 if is_xl else None,
         zeros_for_empty_prompt=is_xl and bool(pipeline.config.get("force_zeros_for_empty_prompt", True)),
     )
+
+
+def _old_text_encoder(file: Path, config: str | None) -> Any:
+    """That of an early Stable Diffusion 1.x file, whose names lack ``text_model.``."""
+    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+
+    with safe_open(file, framework="pt") as opened:
+        names = [name for name in opened.keys() if name.startswith(_CLIP)]  # noqa: SIM118 - it is no dict
+        renamed = {f"{_CLIP}text_model.{name.removeprefix(_CLIP)}": opened.get_tensor(name) for name in names}
+    options = {"subfolder": "text_encoder", "config": config, "torch_dtype": torch.float32}
+    return create_diffusers_clip_model_from_ldm(CLIPTextModel, renamed, **options)
+
+
+def _check_complete(file: Path, pipeline: Any) -> None:
+    """diffusers leaves what a text encoder lacks without values, on the device ``meta``.
+
+    Raises:
+        UserError: the file lacks a tensor.
+    """
+    for part, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            missing = sorted(name for name, tensor in module.state_dict().items() if tensor.is_meta)
+            if missing:
+                raise UserError(f"{file} lacks {len(missing)} tensors of the {part}, such as {missing[0]}")
 
 
 def tensor_names(file: Path) -> set[str]:

@@ -24,7 +24,7 @@ from fastsp.devices import device_name
 from fastsp.errors import UserError
 from fastsp.gpu_settings import gpu_settings
 from fastsp.launcher import said_once
-from fastsp.lora import Base, add_adapters, load_adapters, save_adapters, save_for_use
+from fastsp.lora import load_adapters, save_adapters, save_for_use
 from fastsp.models import TextToImageModel, check_perceptual_network, check_predicts_v, load_model, load_unet
 from fastsp.objectives import StageConfig
 from fastsp.perceptual import shared_copy
@@ -115,10 +115,8 @@ class Trainer:
         check_installed(config)
         update_of(config)  # refuses an optimizer that is not there, or not for shards
         check_path(config.data)  # before a model is downloaded
-        model = config.model
-        self.model = load_model(model.preset, model.pretrained, config.data.resolution, config.seed, model.config)
-        if model.lora is not None:
-            add_adapters(self.model.unet, **model.lora.model_dump(), seed=config.seed)
+        model, lora = config.model, config.model.lora and config.model.lora.model_dump()
+        self.model = load_model(model.preset, model.pretrained, config.data.resolution, config.seed, model.config, lora)
         self.model.latent_shape(config.data.resolution)  # refuses what the VAE cannot shrink
         for number, stage in enumerate(config.stages):
             if (frozen := stage.frozen_network) is not None:
@@ -316,16 +314,16 @@ class Trainer:
         return unet
 
     def _write_unet(self, unet: Any, folder: Path) -> None:
-        if self.config.model.lora is None:
+        if self.model.base is None:
             unet.save_pretrained(folder)
         else:
-            save_adapters(unet, folder, _base(self.config))
+            save_adapters(unet, folder, self.model.base)
 
     def _write_final(self, unet: Any, folder: Path) -> None:
-        if self.config.model.lora is None:
+        if self.model.base is None:
             replace(self.model, unet=unet).save(folder)
         else:
-            save_for_use(unet, folder, _base(self.config), self.model.scheduler)
+            save_for_use(unet, folder, self.model.base, self.model.scheduler)
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """Find the newest whole checkpoint and say which."""
@@ -398,12 +396,6 @@ class Trainer:
         count = self.config.samples.count
         with closing(self.source.batches(last_position=count, batch_size=count)) as batches:
             return list(next(batches).captions)
-
-
-def _base(config: Config) -> Base:
-    """What the adapters of a LoRA run belong to."""
-    assert config.model.pretrained is not None
-    return Base(config.model.pretrained, config.model.config)
 
 
 def _size(unet: Any) -> str:

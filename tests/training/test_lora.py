@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import batch, picture_folder, tiny_stable_diffusion, tiny_unet
 from training.processes import ROOT, logged_steps, metrics, start
 
@@ -24,7 +26,18 @@ from fastsp import draws
 from fastsp.cli import app
 from fastsp.config import Config, load_config
 from fastsp.errors import UserError
-from fastsp.lora import DIFFUSERS_FILE, KOHYA_FILE, Base, adapters, add_adapters, load_adapters, save_for_use
+from fastsp.lora import (
+    DIFFUSERS_FILE,
+    KOHYA_FILE,
+    Base,
+    adapters,
+    add_adapters,
+    base_of,
+    fingerprint,
+    load_adapters,
+    save_adapters,
+    save_for_use,
+)
 from fastsp.models import check_pipeline, load_pipeline
 from fastsp.perceptual import shared_copy
 from fastsp.training.checkpoint import newest_whole
@@ -228,6 +241,107 @@ def test_sample_and_export(config, tmp_path):
     assert changed and all(
         name.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")) for name in changed
     )
+
+
+def test_given_adapters_are_trained_further(folder, config):
+    """A run that starts from a run's adapters writes adapters of the same base, in which the first ones are."""
+    given = Path(config.run_dir) / "final"
+    changed = [f"model.pretrained={given}", "stages.0.steps=1", "stages.1.steps=1", "stages.0.learning_rate=1e-9"]
+    train(load_config(CONFIG, overrides(folder, "further", *changed, "stages.1.learning_rate=1e-9")))
+    final = folder / "further" / "final"
+    before, after = load_file(given / DIFFUSERS_FILE), load_file(final / DIFFUSERS_FILE)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-7)
+    assert Path(base_of(final).name) == folder / "model"
+    (base,) = re.findall(r"StableDiffusionPipeline\.from_pretrained\(\"(.*)\"\)", (final / "README.md").read_text())
+    StableDiffusionPipeline.from_pretrained(base, safety_checker=None).load_lora_weights(final)
+    assert torch.equal(*(load_pipeline(str(name)).unet.conv_in.weight for name in (final, folder / "model")))
+    lora = "model.lora={rank: 4, alpha: 4}"
+    with pytest.raises(UserError, match=r"another rank or alpha, .* than model\.lora; theirs: rank 4, alpha 8\.0"):
+        train(load_config(CONFIG, overrides(folder, "never", f"model.pretrained={given}", lora)))
+    assert not (folder / "never").exists()
+
+
+def test_full_finetuning_from_adapters(folder, config):
+    """They are fused: what is trained and written is a whole pipeline."""
+    given = Path(config.run_dir) / "final"
+    changed = [f"model.pretrained={given}", "model.lora=null", "stages.0.steps=1", "stages.1.steps=1"]
+    rates = ["stages.0.learning_rate=1e-9", "stages.1.learning_rate=1e-9"]
+    train(load_config(CONFIG, overrides(folder, "full", *changed, *rates)))
+    whole = StableDiffusionPipeline.from_pretrained(folder / "full" / "final", safety_checker=None).unet.state_dict()
+    fused = load_pipeline(str(given)).unet.state_dict()
+    assert any(not torch.equal(whole[name], weight) for name, weight in fused.items()), "trained"
+    for name, weight in fused.items():
+        torch.testing.assert_close(whole[name], weight, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def moved(folder, tmp_path, monkeypatch):
+    """Base and adapters, named by a relative path, moved together to where that path leads nowhere."""
+    shutil.copytree(folder / "model", tmp_path / "here" / "model")
+    unet = load_pipeline(str(tmp_path / "here" / "model")).unet
+    base = Base("model", fingerprint=fingerprint(unet))
+    add_adapters(unet, rank=2, alpha=2, target_modules=["to_q"])
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "adapters").mkdir()
+    save_adapters(unet, tmp_path / "here" / "adapters", base)
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "there"
+
+
+def test_the_base_is_found_from_another_folder(moved):
+    assert Path(base_of(moved / "adapters").name) == moved / "model"
+    assert load_pipeline("there/adapters").unet is not None
+    check_pipeline("there/adapters")
+
+
+def test_a_base_that_is_not_there_is_named_as_the_adapters(moved, tmp_path):
+    (moved / "model").rename(tmp_path / "elsewhere")
+    line = (
+        "^there/adapters has adapters, and their base model cannot be loaded: model is no diffusers pipeline folder: "
+    )
+    line += r"it does not exist \(sample, eval and export take another path or id as --base\)$"
+    for load in (load_pipeline, check_pipeline):
+        with pytest.raises(UserError, match=line):
+            load("there/adapters")
+    assert load_pipeline("there/adapters", base="elsewhere").unet is not None
+    check_pipeline("there/adapters", "elsewhere")
+    shutil.copytree(tmp_path / "elsewhere", tmp_path / "model")  # of that name, where we are
+    assert base_of(moved / "adapters").name == "model"
+    prompt = ["--prompt", "a", "--steps", "1", "--out"]
+    app(["sample", "--model", "there/adapters", "--base", "elsewhere", *prompt, "a.png"], standalone_mode=False)
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_another_base_of_that_name_is_refused(moved, caplog):
+    half = {name: tensor.half() for name, tensor in load_file(unet_file(moved / "model")).items()}
+    save_file(half, unet_file(moved / "model"), metadata={"format": "pt"})
+    assert load_pipeline("there/adapters").unet is not None, "the same one in half precision"
+    tiny_unet(seed=7, sample_size=4, use_linear_projection=True).save_pretrained(moved / "model" / "unet")
+    with pytest.raises(UserError, match=r"trained on another model than .*there/model, though of that name; .* --base"):
+        load_pipeline("there/adapters")
+    assert not caplog.records
+    assert load_pipeline("there/adapters", base=str(moved / "model")).unet is not None
+    assert "the adapters were trained on another model than --base" in caplog.text
+
+
+def unet_file(folder: Path) -> Path:
+    return folder / "unet" / "diffusion_pytorch_model.safetensors"
+
+
+def test_equal_adapters_are_equal_files(folder, tmp_path):
+    unet = load_pipeline(str(folder / "model")).unet
+    base = Base(str(folder / "model"), fingerprint=fingerprint(unet))
+    add_adapters(unet, rank=2, alpha=2, target_modules=["to_q"])
+    written = set()
+    for number in range(5):
+        (tmp_path / str(number)).mkdir()
+        save_for_use(unet, tmp_path / str(number), base, DDIMScheduler())
+        files = sorted(path for path in (tmp_path / str(number)).rglob("*") if path.is_file())
+        written.add(tuple(file.read_bytes() for file in files))
+    assert len(written) == 1
 
 
 @pytest.mark.slow
