@@ -12,7 +12,6 @@ blended label (mixup, Zhang et al. 2018, arXiv 1710.09412).
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +24,7 @@ from torch import Generator, Tensor, nn
 from fastsp.data.cache import cache_folder
 from fastsp.errors import UserError
 from fastsp.evaluation.features import FeatureModel
-from fastsp.evaluation.metrics import caption_agreement
-from fastsp.files import new_file, write_file
+from fastsp.files import new_file
 from fastsp.progress import Bar, no_bar
 
 SIDE = 16  # pixels; images of other sizes are resampled to this
@@ -81,14 +79,11 @@ def check_classes(names: Collection[str]) -> None:
         )
 
 
-def caption_classifier(
-    train: Captioned, heldout: Captioned, cache: Path | None = None, bar: Bar = no_bar
-) -> CaptionClassifier:
+def caption_classifier(train: Captioned, cache: Path | None = None, bar: Bar = no_bar) -> CaptionClassifier:
     """The classifier of `train`'s captions, from the cache if it was trained on these very images before.
 
     Args:
         train: at most 100 distinct captions, which are the classes.
-        heldout: on these the accuracy in the cache's JSON is measured; it is never trained on them.
         cache: folder; None means `$FASTSP_CACHE`, else `~/.cache/fastsp`.
         bar: shows the progress of the training.
 
@@ -105,22 +100,9 @@ def caption_classifier(
         return model
     model.load_state_dict(_train(train, names, bar))
     weights.parent.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "classes": names,
-        "heldout_accuracy": accuracy(model, heldout) if heldout.captions else None,
-        "heldout_images": len(heldout.images),
-        "train_images": len(train.images),
-        "torch": torch.__version__,
-    }
-    write_file(weights.with_suffix(".json"), json.dumps(facts, indent=2))
     with new_file(weights) as unfinished:
         save_file(model.state_dict(), unfinished)
     return model
-
-
-def accuracy(model: CaptionClassifier, heldout: Captioned) -> float:
-    """Share, 0 to 1, of the images whose caption is the class with the highest score."""
-    return caption_agreement(model.extract(heldout.images).logits, heldout.captions, model.class_names)
 
 
 def _digest(train: Captioned) -> str:

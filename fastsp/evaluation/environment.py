@@ -12,21 +12,13 @@ import torch
 
 from fastsp.files import write_file
 
-PACKAGES = (
-    "fastsp",
-    "torch",
-    "diffusers",
-    "transformers",
-    "scikit-learn",
-    "nvidia-dali-cuda130",
-    "triton",
-)
+_PACKAGES = ("fastsp", "torch", "diffusers", "transformers", "scikit-learn", "nvidia-dali-cuda130", "triton")
 
 
 def environment() -> dict[str, str]:
     """Name -> version or description, of this process."""
     facts = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in _PACKAGES:
         try:
             facts[package] = version(package)
         except PackageNotFoundError:

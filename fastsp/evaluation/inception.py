@@ -99,71 +99,45 @@ def _layers(entry: Layer | Fork) -> Fork:
     return entry if isinstance(entry, list) else [entry]
 
 
+# fmt: off
+_DOUBLE: list[Layer | Fork] = [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)]
+
+
 def _mixed_a(inputs: int, pooled: int) -> Mixed:
-    return Mixed(
-        inputs,
-        [
-            [("branch1x1", 64, 1)],
-            [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
-            [("branch_pool", pooled, 1)],
-        ],
-    )
+    five: list[Layer | Fork] = [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)]
+    return Mixed(inputs, [[("branch1x1", 64, 1)], five, _DOUBLE, [("branch_pool", pooled, 1)]])
 
 
 def _mixed_b() -> Mixed:
-    return Mixed(
-        288,
-        [
-            [("branch3x3", 384, 3)],
-            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
-        ],
-        halving=True,
-    )
+    return Mixed(288, [[("branch3x3", 384, 3)], _DOUBLE], halving=True)
 
 
 def _mixed_c(inner: int) -> Mixed:
     across, down = (1, 7), (7, 1)
-    double: list[Layer] = [("branch7x7dbl_1", inner, 1), ("branch7x7dbl_2", inner, down)]
-    return Mixed(
-        768,
-        [
-            [("branch1x1", 192, 1)],
-            [("branch7x7_1", inner, 1), ("branch7x7_2", inner, across), ("branch7x7_3", 192, down)],
-            [
-                *double,
-                ("branch7x7dbl_3", inner, across),
-                ("branch7x7dbl_4", inner, down),
-                ("branch7x7dbl_5", 192, across),
-            ],
-            [("branch_pool", 192, 1)],
-        ],
-    )
+    seven: list[Layer | Fork] = [("branch7x7_1", inner, 1), ("branch7x7_2", inner, across), ("branch7x7_3", 192, down)]
+    double: list[Layer | Fork] = [
+        ("branch7x7dbl_1", inner, 1), ("branch7x7dbl_2", inner, down), ("branch7x7dbl_3", inner, across),
+        ("branch7x7dbl_4", inner, down), ("branch7x7dbl_5", 192, across),
+    ]
+    return Mixed(768, [[("branch1x1", 192, 1)], seven, double, [("branch_pool", 192, 1)]])
 
 
 def _mixed_d() -> Mixed:
-    narrow: list[Layer] = [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1))]
-    return Mixed(
-        768,
-        [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3)], [*narrow, ("branch7x7x3_4", 192, 3)]],
-        halving=True,
-    )
+    seven: list[Layer | Fork] = [
+        ("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
+        ("branch7x7x3_4", 192, 3),
+    ]
+    return Mixed(768, [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3)], seven], halving=True)
 
 
 def _mixed_e(inputs: int, pool: str) -> Mixed:
     def fork(name: str) -> Fork:
         return [(f"{name}a", 384, (1, 3)), (f"{name}b", 384, (3, 1))]
 
-    return Mixed(
-        inputs,
-        [
-            [("branch1x1", 320, 1)],
-            [("branch3x3_1", 384, 1), fork("branch3x3_2")],
-            [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), fork("branch3x3dbl_3")],
-            [("branch_pool", 192, 1)],
-        ],
-        pool,
-    )
+    three: list[Layer | Fork] = [("branch3x3_1", 384, 1), fork("branch3x3_2")]
+    double: list[Layer | Fork] = [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), fork("branch3x3dbl_3")]
+    return Mixed(inputs, [[("branch1x1", 320, 1)], three, double, [("branch_pool", 192, 1)]], pool)
+# fmt: on
 
 
 class InceptionV3(FeatureModel):

@@ -178,9 +178,9 @@ def open_reference(
     """
     if features == "classifier":
         data = DataConfig(source="digits", resolution=resolution or _DIGITS_SIDE, batch_size=1)
-        heldout = _captioned(data.model_copy(update={"split": "heldout"}), 1, bar)
-        model: FeatureModel = caption_classifier(_captioned(data, 1, bar), heldout, bar=bar)
+        model: FeatureModel = caption_classifier(_captioned(data, 1, bar), bar=bar)
         if reference is None:
+            heldout = _captioned(data.model_copy(update={"split": "heldout"}), 1, bar)
             return model, Reference.of(model.extract(heldout.images), model.identity, HELD_OUT_DIGITS)
     else:
         model = load_inception(Path(features)).to(best_device())
@@ -209,7 +209,7 @@ def own_reference(config: Config, channels: int, bar: Bar) -> tuple[FeatureModel
     if config.evaluation.features == "classifier":
         trained, held = _captioned(data, channels, bar), _captioned(heldout_data, channels, bar)
         _check_enough(len(held.images))
-        model: FeatureModel = caption_classifier(trained, held, bar=bar).to(best_device())
+        model: FeatureModel = caption_classifier(trained, bar=bar).to(best_device())
         train, heldout = model.extract(trained.images), model.extract(held.images)
         train_captions, heldout_captions = trained.captions, held.captions
     else:
@@ -300,8 +300,6 @@ def _of_folder(folder: Path, captions: CaptionSet, model: FeatureModel, work: Pa
     kept = work / f"reference-{_digest(files, model.identity)}.safetensors"
     if kept.is_file():
         return load_reference(kept, model.identity)
-    with bar("checking real images", len(files)) as advance:
-        check_images(files, advance)
     with bar("real images", len(files)) as advance:
         seen = see_files(files, model, advance)
     which = "the images of the captions" if captions.images else "all images"
@@ -327,62 +325,42 @@ def image_files(folder: Path, names: Sequence[str] = ()) -> list[Path]:
     return files
 
 
-def check_images(files: Sequence[Path], advance: Callable[[], Any] = lambda: None) -> None:
-    """Decode image files, to name the broken ones before the feature model, which takes much longer, begins.
-
-    Raises:
-        UserError: some are no images: names the first, and says how many more there are.
-    """
-    broken: list[str] = []
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(files), _CHUNK):
-            for fault in pool.map(_fault, files[start : start + _CHUNK]):
-                broken += [fault] if fault is not None else []
-                advance()
-    if broken:
-        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        raise UserError(f"{broken[0]}{more}; mend or replace it")
-
-
-def _fault(file: Path) -> str | None:
-    """Why a file is no image."""
-    try:
-        _square(file)
-    except UserError as error:
-        return str(error)
-    return None
-
-
 def see_files(files: Sequence[Path], model: FeatureModel, advance: Callable[[], Any] = lambda: None) -> Features:
     """What the model sees in image files: the largest square in the middle of each, in its own resolution.
 
     Raises:
-        UserError: a file that is no image.
+        UserError: some are no images: names the first, and says how many more there are.
     """
-    features: list[Tensor] = [torch.empty(0)] * len(files)
-    logits: list[Tensor] = [torch.empty(0)] * len(files)
+    seen: list[Any] = [None] * len(files)
+    faults: list[str] = []
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(files), _CHUNK):
-            of_size = defaultdict(list)
+            of_side = defaultdict(list)
             for place, image in enumerate(pool.map(_square, files[start : start + _CHUNK]), start):
-                of_size[image.shape].append((place, image))
-            for (_, side, _), of_side in of_size.items():
-                step = batch_size_of(side, 3)
-                for group in (of_side[first : first + step] for first in range(0, len(of_side), step)):
-                    seen = model.extract(torch.stack([image for _, image in group]).float() / 127.5 - 1)
-                    for row, (place, _) in enumerate(group):
-                        features[place], logits[place] = seen.features[row], seen.logits[row]
-                        advance()
-    return Features(torch.stack(features), torch.stack(logits))
+                if isinstance(image, Tensor):
+                    of_side[image.shape[1]].append((place, image))
+                else:
+                    faults.append(image)
+                advance()
+            for side, found in of_side.items() if not faults else ():  # once one is broken, the others are only decoded
+                size = batch_size_of(side, 3)
+                for group in (found[first : first + size] for first in range(0, len(found), size)):
+                    batch = torch.stack([image for _, image in group]).float() / 127.5 - 1
+                    for (place, _), row in zip(group, zip(*model.extract(batch), strict=True), strict=True):
+                        seen[place] = row
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise UserError(f"{faults[0]}{more}; mend or replace it")
+    return Features(*(torch.stack(part) for part in zip(*seen, strict=True)))
 
 
-def _square(file: Path) -> Tensor:
-    """(3, S, S) uint8."""
+def _square(file: Path) -> Tensor | str:
+    """(3, S, S) uint8; or why the file is no image."""
     try:
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except Exception as error:  # Pillow raises anything from OSError to struct.error at damaged files
-        raise UserError(f"reference {file} cannot be read: {error}") from None
+        return f"reference {file} cannot be read: {error}"
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     pixels = np.asarray(image.crop((left, top, left + side, top + side)))

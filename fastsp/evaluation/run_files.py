@@ -12,7 +12,7 @@ samples/captions.txt           the grids' captions in reading order, one a line
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,9 +78,9 @@ def read_run(directory: Path) -> RunFiles:
     if not directory.is_dir():
         raise UserError(f"run directory {directory} does not exist; allowed: the run_dir of a training run")
     run = RunFiles(directory)
-    run.config = _read_yaml(directory / "config.yaml")
-    run.rows = _read_json(directory / "evaluation.json", [])
-    run.environment = _read_json(directory / "environment.json", {})
+    run.config = _read(directory / "config.yaml", {}, yaml.safe_load)
+    run.rows = _read(directory / "evaluation.json", [])
+    run.environment = _read(directory / "environment.json", {})
     run.metrics = _by_stage(_read_lines(directory / "metrics.jsonl"), [stage["name"] for stage in run.stages])
     _find_pictures(run)
     run.captions = next((_prompts(path) for path in run.final_grids.values()), [])
@@ -129,22 +129,14 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 return
 
 
-def _read_json(path: Path, missing: Any) -> Any:
+def _read(path: Path, missing: Any, parse: Callable[[str], Any] = json.loads) -> Any:
+    """What a file holds; `missing`, and of its type, where there is none."""
     if not path.exists():
         return missing
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is broken JSON: {error}; delete it or repair it") from None
-    if not isinstance(content, type(missing)):
+        content = parse(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is broken: {str(error).splitlines()[0]}; delete it or repair it") from None
+    if content is not None and not isinstance(content, type(missing)):
         raise UserError(f"{path} holds a {type(content).__name__}; allowed: a {type(missing).__name__}")
-    return content
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is broken YAML: {str(error).splitlines()[0]}; delete it or repair it") from None
+    return content or missing

@@ -171,7 +171,7 @@ def test_a_model_that_is_wrong_is_named_before_anything_is_looked_at(
 def test_a_broken_real_picture_is_named_before_any_is_looked_at(
     fails, models: list[Path], captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastsp.evaluation.reference.see_files", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("fastsp.evaluation.features.FeatureModel.extract", lambda *_: pytest.fail("too late"))
     reference = picture_folder(tmp_path / "real", 3)
     (reference / "001.png").write_bytes((reference / "001.png").read_bytes()[:60])
     arguments = ("eval", "--model", models[0], "--captions", captions, "--json", tmp_path / "out.json", *COMMON)

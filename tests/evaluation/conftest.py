@@ -46,5 +46,5 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def classifier(train: Captioned, heldout: Captioned, cache: Path) -> CaptionClassifier:
-    return caption_classifier(train, heldout, cache)
+def classifier(train: Captioned, cache: Path) -> CaptionClassifier:
+    return caption_classifier(train, cache)

@@ -19,7 +19,6 @@ from fastsp.evaluation.metrics import frechet_distance
 from fastsp.evaluation.reference import (
     Reference,
     batch_size_of,
-    check_images,
     image_files,
     load_reference,
     own_reference,
@@ -93,12 +92,12 @@ def test_all_broken_images_are_found_at_once(tmp_path: Path) -> None:
     for name in ("a.png", "b.jpg", "c.png", "d.jpg"):
         Image.effect_noise((64, 64), 80).save(tmp_path / name)
     seen: list[int] = []
-    check_images(image_files(tmp_path), lambda: seen.append(1))
+    see_files(image_files(tmp_path), Corners(), lambda: seen.append(1))
     assert len(seen) == 4
     (tmp_path / "b.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:600])
     (tmp_path / "c.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"b\.jpg cannot be read: .* \(and 1 more\); mend or replace it$"):
-        check_images(image_files(tmp_path))
+        see_files(image_files(tmp_path), Corners())
 
 
 def test_files_of_another_kind(tmp_path: Path) -> None:
