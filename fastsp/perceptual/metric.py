@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_args
 
 import torch
@@ -175,9 +176,17 @@ class FrozenFeatures(PerceptualMetric):
     def _split(self, inputs: Tensor, conditioning: Conditioning) -> tuple[Features, Features]:
         """Two calls: the real half without gradient, then the predicted one."""
         pred, real = inputs.chunk(2)
-        with torch.no_grad():
-            real_features = self.network(real.detach(), **conditioning)
-        return self.network(pred, **conditioning), real_features
+        with self._compiled_or_refused():
+            with torch.no_grad():
+                real_features = self.network(real.detach(), **conditioning)
+            return self.network(pred, **conditioning), real_features
+
+    def _compiled_or_refused(self) -> AbstractContextManager[None]:
+        """Around calls of a compiled network: more shapes than ``torch.compile`` keeps versions for are an error. By
+        default it would go on uncompiled, with only a warning."""
+        if self._half_backward.compile_options is None or torch.compiler.is_compiling():
+            return nullcontext()
+        return torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 
     def _layer_distance(self, pred: Tensor, real: Tensor) -> Tensor:
         """(B, ...) features -> (B,)."""

@@ -258,3 +258,15 @@ def test_the_whole_loss_compiles_without_a_graph_break():
     loss, gradient = value_and_gradient(torch.compile(split, fullgraph=True), data, pred)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+
+
+def test_more_shapes_than_are_compiled_are_refused():
+    """torch would go on uncompiled, with only a warning."""
+    criterion = pair()[1]
+    criterion.compile_teacher(backend="eager", dynamic=False)
+    with (
+        torch._dynamo.config.patch(recompile_limit=2),
+        pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit),
+    ):
+        for size in (1, 2, 3, 4):
+            value_and_gradient(criterion, batch(size=size), torch.randn(size, 4, 8, 8))
