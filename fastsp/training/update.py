@@ -6,7 +6,6 @@ To add one, subclass :class:`Update` in a file of its own and :func:`register` i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +81,7 @@ class Update:
             torch._foreach_copy_(weights.copies, weights.masters)
 
 
-_updates: dict[str, Callable[[dict[str, Tensor], OptimizerConfig], Update]] = {}
+_updates: dict[str, type[Update]] = {}
 
 
 def register(kind: str, update: type[Update]) -> None:
