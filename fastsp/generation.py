@@ -23,6 +23,8 @@ from fastsp.models import TextToImageModel, check_pipeline, check_unet, load_mod
 from fastsp.pictures import shrunk, to_pil
 from fastsp.sampling import NO_GUIDANCE, Guidance
 
+RAW = "raw"  # in a stage's folder, beside the average
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -49,7 +51,7 @@ def load_for_sampling(name: str, config: str | None = None, base: str | None = N
 
     Args:
         name: what :func:`fastsp.models.load_pipeline` takes, or a stage of a run, as in ``runs/quickstart/stages/mse``:
-            that UNet, the run's other parts. The run need not be finished.
+            that UNet, the run's other parts. The run need not be finished. ``raw/`` in there has the raw weights.
         config: of a single file, see there.
         base: of adapters, see there.
 
@@ -83,6 +85,20 @@ def check_for_sampling(name: str, base: str | None = None) -> None:
         check_pipeline(pretrained)
 
 
+def raw_weights(name: str) -> str:
+    """Where the raw weights lie that belong to an average: of a run's ``final/``, or of one of its ``stages/``.
+
+    Raises:
+        UserError: ``name`` is no such folder, or the run kept no raw weights.
+    """
+    folder = Path(name).expanduser()
+    if folder.name == "final" and (folder.parent / "config.yaml").is_file():
+        folder = folder.parent / "stages" / str(read_config(folder.parent / "config.yaml").final)
+    if not (folder / RAW).is_dir():
+        raise UserError(f"--weights raw: {name} has none: they lie in the {RAW}/ of a run's finished stages")
+    return str(folder / RAW)
+
+
 def _run_of_stage(folder: Path, name: str) -> Path | None:
     """The run that a folder is a stage of; None: it is a pipeline by itself, or adapters that name their base.
 
@@ -96,12 +112,13 @@ def _run_of_stage(folder: Path, name: str) -> Path | None:
             f"{name} is a checkpoint, to go on from and nothing else: take the run's final/ or one of its stages/, "
             "which can be ended early: docs/training.md"
         )
-    run = folder.parent.parent
-    of_run = folder.parent.name == "stages" and ((run / "final").is_dir() or (run / "config.yaml").is_file())
+    stage = folder.parent if folder.name == RAW else folder
+    run = stage.parent.parent
+    of_run = stage.parent.name == "stages" and ((run / "final").is_dir() or (run / "config.yaml").is_file())
     if not of_run or (folder / DIFFUSERS_FILE).is_file():
         return None
     if not folder.is_dir():
-        there = ", ".join(sorted(path.name for path in folder.parent.glob("[!.]*"))) or "none"
+        there = ", ".join(sorted(path.name for path in stage.parent.glob("[!.]*"))) or "none"
         raise UserError(f"{name}: the run has not finished that stage; finished: {there}")
     return run
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fastsp.cli.sample import Weights
+
 
 def export(
     run: Annotated[Path, typer.Option("--run", help="The run_dir of a finished run.", metavar="DIR")],
@@ -20,9 +22,10 @@ def export(
     base: Annotated[
         str | None, typer.Option("--base", help="For LoRA adapters: their base model, instead of the one they name.")
     ] = None,
+    weights: Annotated[Weights, typer.Option(help="The moving average, or the raw weights.")] = Weights.AVERAGE,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
-    """Export the EMA weights of a run: a diffusers folder with a model card, and one file for user interfaces.
+    """Export the weights of a run: a diffusers folder with a model card, and one file for user interfaces.
 
     Example: fastsp export --run runs/sd21 --out exported --single-file exported.safetensors --dtype fp16
     """
@@ -38,7 +41,7 @@ def export(
     if single_file is not None:
         for file in (single_file, single_file.with_suffix(".yaml")):
             check_writable(file, force, "--single-file")
-    for path in export_run(run, out, single_file, dtype, stage, base):
+    for path in export_run(run, out, single_file, dtype, stage, base, weights is Weights.RAW):
         typer.echo(f"wrote {path}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fastsp.generation import Sampling
+
+
+class Weights(StrEnum):
+    """Which of a stage's weights."""
+
+    AVERAGE = "average"
+    RAW = "raw"
 
 
 def sample(
@@ -36,6 +44,9 @@ def sample(
     base: Annotated[
         str | None, typer.Option("--base", help="For LoRA adapters: their base model, instead of the one they name.")
     ] = None,
+    weights: Annotated[
+        Weights, typer.Option(help="Of a run's final/ or stages/NAME: the moving average, or the raw weights.")
+    ] = Weights.AVERAGE,
     trajectory: Annotated[bool, typer.Option("--trajectory", help="Show x0^ after up to 50 steps.")] = False,
     singles: Annotated[
         Path | None, typer.Option("--singles", help="Write each picture by itself too.", metavar="DIR")
@@ -52,7 +63,7 @@ def sample(
     """
     from fastsp.errors import UserError
     from fastsp.files import check_folder_writable, check_free, check_writable, read_lines
-    from fastsp.generation import Sampling
+    from fastsp.generation import Sampling, raw_weights
     from fastsp.sampling import Guidance
 
     lines = read_lines(prompts, f"--prompts {prompts}") if prompts else []
@@ -64,6 +75,7 @@ def sample(
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png")
     titles = short_names(model)
+    model = [raw_weights(name) for name in model] if weights is Weights.RAW else model
     files = _single_files(singles, titles, len(texts))
     check_writable(out, force, "--out")
     if singles is not None:

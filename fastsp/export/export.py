@@ -15,6 +15,7 @@ from fastsp.export.model_card import model_card
 from fastsp.export.original_config import original_config
 from fastsp.export.single_file import save_single_file
 from fastsp.files import new_folder, write_file
+from fastsp.generation import raw_weights
 from fastsp.models import load_pipeline, load_unet, save_pipeline
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -27,8 +28,9 @@ def export_run(
     dtype: str = "fp32",
     stage: str | None = None,
     base: str | None = None,
+    raw: bool = False,
 ) -> list[Path]:
-    """Write the EMA weights of a run's final stage, or of another one, where other programs can read them.
+    """Write the weights of a run's final stage, or of another one, where other programs can read them.
 
     What is there under these names is replaced; the caller asks first.
 
@@ -39,6 +41,7 @@ def export_run(
         dtype: of the weights, a name of :data:`DTYPES`; fp32 loses nothing.
         stage: whose weights; None: the one the run's configuration calls final.
         base: of a LoRA run, the model to merge the adapters into; None: the one they name.
+        raw: write the raw weights, not their moving average.
 
     Returns:
         What was written, folders and files.
@@ -47,14 +50,14 @@ def export_run(
         UserError: no finished run, no such stage, or a model that has no original layout.
     """
     run = read_run(run_dir)
-    pipeline, chosen = _pipeline(run, stage, base)
+    pipeline, chosen = _pipeline(run, stage, base, raw)
     if single_file is not None:
         layout_of(pipeline)  # refuses before anything is written
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(DTYPES[dtype])
     kind = type(pipeline).__name__
-    card = model_card(run.config, chosen, run.rows, run.environment, kind, single_file is not None, dtype)
+    card = model_card(run.config, chosen, run.rows, run.environment, kind, single_file is not None, dtype, raw)
     written = [out]
     with new_folder(out) as unfinished:
         save_pipeline(pipeline, unfinished)
@@ -70,7 +73,7 @@ def export_run(
     return written
 
 
-def _pipeline(run: RunFiles, stage: str | None, base: str | None) -> tuple[Any, str]:
+def _pipeline(run: RunFiles, stage: str | None, base: str | None, raw: bool) -> tuple[Any, str]:
     """The diffusers pipeline of a stage, and the stage's name."""
     final = run.directory / "final"
     if not final.is_dir():
@@ -87,4 +90,6 @@ def _pipeline(run: RunFiles, stage: str | None, base: str | None) -> tuple[Any, 
         if not folder.is_dir():
             raise UserError(f"--run {run.directory} lacks stages/{stage}: that stage has not been finished")
         model.unet = load_unet(folder, base)
+    if raw:
+        model.unet = load_unet(Path(raw_weights(str(run.directory / "stages" / (stage or last)))), base)
     return model.pipeline(), stage or last

@@ -61,6 +61,7 @@ def model_card(
     pipeline_class: str,
     with_single_file: bool,
     dtype: str = "fp32",
+    raw: bool = False,
 ) -> str:
     """The card as Markdown with the front matter of Hugging Face's hub.
 
@@ -72,6 +73,7 @@ def model_card(
         pipeline_class: diffusers' (or our) class that loads the folder.
         with_single_file: whether a single file goes with the folder.
         dtype: of the weights, "fp32", "fp16" or "bf16".
+        raw: these are not the averaged weights.
     """
     base = config["model"].get("pretrained")
     way = _way_to(config["stages"], stage)
@@ -88,7 +90,7 @@ def model_card(
         _HEAD if perceptual else _HEAD_MSE,
         _usage(pipeline_class, _TORCH_DTYPES[dtype]),
         _PROGRAMS if with_single_file else "",
-        _training(config, way, environment),
+        _training(config, way, environment, raw),
         "\n".join(_metrics(rows, stage)),
         "## Limits\n",
         _LIMITS if perceptual else "",
@@ -111,7 +113,7 @@ def _usage(pipeline_class: str, dtype: str | None) -> str:
     )
 
 
-def _training(config: dict[str, Any], way: list[dict[str, Any]], environment: dict[str, Any]) -> str:
+def _training(config: dict[str, Any], way: list[dict[str, Any]], environment: dict[str, Any], raw: bool) -> str:
     data, optimizer = config["data"], config["optimizer"]
     base = config["model"].get("pretrained")
     model = _name(base) if base else f"preset {config['model'].get('preset')}, random weights"
@@ -122,7 +124,7 @@ def _training(config: dict[str, Any], way: list[dict[str, Any]], environment: di
         **_adapters(config["model"].get("lora")),
         "caption dropout": "unconditional: every caption empty" if data["unconditional"] else data["caption_dropout"],
         "optimizer": f"AdamW, betas {optimizer['betas']}, weight decay {optimizer['weight_decay']}",
-        "EMA": f"{config['ema']['decay']}; these are the averaged weights",
+        "EMA": f"{config['ema']['decay']}; these are the {'raw' if raw else 'averaged'} weights",
         "precision": config["precision"],
         "seed": config["seed"],
         **environment,

@@ -104,6 +104,10 @@ class Optimizer:
         if self.weights.copies:
             torch._foreach_copy_(self.weights.copies, self.masters)
 
+    def replace_averages(self) -> None:
+        """Put the raw weights in the place of their averages, in whose network they can be written: a stage's end."""
+        torch._foreach_copy_(self.weights.averages, self.masters)
+
     def accumulate(self) -> None:
         """Take over the gradients of one microbatch and clear them. Several are added up in float32."""
         assert all(p.grad is not None for p in self.params), "every parameter of the UNet takes part in every forward"

@@ -10,7 +10,7 @@ from typing import Any, Self
 from fastsp.config import Config
 from fastsp.data.inventory import FILE, Inventory
 from fastsp.errors import UserError
-from fastsp.files import FileLock, check_folder_writable, new_folder, remove_unfinished, sync, write_file
+from fastsp.files import FileLock, check_folder_writable, remove_unfinished, sync, write_file
 from fastsp.training.config_changes import Change, config_changes
 
 _LOCK_PATIENCE = 0.25  # seconds: `fastsp status` holds the lock for an instant
@@ -118,17 +118,8 @@ class RunDirectory:
         write_file(self.config_file, self.config.dump())
 
     def stage_folder(self, name: str) -> Path:
-        """Where the EMA weights of a finished stage lie, as a diffusers UNet folder, or adapters."""
+        """Where a finished stage's EMA weights lie, as a diffusers UNet folder, or adapters; raw ones in its `raw/`."""
         return self.root / "stages" / name
-
-    def finish_stage(self, name: str, write: Any) -> None:
-        """Let ``write(path)`` write the EMA weights of a stage, whole or not at all."""
-        self.replace_folder(self.stage_folder(name), write)
-
-    def replace_folder(self, folder: Path, write: Any) -> None:
-        """Let ``write(path)`` fill a temporary folder, then give it its name."""
-        with new_folder(folder) as unfinished:
-            write(unfinished)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One line, in the file before the next step begins."""

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from fastsp.data.latents import fingerprint
 from fastsp.data.source import Source, check_path, open_source
 from fastsp.devices import device_name
 from fastsp.errors import UserError
+from fastsp.files import new_folder
+from fastsp.generation import RAW
 from fastsp.gpu_settings import gpu_settings
 from fastsp.launcher import said_once
 from fastsp.lora import load_adapters, save_adapters, save_for_use
@@ -181,7 +182,7 @@ class Trainer:
     def train_stage(
         self, stage: StageConfig, done: int, checkpoint: Checkpoint | None, trackers: Trackers | None
     ) -> None:
-        """One stage, from update ``done`` on (what the checkpoint holds), to the EMA weights in its folder."""
+        """One stage, from update ``done`` on (what the checkpoint holds), to its weights in its folder."""
         self.console.print(_headline(stage, done))
         self.console.print(_average_line(self.config.ema, stage.steps), highlight=False)
         step, ema_unet = self._build(stage)
@@ -220,11 +221,25 @@ class Trainer:
                 if stop or failed:
                     writer.wait()
                 self._stop_if_asked(f"step {number} of {stage.name}", stop)
-        whole = self._draw(ema_unet, stage, stage.steps, trackers)
-        if whole is not None:
-            self.run.finish_stage(stage.name, partial(self._write_unet, whole))
-            self._refresh_report()
+        self._finish_stage(stage, step, ema_unet, trackers)
         self.ranks.barrier()  # the next stage starts from that folder
+
+    def _finish_stage(self, stage: StageConfig, step: TrainingStep, ema_unet: Any, trackers: Trackers | None) -> None:
+        """Write the folder of a stage: the average, and in its ``raw/`` the weights themselves. All ranks take part.
+
+        ``ema_unet`` holds the raw weights afterwards.
+        """
+        whole = self._draw(ema_unet, stage, stage.steps, trackers)
+        with new_folder(self.run.stage_folder(stage.name)) if self.ranks.is_main else nullcontext() as unfinished:
+            if unfinished is not None:
+                self._write_unet(whole, unfinished)
+            del whole  # where it was gathered from shards, there may be no room for another one
+            step.optimizer.replace_averages()
+            raw = whole_unet(ema_unet, self.ranks)
+            if unfinished is not None:
+                (unfinished / RAW).mkdir()
+                self._write_unet(raw, unfinished / RAW)
+        self._refresh_report()
 
     def finish(self) -> None:
         """``final/`` from the chosen stage, and the stages side by side from equal noise. It holds one UNet at once."""
@@ -232,7 +247,8 @@ class Trainer:
         for name in sorted(rows, key=lambda name: name != self.config.final):  # what matters most is written first
             unet = self._initial_unet(name).to(self.device).eval()
             if name == self.config.final:
-                self.run.replace_folder(self.run.final, partial(self._write_final, unet))
+                with new_folder(self.run.final) as unfinished:
+                    self._write_final(unet, unfinished)
             rows[name] = self.samples.row(unet)
             self.samples.draw_trajectory(unet, name)
             del unet

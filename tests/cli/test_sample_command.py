@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from export import pipelines
 from export.test_export import finished_run
 from PIL import Image
 from tiny import tiny_stable_diffusion
@@ -79,6 +80,31 @@ def test_the_trajectory_ends_in_the_picture(command, run: Path, tmp_path: Path) 
     way = pixels(tmp_path / "way.png")
     last = way[-50:-2, -50:-2]  # the last cell: 16 px, enlarged three times
     assert torch.equal(last[::3, ::3], pixels(tmp_path / "singles" / "00001.png"))
+
+
+def test_raw_weights_on_request(command, fails, run: Path, tmp_path: Path) -> None:
+    """Of a stage, and of final/, which is the stage sp; another model or stage has none."""
+    torch.manual_seed(7)
+    pipelines.unet("sd1").save_pretrained(run / "stages" / "sp" / "raw")
+    arguments = ("sample", "--prompt", "a", "--steps", 2, "--out")
+    for name, model, weights in (
+        ("average", "stages/sp", "average"),
+        ("stage", "stages/sp", "raw"),
+        ("final", "final", "raw"),
+        ("named", "stages/sp/raw", "average"),
+    ):
+        command(*arguments, tmp_path / f"{name}.png", "--model", run / model, "--weights", weights)
+    average, *raw = (pixels(tmp_path / f"{name}.png") for name in ("average", "stage", "final", "named"))
+    assert all(torch.equal(raw[0], other) for other in raw[1:]) and (raw[0] - average).abs().max() > 20
+    assert Image.open(tmp_path / "final.png").text["model"] == str(run / "stages" / "sp" / "raw")
+    more = ("--weights", "raw", "--model")
+    assert "stages/mse has none: they lie in the raw/ of" in fails(
+        *arguments, tmp_path / "x.png", *more, run / "stages/mse"
+    )
+    assert "/model has none" in fails(*arguments, tmp_path / "x.png", *more, tmp_path / "model")
+    assert "'rw' is not one of 'average', 'raw'" in fails(
+        *arguments, tmp_path / "x.png", "--model", "m", "--weights", "rw"
+    )
 
 
 def test_guidance_and_resolution(command, run: Path, tmp_path: Path) -> None:

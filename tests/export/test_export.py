@@ -221,3 +221,17 @@ def test_stable_diffusion_2_has_the_layer_that_loaders_expect(tmp_path: Path, mo
     ).text_encoder.state_dict()
     ours = pipeline.text_encoder.state_dict()
     assert ours.keys() == back.keys() and all(torch.equal(weight, back[name]) for name, weight in ours.items())
+
+
+def test_raw_weights_on_request(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, "sd1")
+    with pytest.raises(UserError, match=r"--weights raw: .*stages/sp has none"):
+        export_run(run, tmp_path / "out", raw=True)
+    assert not (tmp_path / "out").exists()
+    torch.manual_seed(7)
+    raw = pipelines.unet("sd1")
+    raw.save_pretrained(run / "stages" / "sp" / "raw")
+    export_run(run, tmp_path / "out", raw=True)
+    written = load_pipeline(str(tmp_path / "out")).unet.state_dict()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in raw.state_dict().items())
+    assert "these are the raw weights" in (tmp_path / "out" / "README.md").read_text()

@@ -33,20 +33,6 @@ def test_rewinding_metrics(run):
     assert run.metrics_file.read_text() == ""
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(run):
-    run.replace_folder(run.final, lambda folder: (folder / "model").write_text("old"))
-
-    def fails(folder: Path) -> None:
-        (folder / "model").write_text("half")
-        raise OSError("planted")
-
-    with pytest.raises(OSError, match="planted"):
-        run.replace_folder(run.final, fails)
-    assert (run.final / "model").read_text() == "old"
-    run.replace_folder(run.final, lambda folder: (folder / "model").write_text("new"))
-    assert (run.final / "model").read_text() == "new"
-
-
 def test_configuration_is_written_once_and_resumes(run):
     written = run.config_file.read_text()
     again = RunDirectory(run.config, resume=True)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 
 pytest.importorskip("nvidia.dali")
 
 from fastsp.config import load_config
-from fastsp.models import digits_model
+from fastsp.generation import Sampling, generate, load_for_sampling, raw_weights
+from fastsp.models import digits_model, load_unet
 from fastsp.training import trainer
+from fastsp.training.checkpoint_folder import newest_first
 from fastsp.training.samples import SampleDrawer
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
@@ -26,40 +31,72 @@ STAGES = (
 )
 
 
-def test_the_end_of_a_run_holds_one_unet_at_a_time(tmp_path, monkeypatch):
+@dataclass
+class Run:
+    """A finished run, and what its end held: UNets that were alive when one was loaded, and batches of the UNet."""
+
+    folder: Path
+    alive: list[int]
+    batches: list[int]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
     loaded: list[weakref.ref] = []
-    alive: list[int] = []
-    batches: list[int] = []
+    run = Run(tmp_path_factory.mktemp("samples") / "run", [], [])
     load_unet, finish, forward = trainer.load_unet, trainer.Trainer.finish, UNet2DConditionModel.forward
 
     def load(folder):
         gc.collect()
-        alive.append(sum(unet() is not None for unet in loaded))
+        run.alive.append(sum(unet() is not None for unet in loaded))
         loaded.append(weakref.ref(unet := load_unet(folder)))
         return unet
 
     def counted(self, sample, *args, **kwargs):
-        batches.append(len(sample))
+        run.batches.append(len(sample))
         return forward(self, sample, *args, **kwargs)
 
     def finish_counted(self):
-        for record in (loaded, alive, batches):
+        for record in (loaded, run.alive, run.batches):
             record.clear()
         finish(self)
 
-    monkeypatch.setattr(trainer, "load_unet", load)
-    monkeypatch.setattr(trainer.Trainer, "finish", finish_counted)
-    monkeypatch.setattr(UNet2DConditionModel, "forward", counted)
     more = [STAGES, "final=sp", "evaluation.enabled=false", "data.batch_size=4", "data.microbatch=2"]
     samples = "samples={every: 1, count: 5, steps: 3, prompts: [a handwritten one]}"
-    config = load_config(QUICKSTART, [f"run_dir={tmp_path / 'run'}", samples, *more])
-    trainer.train(config, console=Console(quiet=True))
-    assert alive == [0, 0, 0], "each stage's UNet is dropped before the next one is loaded"
-    assert max(batches) == 2, "a batch of samples is no larger than one of the training"
-    names = sorted(path.name for path in (tmp_path / "run" / "samples").iterdir())
-    final = [f"{stage}_final.png" for stage in ("again", "mse", "sp")]
-    on_the_way = ["comparison.png", *(f"trajectory_{stage}.png" for stage in ("again", "mse", "sp"))]
-    assert names == sorted([*final, *on_the_way, "mse_step_000001.png"])
+    config = load_config(QUICKSTART, [f"run_dir={run.folder}", samples, *more])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "load_unet", load)
+        patch.setattr(trainer.Trainer, "finish", finish_counted)
+        patch.setattr(UNet2DConditionModel, "forward", counted)
+        trainer.train(config, console=Console(quiet=True))
+    return run
+
+
+def test_the_end_of_a_run_holds_one_unet_at_a_time(run):
+    assert run.alive == [0, 0, 0], "each stage's UNet is dropped before the next one is loaded"
+    assert max(run.batches) == 2, "a batch of samples is no larger than one of the training"
+
+
+def test_every_grid_is_written_once(run):
+    names = sorted(path.name for path in (run.folder / "samples").iterdir())
+    stages = ("again", "mse", "sp")
+    final = [*(f"{stage}_final.png" for stage in stages), *(f"trajectory_{stage}.png" for stage in stages)]
+    assert names == sorted([*final, "comparison.png", "mse_step_000001.png"])
+
+
+def test_a_stage_keeps_its_raw_weights_beside_the_average(run):
+    newest = next(iter(newest_first(run.folder / "checkpoints")))
+    saved = {name: tensor for file in newest.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    stage = run.folder / "stages" / "again"  # the last one, of which the newest checkpoint is
+    for folder, kind in ((stage, "ema"), (stage / "raw", "master")):
+        weights = load_unet(folder).state_dict()
+        assert weights and all(torch.equal(tensor, saved[f"{kind}.{name}"]) for name, tensor in weights.items())
+    assert any(not torch.equal(saved[f"ema.{name}"], saved[f"master.{name}"]) for name in weights)
+    pictures = [
+        torch.cat([images for _, images in generate(load_for_sampling(name), ["a"], Sampling(2))])
+        for name in (str(run.folder / "stages" / "sp" / "raw"), raw_weights(str(run.folder / "final")))
+    ]
+    assert torch.equal(*pictures)
 
 
 def test_pictures_of_a_large_model_are_small_enough_for_a_report(tmp_path, monkeypatch):
