@@ -8,14 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastsp.config import Config
+import pytest
+
+from fastsp.config import Config, load_config
+from fastsp.config_mistakes import OTHERS_KEYS, all_keys
 from fastsp.config_text import parse_yaml
+from fastsp.errors import UserError
 from fastsp.objectives import OBJECTIVES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 SCHEMA = Config.model_json_schema()
 NAMES = {"integer": "int", "number": "float", "string": "text", "boolean": "true, false"}
 REQUIRED = "required"
+QUICKSTART = PAGE.parents[1] / "configs" / "quickstart.yaml"
 KINDS = {"StageConfig": OBJECTIVES}  # sections that are of several kinds
 
 
@@ -77,9 +82,53 @@ def test_the_page_has_every_key_with_its_values_and_default():
     assert sorted(written(), key=str) == sorted(keys(SCHEMA), key=str)
 
 
-def test_what_other_trainers_options_are_here_is_here():
-    """docs/coming-from.md: every dotted name in its second column is one of our keys."""
-    rows = [line for line in (PAGE.parent / "coming-from.md").read_text().splitlines() if line.startswith("| `")]
-    ours = {name for row in rows for name in re.findall(r"`((?:\w+\.)+\w+)", row.split(" | ", 1)[1])}
-    missing = ours - {key for key, _, _ in keys(SCHEMA)} - {"report.html"}
-    assert len(ours) > 15 and not missing
+def test_other_trainers_keys_are_answered_as_the_page_says():
+    """docs/coming-from.md: what the second column names for a key is what the error message names."""
+    lines = (PAGE.parent / "coming-from.md").read_text().splitlines()
+    rows = [line.strip("| ").split(" | ", 1) for line in lines if line.startswith("| `")]
+    ours = {key for key, _ in all_keys(Config)}
+    named = {name for _, here in rows for name in re.findall(r"`((?:\w+\.)+\w+)", here)} - {"report.html"}
+    answers = {answer for answer in OTHERS_KEYS.values() if not answer.startswith("none")}
+    assert len(named) > 25 and named <= ours and answers <= ours
+    assert answers <= named | Config.model_fields.keys(), "the page lacks them"
+    for there, here in rows:
+        for name in re.findall(r"`([a-z]\w+)`", there):
+            answer = OTHERS_KEYS.get(name) or next(key for key in ours if key.rpartition(".")[2] == name)
+            assert f"`{answer}" in here or (answer.startswith("none") and here.startswith("none")), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resolution",
+        "train_batch_size",
+        "lr_warmup_steps",
+        "learning_rate",
+        "lr_scheduler",
+        "max_train_steps",
+        "mixed_precision",
+        "output_dir",
+        "gradient_accumulation_steps",
+        "checkpointing_steps",
+        "validation_prompt",
+        "report_to",
+        "use_ema",
+        "snr_gamma",
+        "max_grad_norm",
+        "network_dim",
+        "train_data_dir",
+        "num_train_epochs",
+        "center_crop",
+        "random_flip",
+        "adam_weight_decay",
+    ],
+)
+@pytest.mark.parametrize("place", ["{0}", "stages.0.{0}", "optimizer.{0}"])
+def test_what_tutorials_set_is_answered_with_its_whole_path_here(name, place):
+    ours = {key for key, _ in all_keys(Config)}
+    known = {key.replace("stages.N.", "stages.0.") for key in ours}
+    if (key := place.format(name)) not in known:
+        with pytest.raises(UserError) as caught:
+            load_config(QUICKSTART, [f"{key}=1"])
+        answer = str(caught.value).partition(f"{key}: unknown key; here it is ")[2]
+        assert answer in ours | known, caught.value
