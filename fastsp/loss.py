@@ -250,7 +250,8 @@ class SelfPerceptualLoss(_Loss):
             t_prime = self.process.draw_perceptual(random, t, self.timestep_sampling)
         else:
             t_prime = self._times("perceptual_timesteps", perceptual_timesteps, model_pred)
-        if any(parameter.device != model_pred.device for parameter in self.metric.parameters()):
+        parameter = next(self.metric.parameters(), None)
+        if parameter is not None and parameter.device != model_pred.device:
             self.metric.to(model_pred.device)
         conditioning = {
             "encoder_hidden_states": encoder_hidden_states,

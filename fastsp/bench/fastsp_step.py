@@ -73,7 +73,7 @@ def build_training_step(workload: Workload, objective: str, teacher: str | None 
         workload.process(),
         Conditioning(torch.zeros(1, *workload.text_shape, device=workload.device)),
         initial=initial,
-        teacher=initial if objective == "self_perceptual" else None,
+        frozen_network=initial if objective == "self_perceptual" else None,
         compiles=workload.compiles,
         attention=workload.attention,
     )

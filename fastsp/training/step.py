@@ -219,7 +219,7 @@ def build_step(
     empty: Conditioning,
     *,
     initial: Any,
-    teacher: Any,
+    frozen_network: Any,
     compiles: bool,
     ranks: Ranks = ALONE,
     attention: str = "sdpa",
@@ -230,8 +230,8 @@ def build_step(
         config, stage, model, empty: see :class:`TrainingStep`.
         process: the noise process, and what the UNet predicts.
         initial: the UNet that the stage starts from; it becomes the online network.
-        teacher: of a self-perceptual stage, the UNet that the perceptual network is copied from; may be ``initial``.
-            Every rank holds the whole perceptual network.
+        frozen_network: the UNet that the objective's perceptual network is copied from, may be ``initial``; None where
+            it needs none. Every rank holds the whole perceptual network.
         compiles: hand online and perceptual network to ``torch.compile``.
         ranks: the processes of the run.
         attention: the kernel of both, a name of :mod:`fastsp.attention`.
@@ -243,10 +243,10 @@ def build_step(
         return cast(module, dtype).to(device).to(memory_format=torch.channels_last)
 
     ema_unet = _moving_average(initial)
-    for network in (initial, teacher):  # not the average: samples are drawn with it in float32
+    for network in (initial, frozen_network):  # not the average: samples are drawn with it in float32
         if network is not None:
             use_attention(network, attention)
-    objective = placed(stage.loss_class()(stage, process, teacher), dtype)  # copies before `initial` is cast
+    objective = placed(stage.loss_class()(stage, process, frozen_network), dtype)  # copies before `initial` is cast
     if config.gradient_checkpointing:
         checkpoint_activations(initial)
     options = compile_options(config, device, channels_last=True) if compiles else None

@@ -279,7 +279,7 @@ class Trainer:
             model.process,
             model.encode_no_prompt(),
             initial=self._initial_unet(stage.init),
-            teacher=self._initial_unet(stage.frozen_network) if stage.frozen_network else None,
+            frozen_network=self._initial_unet(stage.frozen_network) if stage.frozen_network else None,
             compiles=self.config.compiles_on(self.device),
             ranks=self.ranks,
             attention=self.attention,

@@ -122,7 +122,7 @@ def test_sdxl_conditioning_of_a_batch(tmp_path):
         model.process,
         model.encode_no_prompt(),
         initial=model.unet,
-        teacher=None,
+        frozen_network=None,
         compiles=False,
     )
     conditioning = step.conditioning(step.encoded(batch), batch.positions)
