@@ -137,10 +137,12 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 def reproject_backward(
     gradient: Tensor, transition: Tensor, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> Tensor:
-    """c_f g: (2B, C, H, W) -> (B, C, H, W). PyTorch's own product does this in one pass: no kernel is needed."""
-    predicted = gradient[: transition.shape[1]]
+    """c_f g, (2B, C, H, W) -> (B, C, H, W), computed in float32: PyTorch's own product, one pass on a GPU."""
+    predicted, c_f = gradient[: transition.shape[1]], transition[1].view(-1, 1, 1, 1)
     result = torch.empty(predicted.shape, dtype=dtype, device=gradient.device, memory_format=memory_format)
-    return torch.mul(predicted, transition[1].view(-1, 1, 1, 1), out=result)  # c_f is float32, and so the product
+    if gradient.is_cpu and dtype != torch.float32:  # there `out` goes through slow copies where dtypes differ
+        return result.copy_(c_f * predicted)
+    return torch.mul(c_f, predicted, out=result)
 
 
 _reproject.register_autograd(_backward, setup_context=_save_for_backward)
