@@ -12,6 +12,8 @@ needs it again draws it again, with `random_normals` or inside `reproject`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -82,23 +84,15 @@ def _diffuse(
     memory_format: int,
 ) -> list[Tensor]:
     """[x_t], then f_t where it is wanted."""
-    outputs = _empty_outputs(latents, noise, seed, positions, marginal, with_target, dtype, memory_format)
+    outputs = _empty_outputs(latents, with_target, dtype, memory_format)
     run = _diffuse_triton if uses_triton(latents) else _diffuse_reference
     run(outputs, latents, noise, seed, positions, marginal)
     return outputs
 
 
 @_diffuse.register_fake
-def _empty_outputs(
-    latents: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    positions: Tensor | None,
-    marginal: Tensor,
-    with_target: bool,
-    dtype: torch.dtype,
-    memory_format: int,
-) -> list[Tensor]:
+def _empty_outputs(latents: Tensor, *arguments: Any) -> list[Tensor]:
+    with_target, dtype, memory_format = arguments[-3:]
     dtypes = [dtype, torch.float32] if with_target else [dtype]
     layout = checks.MEMORY_FORMATS[memory_format]
     return [torch.empty(latents.shape, dtype=d, device=latents.device, memory_format=layout) for d in dtypes]

@@ -94,26 +94,15 @@ def _reproject(
     dtype: torch.dtype,
     memory_format: int,
 ) -> Tensor:
-    images = (model_pred, latents, noisy_latents, noise, seed, positions, marginal, transition)
-    output = _empty_pair(*images, dtype, memory_format)
+    output = _empty_pair(model_pred, dtype, memory_format)
     run = _reproject_triton if uses_triton(latents) else _reproject_reference
-    run(output, *images)
+    run(output, model_pred, latents, noisy_latents, noise, seed, positions, marginal, transition)
     return output
 
 
 @_reproject.register_fake
-def _empty_pair(
-    model_pred: Tensor,
-    latents: Tensor,
-    noisy_latents: Tensor | None,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    positions: Tensor | None,
-    marginal: Tensor,
-    transition: Tensor,
-    dtype: torch.dtype,
-    memory_format: int,
-) -> Tensor:
+def _empty_pair(model_pred: Tensor, *arguments: Any) -> Tensor:
+    dtype, memory_format = arguments[-2:]
     shape = (2 * model_pred.shape[0], *model_pred.shape[1:])
     layout = checks.MEMORY_FORMATS[memory_format]
     return torch.empty(shape, dtype=dtype, device=model_pred.device, memory_format=layout)
