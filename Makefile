@@ -59,17 +59,14 @@ bench: $(VENV)/.test
 	$(PYTEST) benchmarks/kernels benchmarks/data benchmarks/step benchmarks/checkpoint -s --benchmark-json=$(OUT)/bench.json
 
 # On a machine with an NVIDIA GPU and its own Python; nothing is installed. Each is one call, interrupted after LIMIT
-# seconds with what was measured so far written to OUT. Compiled code is kept in CACHE for the next call.
-# docs/performance.md says which calls to make first.
+# seconds with what was measured so far written to OUT. docs/performance.md says which calls to make first.
 PYTHON_GPU ?= python3
 LIMIT ?= 300
 NAME ?= tests
 TESTS ?= tests
 MARK ?= gpu
 ARGS ?=
-CACHE ?= $(abspath $(OUT))/cache
-GPU_ENV = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} CUBLAS_WORKSPACE_CONFIG=:4096:8 FASTSP_CACHE=$(CACHE)/fastsp \
-	TORCHINDUCTOR_CACHE_DIR=$(CACHE)/inductor TRITON_CACHE_DIR=$(CACHE)/triton \
+GPU_ENV = PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} CUBLAS_WORKSPACE_CONFIG=:4096:8 \
 	FASTSP_COMMIT=$${FASTSP_COMMIT:-`git describe --always --dirty --abbrev=10 2>/dev/null`}
 ON_GPU = mkdir -p $(OUT) && $(GPU_ENV) timeout -s INT -k 20 $(LIMIT) $(PYTHON_GPU) -m
 
