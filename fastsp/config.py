@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from fastsp.config_mistakes import as_one_line, mistakes
 from fastsp.config_text import apply_override, parse_yaml
+from fastsp.data.config import DataConfig as DataConfig
 from fastsp.errors import UserError
 from fastsp.files import read_text
 from fastsp.objectives import SelfPerceptualStage, Stage, StageConfig
@@ -61,25 +62,6 @@ class ModelConfig(Section):
         if self.lora is not None and self.pretrained is None:
             raise ValueError("lora adapts a pretrained model; a preset starts from random weights")
         return self
-
-
-class DataConfig(Section):
-    """What the run is trained on."""
-
-    source: Literal["digits", "images", "shards", "latents"]
-    path: PathText | list[PathText] | None = None  # a folder, or shard patterns; not for digits
-    split: Literal["train", "heldout"] = "train"  # of the digits
-    resolution: Positive  # side of the square images, pixels
-    crop: Literal["center", "random"] = "center"
-    flip: bool = False  # mirror half of the samples
-    batch_size: Positive  # samples of one optimizer step, over all ranks
-    microbatch: Positive | None = None  # samples of one forward; None: the rank's whole share
-    caption_dropout: Fraction = 0.1  # share of captions replaced by the empty prompt
-    unconditional: bool = False  # every caption is empty
-    max_bad_fraction: Fraction = 0.01  # of the source; above it the run stops
-    workers: Positive = 8  # threads that read files
-    threads: NonNegative = 0  # CPU threads of the decoder; 0: one per core
-    prefetch: Positive = 2  # batches ready ahead of the training
 
 
 class OptimizerConfig(Section):

@@ -14,7 +14,7 @@ from tiny import picture_folder
 
 from fastsp import progress
 from fastsp.data import folder, tar_index
-from fastsp.data.check import check_source, options_for
+from fastsp.data.check import check_source, config_for
 from fastsp.data.source import open_source
 
 
@@ -82,7 +82,7 @@ def test_data_check_shows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(folder, "_list", slow(folder._list))
-    check_source(options_for(str(picture_folder(tmp_path / "pictures", 2)), 8))
+    check_source(config_for(str(picture_folder(tmp_path / "pictures", 2)), 8))
     assert "listing pictures" in capsys.readouterr().err
 
 

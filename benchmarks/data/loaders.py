@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fastsp.data.source import DataOptions, open_source
+from fastsp.data.config import DataConfig
+from fastsp.data.source import open_source
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -35,7 +36,9 @@ def fastsp_batches(
     files: Path, count: int, batch_size: int, resolution: int, tokenizer: Any, layout: str, device: str = "cpu"
 ) -> Batches:
     path = str(files / ("shards" if layout == "shards" else "sidecars"))
-    config = DataOptions("shards" if layout == "shards" else "images", path, resolution)
+    config = DataConfig(
+        source="shards" if layout == "shards" else "images", path=path, resolution=resolution, batch_size=batch_size
+    )
     source = open_source(config, tokenizer=tokenizer, channels=3, seed=0, device=device)
     with closing(source.batches(batch_size=batch_size, last_position=count)) as batches:
         for batch in batches:

@@ -22,8 +22,9 @@ pytest.importorskip("nvidia.dali")
 pytest.importorskip("simplejpeg")
 
 from benchmarks.data.conftest import DEVICES
+from fastsp.data.config import DataConfig
 from fastsp.data.decode import ImageDecoder, default_threads
-from fastsp.data.source import DataOptions, open_source
+from fastsp.data.source import open_source
 
 pytestmark = pytest.mark.benchmark
 BATCH_SIZE, ROUNDS = 64, 20
@@ -116,7 +117,7 @@ def test_decode_on_gpu(benchmark, record, jpegs, name):
 @pytest.mark.parametrize("device", DEVICES)
 def test_delivered(benchmark, record, squares, tokenizer, device):
     """From a tar in the page cache to batches on the device, with token ids, in the steady state."""
-    config = DataOptions("shards", str(squares), 512)
+    config = DataConfig(source="shards", path=str(squares), resolution=512, batch_size=64)
     source = open_source(config, tokenizer=tokenizer, channels=3, seed=0, device=device)
     count = 40 if device == "cuda" else 12
     rates: list[float] = []

@@ -20,7 +20,8 @@ pytest.importorskip("nvidia.dali")
 pytest.importorskip("simplejpeg")
 
 from fastsp.data.batch import Batch
-from fastsp.data.source import DataOptions, open_source
+from fastsp.data.config import DataConfig
+from fastsp.data.source import open_source
 from fastsp.models import load_model
 
 pytestmark = pytest.mark.benchmark
@@ -43,7 +44,9 @@ def times(step: Callable[[Batch], None], batches: Iterator[Batch]) -> tuple[floa
 def test_digits(benchmark, record):
     """The quickstart's network, forward and backward on the CPU; real batches and replayed ones take turns."""
     model = load_model("digits", None, 16, seed=0)
-    source = open_source(DataOptions("digits", None, 16), tokenizer=model.tokenizer, channels=1, seed=0)
+    source = open_source(
+        DataConfig(source="digits", resolution=16, batch_size=64), tokenizer=model.tokenizer, channels=1, seed=0
+    )
     timesteps = torch.full((BATCH_SIZE,), 500)
 
     def step(batch: Batch) -> None:
@@ -111,9 +114,8 @@ class GpuStep:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_step_on_gpu(benchmark, record, squares, tokenizer):
     """How long the step waits, and how much of its time decoding on the same GPU takes."""
-    source = open_source(
-        DataOptions("shards", str(squares), 512), tokenizer=tokenizer, channels=3, seed=0, device="cuda"
-    )
+    config = DataConfig(source="shards", path=str(squares), resolution=512, batch_size=64)
+    source = open_source(config, tokenizer=tokenizer, channels=3, seed=0, device="cuda")
     step = GpuStep()
     with closing(source.batches(batch_size=BATCH_SIZE)) as batches:
         kept = [next(batches) for _ in range(4)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -43,7 +42,7 @@ def check(
 
     Example: fastsp data check 'laion/{00000..00231}.tar' --contact-sheet sheet.png
     """
-    from fastsp.data.check import check_source, options_for
+    from fastsp.data.check import check_source, config_for
     from fastsp.errors import UserError
     from fastsp.files import check_writable, write_file
     from fastsp.pictures import grid, save_png
@@ -53,8 +52,8 @@ def check(
     for option, file in (("--contact-sheet", contact_sheet), ("--json", json_file)):
         if file is not None:
             check_writable(file, force, option)
-    options = replace(options_for(source, resolution, split), max_bad_fraction=max_bad_fraction)
-    report, sheet = check_source(options, limit)
+    config = config_for(source, resolution, split).model_copy(update={"max_bad_fraction": max_bad_fraction})
+    report, sheet = check_source(config, limit)
     typer.echo("\n".join(report.lines()))
     if contact_sheet is not None and sheet.labels:
         save_png(grid(sheet.images, captions=sheet.labels, min_size=128), contact_sheet)

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from fastsp.data.bad_samples import too_many
 from fastsp.data.batch import Batch
+from fastsp.data.config import DataConfig
 from fastsp.data.digits import SPLITS
 from fastsp.data.latents import HEADER, LatentsHeader
 from fastsp.data.names import IMAGE_SUFFIXES, split_name
 from fastsp.data.shards import expand_shards
-from fastsp.data.source import DataOptions, Source, open_source
+from fastsp.data.source import Source, open_source
 from fastsp.errors import UserError
 from fastsp.progress import steps_bar
 
@@ -103,7 +104,7 @@ class Report:
         ]
 
 
-def options_for(source: str, resolution: int, split: str | None = None) -> DataOptions:
+def config_for(source: str, resolution: int, split: str | None = None) -> DataConfig:
     """What a person's SOURCE means: "digits", a folder of images, or shards (a tar, a folder of them, a pattern).
 
     A folder with images in it is one of images, though there may be tars in it too.
@@ -111,11 +112,12 @@ def options_for(source: str, resolution: int, split: str | None = None) -> DataO
     Raises:
         UserError: there is nothing at SOURCE, it holds latents, an unknown split, or one of what has none.
     """
+    common = {"resolution": resolution, "batch_size": BATCH_SIZE}
     if source == "digits":
         split = split or "train"
         if split not in SPLITS:
             raise UserError(f"split of the digits is {split!r}; allowed: {', '.join(SPLITS)}")
-        return DataOptions("digits", None, resolution, split=split)
+        return DataConfig.model_validate({"source": "digits", "split": split} | common)
     if split is not None:
         raise UserError(f"--split {split} is of the digits alone; {source} has no splits: give the path of one")
     folder = Path(source).expanduser()
@@ -126,11 +128,11 @@ def options_for(source: str, resolution: int, split: str | None = None) -> DataO
             "give it those that were encoded"
         )
     if folder.is_dir() and (_holds_images(folder) or not any(folder.glob("*.tar"))):
-        return DataOptions("images", source, resolution)
+        return DataConfig(source="images", path=source, **common)
     if not folder.exists() and not set(source) & set("*?[{"):
         raise UserError(f"{source} does not exist: give a folder of images, tars, a folder of tars or 'digits'")
     expand_shards(source)  # names what is missing
-    return DataOptions("shards", source, resolution)
+    return DataConfig(source="shards", path=source, **common)
 
 
 def _holds_images(folder: Path) -> bool:
@@ -147,10 +149,10 @@ def _note_on_lengths(lengths: list[int]) -> dict[str, str]:
     return {"captions": what} if long else {}
 
 
-def _notes(options: DataOptions, source: Source) -> dict[str, str]:
+def _notes(config: DataConfig, source: Source) -> dict[str, str]:
     found = list(source.reader.notes)
-    if options.source == "images":
-        folder = Path(str(options.path)).expanduser()
+    if config.source == "images":
+        folder = Path(str(config.path))
         tars = sum(1 for _ in folder.glob("*.tar"))
         if tars:
             found.append((str(folder), f"read as a folder of images; the {tars} tars in it are '{folder}/*.tar'"))
@@ -160,11 +162,11 @@ def _notes(options: DataOptions, source: Source) -> dict[str, str]:
     return notes
 
 
-def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report, Sheet]:
+def check_source(config: DataConfig, limit: int | None = None) -> tuple[Report, Sheet]:
     """Read a source once, in the order of the first epoch of seed 0.
 
     Args:
-        options: the source; bad samples never stop this, whatever `max_bad_fraction` is, but the report says whether
+        config: the source; bad samples never stop this, whatever `max_bad_fraction` is, but the report says whether
             they would stop a run.
         limit: samples to read at most; None: all.
 
@@ -174,7 +176,9 @@ def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report
     Raises:
         UserError: there is nothing to read.
     """
-    source = open_source(replace(options, max_bad_fraction=1.0), tokenizer=None, channels=3, seed=0, progress=True)
+    source = open_source(
+        config.model_copy(update={"max_bad_fraction": 1.0}), tokenizer=None, channels=3, seed=0, progress=True
+    )
     count = min(len(source), limit or len(source))
     sizes: list[Tensor] = []
     lengths: list[int] = []
@@ -198,14 +202,14 @@ def check_source(options: DataOptions, limit: int | None = None) -> tuple[Report
         read=count,
         bad=dict(source.bad_samples.reasons),
         lost=source.reader.lost,
-        notes=_notes(options, source) | _note_on_lengths(lengths),
+        notes=_notes(config, source) | _note_on_lengths(lengths),
         heights=Spread.of(heights.tolist()),
         widths=Spread.of(widths.tolist()),
-        smaller_than_resolution=int((torch.minimum(heights, widths) < options.resolution).sum()),
+        smaller_than_resolution=int((torch.minimum(heights, widths) < config.resolution).sum()),
         caption_characters=Spread.of(lengths),
         images_per_second=count / seconds,
         seconds=seconds,
-        stop=_stop(source, count, options.max_bad_fraction),
+        stop=_stop(source, count, config.max_bad_fraction),
     )
     return report, Sheet(torch.cat(images)[:SHEET_IMAGES], labels[:SHEET_IMAGES])
 

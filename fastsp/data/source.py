@@ -6,9 +6,8 @@ import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from fastsp.data.bad_samples import BadSampleLog, too_many
 from fastsp.data.batch import Batch
 from fastsp.data.collate import Collator, ImageCollator, LatentCollator, Tokenize
+from fastsp.data.config import DataConfig
 from fastsp.data.digits import digits_shards
 from fastsp.data.folder import FolderReader, image_folder
 from fastsp.data.latents import LatentReader, LatentsHeader, latent_shards
@@ -27,53 +27,7 @@ from fastsp.data.samples import BadSample, EncodedSample, ReadStep, SampleReader
 from fastsp.data.shards import ShardReader, expand_shards
 from fastsp.errors import UserError
 
-SOURCES = ("digits", "images", "shards", "latents")
-CROPS = ("center", "random")
 READ_WHOLE = 64  # samples whose contents `contents_sha256` looks at
-
-
-class DataConfig(Protocol):
-    """What a source reads of the configuration's `data` section; `DataOptions` has the defaults."""
-
-    source: Any
-    path: Any
-    resolution: int
-    split: Any
-    crop: Any
-    flip: bool
-    unconditional: bool
-    max_bad_fraction: float
-    workers: int
-    threads: int
-    prefetch: int
-
-
-@dataclass
-class DataOptions:
-    """A `DataConfig` for use without a configuration file."""
-
-    source: str
-    """"digits", "images", "shards" or "latents"."""
-    path: str | list[str] | None
-    """A folder, or shard patterns; None for the digits."""
-    resolution: int
-    """Side of the square images, in pixels."""
-    split: str = "train"
-    """Of the digits: "train" or "heldout"."""
-    crop: str = "center"
-    """Or "random"."""
-    flip: bool = False
-    """Mirror half of the samples."""
-    unconditional: bool = False
-    """Every caption is empty."""
-    max_bad_fraction: float = 0.01
-    """Of the samples delivered; above it the source raises."""
-    workers: int = 8
-    """Threads that read files."""
-    threads: int = 0
-    """CPU threads of the decoder and of DALI; 0: one per core."""
-    prefetch: int = 2
-    """Batches ready ahead of the training."""
 
 
 def open_source(
@@ -121,7 +75,7 @@ def open_source(
     device = torch.device(device)
     reader = _open_reader(config, progress)
     _check_lost(reader, config.max_bad_fraction)
-    header = LatentsHeader.load(config.path) if config.source == "latents" else None
+    header = LatentsHeader.load(str(config.path)) if config.source == "latents" else None
     if header is not None:
         header.check(config, vae_sha256, text_sha256)
     return Source(
@@ -142,42 +96,38 @@ def check_path(config: DataConfig) -> None:
     """
     _check_settings(config)
     if config.source == "images":
-        image_folder(config.path)
+        image_folder(str(config.path))
     elif config.source == "latents":
-        LatentsHeader.load(config.path).check(config, None, None)
-        latent_shards(config.path)
+        LatentsHeader.load(str(config.path)).check(config, None, None)
+        latent_shards(str(config.path))
     elif config.source == "shards":
-        expand_shards(config.path)
+        expand_shards(config.path or ())
 
 
 def _check_settings(config: DataConfig) -> None:
-    if config.source not in SOURCES:
-        raise UserError(f"data.source is {config.source!r}; allowed: {', '.join(SOURCES)}")
-    if config.crop not in CROPS:
-        raise UserError(f"data.crop is {config.crop!r}; allowed: {', '.join(CROPS)}")
-    if config.source != "latents":
+    source, path = config.source, config.path
+    if source != "latents":
         library("nvidia.dali"), library("simplejpeg")  # at once, not when the first batch is made
-    if config.source == "digits" and config.path is not None:
-        raise UserError(f"data.path is {config.path!r}, but data.source 'digits' has none")
-    if config.source != "digits" and config.split != "train":
+    if source == "digits" and path is not None:
+        raise UserError(f"data.path is {path!r}, but data.source 'digits' has none")
+    if source != "digits" and config.split != "train":
         raise UserError(
-            f"data.split is {config.split!r}, but only data.source 'digits' has splits: give the path of one"
+            f"data.split is {config.split!r}, but only data.source 'digits' has splits: give a path instead"
         )
-    if config.source != "digits" and config.path is None:
-        raise UserError(f"data.path is missing; data.source {config.source!r} needs one")
-    if config.source not in ("digits", "shards") and not isinstance(config.path, str | Path):
-        raise UserError(f"data.path is {config.path!r}; data.source {config.source!r} needs one folder")
+    if source != "digits" and path is None:
+        raise UserError(f"data.path is missing; data.source {source!r} needs one")
+    if source in ("images", "latents") and not isinstance(path, str):
+        raise UserError(f"data.path is {path!r}; data.source {source!r} needs one folder")
 
 
 def _open_reader(config: DataConfig, progress: bool) -> SampleReader:
     captioned = not config.unconditional
-    if config.source == "digits":
-        return ShardReader(digits_shards(config.split), captioned)
     if config.source == "images":
-        return FolderReader(config.path, captioned, progress)
+        return FolderReader(str(config.path), captioned, progress)
     if config.source == "latents":
-        return LatentReader(config.path, captioned, progress)
-    return ShardReader(config.path, captioned, progress=progress)
+        return LatentReader(str(config.path), captioned, progress)
+    shards = digits_shards(config.split) if config.source == "digits" else config.path or ()
+    return ShardReader(shards, captioned, progress=progress)
 
 
 def _check_lost(reader: SampleReader, max_fraction: float) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastsp.data.source import DataOptions
+from fastsp.data.config import DataConfig
 
 
-def Config(**options) -> DataOptions:  # noqa: N802 - it stands for the configuration's section
+def Config(**options) -> DataConfig:  # noqa: N802 - it stands for the class
     """Small defaults: the digits at 16 pixels."""
-    return DataOptions(**{"source": "digits", "path": None, "resolution": 16, "workers": 4, "threads": 1} | options)
+    small = {"source": "digits", "resolution": 16, "batch_size": 4, "workers": 4, "threads": 1}
+    return DataConfig.model_validate(small | options)
 
 
 class ByteTokenizer:

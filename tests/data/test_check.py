@@ -2,7 +2,6 @@
 
 import json
 from contextlib import closing, nullcontext
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from typer.testing import CliRunner
 
 from fastsp.cli.data import app
 from fastsp.data.bad_samples import FEW
-from fastsp.data.check import check_source, options_for
+from fastsp.data.check import check_source, config_for
 from fastsp.data.latents import LatentsHeader
 from fastsp.data.source import open_source
 from fastsp.errors import UserError
@@ -28,7 +27,7 @@ def shard(tmp_path):
 
 
 def test_report(shard):
-    report, sheet = check_source(options_for(str(shard), resolution=32))
+    report, sheet = check_source(config_for(str(shard), resolution=32))
     assert (report.samples, report.read, report.smaller_than_resolution) == (10, 10, 2)
     assert (report.heights.smallest, report.heights.largest, report.widths.median) == (30, 39, 80)
     assert (report.caption_characters.smallest, report.caption_characters.largest) == (1, 10)
@@ -39,26 +38,26 @@ def test_report(shard):
 
 def test_what_a_source_means(shard, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTSP_CACHE", str(tmp_path))
-    assert options_for(str(shard.parent), 8).source == "shards"
-    assert options_for(f"{shard.parent}/{{0..0}}.tar", 8).source == "shards"
-    assert options_for("digits", 8, "heldout").split == "heldout"
+    assert config_for(str(shard.parent), 8).source == "shards"
+    assert config_for(f"{shard.parent}/{{0..0}}.tar", 8).source == "shards"
+    assert config_for("digits", 8, "heldout").split == "heldout"
     (tmp_path / "images").mkdir()
-    assert options_for(str(tmp_path / "images"), 8).source == "images"
+    assert config_for(str(tmp_path / "images"), 8).source == "images"
     with pytest.raises(UserError, match="does not exist: give a folder of images"):
-        options_for(str(tmp_path / "nowhere"), 8)
+        config_for(str(tmp_path / "nowhere"), 8)
     with pytest.raises(UserError, match="no shard"):
-        options_for(str(tmp_path / "nothing-*.tar"), 16)
+        config_for(str(tmp_path / "nothing-*.tar"), 16)
     for source in (tmp_path / "images", shard):
         with pytest.raises(UserError, match="--split heldout is of the digits alone"):
-            options_for(str(source), 8, "heldout")
+            config_for(str(source), 8, "heldout")
     with pytest.raises(UserError, match="'test'"):
-        options_for("digits", 8, "test")
+        config_for("digits", 8, "test")
 
 
 def test_a_folder_with_images_is_one_of_images(shard, tmp_path):
     (shard.parent / "sub").mkdir()
     (shard.parent / "sub" / "0.png").write_bytes(encode(photo(0, 20, 20), "PNG"))
-    options = options_for(str(shard.parent), 8)
+    options = config_for(str(shard.parent), 8)
     assert options.source == "images"
     report, _ = check_source(options)
     assert report.samples == 1
@@ -72,7 +71,7 @@ def test_captions_that_will_be_cut_are_noted(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(encode(photo(0, 20, 20), "PNG"))
         (tmp_path / f"{number}.txt").write_text("red circle " * (100 if number else 1))
-    report, _ = check_source(options_for(str(tmp_path), 8))
+    report, _ = check_source(config_for(str(tmp_path), 8))
     what = "2 of more than 300 characters: Stable Diffusion's text encoders read 77 tokens, no more"
     assert report.notes == {"captions": what}
 
@@ -81,18 +80,18 @@ def test_a_folder_of_latents_is_refused_as_what_it_is(tmp_path):
     header = LatentsHeader("vae", "0", 32, "float16", (8, 4, 4), None, source_samples=7, samples_per_shard=4)
     header.save(tmp_path)
     with pytest.raises(UserError, match="holds latents of 7 samples, written by fastsp encode"):
-        options_for(str(tmp_path), 32)
+        config_for(str(tmp_path), 32)
 
 
 def test_damage_and_notes(shard):
     content = bytearray(shard.read_bytes())
     content[content.index(b"7.jpg")] ^= 255
     shard.write_bytes(content)
-    report, _ = check_source(options_for(str(shard), resolution=32))
+    report, _ = check_source(config_for(str(shard), resolution=32))
     assert (report.samples, report.lost) == (9, 1)
     assert "damaged tar header" in report.bad[str(shard)] and report.stop is None
     assert report.notes[str(shard)] == "7.txt is not used: a text file that captions no picture"
-    options = replace(options_for(str(shard), resolution=32), max_bad_fraction=0.0)
+    options = config_for(str(shard), resolution=32).model_copy(update={"max_bad_fraction": 0.0})
     stop = check_source(options)[0].stop
     assert stop.startswith("at least 1 of 10 samples are lost in damaged files, more than data.max_bad_fraction = 0 ")
 
@@ -152,7 +151,7 @@ def test_the_exit_code_says_what_training_does(tmp_path, bad):
     """At the limit, and just above it."""
     for index in range(100):
         (tmp_path / f"{index}.png").write_bytes(b"" if index < bad else encode(photo(0, 8, 8), "PNG"))
-    source = open_source(options_for(str(tmp_path), 8), tokenizer=None, channels=3, seed=0)
+    source = open_source(config_for(str(tmp_path), 8), tokenizer=None, channels=3, seed=0)
     with closing(source.batches(batch_size=10, last_position=100)) as batches:
         stops = pytest.raises(UserError, match="are bad") if bad > FEW else nullcontext()
         with stops:

@@ -44,8 +44,10 @@ def test_latents_need_no_library_of_pictures(tmp_path):
     ]
     write_tar(tmp_path / "latents" / "00000.tar", members)
     code = f"""
-from fastsp.data.source import DataOptions, open_source
-source = open_source(DataOptions("latents", {str(tmp_path / "latents")!r}, 16), tokenizer=None, channels=3, seed=0)
+from fastsp.data.config import DataConfig
+from fastsp.data.source import open_source
+config = DataConfig(source="latents", path={str(tmp_path / "latents")!r}, resolution=16, batch_size=2)
+source = open_source(config, tokenizer=None, channels=3, seed=0)
 batch = next(source.batches(batch_size=2, last_position=2))
 print(batch.weights.tolist(), tuple(batch.moments.shape))
 """
@@ -54,11 +56,13 @@ print(batch.weights.tolist(), tuple(batch.moments.shape))
 
 def test_pictures_ask_for_them_by_name(tmp_path):
     code = """
-from fastsp.data.source import DataOptions, open_source
+from fastsp.data.config import DataConfig
+from fastsp.data.source import open_source
 from fastsp.errors import UserError
 for source in ("digits", "images", "shards"):
     try:
-        open_source(DataOptions(source, "x", 16), tokenizer=None, channels=3, seed=0)
+        config = DataConfig(source=source, path="x", resolution=16, batch_size=2)
+        open_source(config, tokenizer=None, channels=3, seed=0)
     except UserError as error:
         print(error)
 """

@@ -3,7 +3,6 @@
 import json
 import threading
 from contextlib import closing
-from dataclasses import replace
 
 import pytest
 import torch
@@ -207,14 +206,10 @@ def test_odd_strings_are_bad_samples_and_end_no_run(tmp_path, kind):
 
 
 def test_mistakes(tmp_path):
-    good = Config()
     for wrong, message in [
-        (replace(good, source="pictures"), "'pictures'.*digits, images, shards, latents"),
-        (replace(good, source="shards"), "data.path is missing"),
-        (replace(good, source="shards", path=str(tmp_path / "none-{0..3}.tar")), "none-0.tar"),
-        (replace(good, source="images", path=["a", "b"]), "needs one folder"),
-        (replace(good, crop="middle"), "'middle'.*center, random"),
-        (replace(good, split="test"), "'test'.*train, heldout"),
+        (Config(source="shards"), "data.path is missing"),
+        (Config(source="shards", path=str(tmp_path / "none-{0..3}.tar")), "none-0.tar"),
+        (Config(source="images", path=["a", "b"]), "needs one folder"),
     ]:
         with pytest.raises(UserError, match=message):
             open_source(wrong, tokenizer=None, channels=1, seed=0)
