@@ -13,8 +13,8 @@ from data.helpers import Config, encode, photo, write_tar
 from tiny import picture_folder
 
 from fastsp import progress
-from fastsp.data import folder, tar_index
 from fastsp.data.check import check_source, config_for
+from fastsp.data.readers import folder, tar_index
 from fastsp.data.source import open_source
 
 

@@ -23,7 +23,7 @@ pytest.importorskip("simplejpeg")
 
 from benchmarks.data.conftest import DEVICES
 from fastsp.data.config import DataConfig
-from fastsp.data.decode import ImageDecoder, default_threads
+from fastsp.data.images.decode import ImageDecoder, default_threads
 from fastsp.data.source import open_source
 
 pytestmark = pytest.mark.benchmark

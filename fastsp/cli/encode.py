@@ -36,7 +36,8 @@ def encode(
 
     from fastsp.config import load_config
     from fastsp.data.encode import LatentEncoder
-    from fastsp.data.latents import DTYPES, fingerprint
+    from fastsp.data.latents import fingerprint
+    from fastsp.data.readers.latents import DTYPES
     from fastsp.data.source import check_path, open_source
     from fastsp.errors import UserError
     from fastsp.files import check_folder_writable

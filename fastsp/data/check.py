@@ -19,10 +19,10 @@ from torch import Tensor
 from fastsp.data.bad_samples import too_many
 from fastsp.data.batch import Batch
 from fastsp.data.config import DataConfig
-from fastsp.data.digits import SPLITS
-from fastsp.data.latents import HEADER, LatentsHeader
-from fastsp.data.names import IMAGE_SUFFIXES, split_name
-from fastsp.data.shards import expand_shards
+from fastsp.data.readers.digits import SPLITS
+from fastsp.data.readers.latents import HEADER
+from fastsp.data.readers.names import IMAGE_SUFFIXES, split_name
+from fastsp.data.readers.shards import expand_shards
 from fastsp.data.source import Source, open_source
 from fastsp.errors import UserError
 from fastsp.progress import steps_bar
@@ -112,27 +112,24 @@ def config_for(source: str, resolution: int, split: str | None = None) -> DataCo
     Raises:
         UserError: there is nothing at SOURCE, it holds latents, an unknown split, or one of what has none.
     """
-    common = {"resolution": resolution, "batch_size": BATCH_SIZE}
-    if source == "digits":
-        split = split or "train"
-        if split not in SPLITS:
-            raise UserError(f"split of the digits is {split!r}; allowed: {', '.join(SPLITS)}")
-        return DataConfig.model_validate({"source": "digits", "split": split} | common)
-    if split is not None:
-        raise UserError(f"--split {split} is of the digits alone; {source} has no splits: give the path of one")
     folder = Path(source).expanduser()
-    if (folder / HEADER).is_file():
-        count = LatentsHeader.load(folder).source_samples
-        raise UserError(
-            f"{source} holds latents of {count} samples, written by fastsp encode; data check looks at pictures: "
-            "give it those that were encoded"
-        )
-    if folder.is_dir() and (_holds_images(folder) or not any(folder.glob("*.tar"))):
-        return DataConfig(source="images", path=source, **common)
-    if not folder.exists() and not set(source) & set("*?[{"):
+    if split is not None and (source != "digits" or split not in SPLITS):
+        raise UserError(f"--split is {split!r}; allowed: {' and '.join(SPLITS)}, and only with the digits")
+    if source == "digits":
+        kind = "digits"
+    elif (folder / HEADER).is_file():
+        raise UserError(f"{source} holds latents, written by fastsp encode: give the pictures that were encoded")
+    elif folder.is_dir() and (_holds_images(folder) or not any(folder.glob("*.tar"))):
+        kind = "images"
+    elif not folder.exists() and not set(source) & set("*?[{"):
         raise UserError(f"{source} does not exist: give a folder of images, tars, a folder of tars or 'digits'")
-    expand_shards(source)  # names what is missing
-    return DataConfig(source="shards", path=source, **common)
+    else:
+        kind = "shards"
+        expand_shards(source)  # names what is missing
+    path = None if kind == "digits" else source
+    return DataConfig.model_validate(
+        {"source": kind, "path": path, "split": split or "train", "resolution": resolution, "batch_size": BATCH_SIZE}
+    )
 
 
 def _holds_images(folder: Path) -> bool:

@@ -11,8 +11,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from fastsp.data.batch import Batch
-from fastsp.data.latents import TEXT_TENSORS, LatentsHeader
-from fastsp.data.pipeline import ImagePipeline
+from fastsp.data.images.pipeline import ImagePipeline
+from fastsp.data.readers.latents import TEXT_TENSORS, LatentsHeader
 from fastsp.data.samples import BadSample, EncodedSample, ReadStep
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fastsp.conditioning import Conditioning
 from fastsp.data.batch import Batch
-from fastsp.data.latents import DTYPES, LatentsHeader, bad_sample, encode_moments, fingerprint, shard_path
+from fastsp.data.latents import encode_moments, fingerprint
+from fastsp.data.readers.latents import DTYPES, LatentsHeader, bad_sample, shard_path
 from fastsp.data.source import Source
 from fastsp.errors import UserError
 from fastsp.files import UNFINISHED, new_file

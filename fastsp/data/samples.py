@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,9 +47,9 @@ class SampleReader(Protocol):
 
     captioned: bool
     """Whether captions are read; else they are empty."""
-    damaged: Sequence[tuple[str, str]]
+    damaged: list[tuple[str, str]]
     """Files that could not be used, or only in part, with the reason."""
-    notes: Sequence[tuple[str, str]]
+    notes: list[tuple[str, str]]
     """Files in which something may surprise, though nothing is lost, and what."""
     lost: int
     """Samples that the damage cost and that therefore have no index, at least."""

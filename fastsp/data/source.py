@@ -16,15 +16,15 @@ from fastsp.data.bad_samples import BadSampleLog, too_many
 from fastsp.data.batch import Batch
 from fastsp.data.collate import Collator, ImageCollator, LatentCollator, Tokenize
 from fastsp.data.config import DataConfig
-from fastsp.data.digits import digits_shards
-from fastsp.data.folder import FolderReader, image_folder
-from fastsp.data.latents import LatentReader, LatentsHeader, latent_shards
-from fastsp.data.libraries import library
+from fastsp.data.images.libraries import library
+from fastsp.data.images.pipeline import ImagePipeline
 from fastsp.data.order import SampleOrder
-from fastsp.data.pipeline import ImagePipeline
 from fastsp.data.prefetch import Prefetcher
+from fastsp.data.readers.digits import digits_shards
+from fastsp.data.readers.folder import FolderReader, image_folder
+from fastsp.data.readers.latents import LatentReader, LatentsHeader, latent_shards
+from fastsp.data.readers.shards import ShardReader, expand_shards
 from fastsp.data.samples import BadSample, EncodedSample, ReadStep, SampleReader
-from fastsp.data.shards import ShardReader, expand_shards
 from fastsp.errors import UserError
 
 READ_WHOLE = 64  # samples whose contents `contents_sha256` looks at
@@ -111,9 +111,7 @@ def _check_settings(config: DataConfig) -> None:
     if source == "digits" and path is not None:
         raise UserError(f"data.path is {path!r}, but data.source 'digits' has none")
     if source != "digits" and config.split != "train":
-        raise UserError(
-            f"data.split is {config.split!r}, but only data.source 'digits' has splits: give a path instead"
-        )
+        raise UserError(f"data.split is {config.split!r}, but only the digits have splits: give a path")
     if source != "digits" and path is None:
         raise UserError(f"data.path is missing; data.source {source!r} needs one")
     if source in ("images", "latents") and not isinstance(path, str):

@@ -14,8 +14,8 @@ import torch
 from data.helpers import encode, photo
 from PIL import Image, ImageOps
 
-from fastsp.data.decode import ImageDecoder, JpegsOnGpu, default_threads
-from fastsp.data.jpeg import read_jpeg
+from fastsp.data.images.decode import ImageDecoder, JpegsOnGpu, default_threads
+from fastsp.data.images.jpeg import read_jpeg
 from fastsp.data.samples import BadSample
 
 H, W = 60, 90
@@ -236,7 +236,7 @@ def test_transparency_lies_over_white(kind):
 def test_transparency_in_strips(monkeypatch):
     file = save(picture("RGBA"), "PNG")
     for pixels in (1, 7 * W, H * W):
-        monkeypatch.setattr("fastsp.data.pillow_images.STRIP_PIXELS", pixels)
+        monkeypatch.setattr("fastsp.data.images.other_kinds.STRIP_PIXELS", pixels)
         assert difference(decode(file), with_pillow(file)) == 0
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from fastsp.data.digits import NAMES, digits_shards, write_shards
+from fastsp.data.readers.digits import NAMES, digits_shards, write_shards
 from fastsp.errors import UserError
 
 
@@ -54,7 +54,7 @@ def test_a_kill_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastsp.data.digits._write_tar", killed)
+    monkeypatch.setattr("fastsp.data.readers.digits._write_tar", killed)
     with pytest.raises(KeyboardInterrupt):
         digits_shards("train", tmp_path)
     monkeypatch.undo()

@@ -7,9 +7,9 @@ import unicodedata
 
 import pytest
 
-from fastsp.data.folder import FolderReader
+from fastsp.data.readers.folder import FolderReader
+from fastsp.data.readers.shards import ShardReader
 from fastsp.data.samples import BadSample
-from fastsp.data.shards import ShardReader
 from fastsp.errors import UserError
 
 

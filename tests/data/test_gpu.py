@@ -15,8 +15,8 @@ from data.test_bad_input import BAD
 from data.test_decode import picture, png_of_16_bits, save, with_bytes_changed
 from PIL import Image
 
-from fastsp.data.decode import ImageDecoder
-from fastsp.data.pipeline import ImagePipeline
+from fastsp.data.images.decode import ImageDecoder
+from fastsp.data.images.pipeline import ImagePipeline
 from fastsp.data.samples import BadSample
 from fastsp.data.source import open_source
 
@@ -130,7 +130,7 @@ def test_pixels_outlive_their_batch(tmp_path):
 
 def test_large_images_are_decoded_a_few_at_a_time(monkeypatch):
     expected = run("cuda")
-    monkeypatch.setattr("fastsp.data.pipeline.CHUNK_PIXELS", 20_000)
+    monkeypatch.setattr("fastsp.data.images.pipeline.CHUNK_PIXELS", 20_000)
     assert torch.equal(run("cuda").values, expected.values)
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import load, save
 
 from fastsp.conditioning import Conditioning
 from fastsp.data.encode import LatentEncoder
-from fastsp.data.latents import LatentsHeader, encode_moments, fingerprint, sample_latents
+from fastsp.data.latents import encode_moments, fingerprint, sample_latents
+from fastsp.data.readers.latents import LatentsHeader
 from fastsp.data.source import open_source
 from fastsp.errors import UserError
 
@@ -226,7 +227,7 @@ def test_text_features_that_do_not_fit_are_refused_by_name(images, vae, tmp_path
     with pytest.raises(UserError, match=r"the text features in .* come from other text encoders than the model's"):
         open_latents(folder, text_sha256="1" * 64)
     config = Config(source="latents", path=str(folder), resolution=32)
-    header, unconditional = LatentsHeader.load(folder), replace(config, unconditional=True)
+    header, unconditional = LatentsHeader.load(folder), config.model_copy(update={"unconditional": True})
     with pytest.raises(UserError, match=r"data\.unconditional is true; the text features in .* are of captions"):
         open_source(unconditional, tokenizer=None, channels=3, seed=0)
     replace(header, text_shape=None).check(unconditional, None, None)

@@ -8,7 +8,7 @@ import torch
 from data.helpers import write_tar
 from safetensors.torch import save
 
-from fastsp.data.latents import LatentsHeader
+from fastsp.data.readers.latents import LatentsHeader
 from fastsp.errors import install_command
 
 BLOCK = """

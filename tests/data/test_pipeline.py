@@ -9,9 +9,9 @@ from data.helpers import encode, photo
 from fastsp_kernels.philox import random_words
 from PIL import Image
 
-from fastsp.data import pipeline as module
-from fastsp.data.geometry import crop_geometry
-from fastsp.data.pipeline import ImagePipeline
+from fastsp.data.images import pipeline as module
+from fastsp.data.images.geometry import crop_geometry
+from fastsp.data.images.pipeline import ImagePipeline
 
 SIZES = [(64, 64), (90, 60), (61, 143), (200, 33), (300, 400), (33, 32), (20, 20), (7, 9)]
 

@@ -8,9 +8,9 @@ import pytest
 from data.helpers import write_tar
 from safetensors.torch import save_file
 
+from fastsp.data.readers.shards import ShardReader, expand_braces, expand_shards
+from fastsp.data.readers.tar_index import build_index, load_or_build_index
 from fastsp.data.samples import BadSample
-from fastsp.data.shards import ShardReader, expand_braces, expand_shards
-from fastsp.data.tar_index import build_index, load_or_build_index
 from fastsp.errors import UserError
 
 
@@ -75,7 +75,7 @@ def test_a_tar_that_grew_while_it_was_indexed_is_indexed_again(shards, monkeypat
         write_tar(shards[0], [(f"{i}.{suffix}", b"x") for i in range(9) for suffix in ("jpg", "txt")])
         return index
 
-    monkeypatch.setattr("fastsp.data.tar_index.build_index", build)
+    monkeypatch.setattr("fastsp.data.readers.tar_index.build_index", build)
     assert len(load_or_build_index(shards)) == 6
     monkeypatch.undo()
     assert len(load_or_build_index(shards)) == 12
@@ -106,7 +106,7 @@ def test_every_sample_by_index(shards):
 
 def test_the_index_is_made_once(shards, monkeypatch):
     load_or_build_index(shards)
-    monkeypatch.setattr("fastsp.data.tar_index.build_index", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr("fastsp.data.readers.tar_index.build_index", lambda *_: pytest.fail("made again"))
     assert len(load_or_build_index(shards)) == 6
     assert ShardReader(shards).name(4).endswith("#sub/004")
 
@@ -124,10 +124,10 @@ def test_the_index_goes_to_the_cache_where_the_folder_is_read_only(shards, tmp_p
         save_file(columns, path, **kwargs)
 
     monkeypatch.setenv("FASTSP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("fastsp.data.tar_index.save_file", read_only)  # as root, modes do not forbid anything
+    monkeypatch.setattr("fastsp.data.readers.tar_index.save_file", read_only)  # as root, modes do not forbid anything
     load_or_build_index(shards)
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    monkeypatch.setattr("fastsp.data.tar_index.build_index", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr("fastsp.data.readers.tar_index.build_index", lambda *_: pytest.fail("made again"))
     assert len(load_or_build_index(shards)) == 6
 
 

@@ -10,8 +10,8 @@ import unicodedata
 import pytest
 from data.helpers import write_tar
 
-from fastsp.data.names import split_name
-from fastsp.data.tar_scan import scan_tar
+from fastsp.data.readers.names import split_name
+from fastsp.data.readers.tar_scan import scan_tar
 
 KEYS = [f"{number:03d}" for number in range(8)]
 

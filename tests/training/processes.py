@@ -20,7 +20,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["fastsp.__main__", "fastsp.cli", "fastsp.data.pipeline", "fastsp.evaluation.report", "fastsp.training.trainer"]
+    [
+        "fastsp.__main__",
+        "fastsp.cli",
+        "fastsp.data.images.pipeline",
+        "fastsp.evaluation.report",
+        "fastsp.training.trainer",
+    ]
 )
 
 

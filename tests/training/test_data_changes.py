@@ -13,9 +13,9 @@ from rich.console import Console
 from training.processes import ROOT, Run, logged_steps, start
 
 from fastsp.config import load_config
-from fastsp.data.folder import FolderReader
 from fastsp.data.inventory import Inventory, Part
-from fastsp.data.shards import ShardReader
+from fastsp.data.readers.folder import FolderReader
+from fastsp.data.readers.shards import ShardReader
 from fastsp.errors import UserError
 from fastsp.training.distributed import Ranks
 from fastsp.training.status import run_status
@@ -136,7 +136,7 @@ def test_differences_of_shards(folder):
 
 
 def test_differences_of_large_folders_name_a_folder(folder, monkeypatch):
-    monkeypatch.setattr("fastsp.data.folder.MAX_NAMES", 10)
+    monkeypatch.setattr("fastsp.data.readers.folder.MAX_NAMES", 10)
     for number in range(12):
         (folder / "pictures" / f"{number % 2}").mkdir(parents=True, exist_ok=True)
         (folder / "pictures" / f"{number % 2}" / f"{number}.jpg").touch()

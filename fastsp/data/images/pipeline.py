@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsp.data.decode import ImageDecoder, OpenedImage, default_threads
-from fastsp.data.geometry import crop_geometry
-from fastsp.data.libraries import library
+from fastsp.data.images.decode import ImageDecoder, OpenedImage, default_threads
+from fastsp.data.images.geometry import crop_geometry
+from fastsp.data.images.libraries import library
 from fastsp.data.samples import BadSample
 
 # Decoded at once, at full size: 400 MB of RGB. Large photographs would otherwise take many gigabytes a batch.

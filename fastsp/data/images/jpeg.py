@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from fastsp.data.libraries import library
-from fastsp.data.pillow_images import damaged, orientation_of
+from fastsp.data.images.libraries import library
+from fastsp.data.images.other_kinds import damaged, orientation_of
 from fastsp.data.samples import BadSample
 
 END, SOS = 0xD9, 0xDA
@@ -41,7 +41,7 @@ class JpegFile:
     """Of an Adobe marker: 0 says that the components are RGB or CMYK, not YCbCr or YCCK."""
     progressive: bool
     orientation: int
-    """Of EXIF, 1 .. 8: see `fastsp.data.decode.upright`."""
+    """Of EXIF, 1 .. 8: see `fastsp.data.images.decode.upright`."""
     scan: int
     """Offset of the first scan's data."""
 
@@ -76,6 +76,7 @@ def read_jpeg(file: bytes) -> JpegFile:
     """
     try:
         with JpegImageFile(io.BytesIO(file)) as image:
+            assert image.fp is not None
             scan = image.fp.tell()  # before anything else moves it
             return JpegFile(
                 content=file,

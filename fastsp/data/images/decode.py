@@ -1,8 +1,8 @@
 """Decoding of image files: JPEG on the GPU where there is one, by nvImageCodec; everything else on the CPU's threads.
 
 DALI's own decoder raises for the whole batch where one file is broken. So the files are decoded here, strictly and
-once, each for itself, and DALI does the rest. On the CPU, JPEG is decoded by libjpeg-turbo (`fastsp.data.jpeg`); the
-other kinds are read by Pillow, on either device (`fastsp.data.pillow_images`).
+once, each for itself, and DALI does the rest. On the CPU, JPEG is decoded by libjpeg-turbo (`jpeg`); the other kinds
+are read by Pillow, on either device (`other_kinds`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastsp.data.jpeg import JpegFile, decode_jpeg, read_jpeg
-from fastsp.data.libraries import library
-from fastsp.data.pillow_images import check_size, decode_image, kind_of, open_image
+from fastsp.data.images.jpeg import JpegFile, decode_jpeg, read_jpeg
+from fastsp.data.images.libraries import library
+from fastsp.data.images.other_kinds import check_size, decode_image, kind_of, open_image
 from fastsp.data.samples import BadSample
 
 # By EXIF orientation: whether height and width change places, and which axes are mirrored after that.

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fastsp.data.cache import cache_folder
 from fastsp.data.inventory import Inventory, Part
-from fastsp.data.names import IMAGE_SUFFIXES, printable
-from fastsp.data.tar_scan import Sample, TarScan, scan_tar
+from fastsp.data.readers.names import IMAGE_SUFFIXES, printable
+from fastsp.data.readers.tar_scan import Sample, TarScan, scan_tar
 from fastsp.files import new_file
 from fastsp.progress import late_bar
 

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastsp.data.captions import caption_of
 from fastsp.data.inventory import Inventory
-from fastsp.data.names import IMAGE_SUFFIXES
+from fastsp.data.readers.captions import caption_of
+from fastsp.data.readers.names import IMAGE_SUFFIXES
+from fastsp.data.readers.tar_index import load_or_build_index
+from fastsp.data.readers.tar_scan import Span
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size
-from fastsp.data.tar_index import load_or_build_index
-from fastsp.data.tar_scan import Span
 from fastsp.errors import UserError
 
 Patterns = str | Path | Iterable[str | Path]

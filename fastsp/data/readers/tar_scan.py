@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from fastsp.data.names import CAPTION_SUFFIXES, IMAGE_SUFFIXES, UNREAD_SUFFIXES, and_more, nfc, split_name
+from fastsp.data.readers.names import CAPTION_SUFFIXES, IMAGE_SUFFIXES, UNREAD_SUFFIXES, and_more, nfc, split_name
 
 BLOCK = 512  # a tar is a sequence of blocks of this many bytes
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -95,7 +95,7 @@ def _read(file: BinaryIO, scan: _Scan) -> None:
             at, cut = member.offset_data, member.name
         else:
             scan.take(member)
-            at = tar.offset  # type: ignore[attr-defined]
+            at = tar.offset
         end = at
     if damaged or cut is not None:
         scan.damages.append((_damage_at(end, cut, None), scan.size - end))
@@ -103,7 +103,7 @@ def _read(file: BinaryIO, scan: _Scan) -> None:
 
 def _member(tar: tarfile.TarFile, file: BinaryIO, at: int) -> tarfile.TarInfo | None:
     """The member whose headers begin at an offset; None if there is no valid header."""
-    tar.offset = at  # type: ignore[attr-defined]
+    tar.offset = at
     file.seek(at)
     try:
         member = tarfile.TarInfo.fromtarfile(tar)

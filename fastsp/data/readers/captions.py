@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fastsp.data.names import printable
+from fastsp.data.readers.names import printable
 from fastsp.data.samples import BadSample
 from fastsp.errors import UserError
 from fastsp.files import decode_text

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastsp.data.captions import JSON_KEYS
+from fastsp.data.readers.captions import JSON_KEYS
 from fastsp.errors import UserError
 from fastsp.files import read_text
 

@@ -20,10 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsp.data.captions import caption_from_json, caption_from_record, caption_of
 from fastsp.data.inventory import MAX_NAMES, Inventory, Part
-from fastsp.data.metadata import METADATA, UNREAD_METADATA, read_metadata
-from fastsp.data.names import CAPTION_SUFFIXES, IMAGE_SUFFIXES, UNREAD_SUFFIXES, and_more, nfc, printable, split_name
+from fastsp.data.readers.captions import caption_from_json, caption_from_record, caption_of
+from fastsp.data.readers.metadata import METADATA, UNREAD_METADATA, read_metadata
+from fastsp.data.readers.names import (
+    CAPTION_SUFFIXES,
+    IMAGE_SUFFIXES,
+    UNREAD_SUFFIXES,
+    and_more,
+    nfc,
+    printable,
+    split_name,
+)
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size
 from fastsp.errors import UserError
 from fastsp.progress import late_bar

@@ -1,0 +1,206 @@
+"""Latents that were computed once: their layout on disk.
+
+A data set of latents is a folder with `latents.json`, the header, and tars `00000.tar`, `00001.tar`, ... in WebDataset
+layout. Each sample is `KEY.safetensors` and `KEY.txt`, its caption. The tensors are `moments` (2 C, H, W), mean and log
+variance of the VAE's posterior, `original_size` (2,) and `crop_offset` (2,) int64 and, if asked for, `text_features`
+(L, D) and Stable Diffusion XL's `pooled_text_features` (P,). The moments are as the VAE gives them: the scaling factor
+is applied when a latent is drawn. A sample that could not be encoded keeps its place, so that the order of an epoch is
+that of the pictures: its `KEY.safetensors` holds no tensors, and the reason under "bad" in its metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from fastsp.data.config import DataConfig
+from fastsp.data.readers.shards import ShardReader
+from fastsp.data.samples import BadSample
+from fastsp.errors import UserError
+from fastsp.files import read_text, write_file
+
+LATENT_SUFFIXES = ("safetensors",)
+TEXT_TENSORS = ("text_features", "pooled_text_features")
+HEADER = "latents.json"
+VERSION = 1
+_OF_PICTURES = {
+    "names_sha256": "of pictures with other names",
+    "contents_sha256": "of pictures with these names, which have changed since",
+}
+_MAY_BE_NULL = ("captioned", *_OF_PICTURES)  # in a header: not compared then
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def bad_sample(reason: str) -> bytes:
+    """What stands in the place of a sample that could not be encoded: safetensors without a tensor."""
+    return save({}, metadata={"bad": reason})
+
+
+def kept_reason(content: bytes) -> str | None:
+    """Why a sample could not be encoded; None for one that was."""
+    if int.from_bytes(content[:8], "little") != len(content) - 8:  # more than a header
+        return None
+    try:
+        return json.loads(content[8:])["__metadata__"]["bad"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+class LatentReader(ShardReader):
+    """The samples of a folder of latents, in the order of the pictures that they were made of.
+
+    Args:
+        folder: written by `fastsp encode`.
+        captioned: whether a sample needs a caption; if not, captions are not read and are empty.
+        progress: show it where indexing takes long.
+
+    Raises:
+        UserError: no such folder, or an encoding that was stopped.
+    """
+
+    def __init__(self, folder: str | Path, captioned: bool = True, progress: bool = False):
+        super().__init__(latent_shards(folder), captioned, suffixes=LATENT_SUFFIXES, progress=progress)
+
+    def check(self, content: bytes) -> None:
+        """Refuse what stands in the place of a bad sample."""
+        reason = kept_reason(content)
+        if reason is not None:
+            raise BadSample(f"could not be encoded: {reason}")
+
+
+@dataclass(frozen=True)
+class LatentsHeader:
+    """What a data set of latents holds. Pins the VAE, the pixels' resolution and the dtype."""
+
+    vae: str
+    """Where the VAE came from, for people."""
+    vae_sha256: str
+    """Its `fingerprint`."""
+    resolution: int
+    """Side of the encoded images, in pixels."""
+    dtype: str
+    """Of moments and text features: "float16", "bfloat16" or "float32"."""
+    moments_shape: tuple[int, ...]
+    """(2 C, H, W)."""
+    text_shape: tuple[int, ...] | None
+    """(L, D) of the text features; None: there are none."""
+    source_samples: int
+    """Samples that were to be encoded, bad ones included."""
+    samples_per_shard: int
+    pooled_text_shape: tuple[int, ...] | None = None
+    """(P,) of Stable Diffusion XL's pooled text features."""
+    text_sha256: str | None = None
+    """`fingerprint` of the text encoders, where there are text features."""
+    captioned: bool | None = None
+    """Whether samples have captions, and text features are of these, not of the empty prompt; None: of before this was
+    kept."""
+    names_sha256: str | None = None
+    """`Source.names_sha256` of what was encoded, so that no other pictures are added to it."""
+    contents_sha256: str | None = None
+    """`Source.contents_sha256` of it, so that the same names are the same pictures; None: of before this was kept."""
+    version: int = VERSION
+
+    @property
+    def shards(self) -> int:
+        """How many tars the whole data set has."""
+        return -(-self.source_samples // self.samples_per_shard)
+
+    def placeholder(self) -> dict[str, Tensor]:
+        """A sample of zeros, in the shapes and dtypes of every sample."""
+        dtype, pair = DTYPES[self.dtype], torch.zeros(2, dtype=torch.int64)
+        tensors = {"moments": torch.zeros(self.moments_shape, dtype=dtype), "original_size": pair, "crop_offset": pair}
+        shapes = zip(TEXT_TENSORS, (self.text_shape, self.pooled_text_shape), strict=True)
+        return tensors | {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes if shape is not None}
+
+    def check(self, config: DataConfig, vae_sha256: str | None, text_sha256: str | None) -> None:
+        """Refuse a configuration that these latents do not fit.
+
+        Raises:
+            UserError: names the key, its value and the header's.
+        """
+        if config.resolution != self.resolution:
+            raise UserError(
+                f"data.resolution is {config.resolution}; the latents in {config.path} are of {self.resolution}"
+            )
+        for key, value, fixed in (("crop", config.crop, "center"), ("flip", config.flip, False)):
+            if value != fixed:
+                raise UserError(
+                    f"data.{key} is {str(value).lower()}; of latents, which were cropped when they were encoded, it is "
+                    f"{str(fixed).lower()}: add data.{key}={str(fixed).lower()}"
+                )
+        if vae_sha256 is not None and vae_sha256 != self.vae_sha256:
+            raise UserError(f"the latents in {config.path} come from another VAE than the model's: {self.vae}")
+        if self.captioned is False and not config.unconditional:
+            raise UserError(f"data.unconditional is false; the latents in {config.path} were encoded without captions")
+        if self.text_shape is not None and self.captioned and config.unconditional:
+            raise UserError(f"data.unconditional is true; the text features in {config.path} are of captions")
+        if None not in (text_sha256, self.text_sha256) and text_sha256 != self.text_sha256:
+            raise UserError(f"the text features in {config.path} come from other text encoders than the model's")
+
+    def save(self, folder: Path) -> None:
+        """Write it, or see that the folder already has the same.
+
+        Raises:
+            UserError: the folder has another header, of which the first key that differs is named, or other files.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        others = [path for path in folder.iterdir() if path.name != "bad_samples.jsonl" and path.name[0] != "."]
+        if others and not (folder / HEADER).exists():  # asked afterwards: another process writes it before its shards
+            raise UserError(f"{folder} holds other files, such as {others[0].name}, and no latents; use another folder")
+        if (folder / HEADER).exists():
+            existing = asdict(LatentsHeader.load(folder))
+            for key, value in asdict(self).items():
+                if existing[key] != value and not (key in _MAY_BE_NULL and existing[key] is None):
+                    held = _OF_PICTURES.get(key, f"with {key} = {existing[key]}, not {value}")
+                    raise UserError(f"{folder} holds latents {held}; use another folder")
+            return
+        write_file(folder / HEADER, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> LatentsHeader:
+        """The header of a folder of latents.
+
+        Raises:
+            UserError: there is none, or it cannot be read.
+        """
+        path = Path(folder).expanduser() / HEADER
+        if not path.is_file():
+            raise UserError(
+                f"data.path is {str(folder)!r}; it must be a folder written by fastsp encode, with {HEADER}"
+            )
+        try:
+            fields = json.loads(read_text(path))
+            for name, value in fields.items():
+                fields[name] = tuple(value) if isinstance(value, list) else value
+            header = cls(**fields)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        if header.version != VERSION:
+            raise UserError(f"{path} has version {header.version}; this fastsp reads {VERSION}")
+        return header
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05d}.tar"
+
+
+def latent_shards(folder: str | Path) -> list[Path]:
+    """The tars of a whole data set of latents.
+
+    Raises:
+        UserError: no header, or some tars are missing: the encoding was stopped.
+    """
+    header = LatentsHeader.load(folder)
+    shards = [shard_path(Path(folder).expanduser(), shard) for shard in range(header.shards)]
+    missing = [shard for shard in shards if not shard.is_file()]
+    if missing:
+        raise UserError(
+            f"data.path is {str(folder)!r}; {len(missing)} of {len(shards)} shards are missing, such as "
+            f"{missing[0].name}: put back what was there, or let fastsp encode make it"
+        )
+    return shards
