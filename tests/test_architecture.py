@@ -36,7 +36,7 @@ PACKAGE_OF = {
     "config_mistakes": "config",
     "config_text": "config",
     "objectives": "config",
-    "section": "config",
+    "section": "utils",  # to be moved
     "launcher": "utils",  # to be moved
     "options": "utils",
     "attention": "models",  # to be moved

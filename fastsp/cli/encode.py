@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def encode(
     config: Annotated[Path, typer.Option("--config", help="The run's YAML file: model and data.", metavar="FILE")],
-    out: Annotated[Path, typer.Option("--out", help="The folder to write, or to go on with.", metavar="DIR")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write, or to continue.", metavar="DIR")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the file's values.")
     ] = None,
@@ -26,7 +26,7 @@ def encode(
     dtype: Annotated[str, typer.Option(help="Of the latents: float16, bfloat16 or float32.")] = "float16",
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 16,
 ) -> None:
-    """Encode a data set with the VAE, once. Stopped, it goes on; under torchrun, the processes share the work.
+    """Encode a data set with the VAE, once. A stopped encoding is continued; under torchrun, processes share the work.
 
     Then train with data.source=latents data.path=latents data.flip=false.
 
@@ -50,9 +50,9 @@ def encode(
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     if data.source == "latents" or data.crop != "center" or data.flip:
-        has = f"here: data.source={data.source} data.crop={data.crop} data.flip={str(data.flip).lower()}"
+        has = f"data.source={data.source} data.crop={data.crop} data.flip={str(data.flip).lower()}"
         raise UserError(
-            f"latents are of images that are cut in the middle and not mirrored; {has}; say otherwise behind --out"
+            f"latents are of images, cropped at the center and not mirrored; here {has}: override these"
         )
     check_folder_writable(out, "--out")
     check_path(data)

@@ -94,12 +94,14 @@ class LatentCollator:
     Args:
         header: of the data set: every sample must have its shapes and dtype.
         tokenize: makes the captions' token ids.
-        pin: page-locked memory, for copies that do not wait.
+        device: of the training; for a GPU the batches are in page-locked memory, so that copies do not wait.
     """
 
-    def __init__(self, header: LatentsHeader, tokenize: Tokenize, pin: bool):
+    def __init__(self, header: LatentsHeader, tokenize: Tokenize, device: torch.device):
+        if device.index is not None:
+            torch.cuda.set_device(device)  # of this thread: page-locking would take memory on GPU 0 else
         self.placeholder = header.placeholder()
-        self.tokenize, self.pin = tokenize, pin
+        self.tokenize, self.pin = tokenize, device.type == "cuda"
 
     def __call__(self, step: ReadStep) -> tuple[Batch, dict[int, BadSample]]:
         rows = [self._row(sample) for sample in step.samples]

@@ -1,8 +1,8 @@
 """Encoding a source once: the VAE's moments, and text features if asked for, into tar shards.
 
-The unit of work is one shard, written whole or not at all. So a run that was stopped goes on where it was, and any
-number of processes share the work without talking to each other: process r of W takes the shards from `n * r // W` up
-to `n * (r + 1) // W` of n.
+The unit of work is one shard, written whole or not at all. So an encoding that was stopped continues where it was, and
+any number of processes share the work without talking to each other: process r of W takes the shards from `n * r // W`
+up to `n * (r + 1) // W` of n.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class LatentEncoder:
         """Write this process's shards that are not there yet; yields the number of each when it is finished.
 
         Args:
-            folder: to write, or to go on with.
+            folder: to write, or to continue.
             rank, world_size: of this process.
             after_batch: called with the number of samples that were encoded.
 

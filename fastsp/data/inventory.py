@@ -70,22 +70,19 @@ class Inventory:
         """What is different now, for people; None: the samples and their order are the same."""
         if self.parts == now.parts:
             return None
-        what = f"{self.samples} samples before, {now.samples} now"
+        before, after = ([part.name for part in data.parts] for data in (self, now))
         change = _missing_or_new(self.names, now.names) if self.names and now.names else None
-        change = change or _missing_or_new([part.name for part in self.parts], [part.name for part in now.parts])
-        change = change or self._changed_part(now)
-        return f"{what}, {change}" if change else f"{what}, in another order"
-
-    def _changed_part(self, now: Inventory) -> str | None:
-        if [part.name for part in self.parts] != [part.name for part in now.parts]:
-            return None
-        for part, other in zip(self.parts, now.parts, strict=True):  # names may repeat: tars of several folders
-            if part != other:
-                name = part.name or "the folder itself"
-                if part.samples == other.samples:
-                    return f"{name} has others of the same number"
-                return f"{name} had {part.samples} and has {other.samples}"
-        return None
+        change = change or _missing_or_new(before, after)
+        if change is None and before == after:  # names may repeat: tars of several folders
+            part, other = next(pair for pair in zip(self.parts, now.parts, strict=True) if pair[0] != pair[1])
+            name = part.name or "the folder itself"
+            same = part.samples == other.samples
+            change = (
+                f"{name} has others of the same number"
+                if same
+                else f"{name} had {part.samples} and has {other.samples}"
+            )
+        return f"{self.samples} samples before, {now.samples} now, {change or 'in another order'}"
 
 
 def _missing_or_new(before: Sequence[str], after: Sequence[str]) -> str | None:

@@ -141,22 +141,11 @@ def _check_lost(reader: SampleReader, max_fraction: float) -> None:
 
 
 def _collator(
-    config: DataConfig,
-    tokenize: Tokenize,
-    channels: int,
-    seed: int,
-    device: torch.device,
-    header: LatentsHeader | None,
+    config: DataConfig, tokenize: Tokenize, channels: int, seed: int, device: torch.device, header: LatentsHeader | None
 ) -> Callable[[int], Collator]:
     """What makes, in the thread that uses it, the collator for batches up to a size."""
     if header is not None:
-
-        def open_latents(_batch_size: int) -> LatentCollator:
-            if device.index is not None:
-                torch.cuda.set_device(device)  # of this thread: page-locking would take memory on GPU 0 else
-            return LatentCollator(header, tokenize, pin=device.type == "cuda")
-
-        return open_latents
+        return lambda _: LatentCollator(header, tokenize, device)
     return lambda batch_size: ImageCollator(
         ImagePipeline(
             batch_size=batch_size,

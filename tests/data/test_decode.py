@@ -233,13 +233,6 @@ def test_transparency_lies_over_white(kind):
     assert np.abs(image[20:40].astype(int) - RGB[20:40]).mean() < (10 if kind in ("GIF", "palette") else 1)
 
 
-def test_transparency_in_strips(monkeypatch):
-    file = save(picture("RGBA"), "PNG")
-    for pixels in (1, 7 * W, H * W):
-        monkeypatch.setattr("fastsp.data.images.other_kinds.STRIP_PIXELS", pixels)
-        assert difference(decode(file), with_pillow(file)) == 0
-
-
 def test_half_transparent_grey():
     rgba = np.full((H, W, 4), 100, np.uint8)
     assert (decode(encode(rgba, "PNG")) == round(100 * 100 / 255 + 255 * 155 / 255)).all()

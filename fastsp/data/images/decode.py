@@ -192,7 +192,7 @@ def upright(image: Tensor, orientation: int) -> Tensor:
 
 def default_threads() -> int:
     """The cores that this process may use, shared among the processes that torchrun started on this machine."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     return max(1, len(os.sched_getaffinity(0)) // processes)
 
 

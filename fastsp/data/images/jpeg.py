@@ -85,7 +85,7 @@ def read_jpeg(file: bytes) -> JpegFile:
                 components=bytes(layer[0] for layer in image.layer),
                 adobe_transform=image.info.get("adobe_transform"),
                 progressive="progressive" in image.info,
-                orientation=orientation_of(image),
+                orientation=orientation_of(image) if "exif" in image.info else 1,
                 scan=scan,
             )
     except Exception as error:  # Pillow raises anything from OSError to struct.error at damaged files

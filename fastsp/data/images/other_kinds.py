@@ -23,33 +23,26 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB of text; 1 MB is less than some programs write
 GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
 MODES = {1: "L", 3: "RGB"}  # by the number of channels
-STRIP_PIXELS = 2**20
 TOO_DEEP = {"I": "32-bit integers", "F": "floating-point numbers"}
 
 # Of sizes from half of that on, and of damaged EXIF. Once: filters around each call would be a race between threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-# Kind, offset, bytes: the first that fits. Those of the first group are read.
-READ = (
-    ("JPEG", 0, b"\xff\xd8\xff"),
-    ("PNG", 0, PNG_START),
-    ("WEBP", 8, b"WEBP"),
-    ("GIF", 0, b"GIF87a"),
-    ("GIF", 0, b"GIF89a"),
-    ("BMP", 0, b"BM"),
-    ("TIFF", 0, b"II*\0"),
-    ("TIFF", 0, b"MM\0*"),
-    ("TIFF", 0, b"II+\0"),
-    ("TIFF", 0, b"MM\0+"),
-)
-NOT_READ = (
-    ("an AVIF file", 4, b"ftypavi"),
-    ("a HEIC file", 4, b"ftyphe"),
-    ("a HEIF file or a video", 4, b"ftyp"),
-    ("a JPEG XL file", 0, b"\0\0\0\x0cJXL "),
-    ("a JPEG XL file", 0, b"\xff\x0a"),
-)
+# By their first bytes; of those not read from the fourth on.
+READ = {
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (PNG_START,),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "BMP": (b"BM",),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+}
+NOT_READ = {
+    "an AVIF file": (b"ftypavi",),
+    "a HEIC file": (b"ftyphe",),
+    "a HEIF file or a video": (b"ftyp",),
+    "a JPEG XL file": (b"JXL ",),
+}
 
 
 def kind_of(file: bytes) -> str:
@@ -60,14 +53,15 @@ def kind_of(file: bytes) -> str:
     """
     if not file:
         raise BadSample("the image file is empty")
-    for kind, at, magic in READ:
-        if file.startswith(magic, at):
+    for kind, magic in READ.items():
+        if file.startswith(magic):
             return kind
-    for name, at, magic in NOT_READ:
-        if file.startswith(magic, at):
+    if file.startswith(b"WEBP", 8):
+        return "WEBP"
+    for name, magic in NOT_READ.items():
+        if file.startswith(magic, 4):
             raise BadSample(f"{name}, which is not read")
-    start = file[:200].lstrip().lower()
-    if start.startswith((b"<html", b"<!doctype html")):
+    if file[:200].lstrip().lower().startswith((b"<html", b"<!doctype html")):
         raise BadSample("a web page, not an image")
     raise BadSample("not an image of a known kind")
 
@@ -164,15 +158,10 @@ def _as_array(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def _over_white(image: Image.Image, channels: int) -> np.ndarray:
-    """What lies under full transparency is often black, or anything. In strips: each takes several copies."""
+    """What lies under full transparency is often black, or anything."""
     rgba = image if image.mode == "RGBA" else image.convert("RGBA")
-    result = np.empty((rgba.height, rgba.width, channels), np.uint8)
-    rows = max(1, STRIP_PIXELS // rgba.width)
-    for top in range(0, rgba.height, rows):
-        strip = rgba.crop((0, top, rgba.width, min(top + rows, rgba.height)))
-        opaque = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert(MODES[channels])
-        result[top : top + rows] = np.asarray(opaque).reshape(strip.height, strip.width, channels)
-    return result
+    opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert(MODES[channels])
+    return np.array(opaque).reshape(rgba.height, rgba.width, channels)
 
 
 def damaged(kind: str, error: Exception) -> BadSample:

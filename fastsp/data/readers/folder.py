@@ -64,7 +64,6 @@ class FolderReader:
     def __init__(self, folder: str | Path, captioned: bool = True, progress: bool = False):
         self.root = image_folder(folder)
         self.captioned = captioned
-        self.progress = progress
         self.damaged: list[tuple[str, str]] = []
         """What could not be used, with the reason."""
         self.notes: list[tuple[str, str]] = []
@@ -101,14 +100,8 @@ class FolderReader:
 
     def sizes(self) -> Tensor:
         """(N,) int64: bytes of every image and of its sidecars, as far as they are there."""
-        sizes: list[int] = []
-        with late_bar("sizes of the pictures", len(self.paths), self.progress) as advance:
-            for start in range(0, len(self.paths), 1000):
-                paths = self.paths[start : start + 1000]
-                files = [[self.root / path, *(file for _, file in self._sidecars(path))] for path in paths]
-                sizes += [sum(map(_size, one)) for one in files]
-                advance(len(paths))
-        return torch.tensor(sizes)
+        files = ([self.root / path, *(file for _, file in self._sidecars(path))] for path in self.paths)
+        return torch.tensor([sum(map(_size, one)) for one in files])
 
     def inventory(self) -> Inventory:
         """The images of every folder, and their names."""
