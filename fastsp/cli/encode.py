@@ -51,9 +51,7 @@ def encode(
         raise UserError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     if data.source == "latents" or data.crop != "center" or data.flip:
         has = f"data.source={data.source} data.crop={data.crop} data.flip={str(data.flip).lower()}"
-        raise UserError(
-            f"latents are of images, cropped at the center and not mirrored; here {has}: override these"
-        )
+        raise UserError(f"latents are of images, cropped at the center and not mirrored; here {has}: override these")
     check_folder_writable(out, "--out")
     check_path(data)
     process = launched()

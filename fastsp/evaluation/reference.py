@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastsp.config import Config, DataConfig
-from fastsp.data.folder import FolderReader
+from fastsp.data.readers.folder import FolderReader
 from fastsp.data.source import Source, open_source
 from fastsp.devices import best_device
 from fastsp.errors import UserError
