@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import tarfile
 
 import pytest
@@ -236,6 +237,8 @@ def test_a_tar_is_opened_once_for_many_samples(shards, monkeypatch):
 
 
 def test_only_so_many_tars_are_kept_open(shards, monkeypatch):
+    monkeypatch.setattr("resource.getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert ShardReader(shards)._open.cache_info().maxsize == 4096
     monkeypatch.setattr("resource.getrlimit", lambda _: (4, 4))
     reader = ShardReader(shards)
     before = len(os.listdir("/proc/self/fd"))

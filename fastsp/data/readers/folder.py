@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastsp.data.inventory import MAX_NAMES, Inventory, Part
 from fastsp.data.readers.captions import caption_from_json, caption_from_record, caption_of
-from fastsp.data.readers.metadata import METADATA, UNREAD_METADATA, read_metadata
+from fastsp.data.readers.metadata import METADATA, UNREAD_METADATA, Line, read_metadata
 from fastsp.data.readers.names import (
     CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -99,7 +99,7 @@ class FolderReader:
         return self._name(self.paths[index])
 
     def sizes(self) -> Tensor:
-        """(N,) int64: bytes of every image and of its sidecars, as far as they are there."""
+        """(N,) int64: bytes of every image and of the sidecars that it has."""
         files = ([self.root / path, *(file for _, file in self._sidecars(path))] for path in self.paths)
         return torch.tensor([sum(map(_size, one)) for one in files])
 
@@ -189,16 +189,20 @@ class FolderReader:
             self.notes.append((self._name(file), f"is not read: {why}"))
         return found is not None
 
-    def _add_metadata(self, directory: str, file: str, lines: Sequence[tuple[int, tuple[str, Any] | str]]) -> None:
+    def _add_metadata(self, directory: str, file: str, lines: Iterable[Line]) -> None:
         """What the lines say of the pictures. One that cannot be read costs its own picture's caption."""
-        root = os.path.abspath(self.root)
-        wrong = [(f"{self._name(file)}, line {number}", line) for number, line in lines if isinstance(line, str)]
-        if wrong and len(wrong) == len(lines):
+        root, any_good = os.path.abspath(self.root), False
+        wrong: list[tuple[str, str]] = []
+        for number, line in lines:
+            if isinstance(line, str):
+                wrong.append((f"{self._name(file)}, line {number}", line))
+                continue
+            any_good = True
+            path = os.path.relpath(os.path.join(root, directory, line[0]), root).replace(os.sep, "/")
+            self._records[path] = line[1]  # of several lines the last counts
+        if wrong and not any_good:
             raise UserError(": ".join(wrong[0]))
         self.damaged += wrong
-        for name, record in (line for _, line in lines if not isinstance(line, str)):
-            path = os.path.relpath(os.path.join(root, directory, name), root).replace(os.sep, "/")
-            self._records[path] = record  # of several lines the last counts
 
     def _match_metadata(self) -> None:
         """Find the images of names in the metadata that are spelled otherwise, and say which have none."""

@@ -25,7 +25,7 @@ Line = tuple[int, tuple[str, Any] | str]
 """A line's number, and its image's name and record, or what is wrong with it."""
 
 
-def read_metadata(path: Path) -> list[Line] | None:
+def read_metadata(path: Path) -> Iterator[Line] | None:
     """What a file of metadata says; None for a CSV without a column file_name, which is of something else.
 
     Raises:
@@ -35,15 +35,15 @@ def read_metadata(path: Path) -> list[Line] | None:
         raise UserError(f"{path} is not a file that can be read")
     text = read_text(path)
     if path.suffix == ".jsonl":
-        return list(_json_lines(text))
+        return _json_lines(text)
     if path.suffix == ".json":
-        return list(_kohya(text, path))
+        return _kohya(text, path)
     rows = csv.DictReader(io.StringIO(text), restkey="", strict=True)
-    return list(_csv_lines(rows)) if "file_name" in (rows.fieldnames or ()) else None
+    return _csv_lines(rows) if "file_name" in (rows.fieldnames or ()) else None
 
 
 def _json_lines(text: str) -> Iterator[Line]:
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(io.StringIO(text), start=1):
         if line.strip():
             try:
                 yield number, _entry(json.loads(line))

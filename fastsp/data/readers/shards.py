@@ -181,4 +181,5 @@ class _OpenFile:
 
 def _max_open() -> int:
     """Tars to keep open: a quarter of what this process may have open in all."""
-    return min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 4096 if limit == resource.RLIM_INFINITY else min(4096, limit // 4)
