@@ -198,7 +198,7 @@ class SelfPerceptualLoss(_Loss):
     @property
     def teacher(self) -> str:
         """How it is called: as asked for, or ``split`` where it turned out that it cannot be traced."""
-        return self.metric.calls
+        return str(self.metric.calls)
 
     def compile_teacher(self, **options: Any) -> None:
         """Hand the frozen network to ``torch.compile``, with its keywords; also after the first call."""
@@ -268,7 +268,7 @@ class SelfPerceptualLoss(_Loss):
         t: Tensor,
         t_prime: Tensor,
         conditioning: dict[str, Any],
-        **noise_source: Tensor | None,
+        **noise_source: Any,
     ) -> Tensor:
         """The loss at given t and t', nothing checked. (B,) float32.
 
@@ -282,9 +282,8 @@ class SelfPerceptualLoss(_Loss):
         return distance / transition[1].abs().clamp_min(SMALLEST_DISPLACEMENT) ** self.metric.order
 
     def metric_inputs(
-        self, model_pred: Tensor, latents: Tensor, marginal: Tensor, transition: Tensor, **noise_source: Tensor | None
+        self, model_pred: Tensor, latents: Tensor, marginal: Tensor, transition: Tensor, **noise_source: Any
     ) -> Tensor:
         """``[x^_t' ; x_t']``, (2B, C, H, W) as the metric wants it: see :func:`fastsp_kernels.reproject`."""
-        metric = self.metric
-        layout = {"dtype": metric.dtype, "memory_format": metric.memory_format}
+        layout: dict[str, Any] = {"dtype": self.metric.dtype, "memory_format": self.metric.memory_format}
         return reproject(model_pred, latents, marginal, transition, **noise_source, **layout)

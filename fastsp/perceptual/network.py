@@ -33,7 +33,7 @@ class PerceptualNetwork(nn.Module):
     """
 
     def __init__(
-        self, unet: nn.Module, layers: str = "mid", dtype: torch.dtype | None = None, share_frozen: bool = False
+        self, unet: Any, layers: str = "mid", dtype: torch.dtype | None = None, share_frozen: bool = False
     ) -> None:
         super().__init__()
         if layers not in LAYERS:
@@ -150,7 +150,8 @@ def unwrap(network: Any) -> Any:
     if any("FSDP" in cls.__name__ or "FullyShardedDataParallel" in cls.__name__ for cls in type(network).__mro__):
         raise ValueError("the UNet is sharded by FSDP: build the criterion before wrapping the UNet")
     family_of(network)
-    channels, predicted = network.config.in_channels, network.config.out_channels
+    config: Any = network.config
+    channels, predicted = config.in_channels, config.out_channels
     if channels != predicted:
         raise ValueError(
             f"the UNet takes {channels} channels and predicts {predicted}: a perceptual network gets noisy latents and "
