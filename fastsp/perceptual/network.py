@@ -70,11 +70,6 @@ class PerceptualNetwork(nn.Module):
         return self._input_weight.dtype
 
     @property
-    def device(self) -> torch.device:
-        """Where its parameters are."""
-        return self._input_weight.device
-
-    @property
     def memory_format(self) -> torch.memory_format:
         """The memory format of its convolutions' weights, which its inputs should have too."""
         weight = self._input_weight
