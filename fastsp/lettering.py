@@ -1,4 +1,4 @@
-"""Texts of users drawn into pictures: any script that a font at hand has, nothing that breaks the layout."""
+"""Users' texts in pictures: any script that an installed font covers; nothing in them can break the layout."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 def one_line(text: str) -> str:
     """``text`` as one line of visible characters: no control characters, no direction overrides, single spaces."""
-    whole = text.encode("utf-8", "replace").decode("utf-8")  # an argument that was no UTF-8 carries lone surrogates
+    whole = text.encode("utf-8", "replace").decode("utf-8")  # arguments that were not UTF-8 have lone surrogates
     visible = (" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in whole)
     kept = (c for c in visible if unicodedata.category(c) not in ("Cf", "Cs", "Co", "Cn"))
     return " ".join("".join(kept).split())
 
 
 def font_for(text: str, size: int) -> Font:
-    """The font that has most characters of ``text``: DejaVu Sans, or a font of the system where that lacks some."""
+    """The font with most of the characters of ``text``: DejaVu Sans, or an installed font where that lacks some."""
     default = _default_font()
     if default is None:
         return ImageFont.load_default(size)
@@ -39,20 +39,12 @@ def wrap(text: str, width: float, font: Font, max_lines: int) -> list[str]:
         line = _fitting(rest, width, font)
         if len(line) < len(rest):
             if len(lines) == max_lines - 1:
-                lines.append(clip(rest, width, font))
-                break
+                return [*lines, _fitting(rest, width - font.getlength("…"), font).rstrip() + "…"]
             space = line.rfind(" ")
             line = line[:space] if space > 0 and rest[len(line)] != " " else line
         lines.append(line.strip())
         rest = rest[len(line) :].lstrip()
     return lines
-
-
-def clip(text: str, width: float, font: Font) -> str:
-    """``text``, shortened with an ellipsis until it fits ``width`` pixels."""
-    if font.getlength(text) <= width:
-        return text
-    return _fitting(text, width - font.getlength("…"), font).rstrip() + "…"
 
 
 def _fitting(text: str, width: float, font: Font) -> str:

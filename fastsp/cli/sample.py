@@ -71,7 +71,7 @@ def sample(
     if not texts:
         raise UserError("there is nothing to sample: give --prompt TEXT or --prompts FILE")
     if trajectory and singles is not None:
-        raise UserError("--singles goes with final pictures, --trajectory with those on the way: give one of them")
+        raise UserError("--singles writes final pictures, --trajectory shows those on the way: give one of them")
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png")
     titles = short_names(model)
@@ -84,7 +84,9 @@ def sample(
         check_free(file, force)
     guided = Guidance(guidance, rescale)
     if rescale and not guided.active:
-        raise UserError(f"--rescale {rescale:g} is of the guidance: give --guidance too, other than 0 and 1")
+        raise UserError(
+            f"--rescale {rescale:g} changes guidance, and there is none: give --guidance too, other than 0 and 1"
+        )
     settings = Sampling(steps, guided, seed, resolution, batch_size)
     rows, side = _sample_models(model, (model_config, base), texts, settings, files, trajectory)
     _write_grid(rows, titles, texts, settings, trajectory, out, model)
@@ -96,7 +98,7 @@ def sample(
 
 
 def short_names(models: Sequence[str]) -> list[str]:
-    """Names for the rows: of each path the part that tells it from the others, without an end that all share."""
+    """Names for the rows: the last part of each path that tells it from the others."""
     parts = [[part for part in Path(name).parts if part != "/"] or [name] for name in models]
     while len(parts) > 1 and all(len(path) > 1 for path in parts) and len({path[-1] for path in parts}) == 1:
         parts = [path[:-1] for path in parts]

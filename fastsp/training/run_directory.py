@@ -17,11 +17,11 @@ _LOCK_PATIENCE = 0.25  # seconds: `fastsp status` holds the lock for an instant
 
 
 class RunDirectory:
-    """A run directory. Making one looks whether it may be used; as a context manager it is created and locked.
+    """The folder of a run. The constructor checks that it may be used; entering the context creates and locks it.
 
     Args:
         config: of the run.
-        resume: whether a run that is there may be gone on with.
+        resume: whether an existing run may be continued.
         allow_changes: whether it may go on with another configuration or other data; before its first checkpoint it
             may anyway. The new one becomes `config.yaml`, the old one stays as `config.1.yaml` or the next free number.
         is_main: whether this is the process that writes; the others only want to know where things lie.
@@ -56,24 +56,24 @@ class RunDirectory:
         return any(any(folder.glob("[!.]*")) for folder in (self.checkpoints, self.root / "stages"))
 
     def check_data(self, now: Inventory) -> str | None:
-        """See that the samples and their order are still those of when the run began.
+        """Check that the samples and their order are still those that the run began with.
 
         Returns:
-            What has changed, where it may.
+            What has changed, if changes are allowed.
 
         Raises:
-            UserError: it may not.
+            UserError: they have changed, and that is not allowed.
         """
         difference = None if self.data is None else self.data.difference(now)
         if difference and self.is_main and not self._allows_changes:
             raise UserError(
                 f"run_dir {self.root} began with other data: {difference}; samples would come again or be left out: "
-                "put back what it began with, or, to go on with the new data all the same, add --allow-changes"
+                "restore the data it began with, or add --allow-changes to continue with the new data"
             )
         return difference
 
     def keep_data(self, now: Inventory) -> None:
-        """Note what the data consists of."""
+        """Record what the data consists of."""
         if self.data != now:
             now.save(self.root / FILE)
 
@@ -96,7 +96,7 @@ class RunDirectory:
         self.release()
 
     def hold(self) -> None:
-        """Lock a run that is there already: so `fastsp status` sees that it goes on while its model is being loaded.
+        """Lock an existing run, so that `fastsp status` calls it running while its model is being loaded.
 
         Raises:
             UserError: it is in use by another process.
@@ -105,7 +105,7 @@ class RunDirectory:
             self.lock.acquire()
 
     def release(self) -> None:
-        """Let others go on with the run."""
+        """Unlock the run."""
         self.lock.release()
 
     def keep_changes(self) -> None:
@@ -148,14 +148,14 @@ class RunDirectory:
             return
         if not resume:
             raise UserError(
-                f"run_dir {self.root} already holds a run; go on with it by --resume, or choose another folder"
+                f"run_dir {self.root} already holds a run; continue it with --resume, or choose another folder"
             )
         self.changes = config_changes(self.config_file.read_text(encoding="utf-8"), self.config)
         refused = [str(change) for change in self.changes if not change.free]
         if refused and not self._allows_changes:
             raise UserError(
                 f"run_dir {self.root} holds a run with another configuration: {'; '.join(refused)}; "
-                "to go on with the new one all the same, add --allow-changes"
+                "add --allow-changes to continue with the new one"
             )
 
 

@@ -177,5 +177,5 @@ def test_no_file_of_the_user_is_replaced_unasked(fails, tmp_path, arguments):
 def test_rescale_without_guidance(fails, tmp_path):
     out = tmp_path / "out.png"
     arguments = ("sample", "--model", tmp_path, "--prompt", "a", "--out", out, "--rescale", "0.7")
-    assert "--rescale 0.7 is of the guidance" in fails(*arguments)
-    assert "--rescale 0.7 is of the guidance" in fails(*arguments, "--guidance", "1")
+    assert "--rescale 0.7 changes guidance, and there is none" in fails(*arguments)
+    assert "--rescale 0.7 changes guidance, and there is none" in fails(*arguments, "--guidance", "1")
