@@ -161,8 +161,7 @@ def test_sampling(fails, tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["bench", "--no-compile", "--only", "fastsp_mse", "--json"],
-        ["bench", "--no-compile", "--only", "fastsp_mse", "--png"],
+        ["bench", "--only", "fastsp_mse", "--json"],
         ["data", "check", "digits", "--resolution", "8", "--json"],
         ["data", "check", "digits", "--resolution", "8", "--contact-sheet"],
     ],
