@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,18 +21,6 @@ class Conditioning:
 
     def __len__(self) -> int:
         return len(self.encoder_hidden_states)
-
-    @property
-    def added_cond_kwargs(self) -> dict[str, Tensor] | None:
-        """What diffusers' UNet takes under this name; None for Stable Diffusion 1.x and 2.x."""
-        if self.text_embeds is None:
-            return None
-        assert self.time_ids is not None
-        return {"text_embeds": self.text_embeds, "time_ids": self.time_ids}
-
-    def kwargs(self) -> dict[str, Any]:
-        """Keywords of diffusers' UNet, and of the self-perceptual loss."""
-        return {"encoder_hidden_states": self.encoder_hidden_states, "added_cond_kwargs": self.added_cond_kwargs}
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         """On a device; the text features in a dtype. Sizes stay float32: bfloat16 has no odd number above 256."""

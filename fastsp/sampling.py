@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastsp.conditioning import Conditioning
 from fastsp.diffusion.process import Process
+from fastsp.families import family_of
 
 # (x_t, what the network is told about t) -> its prediction; with guidance, both halves of the batch in one call.
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -84,11 +85,11 @@ def guided_denoiser(
     """
     if guidance.active:
         conditioning = conditioning.with_empty(empty)
-    conditioning = conditioning.to(dtype=unet.dtype)
+    keywords = family_of(unet).keywords(conditioning.to(dtype=unet.dtype))
 
     def denoise(x_t: Tensor, time: Tensor) -> Tensor:
         x_t = torch.cat([x_t, x_t]) if guidance.active else x_t
-        model_pred = unet(x_t.to(unet.dtype), time.expand(len(x_t)), **conditioning.kwargs(), return_dict=False)[0]
+        model_pred = unet(x_t.to(unet.dtype), time.expand(len(x_t)), **keywords, return_dict=False)[0]
         return guidance.combine(*model_pred.float().chunk(2)) if guidance.active else model_pred
 
     return denoise

@@ -24,6 +24,7 @@ FLOORS = (
     ("models", "data"),
     ("perceptual",),
     ("diffusion",),
+    ("families",),
     ("utils", "kernels"),
 )
 # Modules that lie directly in fastsp/, and the package that each belongs to. Those marked are still to be moved there.
@@ -42,7 +43,6 @@ PACKAGE_OF = {
     "attention": "models",  # to be moved
     "lora": "models",  # to be moved
     "pixel_pipeline": "models",  # to be moved
-    "families": "perceptual",  # to be moved
     "conditioning": "diffusion",  # to be moved
     "draws": "diffusion",  # to be moved
     "sampling": "diffusion",  # to be moved

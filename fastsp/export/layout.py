@@ -1,9 +1,8 @@
 """The original layout of Stable Diffusion checkpoints: diffusers' modules under the names of CompVis' and Stability's.
 
-The UNet is numbered through: `conv_in`, every resnet and every downsampler of the way down is one of `input_blocks`,
-every resnet of the way up one of `output_blocks`, whose upsampler comes last in it. The VAE counts its `up` from the
-output. A text encoder lies in OpenAI's layout (Stable Diffusion 1, the first of XL) or in OpenCLIP's (2, the second of
-XL), where one matrix holds query, key and value. The names are derived by walking the modules, so any depth has some.
+The names are derived by walking the modules, so any depth has some. Those of the UNet are its family's. The VAE counts
+its `up` from the output. A text encoder lies in OpenAI's layout (Stable Diffusion 1, the first of XL) or in OpenCLIP's
+(2, the second of XL), where one matrix holds query, key and value.
 """
 
 from __future__ import annotations

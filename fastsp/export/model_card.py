@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from statistics import mean
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 import yaml
 
 from fastsp.evaluation.rows import by_setting
-
-_HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+from fastsp.models.hub import is_hub_id
 
 _TORCH_DTYPES = {"fp32": None, "fp16": "torch.float16", "bf16": "torch.bfloat16"}  # None: diffusers' own
 _HEAD = """\
@@ -82,7 +80,7 @@ def model_card(
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["text-to-image", "diffusion", *(["self-perceptual"] if perceptual else []), "fastsp"],
-        **({"base_model": base} if base and re.fullmatch(_HUB_ID, base) else {}),
+        **({"base_model": base} if base and is_hub_id(base) else {}),
     }
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
@@ -196,7 +194,7 @@ def _name(path: str | list[str] | None) -> str:
     if path is None:
         return ""
     parts = [path] if isinstance(path, str) else path
-    return ", ".join(part if re.fullmatch(_HUB_ID, part) else part.rstrip("/").rpartition("/")[2] for part in parts)
+    return ", ".join(part if is_hub_id(part) else part.rstrip("/").rpartition("/")[2] for part in parts)
 
 
 def _text(value: Any) -> str:

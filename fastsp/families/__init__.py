@@ -35,6 +35,15 @@ class NetworkFamily(Protocol):
     def layers(self, config: Config) -> tuple[str, ...]:
         """The choices of ``layers`` that its perceptual network can answer with."""
 
+    def stand_ins(self, network: Any, layers: str) -> dict[int, Any]:
+        """By the ``id`` of each module that ``layers`` does not need, what a truncated copy has in its place."""
+
+    def features(self, network: Any, layers: str) -> tuple[list[nn.Module], bool]:
+        """The blocks of a truncated copy whose outputs are features, and whether its own answer is the last feature."""
+
+    def conditioning_fault(self, config: Config, conditioning: Mapping[str, Any]) -> str | None:
+        """What ``conditioning``, keywords of its forward, lacks, for people; None: nothing."""
+
     def side(self, config: Config) -> int:
         """Side of the square latents that it was made for."""
 

@@ -23,8 +23,13 @@ class UNetFamily:
     """See :class:`fastsp.families.NetworkFamily`, also for what is not documented here."""
 
     class_name = "UNet2DConditionModel"
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    input_keys = ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    input_keys: tuple[str, ...] = (
+        "in_channels",
+        "cross_attention_dim",
+        "addition_embed_type",
+        "projection_class_embeddings_input_dim",
+    )
 
     def network_class(self) -> type[Any]:
         from diffusers import UNet2DConditionModel  # takes seconds
@@ -32,7 +37,7 @@ class UNetFamily:
         return UNet2DConditionModel
 
     def fault(self, config: Mapping[str, Any]) -> str | None:
-        if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
+        if _takes_labels(config):
             return "it takes class labels (num_class_embeds or class_embed_type), and no data source has them"
         if config.get("encoder_hid_dim_type") is not None:
             return f"its encoder_hid_dim_type is {config['encoder_hid_dim_type']!r}; allowed: null"
@@ -45,6 +50,26 @@ class UNetFamily:
     def layers(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         with_mid = config.get("mid_block_type", "default") is not None
         return ("mid", "encoder", "decoder", "encoder+mid") if with_mid else ("encoder", "decoder")
+
+    def stand_ins(self, network: Any, layers: str) -> dict[int, Any]:
+        """With an empty decoder and no last convolution, the forward returns the mid block's output."""
+        gone: list[tuple[Any, Any]] = [(network.conv_out, nn.Identity()), (network.conv_norm_out, None)]
+        gone += [(network.up_blocks, nn.ModuleList())] if layers != "decoder" else []
+        gone += [(network.mid_block, None)] if layers == "encoder" else []
+        return {id(module): stand_in for module, stand_in in gone if module is not None}
+
+    def features(self, network: Any, layers: str) -> tuple[list[nn.Module], bool]:
+        observed = {"mid": [], "decoder": network.up_blocks}.get(layers, network.down_blocks)
+        return list(observed), "mid" in layers
+
+    def conditioning_fault(self, config: Mapping[str, Any], conditioning: Mapping[str, Any]) -> str | None:
+        added = conditioning.get("added_cond_kwargs") or {}
+        missing = [name for name in ("text_embeds", "time_ids") if name not in added]
+        if pooled_width(config) is not None and missing:
+            return f"added_cond_kwargs lacks {' and '.join(missing)}, which this UNet (SDXL) needs"
+        if _takes_labels(config) and conditioning.get("class_labels") is None:
+            return "class_labels is missing, which this UNet needs"
+        return None
 
     def side(self, config: Mapping[str, Any]) -> int:
         """The smaller of two; diffusers' pipelines' default where the config has none."""
@@ -129,6 +154,10 @@ def pooled_width(config: Mapping[str, Any]) -> int | None:
     if config.get("addition_embed_type") != "text_time":
         return None
     return config["projection_class_embeddings_input_dim"] - _NUM_TIME_IDS * config["addition_time_embed_dim"]
+
+
+def _takes_labels(config: Mapping[str, Any]) -> bool:
+    return config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None
 
 
 def _original_layer(block: str, layer: int, theirs: str) -> Iterator[tuple[str, str]]:

@@ -51,7 +51,8 @@ class PerceptualNetwork(nn.Module):
         if dtype is not None:
             cast(self.unet, dtype)
         self._collected: list[Tensor] = []
-        for block in self._observed_blocks():
+        observed, self._ends_with_answer = family_of(self.unet).features(self.unet, layers)
+        for block in observed:
             block.register_forward_hook(self._collect)
         self.train(False)
 
@@ -104,7 +105,7 @@ class PerceptualNetwork(nn.Module):
         )[0]
         features = tuple(self._collected)
         self._collected.clear()  # nothing outlives the call
-        return features if self.layers in ("encoder", "decoder") else (*features, last)
+        return (*features, last) if self._ends_with_answer else features
 
     def check_conditioning(self, conditioning: dict[str, Any]) -> None:
         """See that the network is told what its configuration asks for.
@@ -112,22 +113,12 @@ class PerceptualNetwork(nn.Module):
         Raises:
             ValueError: something is missing.
         """
-        config, added = self.unet.config, conditioning.get("added_cond_kwargs") or {}
-        missing = [name for name in ("text_embeds", "time_ids") if name not in added]
-        if config.addition_embed_type == "text_time" and missing:
-            raise ValueError(f"added_cond_kwargs lacks {' and '.join(missing)}, which this UNet (SDXL) needs")
-        if self.unet.class_embedding is not None and conditioning.get("class_labels") is None:
-            raise ValueError("class_labels is missing, which this UNet needs")
+        if (fault := family_of(self.unet).conditioning_fault(self.unet.config, conditioning)) is not None:
+            raise ValueError(fault)
 
     def _collect(self, _block: nn.Module, _args: Any, output: Any) -> None:
         """Forward hook: down blocks answer (hidden, skips), up blocks the hidden tensor."""
         self._collected.append(output[0] if isinstance(output, tuple) else output)
-
-    def _observed_blocks(self) -> list[nn.Module]:
-        """The blocks whose outputs are collected on the way; the mid feature is what the cut UNet returns."""
-        if self.layers == "decoder":
-            return list(self.unet.up_blocks)
-        return [] if self.layers == "mid" else list(self.unet.down_blocks)
 
 
 def unwrap(network: Any) -> Any:
@@ -174,17 +165,10 @@ def truncated_copy(unet: Any, layers: str, share_frozen: bool = False) -> Any:
     """A deep copy of ``unet`` without what ``layers`` does not need.
 
     The parts that go are put into deepcopy's memo with their stand-ins, so that not even a transient copy of them is
-    made: with an empty decoder and an identity for its last convolution, the UNet's own forward returns the feature.
+    made. The stand-ins let the UNet's own forward return the feature.
     """
     memo: dict[int, Any] = _frozen_parameters(unet) if share_frozen else {}
-    memo[id(unet.conv_out)] = nn.Identity()
-    if unet.conv_norm_out is not None:
-        memo[id(unet.conv_norm_out)] = None
-    if layers != "decoder":
-        memo[id(unet.up_blocks)] = nn.ModuleList()
-    if layers == "encoder" and unet.mid_block is not None:
-        memo[id(unet.mid_block)] = None
-    frozen = copy.deepcopy(unet, memo)
+    frozen = copy.deepcopy(unet, memo | family_of(unet).stand_ins(unet, layers))
     _forget_training_state(frozen)
     return frozen
 

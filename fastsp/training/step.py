@@ -71,17 +71,18 @@ class Objective(nn.Module):
         target: Tensor,
         latents: Tensor,
         t: Tensor,
-        conditioning: Conditioning,
+        conditioning: dict[str, Any],
         seed: Tensor,
         positions: Tensor,
     ) -> Tensor:
-        """Per-sample loss, (B,) float32. The noise is not passed: it is drawn again from ``seed`` and ``positions``."""
+        """Per-sample loss, (B,) float32. ``conditioning`` holds the network's keywords. The noise is not passed: it is
+        drawn again from ``seed`` and ``positions``."""
         if self.self_perceptual is None:
             return self.denoising.per_sample(model_pred, target, t)
         random = Seeded(seed, Stream.PERCEPTUAL_TIMESTEP, positions)
         t_prime = self.process.draw_perceptual(random, t, self.timestep_sampling)
         noise_source = {"seed": seed, "positions": positions}
-        loss = self.self_perceptual.per_sample(model_pred, latents, t, t_prime, conditioning.kwargs(), **noise_source)
+        loss = self.self_perceptual.per_sample(model_pred, latents, t, t_prime, conditioning, **noise_source)
         if self.mse_weight:
             loss = loss + self.mse_weight * self.denoising.per_sample(model_pred, target, t)
         return loss
@@ -184,8 +185,9 @@ class TrainingStep:
             memory_format=torch.channels_last,
         )
         time = self.process.model_time(t)
-        model_pred = self.unet(noisy_latents, time, **conditioning.kwargs(), return_dict=False)[0]
-        losses = self.objective(model_pred, target, latents, t, conditioning, self.seed, positions)
+        keywords = family_of(self.unet).keywords(conditioning)
+        model_pred = self.unet(noisy_latents, time, **keywords, return_dict=False)[0]
+        losses = self.objective(model_pred, target, latents, t, keywords, self.seed, positions)
         return (batch.weights * losses).sum() / self.config.data.batch_size
 
     def latents(self, batch: Batch, positions: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ import torch
 from fastsp_kernels import Stream, random_normals
 from tiny import batch, scheduler, tiny_unet
 
-from fastsp.conditioning import Conditioning
 from fastsp.diffusion.process import process_of
 from fastsp.draws import Seeded
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
@@ -30,7 +29,9 @@ def test_sums_with_mse(options):
 
     stage = stage_config(name="sp", objective="self_perceptual", steps=1, learning_rate=1e-3, **options)
     objective = Objective(stage, process, unet)
-    found = objective(pred, p * latents + q * noise, latents, timesteps, Conditioning(states), seed, positions)
+    found = objective(
+        pred, p * latents + q * noise, latents, timesteps, {"encoder_hidden_states": states}, seed, positions
+    )
 
     sp = SelfPerceptualLoss(unet, sched, reduction="none", normalize=options.get("normalize", False))
     t_prime = process.draw_perceptual(Seeded(seed, Stream.PERCEPTUAL_TIMESTEP, positions), timesteps)
