@@ -1,6 +1,6 @@
 """Which attention kernel a network uses: measured on its own shapes among what is installed, and set on its processors.
 
-How a network of a certain class is given its kernel is its family's affair (:mod:`fastsp.families`).
+How a network of some class is given its kernel, its family says (:mod:`fastsp.families`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Calls = Counter[tuple[Shape, Shape]]  # of query and key: how often a forward as
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel, and why."""
+    """The chosen kernel and the measurements behind the choice."""
 
     name: str
     milliseconds: dict[str, float]
@@ -56,7 +56,7 @@ class Choice:
 
 
 class ChosenAttnProcessor(AttnProcessor2_0):
-    """diffusers' own processor with PyTorch's choice among its kernels narrowed down to one."""
+    """diffusers' own processor, with PyTorch restricted to one of its kernels."""
 
     def __init__(self, backend: SDPBackend) -> None:
         super().__init__()
@@ -68,17 +68,17 @@ class ChosenAttnProcessor(AttnProcessor2_0):
 
 
 def available(device: torch.device) -> tuple[str, ...]:
-    """Names that can be asked for on a kind of device."""
+    """The kernels that a device has, by name."""
     if device.type != "cuda":
         return ("sdpa", "math")
     return NAMES if importlib.util.find_spec("xformers") else NAMES[:-1]
 
 
 def check_available(wanted: str, device: torch.device) -> None:
-    """Refuse what is not there.
+    """See that a kernel can be used.
 
     Raises:
-        UserError: an unknown name, or one whose kernels this machine lacks.
+        UserError: an unknown name, or a kernel that this machine lacks.
     """
     if wanted != "auto" and wanted not in available(device):
         raise UserError(
@@ -108,7 +108,7 @@ def choose_attention(
         measure: :func:`milliseconds`.
 
     Raises:
-        UserError: ``wanted`` is not there, or cannot compute these shapes in this dtype.
+        UserError: ``wanted`` is not available, or cannot compute these shapes in this dtype.
     """
     check_available(wanted, device)
     if wanted in ("sdpa", "math") or (wanted == "auto" and device.type != "cuda"):
@@ -125,7 +125,7 @@ def choose_attention(
 
 
 def kept_choice(file: Path, question: dict[str, Any], make: Callable[[], Choice]) -> Choice:
-    """What ``file`` answers to the same question; else a new choice, written there if it was measured."""
+    """The choice kept in ``file`` for the same question; else a new one, which is kept if it was measured."""
     if file.is_file():
         kept = json.loads(file.read_text())
         if kept["question"] == question:
@@ -143,7 +143,7 @@ def use_attention(network: Any, name: str) -> Any:
 
 
 def attention_calls(network_config: Config, latents: Shape, text: Shape) -> Calls:
-    """Which attention a forward of the network asks for. Counted on the meta device: nothing is computed or held."""
+    """The attention calls of one forward, counted on the meta device: nothing is computed or allocated."""
     family = family_named(network_config.get("_class_name", "UNet2DConditionModel"))
     with torch.device("meta"), _Recorder() as recorder, torch.no_grad():
         network = family.network_class().from_config(network_config)
@@ -152,7 +152,7 @@ def attention_calls(network_config: Config, latents: Shape, text: Shape) -> Call
 
 
 def milliseconds(names: tuple[str, ...], calls: Calls, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Forward and backward of all ``calls`` by each kernel; those that cannot compute them are left out."""
+    """Time of forward and backward of all ``calls`` with each kernel. Kernels that cannot compute them are left out."""
     times: dict[str, float] = {}
     for name in names:
         try:
@@ -168,9 +168,9 @@ def milliseconds(names: tuple[str, ...], calls: Calls, dtype: torch.dtype, devic
 
 
 def _milliseconds(name: str, query: Shape, key: Shape, dtype: torch.dtype, device: torch.device) -> float:
-    """Of one call, in the layout that the processors have: heads are a view of the features.
+    """Time of one call, in the memory layout that the processors give it: heads are a view of the features.
 
-    On a GPU as a CUDA graph, which a training step is: small calls are launched more slowly than they are computed.
+    On a GPU it is measured in a CUDA graph, as training runs: small calls take longer to launch than to compute.
     """
 
     def tensor(shape: Shape) -> Tensor:
@@ -222,7 +222,7 @@ _PLAIN = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, ChosenAttnProc
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes down the shapes of attention."""
+    """Counts attention calls by their shapes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Pipelines on the Hugging Face hub: their safetensors are downloaded once, and found in the cache after that."""
+"""Pipelines on the Hugging Face hub: their safetensors are downloaded once, then read from the cache."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def is_hub_id(name: str) -> bool:
 
 
 def download_pipeline(hub_id: str, parts: Collection[str] | None = None) -> Path:
-    """The folder in Hugging Face's cache with a pipeline's safetensors; downloaded where they are not there yet.
+    """The folder in Hugging Face's cache with a pipeline's safetensors. What is missing there is downloaded.
 
-    ``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` hold as everywhere.
+    ``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` have their usual meaning.
 
     Args:
         hub_id: ``owner/model``.
         parts: the components that are needed, such as ``unet``; None: all that fastsp uses.
 
     Raises:
-        UserError: no such model, no access to it, no network and nothing in the cache, or pickled weights alone.
+        UserError: no such model, no access to it, neither a network nor a copy in the cache, or only pickled weights.
     """
     from diffusers import DiffusionPipeline
 

@@ -1,4 +1,4 @@
-"""The parts of a text-to-image pipeline, and what a run does with them: encode, sample, decode, save."""
+"""The parts of a text-to-image pipeline, and what fastsp does with them: encode, sample, decode, save."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastsp.sampling import NO_GUIDANCE, Guidance, ddim, guided_denoiser
 
 @dataclass
 class TextToImageModel:
-    """What a run needs of a pipeline. Pixel-space models have no VAE: their latents are the pixels in [-1, 1].
+    """The parts of a pipeline. Pixel-space models have no VAE: their latents are the pixels in [-1, 1].
 
     Stable Diffusion XL has a second text encoder, and a UNet that takes pooled features and sizes.
     """
@@ -85,13 +85,13 @@ class TextToImageModel:
         return tuple(encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None)
 
     def frozen_parts(self) -> Iterator[Any]:
-        """Text encoders and VAE: what no stage trains."""
+        """Text encoders and VAE, which are never trained."""
         yield from (*self.text_encoders, *([self.vae] if self.vae is not None else []))
 
     def place(self, device: torch.device | str, compiles: bool = False) -> None:
-        """Move the frozen parts to ``device``; compile what training calls of them: text encoders, the VAE's encoder.
+        """Move the frozen parts to ``device`` and compile those that training calls: text encoders, the VAE's encoder.
 
-        They stay float32: Stable Diffusion's VAEs overflow in float16, and ``final/`` holds them as they were.
+        They stay float32: Stable Diffusion's VAEs overflow in float16, and ``final/`` has them unchanged.
         """
         for part in self.frozen_parts():
             part.to(device)
@@ -104,7 +104,7 @@ class TextToImageModel:
     def for_training(self) -> TextToImageModel:
         """As fastsp trains it: v-prediction, zero terminal SNR, trailing timesteps; no prompt is the empty prompt.
 
-        An epsilon model is so put to v-prediction, which its first stage has to teach it by MSE, as the paper's does.
+        A model that predicts epsilon is taught v-prediction by its first stage, by MSE, as in the paper.
         """
         scheduler = trained_scheduler(self.scheduler.config)
         return replace(

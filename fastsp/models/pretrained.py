@@ -1,4 +1,4 @@
-"""Pipelines that are loaded: a folder in diffusers' layout, a hub id or a single file; safetensors only."""
+"""Loads pipelines from a folder in diffusers' layout, a hub id, a single file or adapters; safetensors only."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from fastsp.errors import UserError
-from fastsp.families import family_named, family_of
+from fastsp.families import NetworkFamily, family_named, family_of
 from fastsp.families.unet import pooled_width
 from fastsp.lora import DIFFUSERS_FILE, Base, add_adapters, base_of, fingerprint, fuse_adapters, header, load_adapters
 from fastsp.models.hub import VARIANTS, download_pipeline, is_hub_id
@@ -96,7 +96,7 @@ def load_with_adapters(name: str, config: str | None, lora: Mapping[str, Any], s
 
 
 def check_pipeline(name: str, base: str | None = None) -> None:
-    """See that `load_pipeline` would find all parts, without reading weights. A hub id is downloaded.
+    """See that :func:`load_pipeline` would find all parts, without reading weights. A hub id is downloaded.
 
     Raises:
         UserError: it is not there, is of another kind, or lacks a part.
@@ -121,7 +121,7 @@ def load_unet(folder: Path, base: str | None = None) -> Any:
     """
     if (folder / DIFFUSERS_FILE).is_file():
         return load_pipeline(str(folder), base=base).unet
-    return _load_part(UNet2DConditionModel, _unet_folder(folder))
+    return _load_network(_unet_folder(folder))
 
 
 def load_unet_and_scheduler(name: str) -> tuple[Any, DDIMScheduler]:
@@ -164,7 +164,7 @@ def load_scheduler(folder: Path) -> DDIMScheduler:
 
 
 def check_unet(folder: Path) -> None:
-    """See that `load_unet` would find one, without reading weights.
+    """See that :func:`load_unet` would find a UNet, without reading weights.
 
     Raises:
         UserError: it would not.
@@ -176,7 +176,7 @@ def check_unet(folder: Path) -> None:
 
 
 def check_perceptual_network(unet: Any, layers: str | None, folder: Path | None, stage: str) -> None:
-    """See that a later stage will be able to measure, before the stages in front of it are trained.
+    """See that a later stage can use its perceptual network, before the stages in front of it are trained.
 
     Args:
         unet: of the run.
@@ -193,7 +193,7 @@ def check_perceptual_network(unet: Any, layers: str | None, folder: Path | None,
         check_unet(folder)
         if not (folder / DIFFUSERS_FILE).is_file():
             config = _read_json(_unet_folder(folder) / "config.json")
-            family = family_named(config.get("_class_name", family.class_name))
+            family = _family(_unet_folder(folder))
     for key in family.input_keys:
         if config.get(key) != unet.config.get(key):
             own = unet.config.get(key)
@@ -280,7 +280,7 @@ def _load_folder(root: Path, name: str, with_unet: bool) -> TextToImageModel:
     has = _parts(index, root, name)
     is_xl = "text_encoder_2" in has
     return TextToImageModel(
-        unet=_load_part(UNet2DConditionModel, root / "unet") if with_unet else None,
+        unet=_load_network(root / "unet") if with_unet else None,
         text_encoder=_load_part(CLIPTextModel, root / "text_encoder"),
         tokenizer=_tokenizer(root / "tokenizer"),
         scheduler=loaded_scheduler(_read_json(root / "scheduler" / "scheduler_config.json"), name),
@@ -325,11 +325,24 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _family(folder: Path) -> NetworkFamily:
+    """Of the denoising network in a folder."""
+    class_name = _read_json(folder / "config.json").get("_class_name", "UNet2DConditionModel")
+    try:
+        return family_named(class_name)
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from None
+
+
+def _load_network(folder: Path) -> Any:
+    return _load_part(_family(folder).network_class(), folder)
+
+
 def _load_part(kind: Any, folder: Path) -> Any:
-    """A network in float32, from safetensors alone, every tensor of it.
+    """A network in float32, from safetensors, with every tensor.
 
     Raises:
-        UserError: there are none, only pickles perhaps, or they do not fit.
+        UserError: no safetensors (perhaps pickles), or tensors that are missing or do not fit.
     """
     options = {
         "use_safetensors": True,
@@ -350,7 +363,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _variant(folder: Path) -> str | None:
-    """Of the weights that are there: plain ones before half precision."""
+    """The variant of the weights in a folder: none, if there are plain ones, before fp16 and bf16."""
     for variant in VARIANTS:
         suffixes = [".safetensors", ".safetensors.index.json"]
         names = [f"{stem}{suffix}" for stem in ("model", "diffusion_pytorch_model") for suffix in suffixes]
@@ -363,7 +376,7 @@ def _variant(folder: Path) -> str | None:
 
 
 def _or_user_error(folder: Path, load: Callable[[], T]) -> T:
-    """What ``load`` gives; the libraries' errors as one line."""
+    """The result of ``load``, with the libraries' errors as one line."""
     try:
         with quiet_libraries():
             return load()
@@ -374,7 +387,7 @@ def _or_user_error(folder: Path, load: Callable[[], T]) -> T:
 
 
 def _check_tokenizers(model: TextToImageModel, name: str) -> None:
-    """Of a folder without its vocabulary, transformers makes a tokenizer that knows no word."""
+    """From a folder without its vocabulary, transformers makes a tokenizer without words."""
     tokenizers = {"tokenizer": model.tokenizer, "tokenizer_2": model.tokenizer_2}
     for (part, tokenizer), encoder in zip(tokenizers.items(), model.text_encoders, strict=False):
         size, known = len(tokenizer), encoder.config.vocab_size
@@ -386,7 +399,7 @@ def _check_tokenizers(model: TextToImageModel, name: str) -> None:
 
 
 def _check_fit(model: TextToImageModel, name: str) -> None:
-    """The parts must fit each other: text features in width, latents in channels; and fastsp must know the UNet."""
+    """The parts must fit each other (width of text features, channels of latents), and the UNet must be trainable."""
     config = model.unet.config
     width = sum(encoder.config.hidden_size for encoder in model.text_encoders)
     if config.cross_attention_dim != width:

@@ -1,4 +1,4 @@
-"""Silence of the libraries that load and save: what is wrong, fastsp says itself, and in one line."""
+"""Keeps the libraries that load and save models silent: fastsp reports faults itself, in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Without the libraries' notices and their bars of loading; the bars of a download stay."""
+    """Hide the libraries' log messages and loading bars. Download bars stay."""
     levels = {name: logging.getLogger(name).level for name in ("diffusers", "transformers", "huggingface_hub")}
     shown = transformers_logging.is_progress_bar_enabled()
     for name in levels:

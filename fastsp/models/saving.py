@@ -1,4 +1,4 @@
-"""Pipeline folders that today's libraries read, and those of the years before."""
+"""Pipeline folders that both current and older libraries read."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     """Write a diffusers pipeline folder, safetensors only.
 
     transformers 5 writes the weights of a ``CLIPTextModel`` under shorter names than transformers 4 reads, which then
-    takes random ones and merely warns; and no ``vocab.json`` and ``merges.txt``. It reads the older layout too, so that
-    is what the folder gets. And it loads a text encoder in the dtype of its configuration where diffusers loads
-    everything else in float32, unless it is told otherwise: the configuration says float32, whatever the file's dtype.
+    initialises them at random and only warns; and it writes no ``vocab.json`` and ``merges.txt``. It still reads the
+    older layout, so the folder gets that one. transformers also loads a text encoder in the dtype of its configuration,
+    while diffusers loads everything else in float32 by default: the configuration says float32, whatever the file has.
     """
     with quiet_libraries():
         pipeline.save_pretrained(folder, safe_serialization=True)

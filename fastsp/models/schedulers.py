@@ -1,4 +1,4 @@
-"""Noise schedulers in diffusers' class: as a folder says, and as fastsp trains."""
+"""Noise schedulers in diffusers' class: as a folder has it, and as fastsp trains."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from fastsp.diffusion.process import BETA_END, BETA_START, NUM_TRAIN_TIMESTEPS
 from fastsp.errors import UserError
 
 _BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
-_MEANING = ("prediction_type", "rescale_betas_zero_snr")  # of the model's answers
+_MEANING = ("prediction_type", "rescale_betas_zero_snr")  # what the model predicts
 
 
 def loaded_scheduler(config: Any, name: str) -> DDIMScheduler:
-    """A folder's scheduler, of any class, as fastsp samples: its noise and prediction type; trailing DDIM.
+    """A trailing DDIM scheduler with the betas and the prediction type of a folder's scheduler, of any class.
 
     Args:
         config: of the scheduler.
-        name: of the model, for people.
+        name: of the model, for messages.
 
     Raises:
         UserError: it has no schedule of betas, or one that diffusers' DDIM does not know.
@@ -33,7 +33,7 @@ def loaded_scheduler(config: Any, name: str) -> DDIMScheduler:
 
 
 def trained_scheduler(config: Any) -> DDIMScheduler:
-    """A folder's scheduler as fastsp trains it: the folder's betas, and the settings of :func:`ddim_scheduler`."""
+    """The scheduler that fastsp trains for: a folder's betas, and the settings of :func:`ddim_scheduler`."""
     return ddim_scheduler(**_taken(config, _BETAS))
 
 
@@ -52,7 +52,7 @@ def ddim_scheduler(**overrides: Any) -> DDIMScheduler:
         "timestep_spacing": "trailing",
         "clip_sample": False,
         "set_alpha_to_one": True,
-        "steps_offset": 1,  # as Stable Diffusion has it; without meaning for trailing timesteps
+        "steps_offset": 1,  # Stable Diffusion's; without effect on trailing timesteps
     }
     return DDIMScheduler(**{**settings, **overrides})
 

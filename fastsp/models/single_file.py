@@ -1,4 +1,4 @@
-"""Single-file checkpoints in Stable Diffusion's own layout, as UIs exchange them."""
+"""Single-file checkpoints in Stable Diffusion's original layout, as user interfaces exchange them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _SECOND_ENCODER = "conditioner.embedders.1."  # Stable Diffusion XL's
 def load_single_file(file: Path, config: str | None) -> TextToImageModel:
     """The pipeline in one ``.safetensors`` file, converted by diffusers.
 
-    The file holds no tokenizer, and its layout does not say every width. They come from ``config``.
+    The file has no tokenizer, and its layout does not determine all widths. Both come from ``config``.
 
     Args:
         file: the checkpoint.
-        config: a folder in diffusers' layout or a hub id, of which the weights are not read; None: the one that
-            diffusers takes for a file of these shapes, from the hub or the cache.
+        config: a folder in diffusers' layout or a hub id, whose weights are not read; None: the repository that
+            diffusers chooses by the file's shapes, from the hub or the cache.
 
     Raises:
-        UserError: no such checkpoint, or its configuration cannot be had or does not fit.
+        UserError: the checkpoint lacks tensors, or its configuration cannot be loaded or does not fit.
     """
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
@@ -84,7 +84,7 @@ def _check_complete(file: Path, pipeline: Any) -> None:
 
 
 def tensor_names(file: Path) -> set[str]:
-    """What a checkpoint holds, by its header.
+    """The names of a checkpoint's tensors, from its header.
 
     Raises:
         UserError: it is no safetensors file.
@@ -97,7 +97,7 @@ def tensor_names(file: Path) -> set[str]:
 
 
 def _marked(keys: set[str]) -> dict[str, Any]:
-    """What the marker tensors that UIs look for say of the model's answers."""
+    """Prediction type and zero terminal SNR, as the marker tensors that user interfaces look for say."""
     marked = {"prediction_type": "v_prediction"} if "v_pred" in keys else {}
     return marked | ({"rescale_betas_zero_snr": True} if "ztsnr" in keys else {})
 

@@ -154,6 +154,10 @@ def with_unet(**settings):
     return spoil
 
 
+def with_a_motion_model(folder):
+    change(folder / "unet" / "config.json", _class_name="UNetMotionModel")
+
+
 def with_another_unet(folder):
     tiny_unet("sd", sample_size=4, cross_attention_dim=16).save_pretrained(folder / "unet")
 
@@ -198,6 +202,7 @@ def change(file, **values):
             with_unet(projection_class_embeddings_input_dim=92),
             "pooled text features of width 44, the text encoders give",
         ),
+        (with_a_motion_model, "unet: UNetMotionModel is no class of networks that fastsp knows; known: UNet2DCond"),
         (with_another_unet, "the UNet takes no pooled text features, the text encoders give pooled text features of"),
     ],
     ids=lambda value: getattr(value, "__qualname__", "").replace(".<locals>.spoil", ""),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from export import pipelines
+from safetensors import safe_open
 
 from fastsp.errors import UserError
 from fastsp.export import layout
 from fastsp.export.original_config import original_config
+from fastsp.export.single_file import save_single_file
 from fastsp.families import family_of
 from fastsp.models import ddim_scheduler
 
@@ -147,3 +150,14 @@ def assert_equal(model: torch.nn.Module, back: torch.nn.Module) -> None:
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
         assert torch.equal(weight, theirs[name]), name
+
+
+@pytest.mark.parametrize(("size", "side"), [([4, 6], 16), (None, 256)], ids=["list", "null"])
+def test_a_sample_size_that_is_no_number(size: Any, side: int, tmp_path: Path) -> None:
+    parts = pipelines.pipeline("sd1")
+    parts.unet = pipelines.unet("sd1", sample_size=size, norm_num_groups=32, block_out_channels=(32, 64))
+    save_single_file(parts, tmp_path / "model.safetensors", torch.float32, "tiny")
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as opened:
+        assert opened.metadata()["modelspec.resolution"] == f"{side}x{side}"
+    described = original_config(parts)
+    assert described is not None and described["model"]["params"]["image_size"] == side // 4
