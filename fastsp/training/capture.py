@@ -1,14 +1,13 @@
 """The training step as a CUDA graph: recorded once, then one launch instead of thousands.
 
-Recorded are draws, diffusion, online forward, objective, backward, clipping, AdamW and the moving average; under DDP
-the sums over ranks too. With one microbatch that is one graph; with several it is one for every microbatch but the
-last, and one for the last and the update. What changes from step to step lies in tensors: the graph's own copy of the
-batch (its positions are the draws' counters), the learning rate and the decay of the average. Outside are those copies,
-and the frozen text encoders and VAE, which are others' code and may wait for the device; with latents and text features
-computed beforehand they have nothing to do.
+Recorded are draws, diffusion, online forward, objective, backward, clipping, optimizer and moving average; under DDP
+the sums over ranks too. One microbatch takes one graph; several take one for every microbatch but the last, and one for
+the last and the update. What changes from step to step lies in tensors: the graph's own copy of the batch (its
+positions are the draws' counters), the learning rate and the decay of the average. Not recorded are the copying of the
+batch, and the frozen text encoders and VAE: they are code of others, which may wait for the device.
 
-The first steps of a batch shape run uncaptured on a side stream, where everything is compiled, tuned and allocated that
-must not be during a recording. They are steps like any other. Recording computes nothing.
+The first steps of a batch shape run uncaptured on a side stream, so that everything is compiled, tuned and allocated
+before a recording. They count as steps. Recording computes nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from fastsp.errors import UserError
 from fastsp.training.parallel import ReplicatedGradients, ShardedGradients
 from fastsp.training.step import StepResult, TrainingStep
 
-WARM_UP_STEPS = 2  # the first compiles and tunes; the second finds that done
+WARM_UP_STEPS = 2  # the first compiles and tunes
 
 Recorder = Callable[[Sequence[Work]], list[Work]]
 
@@ -38,10 +37,10 @@ class CapturedStep:
 
     Args:
         step: the uncaptured step, on a CUDA device.
-        required: raise if recording fails; otherwise one line is logged and the step goes on uncaptured.
-        record: makes replays of some pieces of work, without doing them.
+        required: raise if recording fails; otherwise log one line and continue uncaptured.
+        record: turns functions into their replays, without running them.
 
-    A result's tensors are overwritten by the next step.
+    The next step overwrites a result's tensors.
     """
 
     def __init__(self, step: TrainingStep, required: bool = True, record: Recorder | None = None) -> None:
@@ -79,14 +78,14 @@ class CapturedStep:
             if self.required:
                 raise
             reason = str(_cause(error)).splitlines()[0]
-        _log.warning("cuda_graph: auto goes on without a CUDA graph: %s", reason)
+        _log.warning("cuda_graph: auto continues without a CUDA graph: %s", reason)
         self._gave_up = True
         self.step.optimizer.forget_gradients()
         return None
 
     @contextmanager
     def _on_the_side(self) -> Iterator[None]:
-        """On a side stream: autograd remembers streams, and a recording must not meet the default one."""
+        """On a side stream: autograd remembers streams, and a recording must not use the default one."""
         if self._side_stream is None:
             yield
             return
@@ -145,24 +144,26 @@ class Recording:
 
 
 def captured(step: TrainingStep) -> TrainingStep | CapturedStep:
-    """The step as `cuda_graph` asks for it; auto: captured on a GPU.
+    """The step, captured if `cuda_graph` says so; auto: on a GPU.
 
     Raises:
-        UserError: a CUDA graph is asked for on a CPU, or of a sharded network.
+        UserError: `cuda_graph` is true on a CPU, or for a sharded network.
     """
     if not step.config.captures_on(step.seed.device):
         return step
     if isinstance(step.gradients, ShardedGradients):
         if step.config.cuda_graph is True:
-            raise UserError("cuda_graph: true does not go with distributed: fsdp, which moves the weights; use auto")
+            raise UserError(
+                "cuda_graph: true is not possible with distributed: fsdp, which moves the weights; use auto"
+            )
         return step
-    # A rank that went on without its graph would wait for the others in other collectives than theirs.
+    # A rank that continued without its graph would wait in other collectives than the others.
     several = isinstance(step.gradients, ReplicatedGradients)
     return CapturedStep(step, required=several or step.config.cuda_graph is True)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong first: the end of a recording that has failed only says that it has."""
+    """The first error: the one at the end of a failed recording only says that it failed."""
     while error.__context__ is not None:
         error = error.__context__
     return error

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: written beside their place, checked, committed by one rename.
+"""Checkpoints: written to a temporary folder, checked, and committed by one rename, so that none is ever half there.
 
-Tensors go through `torch.distributed.checkpoint` and its safetensors format; everything else is one JSON manifest with
-the size and checksum of every file. No pickles. Every rank writes its own part, in a thread: a step waits only until
-the tensors are copied to the CPU.
+Tensors go through `torch.distributed.checkpoint` in safetensors format; everything else is one JSON manifest with the
+size and checksum of every file. No pickles. Every rank writes its own part in a thread: a step waits only until the
+tensors are copied to the CPU.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from fastsp.training.checkpoint_folder import (
 from fastsp.training.distributed import Ranks
 from fastsp.training.update import local
 
-# One process without a group is meant to be so. (For the whole process: `catch_warnings` is not for threads.)
+# One process has no group on purpose. (Set for good, because `catch_warnings` is not safe with threads.)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-_FILE_BYTES = 2 << 30  # of a file, about: the writer holds one file at a time in memory
+_FILE_BYTES = 2 << 30  # about, of one file: the writer holds one at a time in memory
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Checkpoint:
     def load_into(self, state: dict[str, Tensor]) -> None:
         """Read every tensor of ``state`` in place; of a sharded one (DTensor) the local shard.
 
-        Every rank reads what it needs by itself, however many ranks have written.
+        Every rank reads by itself what it needs, whatever the number of ranks that wrote.
 
         Raises:
-            UserError: the checkpoint lacks one of them, or has it in another shape: it is of another model.
+            UserError: a tensor is missing or has another shape: the checkpoint belongs to another model or optimizer.
         """
         try:
             dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(self.folder)), no_dist=True)
@@ -71,10 +71,10 @@ class CheckpointWriter:
     """Saves checkpoints in the background, one at a time. All ranks call the same methods in the same order.
 
     Args:
-        root: where the folders go, on a file system that all ranks share.
-        settings: which ones stay, and whether to wait for them.
+        root: holds the folders, on a file system that all ranks share.
+        settings: which checkpoints are kept, and whether saving waits for them.
         config_digest: of the run's configuration, for the manifest.
-        ranks: who takes part.
+        ranks: the processes.
     """
 
     def __init__(self, root: Path, settings: CheckpointConfig, config_digest: str, ranks: Ranks) -> None:
@@ -84,7 +84,7 @@ class CheckpointWriter:
             "world_size": ranks.world_size,
             "versions": {"fastsp": version("fastsp"), "torch": torch.__version__, "python": platform.python_version()},
         }
-        self._staged: dict[str, Tensor] = {}  # kept from save to save: pinning memory takes long
+        self._staged: dict[str, Tensor] = {}  # reused, because pinning memory is slow
         self._thread: Thread | None = None
         self._failure: BaseException | None = None
 
@@ -92,21 +92,21 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or self.ranks.world_size == 1:  # after a failure of another rank, nobody is to be waited for
+        if kind is None or self.ranks.world_size == 1:  # if another rank failed, waiting for it would hang
             self.wait()
 
     @property
     def failed(self) -> bool:
-        """Whether the save in flight has failed; :meth:`wait` raises why."""
+        """Whether the save in progress has failed; :meth:`wait` raises its error."""
         return self._failure is not None
 
     def save(self, progress: Progress, state: dict[str, Tensor]) -> None:
-        """Begin to write ``root/step_*``. Returns when the tensors may change again.
+        """Start to write ``root/step_*``. Returns when the tensors may change again.
 
-        Until the rename at the end, nothing under the final name exists and no older checkpoint is touched.
+        Until the rename at the end nothing exists under the final name, and older checkpoints are not touched.
 
         Raises:
-            Exception: what the save before failed with, or without ``checkpoint.asynchronous`` this one.
+            Exception: the error of the previous save, or without ``checkpoint.asynchronous`` of this one.
         """
         self.wait()
         part = self._stage(_part_of(state, self.ranks))
@@ -118,10 +118,10 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Until the save in flight is committed.
+        """Wait until the save in progress is committed.
 
         Raises:
-            Exception: what it failed with.
+            Exception: its error.
         """
         if self._thread is not None:
             self._thread.join()
@@ -130,7 +130,7 @@ class CheckpointWriter:
             raise failure
 
     def _stage(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in CPU memory, contiguous as the format wants them."""
+        """Copies in CPU memory, contiguous, as the format requires."""
         staged = {}
         for name, tensor in part.items():
             source = local(tensor).detach()
@@ -184,13 +184,13 @@ class CheckpointWriter:
 
 
 def newest_whole(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose files are all there and unchanged, and why newer ones were passed over."""
+    """The newest intact checkpoint, and why newer ones were skipped."""
     folder, passed_over = newest_whole_folder(root)
     return (Checkpoint(folder, progress_of(folder)) if folder else None), passed_over
 
 
 def _part_of(state: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """What this rank writes: its shards of the sharded tensors, and of those that every rank has an even share."""
+    """What this rank writes: its shards of the sharded tensors, and an even share of the replicated ones."""
     replicated = [name for name, tensor in state.items() if not isinstance(tensor, DTensor)]
     replicated.sort(key=lambda name: state[name].nbytes)
     own = set(replicated[ranks.rank :: ranks.world_size])
@@ -198,7 +198,7 @@ def _part_of(state: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
 
 
 def _file_indices(state: dict[str, Tensor]) -> dict[str, int]:
-    """For every tensor the number of the file that it goes to, from 1; the same on all ranks."""
+    """The number of each tensor's file, from 1; the same on all ranks."""
     indices, total = {}, 0
     for name, tensor in state.items():
         total += tensor.nbytes

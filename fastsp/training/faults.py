@@ -1,4 +1,4 @@
-"""What can end a run from outside its code, told in one line that says what is left and how to go on."""
+"""What ends a run without being a bug, in one line that says what was saved and how to continue."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _AFTER_DIVERGING = (
 
 
 class Diverged(Exception):  # noqa: N818
-    """The gradient stays not finite. :func:`explained` says what is left."""
+    """The gradient is not finite, again and again. :func:`explained` adds what was saved."""
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def explained(run: RunDirectory) -> Iterator[None]:
     """Around the whole run: turn :class:`Diverged`, and errors that mean a full disk or memory, into one line.
 
     Raises:
-        RunFailed: in their place. Every other error passes.
+        RunFailed: in place of those errors. All others pass.
     """
     hook = threading.excepthook
     threading.excepthook = lambda args: None if no_room(args.exc_value) else hook(args)  # TensorBoard's writer
@@ -53,14 +53,14 @@ def explained(run: RunDirectory) -> Iterator[None]:
 
 
 def check_skipped(config: Config, stage: StageConfig, step: int, in_a_row: int) -> None:
-    """End a run whose gradient stays not finite.
+    """Stop a run whose gradient is not finite, again and again.
 
     Args:
-        step: of the stage, the latest.
-        in_a_row: the latest updates that were skipped, without a good one between them.
+        step: the latest step of the stage.
+        in_a_row: how many updates up to this step were skipped, without a good one between them.
 
     Raises:
-        Diverged: they are ``optimizer.max_skipped`` or more.
+        Diverged: there are at least ``optimizer.max_skipped``.
     """
     if in_a_row < config.optimizer.max_skipped:
         return
@@ -73,7 +73,7 @@ def check_skipped(config: Config, stage: StageConfig, step: int, in_a_row: int) 
 
 
 def no_memory(error: BaseException) -> str | None:
-    """How one of torch's errors says that memory is used up; None if it does not. Only one of them has its own type."""
+    """What is out of memory, if the error is one of torch's for that (only one has its own type); else None."""
     if isinstance(error, torch.OutOfMemoryError):
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         return "out of GPU memory" + (f", {wanted[1]} more were wanted" if wanted else "")
@@ -84,7 +84,7 @@ def no_memory(error: BaseException) -> str | None:
 
 
 def less_memory(config: Config) -> str:
-    """The keys by which a run takes less memory, as far as it does not do so yet."""
+    """The settings that would save memory and are not in use yet."""
     rows = config.data.microbatch or config.data.batch_size
     ways = [f"set data.microbatch below {rows} (samples of one forward)"] if rows > 1 else []
     if not config.gradient_checkpointing:

@@ -34,7 +34,7 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step tells, still on the device: reading a value waits for it. Read or copy it before the next step."""
+    """A step's figures on the device. Reading a value waits for the step; the next one may overwrite it."""
 
     loss: Tensor  # 0-d float32, mean over the nominal batch
     grad_norm: Tensor  # 0-d float32, before clipping
@@ -93,11 +93,11 @@ class TrainingStep:
 
     Args:
         config: the run's configuration.
-        stage: the stage's.
-        gradients: of the online network, with its optimizer.
-        objective: what it minimises.
-        model: the pipeline's frozen parts: text encoder, and VAE if there is one.
-        empty: features of the empty prompt, of one sample, on the device: what a dropped caption becomes.
+        stage: the stage's configuration.
+        gradients: the online network's, with its optimizer.
+        objective: the loss.
+        model: has the frozen text encoders, and the VAE if there is one.
+        empty: features of the empty prompt for one sample, on the device; they replace those of dropped captions.
     """
 
     def __init__(
@@ -134,17 +134,19 @@ class TrainingStep:
         return StepResult(loss, grad_norm, rate, self.optimizer.skipped, self.optimizer.skipped_in_a_row)
 
     def set_rates(self, number: int) -> float:
-        """Learning rate, which is returned, and decay of the average at the ``number``-th update (from 1) of the stage,
-        for the next update."""
+        """Set learning rate and decay of the average for the ``number``-th update (from 1) of the stage.
+
+        Returns the learning rate.
+        """
         rate = learning_rate(self.config.optimizer, self.stage.learning_rate, number, self.stage.steps)
         self.optimizer.learning_rate.fill_(rate)
         self.optimizer.ema_decay.fill_(ema_decay(self.config.ema, number))
         return rate
 
     def encoded(self, batch: Batch) -> Batch:
-        """The microbatch with what the frozen text encoders and VAE make of it, where it was not computed beforehand.
+        """The microbatch with text features and VAE moments, computed where the data does not have them.
 
-        Apart from the rest, which can be captured in a CUDA graph: these networks are others' code.
+        Separate from the rest, which a CUDA graph can capture: these networks are code of others.
         """
         if batch.text_features is None:
             assert batch.input_ids is not None

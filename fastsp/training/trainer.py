@@ -61,27 +61,27 @@ def train(
     """Train all stages of a configuration and write ``final/``.
 
     Args:
-        config: of the run.
-        resume: go on with the run in ``config.run_dir`` from its newest whole checkpoint.
-        console: where to print; None: standard output.
-        allow_changes: go on with another configuration than the run began with.
+        config: the run's configuration.
+        resume: continue the run in ``config.run_dir`` from its newest intact checkpoint.
+        console: prints; None: to standard output.
+        allow_changes: continue although the configuration has changed.
         report: called with the run directory whenever there are new pictures; it may fail.
 
     Raises:
-        UserError: the run directory is not to be had, the model or the data cannot be loaded.
-        Interrupted: by SIGINT or SIGTERM of any process, after saving.
-        RunFailed: disk or memory is full, or the gradient stays not finite.
+        UserError: the run directory cannot be used, or the model or the data cannot be loaded.
+        Interrupted: any process received SIGINT or SIGTERM; everything is saved.
+        RunFailed: disk or memory is full, or the gradient is not finite again and again.
     """
     with process_group(config.distributed_timeout) as ranks, ExitStack() as stack:
         with said_once():
             config.check_world_size(ranks.world_size)
         with ranks.main_first():
             run, stop = RunDirectory(config, resume, allow_changes, ranks.is_main), StopRequest(ranks.is_main)
-            stack.enter_context(explained(run))  # the memory may be too small for the model already
+            stack.enter_context(explained(run))  # loading the model may already run out of memory
             stack.callback(run.release)
             run.hold()
             trainer = Trainer(config, ranks, run, stop, console or Console(), report)  # fails before writing anything
-            # The missing are named while `stop` still holds: torchrun sends SIGTERM as soon as one process has ended.
+            # Ranks are named within `stop`, because torchrun sends SIGTERM as soon as one process has ended.
             for context in (run, stop, ranks.naming_the_missing()):
                 stack.enter_context(context)
             if run.lock.note is not None:
@@ -109,16 +109,16 @@ class Trainer:
         self.config, self.ranks, self.run, self.stop, self.console = config, ranks, run, stop, console
         self.report = report if ranks.is_main else None
         self.device = ranks.device
-        config.captures_on(self.device)  # refuses a CUDA graph on a CPU
+        config.captures_on(self.device)  # raises for a CUDA graph on a CPU
         check_available(config.attention, self.device)
         if self.device.type == "cuda" or config.compiles_on(self.device):  # Triton's kernels are compiled in any case
             keep_compiled_code()
         check_installed(config)
-        update_of(config)  # refuses an optimizer that is not there, or not for shards
+        update_of(config)  # raises for an unknown optimizer, or one that cannot work on shards
         check_path(config.data)  # before a model is downloaded
         model, lora = config.model, config.model.lora and config.model.lora.model_dump()
         self.model = load_model(model.preset, model.pretrained, config.data.resolution, config.seed, model.config, lora)
-        self.model.latent_shape(config.data.resolution)  # refuses what the VAE cannot shrink
+        self.model.latent_shape(config.data.resolution)  # raises for a resolution that the VAE cannot encode
         for number, stage in enumerate(config.stages):
             if (frozen := stage.frozen_network) is not None:
                 is_own = frozen in (model.pretrained, *(other.name for other in config.stages))
@@ -147,7 +147,7 @@ class Trainer:
             f"{_size(self.model.unet)}, {config.precision} on {device_name(self.device)}{_share(config, ranks)}"
         )
         if (times := config.data.batch_size / len(self.source)) > 1:
-            console.print(f"data.batch_size {config.data.batch_size}: every sample comes {times:.1f} times a step")
+            console.print(f"data.batch_size {config.data.batch_size}: every sample occurs {times:.1f} times per step")
         told = [*self.source.reader.damaged, *self.source.reader.notes]
         for name, what in told[:_NOTES]:
             console.print(f"note: {name}: {what}", highlight=False, markup=False)
@@ -182,7 +182,7 @@ class Trainer:
     def train_stage(
         self, stage: StageConfig, done: int, checkpoint: Checkpoint | None, trackers: Trackers | None
     ) -> None:
-        """One stage, from update ``done`` on (what the checkpoint holds), to its weights in its folder."""
+        """One stage, from update ``done`` (from the checkpoint) to the weights in its folder."""
         self.console.print(_headline(stage, done))
         self.console.print(_average_line(self.config.ema, stage.steps), highlight=False)
         step, ema_unet = self._build(stage)
@@ -258,7 +258,7 @@ class Trainer:
 
     @contextmanager
     def _compiling(self, first: bool) -> Iterator[None]:
-        """Around a step: of the first one of a stage say how long compiling takes."""
+        """Around a step: for the first one of a stage, print how long compiling took."""
         if not first or not self.config.compiles_on(self.device):
             yield
             return
@@ -270,7 +270,7 @@ class Trainer:
         self.console.print(f"compiled; the first step took {time.monotonic() - began:.1f} s")
 
     def _build(self, stage: StageConfig) -> tuple[TrainingStep, Any]:
-        """The step of a stage and the UNet of its moving average, fresh from the stage's `init`."""
+        """The step of a stage and the UNet of its moving average, from the weights of the stage's `init`."""
         model = self.model
         return build_step(
             self.config,
@@ -286,7 +286,7 @@ class Trainer:
         )
 
     def _choose_attention(self) -> str:
-        """The kernel of the whole run; what was measured is kept, so that a resumed run takes the same."""
+        """The kernel for the whole run. The choice is kept, so that a resumed run uses the same."""
         data, model, rows = self.config.data, self.model, self._microbatch()
         text = (rows, *model.encode_no_prompt().encoder_hidden_states.shape[1:])
         choice = kept_choice(
@@ -318,7 +318,7 @@ class Trainer:
         return self.config.data.microbatch or self.config.data.batch_size // self.ranks.world_size
 
     def _initial_unet(self, name: str | None) -> Any:
-        """What a stage's name or a folder stands for; None: the model itself. A stage's adapters share the one base."""
+        """The UNet of a stage or folder; None: the model's own. The adapters of all stages share one base."""
         is_stage = any(stage.name == name for stage in self.config.stages)
         if not is_stage and name in (None, self.config.model.pretrained):
             return shared_copy(self.model.unet)
@@ -342,7 +342,7 @@ class Trainer:
             save_for_use(unet, folder, self.model.base, self.model.scheduler)
 
     def _newest_checkpoint(self) -> Checkpoint | None:
-        """Find the newest whole checkpoint and say which."""
+        """Find the newest intact checkpoint and print which."""
         for change in self.run.changes:
             self.console.print(f"changed: {change}")
         checkpoint, passed_over = newest_whole(self.run.checkpoints)
@@ -357,14 +357,14 @@ class Trainer:
         return checkpoint
 
     def _saves(self, number: int, stage: StageConfig, result: StepResult) -> bool:
-        """Whether to save after a step. Within a row of skipped updates only where it must be, so that a run which is
-        ended by them goes on from before them."""
+        """Whether to save after a step. Not between skipped updates, except at a stage's end, so that a run which they
+        stop continues from before them."""
         if number == stage.steps:
             return True
         return number % self.config.checkpoint.every == 0 and not int(result.skipped_in_a_row)
 
     def _check_place(self, progress: Progress) -> None:
-        """See that a changed configuration still has the place where the run stopped."""
+        """Check that a changed configuration still has the step at which the run stopped."""
         shorten = ""
         for number, stage in enumerate(self.config.stages):
             before = self.config.steps_before(stage)
@@ -379,7 +379,7 @@ class Trainer:
         )
 
     def _draw(self, ema_unet: Any, stage: StageConfig, step: int, trackers: Trackers | None) -> Any:
-        """A grid with the weights of the moving average. All ranks call it: theirs may be parts.
+        """Draw a grid with the averaged weights. All ranks call it, since each may hold a shard.
 
         Returns:
             The whole UNet on the main process, None on the others.
@@ -399,7 +399,7 @@ class Trainer:
             raise Interrupted(signal_number)
 
     def _refresh_report(self) -> None:
-        """A report that fails is no reason to stop; it is said once."""
+        """A failing report does not stop the run; it is mentioned once."""
         if self.report is not None:
             try:
                 self.report(self.run.root)
@@ -422,28 +422,28 @@ def _size(unet: Any) -> str:
 
 
 def _fingerprints(model: TextToImageModel) -> dict[str, Any]:
-    """What latents, and the text features beside them, must have been encoded with."""
+    """Of the networks that must have made the latents and the text features beside them."""
     return {"vae_sha256": fingerprint(model.vae), "text_sha256": fingerprint(*model.text_encoders)}
 
 
 def _check_same_data(mine: Inventory, ranks: Ranks) -> None:
-    """See that all processes take their samples from the same epoch: each lists the files for itself, and a network's
-    file system may show a new one, or that one is gone, to some later than to others.
+    """Check that all processes see the same data: each lists the files itself, and a network file system may show new
+    or deleted files to some later than to others.
 
     Raises:
         UserError: this process sees other data than process 0.
-        SystemExit: another one does, and says so.
+        SystemExit: another process does, and prints it.
     """
     difference = ranks.broadcast(mine).difference(mine)
     others = ranks.exchange([difference is not None])
     if difference:
-        raise UserError(f"this process sees other data than process 0: {difference}; see that all read the same files")
+        raise UserError(f"this process sees other data than process 0: {difference}; let all read the same files")
     if others.any():
         raise SystemExit(1)
 
 
 def _due(number: int, every: int, last: int) -> bool:
-    """Whether to draw after a step; the last one's grid is that of the finished stage."""
+    """Whether to draw after a step. The last step's grid is drawn when the stage is finished."""
     return number != last and bool(every and number % every == 0)
 
 

@@ -187,7 +187,7 @@ def test_a_recording_that_fails(caplog):
         rows = run(step, CapturedStep(step, required=False, record=fail), 5)
     assert rows == run(expected, expected, 5)
     assert_same(step, expected)
-    assert [r.getMessage() for r in caplog.records] == ["cuda_graph: auto goes on without a CUDA graph: planted"]
+    assert [r.getMessage() for r in caplog.records] == ["cuda_graph: auto continues without a CUDA graph: planted"]
 
 
 def test_what_the_configuration_asks_for():

@@ -180,7 +180,7 @@ def test_a_batch_larger_than_the_data_is_told(tmp_path):
     ]
     console = Console(file=StringIO(), width=200)
     run_stages(load_config(ROOT / "configs" / "quickstart.yaml", overrides), console=console)
-    assert "data.batch_size 2000: every sample comes 1.5 times a step" in console.file.getvalue()
+    assert "data.batch_size 2000: every sample occurs 1.5 times per step" in console.file.getvalue()
 
 
 def test_what_is_bad_is_counted_and_what_may_surprise_is_told(tmp_path):
