@@ -115,14 +115,16 @@ def _training(config: dict[str, Any], way: list[dict[str, Any]], environment: di
     data, optimizer = config["data"], config["optimizer"]
     base = config["model"].get("pretrained")
     model = _name(base) if base else f"preset {config['model'].get('preset')}, random weights"
+    warmup = ", reached by a warm-up" if config["ema"].get("warmup") else ""
     facts = {
         "base model": model,
         "data": f"{data['source']} {_name(data['path'])}".strip() + f", {data['resolution']} px",
         "batch size": data["batch_size"],
         **_adapters(config["model"].get("lora")),
         "caption dropout": "unconditional: every caption empty" if data["unconditional"] else data["caption_dropout"],
-        "optimizer": f"AdamW, betas {optimizer['betas']}, weight decay {optimizer['weight_decay']}",
-        "EMA": f"{config['ema']['decay']}; these are the {'raw' if raw else 'averaged'} weights",
+        "optimizer": f"{optimizer.get('kind', 'adamw')}, betas {optimizer['betas']}, "
+        f"weight decay {optimizer['weight_decay']}",
+        "EMA": f"{config['ema']['decay']}{warmup}; these are the {'raw' if raw else 'averaged'} weights",
         "precision": config["precision"],
         "seed": config["seed"],
         **environment,
