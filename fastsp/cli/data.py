@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +63,7 @@ def check(
         typer.echo(f"{contact_sheet} is not written: no picture could be read")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(json_file, json.dumps(report.as_json(), indent=2) + "\n")
+        write_file(json_file, json.dumps(asdict(report), indent=2) + "\n")
     if report.stop is not None:
         typer.echo(f"a run would stop: {report.stop}")
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,9 +85,6 @@ class Report:
     stop: str | None
     """Why a run would stop, if too many samples are bad."""
 
-    def as_json(self) -> dict:
-        return asdict(self)
-
     def lines(self) -> list[str]:
         """The report for people."""
         return [
@@ -140,14 +137,14 @@ def _holds_images(folder: Path) -> bool:
     return False
 
 
-def _note_on_lengths(lengths: list[int]) -> dict[str, str]:
-    long = sum(length > LONG_CAPTION for length in lengths)
-    what = f"{long} of more than {LONG_CAPTION} characters: Stable Diffusion's text encoders read 77 tokens, no more"
-    return {"captions": what} if long else {}
-
-
-def _notes(config: DataConfig, source: Source) -> dict[str, str]:
+def _notes(config: DataConfig, source: Source, lengths: list[int]) -> dict[str, str]:
+    """What the reader notes, and what may be wrong with the source as a whole."""
     found = list(source.reader.notes)
+    if long := sum(length > LONG_CAPTION for length in lengths):
+        what = (
+            f"{long} of more than {LONG_CAPTION} characters: Stable Diffusion's text encoders read 77 tokens, no more"
+        )
+        found.append(("captions", what))
     if config.source == "images":
         folder = Path(str(config.path))
         tars = sum(1 for _ in folder.glob("*.tar"))
@@ -199,7 +196,7 @@ def check_source(config: DataConfig, limit: int | None = None) -> tuple[Report, 
         read=count,
         bad=dict(source.bad_samples.reasons),
         lost=source.reader.lost,
-        notes=_notes(config, source) | _note_on_lengths(lengths),
+        notes=_notes(config, source, lengths),
         heights=Spread.of(heights.tolist()),
         widths=Spread.of(widths.tolist()),
         smaller_than_resolution=int((torch.minimum(heights, widths) < config.resolution).sum()),

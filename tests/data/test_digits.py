@@ -45,7 +45,7 @@ def test_written_once(tmp_path):
     shards = digits_shards("heldout", tmp_path)
     time = shards[0].stat().st_mtime_ns
     assert digits_shards("heldout", tmp_path) == shards
-    write_shards(tmp_path, "heldout")  # as a second process would that found the folder missing
+    write_shards(tmp_path / "heldout", "heldout")  # as a second process would that found the folder missing
     assert shards[0].stat().st_mtime_ns == time
     assert [path.name for path in tmp_path.iterdir()] == ["heldout"]
 

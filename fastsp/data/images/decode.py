@@ -97,10 +97,8 @@ class ImageDecoder:
             # What it does not decode is looked at by libjpeg-turbo, which knows more kinds, or what is wrong.
             decoded |= self._on_cpu({row: image for row, image in for_gpu.items() if row not in decoded})
         decoded |= running
-        return [self._placed(decoded[row]) for row in range(len(images))]
-
-    def _placed(self, image: Tensor | BadSample) -> Tensor | BadSample:
-        return image if isinstance(image, BadSample) else image.to(self.device)
+        placed = (decoded[row] for row in range(len(images)))
+        return [image if isinstance(image, BadSample) else image.to(self.device) for image in placed]
 
     def _on_cpu(self, images: Mapping[int, OpenedImage | BadSample]) -> Iterable[tuple[int, Tensor | BadSample]]:
         """Started in the pool at once, waited for one by one."""
@@ -162,17 +160,17 @@ class JpegsOnGpu:
             return [None] * len(images)
         order = torch.cuda.current_stream(self.device).cuda_stream
         found = self.decoder.decode(list(streams.values()), params=self.params, cuda_stream=order)
-        decoded = {row: pixels for row, pixels in zip(streams, found, strict=True) if pixels is not None}
-        return [self._upright(decoded[row], image) if row in decoded else None for row, image in enumerate(images)]
+        decoded: list[Tensor | None] = [None] * len(images)
+        for row, pixels in zip(streams, found, strict=True):
+            if pixels is not None:
+                decoded[row] = upright(torch.as_tensor(pixels, device=self.device), images[row].orientation)
+        return decoded
 
     def _parse(self, image: JpegFile) -> Any:
         try:
             return self.stream(image.content)
         except RuntimeError:  # a header that it cannot read
             return None
-
-    def _upright(self, pixels: Any, image: JpegFile) -> Tensor:
-        return upright(torch.as_tensor(pixels, device=self.device), image.orientation)
 
 
 def upright(image: Tensor, orientation: int) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,7 +104,8 @@ class ImagePipeline:
     def _chunk(self, opened: Sequence[OpenedImage | BadSample], positions: Tensor) -> Pixels:
         decoded = self.decoder.decode(opened)
         rejections = {index: image for index, image in enumerate(decoded) if isinstance(image, BadSample)}
-        images = [self._placeholder() if isinstance(image, BadSample) else image for image in decoded]
+        black = torch.zeros(1, 1, self.channels, dtype=torch.uint8, device=self.device)
+        images = [black if isinstance(image, BadSample) else image for image in decoded]
         sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.int64)
         geometry = crop_geometry(
             sizes, positions, self.seed, resolution=self.resolution, random_crop=self.random_crop, flip=self.flip
@@ -113,7 +113,8 @@ class ImagePipeline:
         slack = (geometry.resized_sizes - self.resolution).clamp(min=1)
         places = (geometry.crop_offsets / slack).float()  # DALI's crop position: 0 .. 1
         (output,) = self.dali.run(
-            images=[self._dali_input(image) for image in images],
+            # Without a copy: DALI reads the same memory, as an array or, on a GPU, as a tensor in stream order.
+            images=[image.numpy() for image in images] if self.device.type == "cpu" else images,
             size=geometry.resized_sizes.float().numpy(),
             top=places[:, 0].contiguous().numpy(),
             left=places[:, 1].contiguous().numpy(),
@@ -123,13 +124,6 @@ class ImagePipeline:
         if self.stream is not None:
             values = values.clone()  # off DALI's memory, which it takes back without regard for who still reads it
         return Pixels(values, sizes, geometry.seen_offsets, rejections)
-
-    def _placeholder(self) -> Tensor:
-        return torch.zeros(1, 1, self.channels, dtype=torch.uint8, device=self.device)
-
-    def _dali_input(self, image: Tensor) -> np.ndarray | Tensor:
-        """Without a copy: DALI reads the same memory, as an array or, on a GPU, as a tensor in stream order."""
-        return image.numpy() if self.device.type == "cpu" else image
 
 
 def chunks(images: Sequence[OpenedImage | BadSample]) -> Iterator[slice]:

@@ -32,36 +32,25 @@ def digits_shards(split: str = "train", folder: Path | None = None) -> list[Path
     Raises:
         UserError: an unknown split.
     """
-    root = folder or cache_folder() / f"digits-v{VERSION}"
-    if not (root / split).is_dir():
-        write_shards(root, split)
-    return sorted((root / split).glob("*.tar"))
-
-
-def write_shards(folder: Path, split: str) -> Path:
-    """Write a split's shards to `folder / split`: the same bytes every time, and either all of them or none.
-
-    Args:
-        folder: is made where it is missing.
-        split: "train" or "heldout".
-
-    Returns:
-        The split's folder. One that another process finished first is kept.
-
-    Raises:
-        UserError: an unknown split.
-    """
     if split not in SPLITS:
         raise UserError(f"split of the digits is {split!r}; allowed: {', '.join(SPLITS)}")
+    shards = (folder or cache_folder() / f"digits-v{VERSION}") / split
+    if not shards.is_dir():
+        write_shards(shards, split)
+    return sorted(shards.glob("*.tar"))
+
+
+def write_shards(folder: Path, split: str) -> None:
+    """Write a split's shards: the same bytes every time, and all of them or none. A folder that another process
+    finished first is kept."""
     samples = list(_samples(split))
     try:
-        with new_folder(folder / split, replace=False) as unfinished:
+        with new_folder(folder, replace=False) as unfinished:
             for shard, start in enumerate(range(0, len(samples), SAMPLES_PER_SHARD)):
                 _write_tar(unfinished / f"{shard:06d}.tar", samples[start : start + SAMPLES_PER_SHARD], first_key=start)
     except OSError:
-        if not (folder / split).is_dir():
+        if not folder.is_dir():
             raise
-    return folder / split
 
 
 def _samples(split: str) -> Iterator[tuple[bytes, str]]:
