@@ -256,7 +256,7 @@ def _batches(data: DataConfig, channels: int, bar: Bar) -> Iterator[tuple[Tensor
     count = min(len(source), MAX_IMAGES)
     batch_size = min(count, batch_size_of(data.resolution, channels))
     batches = source.batches(last_position=count, batch_size=batch_size)
-    with closing(batches), bar("real images", count) as advance:
+    with closing(batches), bar(f"looking at {count} real images", count) as advance:
         for batch in batches:
             whole = (batch.weights > 0).nonzero().flatten()
             assert batch.pixel_values is not None
@@ -300,7 +300,7 @@ def _of_folder(folder: Path, captions: CaptionSet, model: FeatureModel, work: Pa
     kept = work / f"reference-{_digest(files, model.identity)}.safetensors"
     if kept.is_file():
         return load_reference(kept, model.identity)
-    with bar("real images", len(files)) as advance:
+    with bar(f"looking at {len(files)} real images", len(files)) as advance:
         seen = see_files(files, model, advance)
     which = "the images of the captions" if captions.images else "all images"
     reference = Reference.of(seen, model.identity, f"{folder.name}: {which}, their central squares")

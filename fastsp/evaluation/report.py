@@ -90,7 +90,7 @@ def _embedded(path: Path, longest: int, num_bytes: int, _time: int) -> Embedded:
     with Image.open(path) as image:
         size = image.size
         if num_bytes <= AS_IT_IS:
-            return Embedded(_uri("png", path.read_bytes()), link, "", max(size) < longest)
+            return Embedded(_uri("png", path.read_bytes()), link, "", max(size) < NARROW)
         copy = image.convert("RGB")
     copy.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     jpeg = io.BytesIO()

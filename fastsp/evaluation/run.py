@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -66,17 +67,24 @@ def evaluate_run(config: Config, console: Console | None = None) -> list[Row]:
         return []
     write_environment(run_dir)
     jobs = plan(config)
-    say(f"{len(jobs)} rows, into {run_dir / 'evaluation.json'}; first the real images are looked at")
+    say(f"{len(jobs)} rows, into {run_dir / 'evaluation.json'}")
+
+    def first(what: str, total: int) -> AbstractContextManager[Callable[..., None]]:
+        """What comes before the first row takes a while: a line for it where there is no bar."""
+        if not console.is_terminal:
+            say(what)
+        return steps_bar(what, total)
+
     work, side = run_dir / "evaluation", config.data.resolution
     if settings.captions is None:
         channels = load_for_sampling(jobs[-1].model).channels
-        extractor, reference = own_reference(config, channels, steps_bar)
+        extractor, reference = own_reference(config, channels, first)
         captions = partial(_captions_of, reference, settings.num_samples)
         rows: RowFile = OwnRows(run_dir / "evaluation.json", jobs)
     else:
         given = read_captions(Path(settings.captions), settings.num_samples)
         named = None if settings.reference is None else Path(settings.reference)
-        extractor, reference = open_reference(settings.features, named, given, work, steps_bar, side)
+        extractor, reference = open_reference(settings.features, named, given, work, first, side)
         captions = lambda seed: given  # noqa: E731 - the same for every seed
         rows = RowFile(run_dir / "evaluation.json")
         jobs = [job for job in jobs if job.model or job.seed == jobs[0].seed]  # the reference is scored once

@@ -66,7 +66,7 @@ class Roles:
     def label(self, stage: str) -> str:
         """The stage as a reader of the paper calls it."""
         names = {
-            "real": "Real pictures",
+            "real": "Real images",
             "base": "MSE",
             "self_perceptual": "Self-perceptual",
             "control": "MSE, as long",
@@ -214,5 +214,5 @@ def _cell(rows: list[dict[str, Any]], metric: Metric, best: str | None) -> dict[
 
 def _setting_words(setting: Setting) -> str:
     if setting.stage == REAL:
-        return "training set: the floor"
+        return "training set, or the reference itself"
     return sampling_words(setting, with_condition=False)

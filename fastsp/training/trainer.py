@@ -249,11 +249,12 @@ class Trainer:
             if name == self.config.final:
                 with new_folder(self.run.final) as unfinished:
                     self._write_final(unet, unfinished)
+                self.console.print(f"{self.run.final} holds the EMA weights of stage {self.config.final}")
+                self.console.print("sampling every stage from equal noise, for comparison.png and the trajectories")
             rows[name] = self.samples.row(unet)
             self.samples.draw_trajectory(unet, name)
             del unet
         self.samples.draw_comparison(rows)
-        self.console.print(f"{self.run.final} holds the EMA weights of stage {self.config.final}")
         self.console.print(f"{self.run.samples / 'comparison.png'} shows the stages side by side from equal noise")
 
     @contextmanager

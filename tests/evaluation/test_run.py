@@ -122,20 +122,25 @@ def test_an_interrupted_evaluation_goes_on(config: Config, monkeypatch: pytest.M
     assert len(rows) == 16 and all(row in rows for row in kept)
 
 
-def test_without_a_terminal_each_new_row_is_one_line(config: Config, capfd: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_what_is_done_and_each_new_row_is_a_line(
+    config: Config, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FASTSP_CACHE", str(tmp_path / "empty"))  # so that the classifier is trained
     guidance = [GuidanceConfig(stages=["mse"], scale=2.0, rescale=0.7)]
     config = with_settings(config, seeds=[0], guidance=guidance)
     written = io.StringIO()
     rows = evaluate_run(config, Console(file=written, width=40))
     first, *lines, note = written.getvalue().splitlines()
-    assert first == f"evaluation: 8 rows, into {config.run_dir}/evaluation.json; first the real images are looked at"
+    assert first == f"evaluation: 8 rows, into {config.run_dir}/evaluation.json"
+    assert lines[0].startswith("evaluation: looking at ") and "evaluation: training the classifier" in lines
+    lines = [line for line in lines if "FID" in line]
     assert note.startswith("evaluation: 12 images are fewer than the 64 features: FID comes out too high")
     assert len(lines) == len(rows) == 8
     assert lines[0].startswith("evaluation: real images: FID ")
     assert lines[3].startswith("evaluation: mse, 2 steps, guidance 2, rescale 0.7, seed 0: FID ")
     assert "Loading" not in capfd.readouterr().err
     evaluate_run(config, Console(file=written))
-    assert written.getvalue().splitlines() == [first, *lines, note, first], "nothing was left to do"
+    assert written.getvalue().count("FID") == 8 + 1, "nothing was left to do"
 
 
 def test_rows_that_cannot_be_compared_any_more_are_made_anew(config: Config) -> None:
@@ -308,7 +313,7 @@ def test_captions_from_a_file(config: Config, tmp_path: Path) -> None:
         ("mse", True, 2.0, 0),
     ]
     assert len(names) == 1 + 2 * 5
-    assert written.getvalue().splitlines()[2].startswith("evaluation: mse, 2 steps, seed 0: FID ")
+    assert "evaluation: mse, 2 steps, seed 0: FID " in written.getvalue()
     assert json.loads((Path(config.run_dir) / "evaluation.json").read_text()) == rows
     (Path(config.run_dir) / "config.yaml").write_text(config.dump())
     assert write_report(Path(config.run_dir)).is_file()
