@@ -217,7 +217,8 @@ def test_pictures_of_one_s_own_take_few_keys(tmp_path):
         "data: {source: images, path: pictures, resolution: 512, batch_size: 8}\n"
         "stages: [{name: mse, objective: mse, steps: 1000, learning_rate: 1.0e-5}]\n"
     )
-    assert load_config(tmp_path / "own.yaml").final == "mse"
+    config = load_config(tmp_path / "own.yaml")
+    assert config.final == "mse" and config.evaluation.enabled is False, "there is nothing to evaluate with"
 
 
 @pytest.mark.parametrize(
