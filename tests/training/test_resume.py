@@ -60,6 +60,18 @@ def straight(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+def test_another_optimizer_goes_on_exactly(tmp_path):
+    """Muon's state goes through the files of a checkpoint too."""
+    short = ("optimizer.kind=muon", "stages=[{name: mse, objective: mse, steps: 9, learning_rate: 1e-3}]", "final=mse")
+    finish(tmp_path / "straight", *short)
+    assert stop_at(tmp_path / "run", 3, signal.SIGTERM, *short) == 128 + signal.SIGTERM
+    assert "resuming step_0000000" in finish(tmp_path / "run", *short, "--resume")
+    assert comparable(metrics(tmp_path / "run")) == comparable(metrics(tmp_path / "straight"))
+    ours, theirs = (tensors(tmp_path / name / "final/unet") for name in ("run", "straight"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+@pytest.mark.slow
 def test_two_kills_change_nothing(straight, tmp_path):
     """kill -9 within the first stage and within the second; every line of the metrics is that of the straight run."""
     run_dir = tmp_path / "run"
