@@ -185,5 +185,7 @@ def test_a_loss_needs_unet_and_scheduler_alone(pipelines, tmp_path):
     unet, scheduler = load_unet_and_scheduler(str(run / "stages" / "mse"))
     assert torch.equal(unet.conv_in.weight, expected.unet.conv_in.weight)
     assert scheduler.config.prediction_type == "v_prediction" and float(scheduler.alphas_cumprod[-1]) == 0
+    expected.unet.save_pretrained(run / "stages" / "mse" / "raw")
+    assert load_unet_and_scheduler(str(run / "stages" / "mse" / "raw"))[1].config == scheduler.config
     with pytest.raises(UserError, match=r"nowhere does not exist; allowed: a folder with a model, a hub id"):
         load_unet_and_scheduler(str(tmp_path / "nowhere"))

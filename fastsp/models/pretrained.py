@@ -149,11 +149,11 @@ def load_scheduler(folder: Path) -> DDIMScheduler:
     Raises:
         UserError: there is none.
     """
-    run = folder.resolve().parent.parent
+    run = next((path.parent for path in folder.resolve().parents if path.name == "stages"), folder)
     for holder in (folder, run / "final"):
         if (file := holder / "scheduler" / "scheduler_config.json").is_file():
             return loaded_scheduler(_read_json(file), str(holder))
-    if folder.resolve().parent.name != "stages" or not (run / "config.yaml").is_file():
+    if run == folder or not (run / "config.yaml").is_file():
         raise UserError(f"{folder} has no scheduler/scheduler_config.json, and it is no stage of a run")
     model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
     if model.get("pretrained") is None:
