@@ -1,7 +1,7 @@
 """The typed configuration of a run: what `fastsp train --config FILE key=value ...` reads.
 
-Every section forbids unknown keys and converts nothing silently, so that a mistake is one clear line, not a run with
-the wrong setting. Units and defaults stand beside the keys; `docs/config.md` has them for users. Nothing here imports
+Every section forbids unknown keys and converts nothing silently: a mistake is one clear line, not a run with the
+wrong setting. Units and defaults stand beside the keys; `docs/config.md` has them for users. Nothing here imports
 torch: a mistake is answered in a second.
 """
 
@@ -81,10 +81,7 @@ class EMAConfig(Section):
     """Exponential moving average of the weights; each stage restarts its own."""
 
     decay: Decay = 0.9995
-    warmup: bool = (
-        True  # at step n of a stage the decay is at most (1 + n) / (10 + n), so that short stages keep little
-    )
-    # of the weights that they started from
+    warmup: bool = True  # the decay of step n of a stage is at most (1 + n) / (10 + n): a short stage forgets its start
 
 
 class CheckpointConfig(Section):
