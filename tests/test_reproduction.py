@@ -8,8 +8,8 @@ import pytest
 
 from fastsp.config import Config, load_config
 from fastsp.errors import UserError
-from fastsp.evaluation.paper import counterpart
 from fastsp.evaluation.plan import plan
+from fastsp.evaluation.report.paper import counterpart
 from fastsp.evaluation.rows import Setting
 from fastsp.reproduction import BASE, TABLES, compared, table_config
 

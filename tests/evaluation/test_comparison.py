@@ -5,10 +5,10 @@ import math
 import pytest
 from evaluation.runs import row, rows, write_run
 
-from fastsp.evaluation.comparison import compare, confidence_interval
+from fastsp.evaluation.report.comparison import compare, confidence_interval
+from fastsp.evaluation.report.tables import find_roles, verdict
 from fastsp.evaluation.rows import Setting, described, sampling_words
 from fastsp.evaluation.run_files import read_run
-from fastsp.evaluation.tables import find_roles, verdict
 
 
 def test_interval_by_hand() -> None:

@@ -13,8 +13,8 @@ from evaluation.runs import CONFIG, HOSTILE, write_run
 from PIL import Image
 
 from fastsp.errors import UserError
-from fastsp.evaluation.charts import loss_curve
 from fastsp.evaluation.report import write_report
+from fastsp.evaluation.report.charts import loss_curve
 
 
 class Page(HTMLParser):

@@ -18,9 +18,9 @@ import jinja2
 import yaml
 from PIL import Image
 
-from fastsp.evaluation.charts import loss_curve
+from fastsp.evaluation.report.charts import loss_curve
+from fastsp.evaluation.report.tables import Roles, find_roles, score_tables, verdict
 from fastsp.evaluation.run_files import RunFiles, read_run
-from fastsp.evaluation.tables import Roles, find_roles, score_tables, verdict
 from fastsp.files import write_file
 from fastsp.progress import duration
 
@@ -52,7 +52,7 @@ def write_report(run_dir: Path) -> Path:
 def render(run: RunFiles) -> str:
     """The page as HTML. Every text of the run is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fastsp.evaluation", "."),
+        loader=jinja2.PackageLoader("fastsp.evaluation.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

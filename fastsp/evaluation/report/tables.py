@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from fastsp.evaluation import paper
-from fastsp.evaluation.comparison import Comparison, compare, spread
+from fastsp.evaluation.report.comparison import Comparison, compare, spread
+from fastsp.evaluation.report.paper import counterpart
 from fastsp.evaluation.rows import REAL, Setting, by_setting, sampling_words
 from fastsp.evaluation.run_files import RunFiles
 
@@ -179,7 +179,7 @@ def _score_table(groups: dict[Setting, list[dict[str, Any]]], conditional: bool,
                 "sampling": _setting_words(setting),
                 "role": roles.of(setting.stage),
                 "cells": [_cell(rows, m, best[m]) for m in metrics],
-                "paper": paper.counterpart(roles.of(setting.stage), setting),
+                "paper": counterpart(roles.of(setting.stage), setting),
                 "samples": f"{rows[0]['num_samples']:,} × {len(rows)}",  # noqa: RUF001
             }
             for setting, rows in groups.items()
