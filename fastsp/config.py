@@ -23,6 +23,7 @@ from fastsp.data.config import DataConfig as DataConfig
 from fastsp.errors import UserError
 from fastsp.files import read_text
 from fastsp.objectives import SelfPerceptualStage, Stage, StageConfig
+from fastsp.options import OPTIMIZERS
 from fastsp.section import AboveZero, Decay, Fraction, NonNegative, PathText, Positive, Section, is_reading
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class Config(Section):
             named = self.evaluation.heldout is not None or self.evaluation.captions is not None
             enabled = named or self.data.source == "digits"
             self.evaluation = self.evaluation.model_copy(update={"enabled": enabled})
-        if faults := [*self._stage_faults(reading), *self._other_faults()]:
+        if faults := [*self._stage_faults(reading), *self._other_faults(reading)]:
             raise ValueError("\n".join(faults))
         return self
 
@@ -219,7 +220,10 @@ class Config(Section):
             return f"{network!r} is neither an earlier stage nor a folder; {_earlier(earlier)}"
         return None
 
-    def _other_faults(self) -> Iterator[str]:
+    def _other_faults(self, reading: bool) -> Iterator[str]:
+        if self.optimizer.kind not in OPTIMIZERS and not reading:
+            allowed = ", ".join(sorted(OPTIMIZERS))
+            yield f"optimizer.kind: {self.optimizer.kind!r} is not allowed: input should be {allowed}"
         if self.distributed == "fsdp" and self.model.lora is not None:
             yield "distributed: 'fsdp' is for training all weights; model.lora takes ddp"
         data = self.data

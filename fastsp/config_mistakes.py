@@ -129,9 +129,9 @@ def _meant(parts: Sequence[int | str], config: type[Section]) -> str:
     """Of an unknown key: what it is here, the likeliest key, or the keys that there are."""
     place, name = list(parts[:-1]), str(parts[-1])
     known = dict.fromkeys(key for key, _ in all_keys(config))
-    if kinds := [kind for key, kind in all_keys(config) if key == _pattern(parts) and kind.kinds is not None]:
-        names = [kind.kinds.name_of(kind) for kind in kinds if kind.kinds is not None]
-        return f"only the {kinds[0].kinds.key} {' and '.join(names)} has this key"
+    if having := [(kind.kinds, kind) for key, kind in all_keys(config) if key == _pattern(parts) and kind.kinds]:
+        names = " and ".join(kinds.name_of(kind) for kinds, kind in having)
+        return f"only the {having[0][0].key} {names} has this key"
     plain = name.lower().replace("-", "_").lstrip("_")
     places = [key for key in known if key.rpartition(".")[2] == plain]
     if ours := OTHERS_KEYS.get(plain) or " or ".join(places[:3]):

@@ -11,3 +11,4 @@ Teacher = Literal["batched", "split"]
 Normalize = Literal["none", "sample", "channel"]
 Displacement = Literal["none", "normalized"]
 Reduction = Literal["mean", "none"]
+OPTIMIZERS = {"adamw", "muon"}  # of `optimizer.kind`; fastsp.training.update registers more

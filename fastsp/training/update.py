@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from fastsp.config import Config, OptimizerConfig
 from fastsp.errors import UserError
+from fastsp.options import OPTIMIZERS
 
 _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
@@ -87,6 +88,7 @@ _updates: dict[str, type[Update]] = {}
 def register(kind: str, update: type[Update]) -> None:
     """Let `optimizer.kind` name an update."""
     _updates[kind] = update
+    OPTIMIZERS.add(kind)
 
 
 def update_of(config: Config) -> type[Update]:
