@@ -13,37 +13,16 @@ from pydantic import ValidationError
 from fastsp.config import Config
 
 # No sample and no draw depends on these, and no weight but for rounding.
-_FREE = (
-    "run_dir",
-    "checkpoint",
-    "distributed",
-    "distributed_timeout",
-    "evaluation",
-    "final",
-    "log",
-    "samples",
-    "data.max_bad_fraction",
-    "data.prefetch",
-    "data.threads",
-    "data.workers",
-    "optimizer.max_skipped",
-)
-_OTHER_SAMPLES = "other samples from here on"
-_ROUNDING = "the same samples and draws, rounded otherwise"
-_MEANING = {
+_FREE = ("run_dir", "checkpoint", "distributed", "distributed_timeout", "evaluation", "final", "log", "samples")
+_FREE += ("data.max_bad_fraction", "data.prefetch", "data.threads", "data.workers", "optimizer.max_skipped")
+_ROUNDED = ("data.microbatch", "precision", "compile", "compile_mode", "deterministic", "gradient_checkpointing")
+_ROUNDED += ("cuda_graph", "attention")
+_MEANING = dict.fromkeys(_ROUNDED, "the same samples and draws, rounded otherwise") | {
     "seed": "another order of the samples and other draws from here on",
     "data.batch_size": "positions are counted in batches: samples come again or are left out",
-    "data.source": _OTHER_SAMPLES,
-    "data.path": _OTHER_SAMPLES + ", unless it is the same data",
-    "data.split": _OTHER_SAMPLES,
-    "data.microbatch": _ROUNDING,
-    "precision": _ROUNDING,
-    "compile": _ROUNDING,
-    "compile_mode": _ROUNDING,
-    "deterministic": _ROUNDING,
-    "gradient_checkpointing": _ROUNDING,
-    "cuda_graph": _ROUNDING,
-    "attention": _ROUNDING,
+    "data.source": "other samples from here on",
+    "data.path": "other samples from here on, unless it is the same data",
+    "data.split": "other samples from here on",
 }
 
 
