@@ -29,7 +29,7 @@ def main() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         from fastsp.cli import app
-        from fastsp.files import no_room
+        from fastsp.utils.files import no_room
     except ModuleNotFoundError as error:
         sys.exit(_fail(_needed(error.name)))
 

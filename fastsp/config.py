@@ -21,10 +21,10 @@ from fastsp.config_mistakes import as_one_line, mistakes
 from fastsp.config_text import apply_override, parse_yaml
 from fastsp.data.config import DataConfig as DataConfig
 from fastsp.errors import UserError
-from fastsp.files import read_text
 from fastsp.objectives import SelfPerceptualStage, Stage, StageConfig
 from fastsp.options import OPTIMIZERS
-from fastsp.section import AboveZero, Decay, Fraction, NonNegative, PathText, Positive, Section, is_reading
+from fastsp.utils.files import read_text
+from fastsp.utils.section import AboveZero, Decay, Fraction, NonNegative, PathText, Positive, Section, is_reading
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ Auto = Literal["auto", True, False]
 
 
 class LoRAConfig(Section):
-    """Low-rank adapters: they alone are trained and saved, the base stays as it is. See :mod:`fastsp.lora`."""
+    """Low-rank adapters: they alone are trained and saved, the base stays as it is. See :mod:`fastsp.models.lora`."""
 
     rank: Positive = 16
     alpha: AboveZero | None = None  # the adapters' scale is alpha / rank; None: the rank

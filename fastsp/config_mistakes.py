@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
-from fastsp.section import Section
+from fastsp.utils.section import Section
 
 # What keys of other trainers (diffusers' scripts, kohya's sd-scripts, OneTrainer, SimpleTuner) are here: our key, or
 # "none" and why. docs/coming-from.md agrees with it. A key that has the same name here needs no row.

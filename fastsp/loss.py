@@ -16,8 +16,8 @@ import torch
 from fastsp_kernels import reproject
 from torch import Tensor, nn
 
+from fastsp.diffusion.draws import FromGenerator
 from fastsp.diffusion.process import process_of
-from fastsp.draws import FromGenerator
 from fastsp.options import Displacement, Reduction, TimestepSampling
 from fastsp.perceptual.metric import build_metric, one_of
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, SerializeAsAny, TypeAdapter, ValidationInfo, WrapValidator, model_validator
 
 from fastsp.options import Displacement, Distance, Layers, Teacher, TimestepSampling
-from fastsp.section import AboveZero, Kinds, Name, PathText, Positive, Section, is_reading
+from fastsp.utils.section import AboveZero, Kinds, Name, PathText, Positive, Section, is_reading
 
 OBJECTIVES = Kinds("objective")
 

@@ -27,31 +27,14 @@ FLOORS = (
     ("families",),
     ("utils", "kernels"),
 )
-# Modules that lie directly in fastsp/, and the package that each belongs to. Those marked are still to be moved there.
+# Modules that lie directly in fastsp/, and the package that each belongs to.
 PACKAGE_OF = {
     "__main__": "cli",
-    "doctor": "cli",  # to be moved
-    "reproduction": "evaluation",  # to be moved
-    "lettering": "generation",  # to be moved
-    "pictures": "generation",  # to be moved
     "config_mistakes": "config",
     "config_text": "config",
     "objectives": "config",
-    "section": "utils",  # to be moved
-    "launcher": "utils",  # to be moved
     "options": "utils",
-    "attention": "models",  # to be moved
-    "lora": "models",  # to be moved
-    "pixel_pipeline": "models",  # to be moved
-    "conditioning": "diffusion",  # to be moved
-    "draws": "diffusion",  # to be moved
-    "sampling": "diffusion",  # to be moved
-    "cuda_graphs": "utils",  # to be moved
-    "devices": "utils",  # to be moved
     "errors": "utils",
-    "files": "utils",  # to be moved
-    "gpu_settings": "utils",  # to be moved
-    "progress": "utils",  # to be moved
 }
 FLOOR_OF = {package: number for number, floor in enumerate(FLOORS) for package in floor}
 

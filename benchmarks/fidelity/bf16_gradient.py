@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastsp.config import read_config
 from fastsp.data.source import open_source
+from fastsp.diffusion.draws import Seeded
 from fastsp.diffusion.process import NUM_TRAIN_TIMESTEPS
-from fastsp.draws import Seeded
 from fastsp.loss import SelfPerceptualLoss
 from fastsp.models import load_model, load_unet
 

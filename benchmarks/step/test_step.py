@@ -17,10 +17,10 @@ import torch
 from fastsp.bench.measure import measure_peak, prepare, quantiles, synchronize, take_turns
 from fastsp.bench.providers import PROVIDERS
 from fastsp.bench.workload import Workload, default_workload
-from fastsp.devices import best_device
 from fastsp.evaluation.environment import environment
-from fastsp.gpu_settings import gpu_settings
 from fastsp.training.compilation import compiler_settings
+from fastsp.utils.devices import best_device
+from fastsp.utils.gpu_settings import gpu_settings
 
 ROUNDS = 10
 COMPILED = torch.cuda.is_available() or os.environ.get("FASTSP_BENCH_COMPILED") == "1"

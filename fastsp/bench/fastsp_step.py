@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastsp.bench.workload import Workload
-from fastsp.conditioning import Conditioning
 from fastsp.data.batch import Batch
+from fastsp.diffusion.conditioning import Conditioning
 from fastsp.models import TextToImageModel
 from fastsp.training.capture import CapturedStep, captured
 from fastsp.training.step import TrainingStep, build_step

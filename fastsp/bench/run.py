@@ -21,10 +21,10 @@ from fastsp.bench.measure import (
 )
 from fastsp.bench.providers import PROVIDERS, REFERENCE
 from fastsp.bench.workload import Workload
-from fastsp.devices import device_name
 from fastsp.evaluation.environment import environment
-from fastsp.gpu_settings import gpu_settings
 from fastsp.training.compilation import compiler_settings
+from fastsp.utils.devices import device_name
+from fastsp.utils.gpu_settings import gpu_settings
 
 Row = dict[str, Any]
 Say = Callable[[str], None]

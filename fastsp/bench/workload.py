@@ -11,11 +11,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from fastsp.attention import Choice, choose_attention
 from fastsp.config import Config, config_of, load_config
 from fastsp.diffusion.process import Process, process_of
 from fastsp.errors import UserError
 from fastsp.models import ddim_scheduler, digits_model, load_model
+from fastsp.models.attention import Choice, choose_attention
 from fastsp.objectives import StageConfig, stage_config
 from fastsp.training.step import COMPUTE_DTYPES
 

@@ -44,10 +44,10 @@ def bench(
 
     from fastsp.bench.run import run
     from fastsp.bench.workload import default_workload, workload_of
-    from fastsp.devices import best_device
     from fastsp.errors import UserError
-    from fastsp.files import check_writable
     from fastsp.training.compilation import keep_compiled_code
+    from fastsp.utils.devices import best_device
+    from fastsp.utils.files import check_writable
 
     if json_file is not None:
         if not json_file.parent.is_dir():

@@ -45,8 +45,8 @@ def check(
     """
     from fastsp.data.check import check_source, config_for
     from fastsp.errors import UserError
-    from fastsp.files import check_writable, write_file
-    from fastsp.pictures import grid, save_png
+    from fastsp.generation.grids import grid, save_png
+    from fastsp.utils.files import check_writable, write_file
 
     if contact_sheet is not None and contact_sheet.suffix.lower() != ".png":
         raise UserError(f"--contact-sheet {contact_sheet} must end in .png")

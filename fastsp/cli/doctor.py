@@ -20,7 +20,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inst
     from rich.console import Console
     from rich.text import Text
 
-    from fastsp.doctor import examine
+    from fastsp.cli.machine import examine
 
     findings = examine()
     missing = ", ".join(finding.name for finding in findings if finding.status == "missing")

@@ -36,14 +36,14 @@ def encode(
 
     from fastsp.config import load_config
     from fastsp.data.encode import LatentEncoder
-    from fastsp.data.latents import fingerprint
     from fastsp.data.readers.latents import DTYPES
     from fastsp.data.source import check_path, open_source
+    from fastsp.diffusion.latents import fingerprint
     from fastsp.errors import UserError
-    from fastsp.files import check_folder_writable
-    from fastsp.gpu_settings import gpu_settings
-    from fastsp.launcher import launched
-    from fastsp.progress import steps_bar
+    from fastsp.utils.files import check_folder_writable
+    from fastsp.utils.gpu_settings import gpu_settings
+    from fastsp.utils.launcher import launched
+    from fastsp.utils.progress import steps_bar
 
     settings = load_config(config, overrides or [])
     data = settings.data

@@ -72,9 +72,9 @@ def evaluate(
     from fastsp.evaluation.plan import Job, combinations
     from fastsp.evaluation.reference import load_reference, open_reference
     from fastsp.evaluation.rows import REAL, RowFile, Setting
-    from fastsp.files import check_folder_writable, check_writable
-    from fastsp.generation import check_for_sampling
-    from fastsp.progress import steps_bar
+    from fastsp.generation.generate import check_for_sampling
+    from fastsp.utils.files import check_folder_writable, check_writable
+    from fastsp.utils.progress import steps_bar
 
     if features is None:
         raise UserError(_NO_FEATURES)

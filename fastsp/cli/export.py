@@ -31,7 +31,7 @@ def export(
     """
     from fastsp.errors import UserError
     from fastsp.export.export import DTYPES, export_run
-    from fastsp.files import check_writable
+    from fastsp.utils.files import check_writable
 
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
@@ -48,7 +48,7 @@ def export(
 def _check_folder(out: Path, run: Path, force: bool) -> None:
     """A folder is replaced only if it is a pipeline, and only if that is wished; what the run wrote, never."""
     from fastsp.errors import UserError
-    from fastsp.files import check_folder_writable
+    from fastsp.utils.files import check_folder_writable
 
     if out.resolve().is_relative_to(run.resolve()):
         raise UserError(f"--out {out} lies in the run; choose a folder outside of it")

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastsp.data.cache import can_be_written, compiled_code_folder
 from fastsp.errors import UserError, install_command
+from fastsp.utils.cache import can_be_written, compiled_code_folder
 
 GIB = 2**30
 PROBE_SECONDS = 90.0

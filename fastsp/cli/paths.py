@@ -22,7 +22,7 @@ def expanding(command: Callable[..., None]) -> Callable[..., None]:
 
 def expanded(name: str, value: Any) -> Any:
     """The value of a parameter, or the values of one that is given several times."""
-    from fastsp.files import expand_home
+    from fastsp.utils.files import expand_home
 
     if isinstance(value, list):
         return [expanded(name, item) for item in value]

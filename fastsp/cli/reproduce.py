@@ -31,9 +31,9 @@ def reproduce(
     from rich.table import Table as Drawn
 
     from fastsp.cli.train import train
+    from fastsp.evaluation.reproduction import TABLES, compared, own_config, table_config
     from fastsp.evaluation.run_files import read_run
-    from fastsp.files import check_writable, write_file
-    from fastsp.reproduction import TABLES, compared, own_config, table_config
+    from fastsp.utils.files import check_writable, write_file
 
     chosen = table_config(table, config or own_config(_SMALL if small else _PAPER), overrides or [])
     if plan:

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from fastsp.generation import Sampling
+    from fastsp.generation.generate import Sampling
 
 
 class Weights(StrEnum):
@@ -61,10 +61,10 @@ def sample(
 
     Example: fastsp sample --model runs/a/stages/mse --model runs/a/stages/sp --prompts captions.txt --out compared.png
     """
+    from fastsp.diffusion.sampling import Guidance
     from fastsp.errors import UserError
-    from fastsp.files import check_folder_writable, check_free, check_writable, read_lines
-    from fastsp.generation import Sampling, raw_weights
-    from fastsp.sampling import Guidance
+    from fastsp.generation.generate import Sampling, raw_weights
+    from fastsp.utils.files import check_folder_writable, check_free, check_writable, read_lines
 
     lines = read_lines(prompts, f"--prompts {prompts}") if prompts else []
     texts = [text for text in [*(prompt or []), *lines] for _ in range(count)]
@@ -142,12 +142,18 @@ def _sample_models(
 ) -> tuple[list[list[Image]], int]:
     """For each model its pictures in the order of ``texts``, made small enough for one grid, and their full side.
 
-    ``origins``: ``config`` and ``base`` of :func:`fastsp.generation.load_for_sampling`.
+    ``origins``: ``config`` and ``base`` of :func:`fastsp.generation.generate.load_for_sampling`.
     """
     from fastsp.errors import UserError
-    from fastsp.generation import check_for_sampling, frame_steps, generate_pictures, load_for_sampling, num_batches
-    from fastsp.pictures import TRAJECTORY_FRAMES, TRAJECTORY_SIDE, cell_side, save_png
-    from fastsp.progress import steps_bar
+    from fastsp.generation.generate import (
+        check_for_sampling,
+        frame_steps,
+        generate_pictures,
+        load_for_sampling,
+        num_batches,
+    )
+    from fastsp.generation.grids import TRAJECTORY_FRAMES, TRAJECTORY_SIDE, cell_side, save_png
+    from fastsp.utils.progress import steps_bar
 
     for name in models[1:]:  # the first is loaded at once
         check_for_sampling(name, origins[1])
@@ -185,8 +191,8 @@ def _write_grid(
     models: Sequence[str],
 ) -> None:
     """One model: a captioned square; several: a row each; a trajectory: a row for every picture, a column a step."""
-    from fastsp.generation import frame_steps
-    from fastsp.pictures import TRAJECTORY_FRAMES, grid, save_png
+    from fastsp.generation.generate import frame_steps
+    from fastsp.generation.grids import TRAJECTORY_FRAMES, grid, save_png
 
     layout: dict[str, Any] = {"captions": texts, "min_size": 128}
     if trajectory:

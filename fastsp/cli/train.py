@@ -24,7 +24,7 @@ def train(
     Example: fastsp train --config configs/quickstart.yaml run_dir=runs/try stages.0.steps=500
     """
     from fastsp.config import load_config
-    from fastsp.launcher import launched, said_once
+    from fastsp.utils.launcher import launched, said_once
 
     is_main = launched().is_main
     with said_once():

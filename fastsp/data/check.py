@@ -25,7 +25,7 @@ from fastsp.data.readers.names import IMAGE_SUFFIXES, split_name
 from fastsp.data.readers.shards import expand_shards
 from fastsp.data.source import Source, open_source
 from fastsp.errors import UserError
-from fastsp.progress import steps_bar
+from fastsp.utils.progress import steps_bar
 
 BATCH_SIZE = 64
 LONG_CAPTION = 300  # characters: four for a token, or a little more

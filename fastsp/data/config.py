@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fastsp.section import Fraction, NonNegative, PathText, Positive, Section
+from fastsp.utils.section import Fraction, NonNegative, PathText, Positive, Section
 
 
 class DataConfig(Section):

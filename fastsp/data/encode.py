@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fastsp.conditioning import Conditioning
 from fastsp.data.batch import Batch
-from fastsp.data.latents import encode_moments, fingerprint
 from fastsp.data.readers.latents import DTYPES, LatentsHeader, bad_sample, shard_path
 from fastsp.data.source import Source
+from fastsp.diffusion.conditioning import Conditioning
+from fastsp.diffusion.latents import encode_moments, fingerprint
 from fastsp.errors import UserError
-from fastsp.files import UNFINISHED, new_file
+from fastsp.utils.files import UNFINISHED, new_file
 
 SAMPLES_PER_SHARD = 1024
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastsp.errors import UserError
-from fastsp.files import read_text, write_file
+from fastsp.utils.files import read_text, write_file
 
 FILE = "data.json"  # in the folder of a run
 MAX_NAMES = 100_000  # kept one by one up to so many; above, a difference is told by the folder it is in

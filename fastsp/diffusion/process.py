@@ -39,7 +39,7 @@ P = TypeVar("P", bound="Process")
 
 
 class Random(Protocol):
-    """A source of random numbers, one for each of B samples: see :mod:`fastsp.draws`."""
+    """A source of random numbers, one for each of B samples: see :mod:`fastsp.diffusion.draws`."""
 
     def integers(self, bound: int) -> Tensor:
         """(B,) int64, uniform over 0 .. bound - 1."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsp.conditioning import Conditioning
+from fastsp.diffusion.conditioning import Conditioning
 from fastsp.diffusion.process import Process
 from fastsp.families import family_of
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsp.errors import UserError
-from fastsp.files import read_lines, read_text
+from fastsp.utils.files import read_lines, read_text
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
-from fastsp.data.cache import cache_folder
 from fastsp.errors import UserError
 from fastsp.evaluation.features import FeatureModel
-from fastsp.files import new_file
-from fastsp.progress import Bar, no_bar
+from fastsp.utils.cache import cache_folder
+from fastsp.utils.files import new_file
+from fastsp.utils.progress import Bar, no_bar
 
 SIDE = 16  # pixels; images of other sizes are resampled to this
 MAX_CLASSES = 100

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsp.data.latents import fingerprint
+from fastsp.diffusion.latents import fingerprint
+from fastsp.diffusion.sampling import Guidance
 from fastsp.errors import UserError
 from fastsp.evaluation.captions import CaptionSet
 from fastsp.evaluation.features import FeatureModel, Features
@@ -29,11 +30,10 @@ from fastsp.evaluation.plan import Job
 from fastsp.evaluation.reference import HELD_OUT_DIGITS, Reference
 from fastsp.evaluation.rows import REAL, Row, RowFile, described
 from fastsp.evaluation.samples import SampledFeatures
-from fastsp.files import FileLock, write_file
-from fastsp.generation import Sampling, load_for_sampling, num_batches
+from fastsp.generation.generate import Sampling, load_for_sampling, num_batches
 from fastsp.models import TextToImageModel
-from fastsp.progress import Bar
-from fastsp.sampling import Guidance
+from fastsp.utils.files import FileLock, write_file
+from fastsp.utils.progress import Bar
 
 _ANOTHER_IS_AT_IT = 7 * 24 * 3600.0  # seconds to wait for a process that samples the same row
 _PIXEL_BATCH, _LATENT_BATCH = 256, 16
@@ -54,7 +54,7 @@ class Evaluation:
         batch_size: images sampled at once; None: 256, or 16 where a VAE decodes them.
         keep_images: write the samples as PNG too.
         keep_features: they stay when their row is written, for another reference.
-        model_config: of single files, see :func:`fastsp.generation.load_for_sampling`.
+        model_config: of single files, see :func:`fastsp.generation.generate.load_for_sampling`.
         base: of adapters, see there.
     """
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastsp.files import write_file
+from fastsp.utils.files import write_file
 
 _PACKAGES = ("fastsp", "torch", "diffusers", "transformers", "scikit-learn", "nvidia-dali-cuda130", "triton")
 

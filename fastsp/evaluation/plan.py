@@ -14,7 +14,7 @@ class Job(NamedTuple):
     """One row to be computed.
 
     Attributes:
-        model: what :func:`fastsp.generation.load_for_sampling` takes; empty for the real images.
+        model: what :func:`fastsp.generation.generate.load_for_sampling` takes; empty for the real images.
         setting: how to sample it; its `stage` names the model in the row.
         seed: of the initial noise.
     """

@@ -25,7 +25,6 @@ from torch import Tensor
 from fastsp.config import Config, DataConfig
 from fastsp.data.readers.folder import FolderReader
 from fastsp.data.source import Source, open_source
-from fastsp.devices import best_device
 from fastsp.errors import UserError
 from fastsp.evaluation.captions import CaptionSet
 from fastsp.evaluation.classifier import Captioned, caption_classifier, shrunk
@@ -42,8 +41,9 @@ from fastsp.evaluation.metrics import (
     precision_recall,
     validity,
 )
-from fastsp.files import new_file
-from fastsp.progress import Bar
+from fastsp.utils.devices import best_device
+from fastsp.utils.files import new_file
+from fastsp.utils.progress import Bar
 
 HELD_OUT_DIGITS = "held-out digits"  # the reference of `fastsp eval` where none is given
 OWN = "the run's held-out images"

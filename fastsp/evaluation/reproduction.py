@@ -121,7 +121,7 @@ def own_config(file: Path) -> Path:
     Raises:
         UserError: neither is there; what is installed is the package alone.
     """
-    beside = Path(__file__).resolve().parents[1] / file
+    beside = Path(__file__).resolve().parents[2] / file
     for path in (file, beside):
         if path.is_file():
             return path

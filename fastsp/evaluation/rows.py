@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastsp.errors import UserError
-from fastsp.files import FileLock, read_text, write_file
+from fastsp.utils.files import FileLock, read_text, write_file
 
 REAL = "real"
 _LOCK_PATIENCE = 60.0  # seconds; the file is locked while it is written, and no longer

@@ -34,8 +34,8 @@ from fastsp.evaluation.reference import (
     still_source,
 )
 from fastsp.evaluation.rows import REAL, Row, RowFile, setting_of
-from fastsp.generation import load_for_sampling
-from fastsp.progress import steps_bar
+from fastsp.generation.generate import load_for_sampling
+from fastsp.utils.progress import steps_bar
 
 _OR_NONE = "or set evaluation.enabled=false"
 

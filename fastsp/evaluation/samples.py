@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastsp.evaluation.features import FeatureModel, Features
-from fastsp.files import new_file, remove_unfinished
-from fastsp.generation import Sampling, generate
+from fastsp.generation.generate import Sampling, generate
+from fastsp.generation.grids import save_png, to_pil
 from fastsp.models import TextToImageModel
-from fastsp.pictures import save_png, to_pil
+from fastsp.utils.files import new_file, remove_unfinished
 
 
 @dataclass

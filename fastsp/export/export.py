@@ -14,9 +14,9 @@ from fastsp.export.layout import layout_of
 from fastsp.export.model_card import model_card
 from fastsp.export.original_config import original_config
 from fastsp.export.single_file import save_single_file
-from fastsp.files import new_folder, write_file
-from fastsp.generation import raw_weights
+from fastsp.generation.generate import raw_weights
 from fastsp.models import load_pipeline, load_unet, save_pipeline
+from fastsp.utils.files import new_folder, write_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -99,7 +99,7 @@ def model_card(
 
 
 def _usage(pipeline_class: str, dtype: str | None) -> str:
-    module = "fastsp.pixel_pipeline" if pipeline_class.startswith("Pixel") else "diffusers"
+    module = "fastsp.models.pixel_pipeline" if pipeline_class.startswith("Pixel") else "diffusers"
     option = f", torch_dtype={dtype}" if dtype else ""
     return (
         "```python\n"

@@ -9,7 +9,7 @@ import torch
 
 from fastsp.export.layout import Layout, State, layout_of, original_layout
 from fastsp.families import family_of
-from fastsp.files import new_file, save_tensors
+from fastsp.utils.files import new_file, save_tensors
 
 # Of https://github.com/Stability-AI/ModelSpec, 1.0.0. There is one identifier for Stable Diffusion 2 with v-prediction.
 _ARCHITECTURE: dict[Layout, str] = {

@@ -54,7 +54,7 @@ class NetworkFamily(Protocol):
         """What kohya's scripts call the base model of adapters, or ``unknown``."""
 
     def keywords(self, conditioning: Any) -> dict[str, Any]:
-        """A :class:`fastsp.conditioning.Conditioning` as keywords of the network's forward and of the losses."""
+        """A ``fastsp.diffusion.conditioning.Conditioning`` as keywords of the forward and of the losses."""
 
     def example_inputs(self, config: Config, latents: tuple[int, ...], text: tuple[int, ...]) -> dict[str, Any]:
         """Keywords of one forward, of latents (B, C, H, W) and text features (B, L, D); values do not matter."""

@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastsp import draws
 from fastsp.config import read_config
-from fastsp.devices import best_device
+from fastsp.diffusion import draws
+from fastsp.diffusion.sampling import NO_GUIDANCE, Guidance
 from fastsp.errors import UserError
-from fastsp.lora import DIFFUSERS_FILE
+from fastsp.generation.grids import shrunk, to_pil
 from fastsp.models import TextToImageModel, check_pipeline, check_unet, load_model, load_pipeline, load_unet
-from fastsp.pictures import shrunk, to_pil
-from fastsp.sampling import NO_GUIDANCE, Guidance
+from fastsp.models.lora import DIFFUSERS_FILE
+from fastsp.utils.devices import best_device
 
 RAW = "raw"  # in a stage's folder, beside the average
 
@@ -191,7 +191,7 @@ def generate_pictures(
 
     Args:
         model, prompts, sampling, after_step, frames: see there.
-        side: pixels; larger images are shrunk as they come, see :func:`fastsp.pictures.cell_side`.
+        side: pixels; larger images are shrunk as they come, see :func:`fastsp.generation.grids.cell_side`.
         each: called with index and image, in full size.
     """
     rows: list[list[Image.Image]] = [[] for _ in prompts]

@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from fastsp.files import new_file
-from fastsp.lettering import font_for, one_line, wrap
+from fastsp.generation.lettering import font_for, one_line, wrap
+from fastsp.utils.files import new_file
 
 MAX_PIXELS = 2**26  # of a grid: 200 MB in memory
 TRAJECTORY_FRAMES = 50  # columns of a grid that shows x0^ on the way of the sampler

@@ -22,10 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.benchmark import Timer
 
-from fastsp.cuda_graphs import record_cuda_graphs
 from fastsp.errors import UserError
 from fastsp.families import Config, family_named, family_of
-from fastsp.files import write_file
+from fastsp.utils.cuda_graphs import record_cuda_graphs
+from fastsp.utils.files import write_file
 
 TORCH_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,

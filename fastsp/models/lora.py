@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastsp.errors import UserError, install_command
 from fastsp.families import family_of
-from fastsp.files import save_tensors
+from fastsp.utils.files import save_tensors
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # what `pipeline.load_lora_weights(folder)` looks for
 KOHYA_FILE = "kohya_lora.safetensors"  # what ComfyUI, A1111, Forge and kohya's scripts read

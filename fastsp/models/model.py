@@ -11,15 +11,15 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from fastsp.conditioning import Conditioning, time_ids
+from fastsp.diffusion.conditioning import Conditioning, time_ids
 from fastsp.diffusion.process import Process, process_of
+from fastsp.diffusion.sampling import NO_GUIDANCE, Guidance, ddim, guided_denoiser
 from fastsp.errors import UserError
 from fastsp.families import family_of
-from fastsp.lora import Base
+from fastsp.models.lora import Base
+from fastsp.models.pixel_pipeline import PixelTextToImagePipeline
 from fastsp.models.saving import save_pipeline
 from fastsp.models.schedulers import trained_scheduler
-from fastsp.pixel_pipeline import PixelTextToImagePipeline
-from fastsp.sampling import NO_GUIDANCE, Guidance, ddim, guided_denoiser
 
 
 @dataclass

@@ -8,10 +8,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from fastsp.conditioning import Conditioning
+from fastsp.diffusion.conditioning import Conditioning
 from fastsp.diffusion.process import process_of
+from fastsp.diffusion.sampling import Guidance, ddim, guided_denoiser
 from fastsp.families import family_of
-from fastsp.sampling import Guidance, ddim, guided_denoiser
 
 
 class PixelTextToImagePipeline(DiffusionPipeline):

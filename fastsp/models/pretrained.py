@@ -18,8 +18,17 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from fastsp.errors import UserError
 from fastsp.families import NetworkFamily, family_named, family_of
 from fastsp.families.unet import pooled_width
-from fastsp.lora import DIFFUSERS_FILE, Base, add_adapters, base_of, fingerprint, fuse_adapters, header, load_adapters
 from fastsp.models.hub import VARIANTS, download_pipeline, is_hub_id
+from fastsp.models.lora import (
+    DIFFUSERS_FILE,
+    Base,
+    add_adapters,
+    base_of,
+    fingerprint,
+    fuse_adapters,
+    header,
+    load_adapters,
+)
 from fastsp.models.model import TextToImageModel
 from fastsp.models.quiet import quiet_libraries
 from fastsp.models.schedulers import ddim_scheduler, loaded_scheduler, trained_scheduler
@@ -78,8 +87,8 @@ def load_with_adapters(name: str, config: str | None, lora: Mapping[str, Any], s
         seed: of new adapters.
 
     Raises:
-        UserError: what :func:`load_pipeline` and :func:`fastsp.lora.add_adapters` refuse; given adapters of other
-            settings, or whose base is fused from adapters itself.
+        UserError: what :func:`load_pipeline` and :func:`fastsp.models.lora.add_adapters` refuse; given adapters of
+            other settings, or whose base is fused from adapters itself.
     """
     path = _find(name)
     if given := (path / DIFFUSERS_FILE).is_file():

@@ -19,11 +19,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastsp.cuda_graphs import Work, record_cuda_graphs
 from fastsp.data.batch import Batch
 from fastsp.errors import UserError
 from fastsp.training.parallel import ReplicatedGradients, ShardedGradients
 from fastsp.training.step import StepResult, TrainingStep
+from fastsp.utils.cuda_graphs import Work, record_cuda_graphs
 
 WARM_UP_STEPS = 2  # the first compiles and tunes
 

@@ -25,7 +25,6 @@ from torch.distributed.tensor import DTensor
 
 from fastsp.config import CheckpointConfig
 from fastsp.errors import UserError
-from fastsp.files import commit_folder, unfinished_path
 from fastsp.training.checkpoint_folder import (
     Files,
     Progress,
@@ -38,6 +37,7 @@ from fastsp.training.checkpoint_folder import (
 )
 from fastsp.training.distributed import Ranks
 from fastsp.training.update import local
+from fastsp.utils.files import commit_folder, unfinished_path
 
 # One process has no group on purpose. (Set for good, because `catch_warnings` is not safe with threads.)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")

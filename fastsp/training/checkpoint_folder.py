@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsp.files import remove_folder
+from fastsp.utils.files import remove_folder
 
 MANIFEST = "manifest.json"
 _FORMAT = 1

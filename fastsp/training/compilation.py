@@ -13,8 +13,8 @@ from torch._inductor import list_mode_options
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from fastsp.config import Config
-from fastsp.data.cache import can_be_written, compiled_code_folder
 from fastsp.errors import RunFailed
+from fastsp.utils.cache import can_be_written, compiled_code_folder
 
 _MOST_VERSIONS = 64  # of the compiled code of one function
 
@@ -76,7 +76,7 @@ def keep_compiled_code() -> Path:
     """Let compiled code outlive /tmp, where torch would put it. Call it before anything is compiled.
 
     Returns:
-        The folder: see :func:`fastsp.data.cache.compiled_code_folder`.
+        The folder: see :func:`fastsp.utils.cache.compiled_code_folder`.
     """
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if chosen is not None and chosen == os.path.abspath(default_cache_dir()):  # importing the compiler has set it

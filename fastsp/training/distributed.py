@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from fastsp.errors import RunFailed, UserError
-from fastsp.launcher import launched
+from fastsp.utils.launcher import launched
 
 T = TypeVar("T")
 

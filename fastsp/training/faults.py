@@ -11,10 +11,10 @@ import torch
 
 from fastsp.config import Config
 from fastsp.errors import RunFailed
-from fastsp.files import no_room
 from fastsp.objectives import StageConfig
 from fastsp.training.checkpoint_folder import damage, newest_first, progress_of
 from fastsp.training.run_directory import RunDirectory
+from fastsp.utils.files import no_room
 
 _AFTER_A_FULL_DISK = "make room and go on with --resume"
 _NO_GPU_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -15,11 +15,11 @@ from fastsp.config import Config
 from fastsp.data.bad_samples import BadSampleLog
 from fastsp.data.batch import Batch
 from fastsp.objectives import StageConfig
-from fastsp.progress import steps_progress
 from fastsp.training.faults import check_skipped
 from fastsp.training.run_directory import RunDirectory
 from fastsp.training.step import StepResult
 from fastsp.training.trackers import Trackers
+from fastsp.utils.progress import steps_progress
 
 # Without a terminal there is no bar: a line is printed this often.
 _PLAIN_SECONDS = 10.0

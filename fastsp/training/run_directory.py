@@ -10,8 +10,8 @@ from typing import Any, Self
 from fastsp.config import Config
 from fastsp.data.inventory import FILE, Inventory
 from fastsp.errors import UserError
-from fastsp.files import FileLock, check_folder_writable, remove_unfinished, sync, write_file
 from fastsp.training.config_changes import Change, config_changes
+from fastsp.utils.files import FileLock, check_folder_writable, remove_unfinished, sync, write_file
 
 _LOCK_PATIENCE = 0.25  # seconds: `fastsp status` holds the lock for an instant
 

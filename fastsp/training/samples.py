@@ -9,9 +9,9 @@ from typing import Any
 from PIL import Image
 
 from fastsp.config import Config
-from fastsp.generation import Sampling, frame_steps, generate_pictures
+from fastsp.generation.generate import Sampling, frame_steps, generate_pictures
+from fastsp.generation.grids import TRAJECTORY_FRAMES, TRAJECTORY_SIDE, cell_side, grid, save_png
 from fastsp.models import TextToImageModel
-from fastsp.pictures import TRAJECTORY_FRAMES, TRAJECTORY_SIDE, cell_side, grid, save_png
 
 _COMPARED = 10  # images of each stage in the side-by-side grid
 _TRAJECTORIES = 4  # images whose x0^ is shown on the way

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from fastsp.errors import UserError
-from fastsp.files import lock_holder
-from fastsp.progress import duration
 from fastsp.training.checkpoint_folder import Progress, damage, newest_first, progress_of
+from fastsp.utils.files import lock_holder
+from fastsp.utils.progress import duration
 
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl: some hundred lines
 _LOSSES = 5  # shown

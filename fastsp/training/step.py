@@ -10,17 +10,17 @@ from fastsp_kernels import Stream, diffuse
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastsp import draws
-from fastsp.attention import use_attention
-from fastsp.conditioning import Conditioning, time_ids
 from fastsp.config import Config
 from fastsp.data.batch import Batch
-from fastsp.data.latents import encode_moments, sample_latents
+from fastsp.diffusion import draws
+from fastsp.diffusion.conditioning import Conditioning, time_ids
+from fastsp.diffusion.draws import Seeded
+from fastsp.diffusion.latents import encode_moments, sample_latents
 from fastsp.diffusion.process import Process
-from fastsp.draws import Seeded
 from fastsp.families import family_of
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
 from fastsp.models import TextToImageModel
+from fastsp.models.attention import use_attention
 from fastsp.objectives import MSEStage, SelfPerceptualStage, StageConfig
 from fastsp.perceptual import cast, shared_copy
 from fastsp.training.compilation import compile_options
@@ -238,7 +238,7 @@ def build_step(
             it needs none. Every rank holds the whole perceptual network.
         compiles: hand online and perceptual network to ``torch.compile``.
         ranks: the processes of the run.
-        attention: the kernel of both, a name of :mod:`fastsp.attention`.
+        attention: the kernel of both, a name of :mod:`fastsp.models.attention`.
     """
     device, dtype = empty.encoder_hidden_states.device, COMPUTE_DTYPES[config.precision]
     sharded = ranks.world_size > 1 and config.distributed == "fsdp"

@@ -12,9 +12,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastsp.config import Config
 from fastsp.errors import UserError, install_command
-from fastsp.files import write_file
 from fastsp.objectives import StageConfig
 from fastsp.training.run_directory import RunDirectory
+from fastsp.utils.files import write_file
 
 
 def check_installed(config: Config) -> None:

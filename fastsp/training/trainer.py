@@ -14,19 +14,15 @@ from PIL import Image
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from fastsp.attention import available, check_available, choose_attention, kept_choice
 from fastsp.config import Config, EMAConfig
 from fastsp.data.inventory import Inventory
-from fastsp.data.latents import fingerprint
 from fastsp.data.source import Source, check_path, open_source
-from fastsp.devices import device_name
+from fastsp.diffusion.latents import fingerprint
 from fastsp.errors import UserError
-from fastsp.files import new_folder
-from fastsp.generation import RAW
-from fastsp.gpu_settings import gpu_settings
-from fastsp.launcher import said_once
-from fastsp.lora import load_adapters, save_adapters, save_for_use
+from fastsp.generation.generate import RAW
 from fastsp.models import TextToImageModel, check_perceptual_network, check_predicts_v, load_model, load_unet
+from fastsp.models.attention import available, check_available, choose_attention, kept_choice
+from fastsp.models.lora import load_adapters, save_adapters, save_for_use
 from fastsp.objectives import StageConfig
 from fastsp.perceptual import shared_copy
 from fastsp.training.capture import captured
@@ -44,6 +40,10 @@ from fastsp.training.samples import SampleDrawer
 from fastsp.training.step import COMPUTE_DTYPES, StepResult, TrainingStep, build_step
 from fastsp.training.trackers import Trackers, check_installed
 from fastsp.training.update import update_of
+from fastsp.utils.devices import device_name
+from fastsp.utils.files import new_folder
+from fastsp.utils.gpu_settings import gpu_settings
+from fastsp.utils.launcher import said_once
 
 _MOSTLY = 0.9  # of an average: below it there is a word of advice
 _NOTES = 3  # shown of what is damaged or may surprise in the data

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from fastsp.errors import UserError
-from fastsp.files import check_folder_writable
+from fastsp.utils.files import check_folder_writable
 
 
 def cache_folder() -> Path:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
-from fastsp.files import expand_home
+from fastsp.utils.files import expand_home
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -14,10 +14,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from fastsp import doctor
 from fastsp.bench.workload import SD21_BASE_UNET
+from fastsp.cli import machine as doctor
+from fastsp.cli.machine import Finding, probe
 from fastsp.config import CheckpointConfig
-from fastsp.doctor import Finding, probe
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = {"name": "Example", "capability": [9, 0], "memory": 80 * doctor.GIB, "free": 79 * doctor.GIB}

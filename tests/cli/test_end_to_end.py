@@ -13,7 +13,7 @@ from export import pipelines
 from PIL import Image
 from tiny import picture_folder
 
-from fastsp import draws
+from fastsp.diffusion import draws
 
 PROMPT, RESOLUTION = "a handwritten two", 16
 STAGES = (

@@ -47,7 +47,9 @@ def test_a_small_table(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_mistakes(fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "table 8: the paper has tables 1 to 7" in fails("reproduce", 8)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastsp.reproduction.__file__", str(tmp_path / "site-packages" / "fastsp" / "reproduction.py"))
+    monkeypatch.setattr(
+        "fastsp.evaluation.reproduction.__file__", str(tmp_path / "site-packages" / "fastsp" / "reproduction.py")
+    )
     message = fails("reproduce", 1, "--small")
     assert "configuration file configs/digits.yaml is neither here nor beside the package" in message
     assert "run this in a clone of the repository, install from one with pip install -e, or" in message

@@ -13,10 +13,10 @@ from export.test_export import finished_run
 from PIL import Image
 from tiny import tiny_stable_diffusion
 
-from fastsp import draws
 from fastsp.cli.sample import short_names
+from fastsp.diffusion import draws
+from fastsp.generation.grids import to_pil
 from fastsp.models import digits_model
-from fastsp.pictures import to_pil
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_a_second_model_that_is_wrong_is_named_before_the_first_is_drawn(
     def load(name: str) -> None:
         pytest.fail(f"{name} was loaded")
 
-    monkeypatch.setattr("fastsp.generation.load_for_sampling", load)
+    monkeypatch.setattr("fastsp.generation.generate.load_for_sampling", load)
     out = tmp_path / "out.png"
     arguments = ("sample", "--model", run / "final", "--prompt", "a", "--out", out, "--model")
     assert "no diffusers pipeline folder" in fails(*arguments, tmp_path / "nowhere")

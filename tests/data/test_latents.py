@@ -13,11 +13,11 @@ from diffusers import AutoencoderKL
 from fastsp_kernels.philox import random_normals
 from safetensors.torch import load, save
 
-from fastsp.conditioning import Conditioning
 from fastsp.data.encode import LatentEncoder
-from fastsp.data.latents import encode_moments, fingerprint, sample_latents
 from fastsp.data.readers.latents import LatentsHeader
 from fastsp.data.source import open_source
+from fastsp.diffusion.conditioning import Conditioning
+from fastsp.diffusion.latents import encode_moments, fingerprint, sample_latents
 from fastsp.errors import UserError
 
 SAMPLES = 22

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from fastsp_kernels import Stream
 
-from fastsp import draws
+from fastsp.diffusion import draws
 from fastsp.diffusion.process import NoiseSchedule, VariancePreserving
 
 PROCESS = VariancePreserving(NoiseSchedule.stable_diffusion())

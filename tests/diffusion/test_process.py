@@ -11,6 +11,7 @@ from fastsp_kernels import Stream
 from tiny import batch, scheduler, tiny_unet
 
 from fastsp.diffusion import process as process_module
+from fastsp.diffusion.draws import FromGenerator, Seeded
 from fastsp.diffusion.process import (
     NoiseSchedule,
     Process,
@@ -19,9 +20,8 @@ from fastsp.diffusion.process import (
     process_of,
     register_process,
 )
-from fastsp.draws import FromGenerator, Seeded
+from fastsp.diffusion.sampling import ddim
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
-from fastsp.sampling import ddim
 
 PREDICTION_TYPES = ("v_prediction", "epsilon", "sample")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import TEXT_LENGTH, TEXT_WIDTH, scheduler, tiny_unet
 
-from fastsp.conditioning import Conditioning
+from fastsp.diffusion.conditioning import Conditioning
 from fastsp.diffusion.process import NoiseSchedule, process_of
-from fastsp.sampling import Guidance, ddim, guided_denoiser
+from fastsp.diffusion.sampling import Guidance, ddim, guided_denoiser
 
 
 def answer(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from fastsp.evaluation.classifier import Captioned
-from fastsp.pictures import save_png
+from fastsp.generation.grids import save_png
 
 CONFIG = {
     "run_dir": "runs/example",

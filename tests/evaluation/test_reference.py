@@ -24,7 +24,7 @@ from fastsp.evaluation.reference import (
     own_reference,
     see_files,
 )
-from fastsp.progress import no_bar
+from fastsp.utils.progress import no_bar
 
 
 class Corners(FeatureModel):

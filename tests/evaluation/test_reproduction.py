@@ -10,10 +10,10 @@ from fastsp.config import Config, load_config
 from fastsp.errors import UserError
 from fastsp.evaluation.plan import plan
 from fastsp.evaluation.report.paper import counterpart
+from fastsp.evaluation.reproduction import BASE, TABLES, compared, table_config
 from fastsp.evaluation.rows import Setting
-from fastsp.reproduction import BASE, TABLES, compared, table_config
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BASES = {"paper": CONFIGS / "sd21-paper.yaml", "small": CONFIGS / "digits.yaml"}
 
 

@@ -9,7 +9,7 @@ import torch
 
 from fastsp.evaluation.features import FeatureModel
 from fastsp.evaluation.samples import SampledFeatures
-from fastsp.generation import Sampling
+from fastsp.generation.generate import Sampling
 from fastsp.models import TextToImageModel, digits_model
 
 STEPS = 3

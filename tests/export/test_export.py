@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from export import pipelines
 from safetensors import safe_open
 
-from fastsp import draws
 from fastsp.config import Config
+from fastsp.diffusion import draws
 from fastsp.errors import UserError
 from fastsp.export.export import DTYPES, export_run
 from fastsp.export.single_file import save_single_file

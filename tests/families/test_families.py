@@ -13,10 +13,10 @@ from tiny import tiny_stable_diffusion, tiny_unet
 from torch import nn
 
 from fastsp import families
-from fastsp.attention import attention_calls, use_attention
 from fastsp.families import family_named, family_of, register
 from fastsp.families.unet import UNetFamily
 from fastsp.models import load_pipeline
+from fastsp.models.attention import attention_calls, use_attention
 
 
 class Wrapper(nn.Module):

@@ -14,8 +14,9 @@ pytest.importorskip("nvidia.dali")
 from export import pipelines
 from export.test_export import finished_run
 
+from fastsp.diffusion.sampling import Guidance
 from fastsp.errors import UserError
-from fastsp.generation import (
+from fastsp.generation.generate import (
     Sampling,
     check_for_sampling,
     frame_steps,
@@ -25,7 +26,6 @@ from fastsp.generation import (
     num_batches,
 )
 from fastsp.models import TextToImageModel, load_pipeline
-from fastsp.sampling import Guidance
 
 PROMPTS = ["a handwritten one", "", "a handwritten two", "three", "a handwritten four"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from fastsp.lettering import font_for, one_line, wrap
-from fastsp.pictures import cell_side, grid, save_png, to_pil
+from fastsp.generation.grids import cell_side, grid, save_png, to_pil
+from fastsp.generation.lettering import font_for, one_line, wrap
 
 
 def test_pixel_values():
@@ -35,7 +35,7 @@ def test_png_with_metadata(tmp_path):
 
 def test_a_grid_has_a_bound(monkeypatch):
     pictures = [Image.new("RGB", (100, 50), (200, 0, 0))] * 4
-    monkeypatch.setattr("fastsp.pictures.MAX_PIXELS", 4 * 40 * 40)
+    monkeypatch.setattr("fastsp.generation.grids.MAX_PIXELS", 4 * 40 * 40)
     picture = grid(pictures, columns=2)
     assert picture.size == (2 + 2 * 42, 2 + 2 * 22) and picture.getpixel((20, 10)) == (200, 0, 0)
     small = grid([Image.new("L", (7, 7))] * 4, columns=2, min_size=128)

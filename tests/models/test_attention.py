@@ -11,8 +11,10 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from tiny import TEXT_LENGTH, TEXT_WIDTH, batch, tiny_unet
 from torch.profiler import ProfilerActivity, profile
 
-from fastsp import attention
-from fastsp.attention import (
+from fastsp.bench.workload import SD21_BASE_UNET
+from fastsp.errors import UserError
+from fastsp.models import attention
+from fastsp.models.attention import (
     attention_calls,
     available,
     check_available,
@@ -21,8 +23,6 @@ from fastsp.attention import (
     milliseconds,
     use_attention,
 )
-from fastsp.bench.workload import SD21_BASE_UNET
-from fastsp.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPES = ((2, 4, 8, 8), (2, TEXT_LENGTH, TEXT_WIDTH))

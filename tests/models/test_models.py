@@ -11,7 +11,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from tiny import tiny_stable_diffusion
 
-from fastsp.data.latents import encode_moments
+from fastsp.diffusion.latents import encode_moments
+from fastsp.diffusion.sampling import Guidance
 from fastsp.errors import UserError
 from fastsp.models import (
     digits_model,
@@ -21,8 +22,7 @@ from fastsp.models import (
     load_unet_and_scheduler,
     tokenize,
 )
-from fastsp.pixel_pipeline import PixelTextToImagePipeline
-from fastsp.sampling import Guidance
+from fastsp.models.pixel_pipeline import PixelTextToImagePipeline
 
 KINDS = ("sd15", "sd21", "sdxl")
 PROMPTS = ["a handwritten seven", "a handwritten two"]

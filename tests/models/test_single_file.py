@@ -10,10 +10,10 @@ import torch
 from export.pipelines import FAMILIES, pipeline
 from safetensors.torch import load_file, save_file
 
+from fastsp.diffusion.sampling import Guidance
 from fastsp.errors import UserError
 from fastsp.export.single_file import save_single_file
 from fastsp.models import load_pipeline
-from fastsp.sampling import Guidance
 
 PROMPTS = ["a handwritten seven", "a blank"]
 

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastsp.attention import TORCH_BACKENDS, use_attention
 from fastsp.loss import SelfPerceptualLoss
+from fastsp.models.attention import TORCH_BACKENDS, use_attention
 from fastsp.perceptual import PerceptualNetwork, half_backward
 
 LAYERS = ("mid", "encoder", "decoder", "encoder+mid")

@@ -11,8 +11,8 @@ from diffusers import UNet2DConditionModel, UNet2DModel, UNetMotionModel
 from tiny import batch, scheduler, tiny_unet
 from torch import nn
 
-from fastsp.lora import adapters, add_adapters
 from fastsp.loss import SelfPerceptualLoss
+from fastsp.models.lora import adapters, add_adapters
 from fastsp.perceptual import PerceptualNetwork
 
 

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastsp.bench.fastsp_step import build_training_step
-from fastsp.cuda_graphs import record_cuda_graphs
 from fastsp.data.batch import Batch
 from fastsp.errors import UserError
 from fastsp.training.capture import WARM_UP_STEPS, CapturedStep, captured
 from fastsp.training.step import TrainingStep
+from fastsp.utils.cuda_graphs import record_cuda_graphs
 
 STEPS, BATCH_SIZE = 20, 4
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from training.processes import ROOT, Run, logged_steps, metrics, start
 
-from fastsp.files import UNFINISHED
 from fastsp.training.checkpoint_folder import damage, newest_first, progress_of
+from fastsp.utils.files import UNFINISHED
 
 KILLS = 50
 EVERY = 3

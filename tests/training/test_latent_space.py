@@ -14,10 +14,10 @@ from tiny import picture_folder, tiny_stable_diffusion
 
 pytest.importorskip("nvidia.dali")
 
-from fastsp import draws
 from fastsp.__main__ import main
 from fastsp.config import load_config
 from fastsp.data.source import open_source
+from fastsp.diffusion import draws
 from fastsp.models import load_model
 from fastsp.training.step import build_step
 from fastsp.training.trainer import train

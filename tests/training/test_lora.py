@@ -22,11 +22,12 @@ from training.processes import ROOT, logged_steps, metrics, start
 
 pytest.importorskip("nvidia.dali")
 
-from fastsp import draws
 from fastsp.cli import app
 from fastsp.config import Config, load_config
+from fastsp.diffusion import draws
 from fastsp.errors import UserError
-from fastsp.lora import (
+from fastsp.models import check_pipeline, load_pipeline
+from fastsp.models.lora import (
     DIFFUSERS_FILE,
     KOHYA_FILE,
     Base,
@@ -38,7 +39,6 @@ from fastsp.lora import (
     save_adapters,
     save_for_use,
 )
-from fastsp.models import check_pipeline, load_pipeline
 from fastsp.perceptual import shared_copy
 from fastsp.training.checkpoint import newest_whole
 from fastsp.training.step import build_step

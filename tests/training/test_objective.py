@@ -7,8 +7,8 @@ import torch
 from fastsp_kernels import Stream, random_normals
 from tiny import batch, scheduler, tiny_unet
 
+from fastsp.diffusion.draws import Seeded
 from fastsp.diffusion.process import process_of
-from fastsp.draws import Seeded
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
 from fastsp.objectives import stage_config
 from fastsp.training.step import Objective

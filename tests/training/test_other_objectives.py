@@ -18,8 +18,8 @@ from fastsp.config import load_config, read_config
 from fastsp.errors import UserError
 from fastsp.loss import DenoisingLoss
 from fastsp.objectives import OBJECTIVES, StageConfig
-from fastsp.section import AboveZero
 from fastsp.training.trainer import train
+from fastsp.utils.section import AboveZero
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 

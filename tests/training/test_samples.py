@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 pytest.importorskip("nvidia.dali")
 
 from fastsp.config import load_config
-from fastsp.generation import Sampling, generate, load_for_sampling, raw_weights
+from fastsp.generation.generate import Sampling, generate, load_for_sampling, raw_weights
 from fastsp.models import digits_model, load_unet
 from fastsp.training import trainer
 from fastsp.training.checkpoint_folder import newest_first

@@ -205,7 +205,7 @@ def missing(uid):
     raise KeyError(f"getpwuid(): uid not found: {uid}")
 pwd.getpwuid = missing  # a container's user without a passwd entry
 from pathlib import Path
-from fastsp.data.cache import cache_folder
+from fastsp.utils.cache import cache_folder
 from fastsp.training.compilation import keep_compiled_code
 folder = keep_compiled_code()
 (folder / "code").mkdir(parents=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastsp.data.cache import cache_folder, temporary_folder
+from fastsp.utils.cache import cache_folder, temporary_folder
 
 
 @pytest.fixture

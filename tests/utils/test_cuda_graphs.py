@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from fastsp.cuda_graphs import _no_garbage_collection
+from fastsp.utils.cuda_graphs import _no_garbage_collection
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from fastsp import files
 from fastsp.errors import UserError
-from fastsp.files import (
+from fastsp.utils import files
+from fastsp.utils.files import (
     FileLock,
     LockHolder,
     check_folder_writable,

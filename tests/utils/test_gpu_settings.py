@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from fastsp.gpu_settings import gpu_settings
+from fastsp.utils.gpu_settings import gpu_settings
 
 
 def state() -> tuple:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastsp.errors import UserError
-from fastsp.launcher import Launched, launched
+from fastsp.utils.launcher import Launched, launched
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 WHOLE = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}

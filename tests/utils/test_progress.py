@@ -12,10 +12,10 @@ import pytest
 from data.helpers import Config, encode, photo, write_tar
 from tiny import picture_folder
 
-from fastsp import progress
 from fastsp.data.check import check_source, config_for
 from fastsp.data.readers import folder, tar_index
 from fastsp.data.source import open_source
+from fastsp.utils import progress
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from typing import Any
 from fastsp.data.readers.names import printable
 from fastsp.data.samples import BadSample
 from fastsp.errors import UserError
-from fastsp.files import decode_text
+from fastsp.utils.files import decode_text
 
 JSON_KEYS = ("caption", "text")
 _KEYS_NAMED = 5  # of those that are there instead

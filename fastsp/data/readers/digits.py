@@ -12,9 +12,9 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastsp.data.cache import cache_folder
 from fastsp.errors import UserError
-from fastsp.files import new_folder
+from fastsp.utils.cache import cache_folder
+from fastsp.utils.files import new_folder
 
 SPLITS = ("train", "heldout")
 VERSION = 1  # part of the folder's name; raise it when the bytes of the shards change

@@ -34,7 +34,7 @@ from fastsp.data.readers.names import (
 )
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size
 from fastsp.errors import UserError
-from fastsp.progress import late_bar
+from fastsp.utils.progress import late_bar
 
 
 def image_folder(folder: str | Path) -> Path:

@@ -22,7 +22,7 @@ from fastsp.data.config import DataConfig
 from fastsp.data.readers.shards import ShardReader
 from fastsp.data.samples import BadSample
 from fastsp.errors import UserError
-from fastsp.files import read_text, write_file
+from fastsp.utils.files import read_text, write_file
 
 LATENT_SUFFIXES = ("safetensors",)
 TEXT_TENSORS = ("text_features", "pooled_text_features")

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastsp.data.readers.captions import JSON_KEYS
 from fastsp.errors import UserError
-from fastsp.files import read_text
+from fastsp.utils.files import read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv", "meta_cap.json")  # the first that is there
 UNREAD_METADATA = "metadata.parquet"  # which Hugging Face's imagefolder takes too

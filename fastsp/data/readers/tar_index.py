@@ -20,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastsp.data.cache import cache_folder
 from fastsp.data.inventory import Inventory, Part
 from fastsp.data.readers.names import IMAGE_SUFFIXES, printable
 from fastsp.data.readers.tar_scan import Sample, TarScan, scan_tar
-from fastsp.files import new_file
-from fastsp.progress import late_bar
+from fastsp.utils.cache import cache_folder
+from fastsp.utils.files import new_file
+from fastsp.utils.progress import late_bar
 
 VERSION = 4
 

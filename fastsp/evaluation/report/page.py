@@ -21,8 +21,8 @@ from PIL import Image
 from fastsp.evaluation.report.charts import loss_curve
 from fastsp.evaluation.report.tables import Roles, find_roles, score_tables, verdict
 from fastsp.evaluation.run_files import RunFiles, read_run
-from fastsp.files import write_file
-from fastsp.progress import duration
+from fastsp.utils.files import write_file
+from fastsp.utils.progress import duration
 
 MAX_STEP_GRIDS = 6  # of one stage; evenly chosen
 WIDE, NARROW = 1800, 640  # pixels: longest side of an embedded image, in the page's full width and beside others

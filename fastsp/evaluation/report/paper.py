@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fastsp.evaluation.reproduction import BASE, SP, TABLES
 from fastsp.evaluation.rows import Setting
-from fastsp.reproduction import BASE, SP, TABLES
 
 
 class Reported(NamedTuple):
