@@ -80,7 +80,7 @@ class CapturedStep:
             reason = str(_cause(error)).splitlines()[0]
         _log.warning("cuda_graph: auto continues without a CUDA graph: %s", reason)
         self._gave_up = True
-        self.step.optimizer.forget_gradients()
+        self.step.optimizer.replace_gradients(None)
         return None
 
     @contextmanager

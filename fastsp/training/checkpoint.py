@@ -1,8 +1,7 @@
-"""Checkpoints: written to a temporary folder, checked, and committed by one rename, so that none is ever half there.
+"""Checkpoints: written to a temporary folder, checked, and committed by one rename.
 
-Tensors go through `torch.distributed.checkpoint` in safetensors format; everything else is one JSON manifest with the
-size and checksum of every file. No pickles. Every rank writes its own part in a thread: a step waits only until the
-tensors are copied to the CPU.
+`torch.distributed.checkpoint` writes the tensors as safetensors; a JSON manifest has the rest, with the size and
+checksum of every file. Every rank writes its part in a thread: a step waits only for the copies to the CPU.
 """
 
 from __future__ import annotations
@@ -28,9 +27,10 @@ from fastsp.errors import UserError
 from fastsp.training.checkpoint_folder import (
     Files,
     Progress,
+    damage,
     describe,
     folder_name,
-    newest_whole_folder,
+    newest_first,
     progress_of,
     remove_old,
     write_manifest,
@@ -53,9 +53,7 @@ class Checkpoint:
     progress: Progress
 
     def load_into(self, state: dict[str, Tensor]) -> None:
-        """Read every tensor of ``state`` in place; of a sharded one (DTensor) the local shard.
-
-        Every rank reads by itself what it needs, whatever the number of ranks that wrote.
+        """Read every tensor of ``state`` in place; of a sharded one (DTensor) the local shard, whoever wrote it.
 
         Raises:
             UserError: a tensor is missing or has another shape: the checkpoint belongs to another model or optimizer.
@@ -68,13 +66,9 @@ class Checkpoint:
 
 
 class CheckpointWriter:
-    """Saves checkpoints in the background, one at a time. All ranks call the same methods in the same order.
+    """Saves checkpoints below ``root``, which all ranks share, in the background, one at a time.
 
-    Args:
-        root: holds the folders, on a file system that all ranks share.
-        settings: which checkpoints are kept, and whether saving waits for them.
-        config_digest: of the run's configuration, for the manifest.
-        ranks: the processes.
+    All ranks call the same methods in the same order. ``config_digest`` is for the manifest.
     """
 
     def __init__(self, root: Path, settings: CheckpointConfig, config_digest: str, ranks: Ranks) -> None:
@@ -103,26 +97,18 @@ class CheckpointWriter:
     def save(self, progress: Progress, state: dict[str, Tensor]) -> None:
         """Start to write ``root/step_*``. Returns when the tensors may change again.
 
-        Until the rename at the end nothing exists under the final name, and older checkpoints are not touched.
-
         Raises:
             Exception: the error of the previous save, or without ``checkpoint.asynchronous`` of this one.
         """
         self.wait()
-        part = self._stage(_part_of(state, self.ranks))
-        self._thread = Thread(
-            target=self._run, args=(progress, part, _file_indices(state)), name="fastsp-save", daemon=True
-        )
+        arguments = (progress, self._stage(_part_of(state, self.ranks)), _file_indices(state))
+        self._thread = Thread(target=self._write, args=arguments, name="fastsp-save", daemon=True)
         self._thread.start()
         if not self.settings.asynchronous:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the save in progress is committed.
-
-        Raises:
-            Exception: its error.
-        """
+        """Wait until the save in progress is committed, or raise its error."""
         if self._thread is not None:
             self._thread.join()
         self._thread, failure, self._failure = None, self._failure, None
@@ -141,18 +127,13 @@ class CheckpointWriter:
             staged[name] = copy.copy_(source, non_blocking=True)
             if isinstance(tensor, DTensor):
                 assert self.ranks.cpu_mesh is not None
+                stride = torch.empty(tensor.shape, device="meta").stride()
                 staged[name] = DTensor.from_local(
-                    copy, self.ranks.cpu_mesh, tensor.placements, shape=tensor.shape, stride=_contiguous(tensor.shape)
+                    copy, self.ranks.cpu_mesh, tensor.placements, shape=tensor.shape, stride=stride
                 )
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         return staged
-
-    def _run(self, progress: Progress, part: dict[str, Tensor], file_indices: dict[str, int]) -> None:
-        try:
-            self._write(progress, part, file_indices)
-        except BaseException as error:  # torch's CheckpointException is no Exception
-            self._failure = error
 
     def _write(self, progress: Progress, part: dict[str, Tensor], file_indices: dict[str, int]) -> None:
         """All ranks write into one unfinished folder; when all are done, rank 0 gives it its name."""
@@ -169,24 +150,30 @@ class CheckpointWriter:
             commit_folder(unfinished, final)
             remove_old(final, self.settings.keep, self.settings.keep_every)
 
-        unfinished = ranks.together(prepare)[0]
+        unfinished: Path | None = None
         try:
+            unfinished = ranks.together(prepare)[0]
             writer = HuggingFaceStorageWriter(str(unfinished), file_indices, save_distributed=True)
             dcp.save(part, storage_writer=writer, process_group=ranks.patient, no_dist=ranks.world_size == 1)
             own = f"shard-{ranks.rank + 1:05d}-*"
             described = ranks.together(lambda: describe(unfinished, own))
             files = {name: facts for part in described for name, facts in part.items()}
             ranks.together(lambda: commit(files) if ranks.is_main else None)
-        except BaseException:
-            if ranks.is_main:
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            if ranks.is_main and unfinished is not None:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            raise
+            self._failure = error
 
 
 def newest_whole(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest intact checkpoint, and why newer ones were skipped."""
-    folder, passed_over = newest_whole_folder(root)
-    return (Checkpoint(folder, progress_of(folder)) if folder else None), passed_over
+    passed_over: list[str] = []
+    for folder in newest_first(root):
+        reason = damage(folder)
+        if reason is None:
+            return Checkpoint(folder, progress_of(folder)), passed_over
+        passed_over.append(f"{folder.name}: {reason}")
+    return None, passed_over
 
 
 def _part_of(state: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
@@ -204,7 +191,3 @@ def _file_indices(state: dict[str, Tensor]) -> dict[str, int]:
         total += tensor.nbytes
         indices[name] = 1 + total // _FILE_BYTES
     return indices
-
-
-def _contiguous(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()

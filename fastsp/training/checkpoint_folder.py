@@ -1,6 +1,4 @@
-"""The folders of a run's checkpoints: their manifests, which of them are whole, which stay. No torch: `fastsp status`
-reads them too.
-"""
+"""A run's checkpoint folders: their manifests, and which of them stay. No torch: `fastsp status` reads them too."""
 
 from __future__ import annotations
 
@@ -36,17 +34,6 @@ def newest_first(root: Path) -> list[Path]:
     """The checkpoint folders below ``root``, whole or not."""
     folders = [path for path in root.glob("step_*") if path.name[5:].isdecimal() and path.is_dir()]
     return sorted(folders, key=lambda folder: int(folder.name[5:]), reverse=True)
-
-
-def newest_whole_folder(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all there and unchanged, and why newer ones were passed over."""
-    passed_over: list[str] = []
-    for folder in newest_first(root):
-        reason = damage(folder)
-        if reason is None:
-            return folder, passed_over
-        passed_over.append(f"{folder.name}: {reason}")
-    return None, passed_over
 
 
 def remove_old(newest: Path, keep: int, keep_every: int | None) -> None:
@@ -91,7 +78,7 @@ def damage(folder: Path, checksums: bool = True) -> str | None:
 
 
 def write_manifest(folder: Path, content: dict[str, Any], files: Files | None = None) -> None:
-    """Write the manifest over ``files``; None: over all files of ``folder``."""
+    """Write the manifest of ``files``; None: of all files in ``folder``."""
     manifest = {"format": _FORMAT, **content, "files": describe(folder) if files is None else files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 

@@ -1,7 +1,4 @@
-"""The processes of a run: how they agree, and what happens when one of them is missing.
-
-`torchrun` starts them; `torch.distributed` joins them. A process alone needs no group, and loses no time here.
-"""
+"""The processes of a run, as `torchrun` starts them: how they agree, and what happens when one is missing."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=1)  # for files and downloads: a process with a slow disk does not hang
 _GRACE_SECONDS = 5.0  # for the others to notice a failure too
-_SILENT = ("timed out", "timeout")  # in gloo's messages
+_SILENT = ("timed out", "timeout")  # in the messages of torch.distributed, which has no types for them
 _GONE = ("connection closed by peer", "connection reset by peer", "broken pipe")
 _generations = itertools.count()  # of process groups in this process: each has its own keys in the store
 
@@ -39,9 +36,8 @@ class RankError(RunFailed):
 class Ranks:
     """One process among those of the run.
 
-    Beside the group that sums gradients there are two gloo groups on the CPU: ``control`` for the exchange after every
-    step, and ``patient`` for everything that waits for files. While a checkpoint is written, the latter belongs to the
-    writing thread: two threads never share a group.
+    Two gloo groups on the CPU: ``control`` for the exchange after every step, and ``patient`` for what waits for files.
+    While a checkpoint is written, ``patient`` belongs to the writing thread: two threads never share a group.
     """
 
     rank: int = 0
@@ -107,23 +103,22 @@ class Ranks:
         Raises:
             SystemExit: on the others, where rank 0 has failed.
         """
-        if not self.is_main and not self._heard_success():
+        if not self.is_main and not self.broadcast(False):
             raise SystemExit(1)
         succeeded = False
         try:
             yield
             succeeded = True
         finally:
-            if self.is_main and self.world_size > 1:
-                dist.broadcast(torch.tensor(int(succeeded)), src=0, group=self.patient)
+            if self.is_main:
+                self.broadcast(succeeded)
 
     @contextmanager
     def naming_the_missing(self) -> Iterator[None]:
-        """Name the rank that is missing in a collective.
+        """Name the rank that is missing in a collective, whichever that is.
 
-        Every rank that waited for it gets an error, at the timeout or when a connection closes, and leaves a note in
-        the store, as does a rank that fails by itself. A rank without a note hangs or was killed. (gloo's
-        `monitored_barrier` would name only ranks that miss that barrier; on a CPU they miss DDP's sums before it.)
+        Every rank that fails, or gets an error because another one is silent or gone, leaves a note in the store. A
+        rank without a note hangs or was killed. (`monitored_barrier` names only the ranks that miss that barrier.)
 
         Raises:
             RankError: in place of gloo's errors for a silent or closed connection.
@@ -131,8 +126,10 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            silent, gone = _says(error, *_SILENT), _says(error, *_GONE)
-            missing = ", ".join(str(rank) for rank in self._missing(error, wait=silent or gone))
+            is_theirs = isinstance(error, RuntimeError) and not isinstance(error, RunFailed)
+            told = str(error).lower() if is_theirs else ""
+            silent, gone = (any(phrase in told for phrase in phrases) for phrases in (_SILENT, _GONE))
+            missing = ", ".join(map(str, self._without_note(silent or gone)))
             if silent and missing:
                 raise RankError(f"rank {missing} hangs: rank {self.rank} waited distributed_timeout for it") from error
             if gone:
@@ -140,17 +137,12 @@ class Ranks:
                 raise RankError(f"{ended}; this one cannot go on") from error
             raise
 
-    def _heard_success(self) -> bool:
-        told = torch.tensor(0)
-        dist.broadcast(told, src=0, group=self.patient)
-        return bool(told)
-
-    def _missing(self, error: Exception, wait: bool) -> list[int]:
+    def _without_note(self, wait: bool) -> list[int]:
         """Leave the note that this rank has failed. With ``wait``: which ranks have left none a few seconds later."""
         if self.store is None:
             return []
         try:
-            self.store.set(f"failed/{self.rank}", type(error).__name__)
+            self.store.set(f"failed/{self.rank}", "")
             if not wait:
                 return []
             time.sleep(_GRACE_SECONDS)
@@ -164,13 +156,9 @@ ALONE = Ranks()
 
 @contextmanager
 def process_group(timeout_seconds: float) -> Iterator[Ranks]:
-    """Join the processes that `torchrun` started.
+    """Join the processes that `torchrun` started, each of which may wait so long for the others. One needs no group.
 
-    Collectives on the CPU fail after the timeout. NCCL's watchdog waits twice as long, so that at a hang the exchange
-    after a step fails first: it can tell which process is missing.
-
-    Args:
-        timeout_seconds: how long a process may wait for the others.
+    NCCL's watchdog waits twice as long, so that at a hang the exchange after a step fails first and names the process.
 
     Raises:
         UserError: more processes than GPUs on this machine, or launcher variables that do not fit together.
@@ -208,9 +196,3 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
     )
     yield ranks
     dist.destroy_process_group()  # not after a failure: it would wait for the others
-
-
-def _says(error: Exception, *phrases: str) -> bool:
-    """Whether it is an error of torch.distributed, which has no types for them, with one of these phrases."""
-    ours = isinstance(error, RunFailed)
-    return isinstance(error, RuntimeError) and not ours and any(phrase in str(error).lower() for phrase in phrases)

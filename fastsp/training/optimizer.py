@@ -13,7 +13,6 @@ from fastsp_kernels import global_norm
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-import fastsp.training.torch_updates  # noqa: F401 - registers them
 from fastsp.config import EMAConfig, OptimizerConfig
 from fastsp.training.update import AdamW, Update, Weights, local, present
 
@@ -112,22 +111,17 @@ class Optimizer:
         """Take over the gradients of one microbatch and clear them. Several are added up in float32."""
         assert all(p.grad is not None for p in self.params), "every parameter of the UNet takes part in every forward"
         new = [local(p.grad) for p in self.params]  # type: ignore[arg-type]
-        if self.gradients is None:
-            self.gradients = new
-        else:
-            self.gradients = [g.float() for g in self.gradients]  # themselves from the second time on
-            torch._foreach_add_(self.gradients, new)
-        self._clear()
+        if self.gradients is not None:
+            sums = [g.float() for g in self.gradients]  # themselves from the second time on
+            torch._foreach_add_(sums, new)
+            new = sums
+        self.replace_gradients(new)
 
-    def replace_gradients(self, gradients: list[Tensor]) -> None:
-        """Take float32 gradients that somebody else has summed, in place of the accumulated ones and the latest."""
+    def replace_gradients(self, gradients: list[Tensor] | None) -> None:
+        """Take float32 gradients that were summed elsewhere in place of all that is there; None: start anew."""
         self.gradients = gradients
-        self._clear()
-
-    def forget_gradients(self) -> None:
-        """As before the first microbatch."""
-        self.gradients = None
-        self._clear()
+        for p in self.params:
+            p.grad = None
 
     @torch.no_grad()
     def update(self) -> Tensor:
@@ -150,7 +144,3 @@ class Optimizer:
         squared = global_norm(gradients).square() if gradients else torch.zeros_like(self.learning_rate)
         dist.all_reduce(squared)
         return squared.sqrt()
-
-    def _clear(self) -> None:
-        for p in self.params:
-            p.grad = None

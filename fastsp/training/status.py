@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from fastsp.training.checkpoint_folder import Progress, damage, newest_first, pr
 from fastsp.utils.files import lock_holder
 from fastsp.utils.progress import duration
 
-_TAIL_BYTES = 1 << 16  # of metrics.jsonl: some hundred lines
 _LOSSES = 5  # shown
 
 
@@ -58,23 +57,14 @@ class RunStatus:
             wait = "" if self.data_wait is None else f"; {self.data_wait:.0%} of the time waiting for data"
             left = f"; {duration(self.seconds_left)} of training left" if self.seconds_left else ""
             yield _line("speed", f"{self.samples_per_s:.3g} samples/s{wait}{left}")
-        yield _line("checkpoint", self._checkpoint())
+        harm = f"is damaged: {self.checkpoint_damage}" if self.checkpoint_damage else "is whole"
+        yield _line("checkpoint", f"{self.checkpoint} {harm}" if self.checkpoint else "none yet")
         yield _line("trouble", f"{self.skipped} updates skipped, {self.bad_samples} bad samples")
         yield _line("next", self.next)
 
-    def _checkpoint(self) -> str:
-        if self.checkpoint is None:
-            return "none yet"
-        if self.checkpoint_damage is not None:
-            return f"{self.checkpoint} is damaged: {self.checkpoint_damage}"
-        return f"{self.checkpoint} is whole"
-
 
 def run_status(root: Path, verify: bool = False) -> RunStatus:
-    """Read a run directory.
-
-    Args:
-        verify: read the newest checkpoint through and compare its checksums; else its files' sizes alone.
+    """Read a run directory; with ``verify`` the newest checkpoint's checksums too, else its files' sizes alone.
 
     Raises:
         UserError: it holds no run.
@@ -88,8 +78,7 @@ def run_status(root: Path, verify: bool = False) -> RunStatus:
     rows = _last_rows(root / "metrics.jsonl")
     last = rows[-1] if rows else {}
     holder = lock_holder(root / ".lock")
-    running = holder.name if holder and holder.certain else None
-    perhaps = holder.name if holder and not holder.certain else None
+    running, perhaps = ((holder.name if holder and holder.certain == certain else None) for certain in (True, False))
     finished = (root / "final").is_dir() and all((root / "stages" / name).is_dir() for name in stages)
     newest = next(iter(newest_first(root / "checkpoints")), None)
     harm = damage(newest, checksums=verify) if newest else None
@@ -136,29 +125,18 @@ def _next(root: Path, config: dict[str, Any], running: bool, perhaps: str | None
 
 def _last_rows(file: Path) -> list[dict[str, Any]]:
     """The last complete lines of `metrics.jsonl`."""
-    try:
-        with file.open("rb") as stream:
-            start = max(0, stream.seek(0, os.SEEK_END) - _TAIL_BYTES)
-            stream.seek(start)
-            lines = stream.read().splitlines(keepends=True)
-    except OSError:
-        return []
     rows = []
-    for line in lines[1:] if start else lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
+    with suppress(OSError):
+        for line in file.read_bytes().splitlines()[-_LOSSES - 1 :]:
+            with suppress(ValueError):  # torn
+                rows.append(json.loads(line))
     return rows
 
 
 def _bad_samples(file: Path) -> int:
     """Samples that the run has named as bad, which may be more than it has logged: a run can be stopped by them."""
-    try:
-        with file.open("rb") as lines:
-            return sum(b'"position": null' not in line for line in lines)  # null: a file of many samples
-    except OSError:
-        return 0
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    return sum(b'"position": null' not in line for line in lines)  # null: a file of many samples
 
 
 def _line(name: str, text: str) -> str:

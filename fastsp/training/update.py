@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from fastsp_kernels import adamw_ema
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastsp.config import Config, OptimizerConfig
@@ -49,6 +49,7 @@ class Update:
 
     def __init__(self, masters: dict[str, Tensor], config: OptimizerConfig) -> None:
         self.config = config
+        self.max_norm = math.inf if config.grad_clip is None else config.grad_clip
         self.state: dict[str, Tensor] = {}
 
     def directions(self, gradients: list[Tensor]) -> list[Tensor]:
@@ -66,7 +67,7 @@ class Update:
         finite = norm.isfinite()
         weights.step_count.add_(finite)
         weights.skipped.add_(~finite)
-        clip = (_max_norm(self.config) / (norm + _CLIP_EPSILON)).clamp(max=1.0)
+        clip = (self.max_norm / (norm + _CLIP_EPSILON)).clamp(max=1.0)
         gradients = [(gradient.float() * clip).masked_fill_(~finite, 0.0) for gradient in gradients]
         before = [tensor.clone() for tensor in self.state.values()]
         directions = self.directions(gradients)
@@ -131,14 +132,79 @@ class AdamW(Update):
             gradient_norm=norm,
             step=weights.step_count,
             skipped=weights.skipped,
-            max_norm=_max_norm(self.config),
+            max_norm=self.max_norm,
             betas=(self.config.betas[0], self.config.betas[1]),
             eps=self.config.eps,
             weight_decay=self.config.weight_decay,
         )
 
 
+class TorchUpdate(Update):
+    """Optimizers of `torch.optim` whose step is the learning rate times a direction that does not depend on the
+    weights, and whose state starts at zero.
+
+    They are given zeros in place of the weights, as matrices, and learning rate 1: what they leave there is the
+    direction. Learning rate, weight decay and skipping then stay outside of them, on the device, so that a CUDA graph
+    can hold the step; `torch.optim.Muon` would read a learning rate on the device back. This takes the memory of one
+    more copy of the weights and, during a step, of the state.
+    """
+
+    shards = False
+
+    def __init__(self, masters: dict[str, Tensor], config: OptimizerConfig) -> None:
+        super().__init__(masters, config)
+        shaped = {name: master.flatten(1) if master.ndim > 2 else master for name, master in masters.items()}
+        steps = {name: nn.Parameter(torch.zeros_like(master)) for name, master in shaped.items()}
+        self.steps = list(steps.values())
+        self.optimizers = self.make(steps)
+        self.directions([torch.zeros_like(master) for master in masters.values()])  # creates their state
+        names = {id(step): name for name, step in steps.items()}
+        for optimizer in self.optimizers:
+            for step, tensors in optimizer.state.items():
+                self.state |= {f"{kind}.{names[id(step)]}": tensor.zero_() for kind, tensor in tensors.items()}
+
+    def make(self, steps: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+        """The optimizers of these parameters, each with learning rate 1 and no weight decay."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def directions(self, gradients: list[Tensor]) -> list[Tensor]:
+        torch._foreach_zero_([step.data for step in self.steps])
+        for step, gradient in zip(self.steps, gradients, strict=True):
+            step.grad = gradient.reshape(step.shape)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return [step.data.view(gradient.shape) for step, gradient in zip(self.steps, gradients, strict=True)]
+
+
+class Muon(TorchUpdate):
+    """Muon (Jordan et al., 2024) for the matrices in the network's blocks, AdamW for the rest.
+
+    A convolution's weight is the matrix (output channels, input channels x height x width). Biases, norms, and the
+    first and last layers, which are outside of the blocks, take AdamW. Muon's steps are scaled to the size of AdamW's
+    (Liu et al., arXiv 2502.16982), so that one learning rate serves both.
+    """
+
+    def make(self, steps: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+        matrices = {name: step for name, step in steps.items() if step.ndim == 2 and "block" in name}
+        others = [step for name, step in steps.items() if name not in matrices]
+        betas, capturable = (self.config.betas[0], self.config.betas[1]), any(step.is_cuda for step in others)
+        optimizers: list[torch.optim.Optimizer] = []
+        if matrices:
+            muon = torch.optim.Muon(matrices.values(), lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            optimizers.append(muon)
+        if others:
+            optimizers.append(
+                torch.optim.AdamW(
+                    others, 1.0, betas, self.config.eps, weight_decay=0.0, capturable=capturable, foreach=True
+                )
+            )
+        return optimizers
+
+
 register("adamw", AdamW)
+register("muon", Muon)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -149,7 +215,3 @@ def local(tensor: Tensor) -> Tensor:
 def present(tensors: list[Tensor]) -> list[Tensor]:
     """This rank's shards, without the empty ones that a small tensor leaves to some ranks."""
     return [shard for tensor in tensors if (shard := local(tensor)).numel()]
-
-
-def _max_norm(config: OptimizerConfig) -> float:
-    return math.inf if config.grad_clip is None else config.grad_clip

@@ -15,8 +15,7 @@ from training.test_capture import make as make_step
 from fastsp.config import EMAConfig, OptimizerConfig, load_config
 from fastsp.errors import UserError
 from fastsp.training.optimizer import Optimizer, ema_decay, learning_rate, trained_share
-from fastsp.training.torch_updates import Muon, TorchUpdate
-from fastsp.training.update import AdamW, Update, Weights, register, update_of
+from fastsp.training.update import AdamW, Muon, TorchUpdate, Update, Weights, register, update_of
 
 
 def test_learning_rate():
