@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,10 +16,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from fastsp.bench.workload import SD21_BASE_UNET
-from fastsp.cli import machine as doctor
-from fastsp.cli.machine import Finding, probe
+from fastsp.cli.doctor import Finding, probe
 from fastsp.config import CheckpointConfig
 
+doctor = importlib.import_module("fastsp.cli.doctor")  # the package has the command under that name
 ROOT = Path(__file__).resolve().parents[2]
 GPU = {"name": "Example", "capability": [9, 0], "memory": 80 * doctor.GIB, "free": 79 * doctor.GIB}
 BROKEN = {
@@ -149,12 +150,10 @@ def test_the_command_that_installs_xformers_is_named() -> None:
     assert doctor._xformers({"torch": {"devices": []}, "xformers": problem}) == [], "it has no CPU operators"
 
 
-def test_the_floors_are_what_a_run_of_stable_diffusion_takes() -> None:
+def test_the_floor_is_what_a_run_of_stable_diffusion_takes() -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(SD21_BASE_UNET)
     sizes = [4 * p.numel() for p in unet.parameters()]
     keep, copies = CheckpointConfig().keep, 4  # weights, average, two moments
     checkpoints = (keep + 1) * copies * sum(sizes)
     assert checkpoints + 4 * 5.2e9 < doctor.DISK_FOR_A_RUN, "three stages and final/"
-    pinned = copies * sum(1 << (size - 1).bit_length() for size in sizes)  # PyTorch rounds up to powers of two
-    assert pinned + 6 * doctor.GIB < doctor.MEMORY_FOR_A_RUN
