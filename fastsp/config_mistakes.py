@@ -4,58 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import yaml
 from pydantic import ValidationError
 
+from fastsp.objectives import OBJECTIVES, StageConfig
 from fastsp.utils.section import Section
 
-# What keys of other trainers (diffusers' scripts, kohya's sd-scripts, OneTrainer, SimpleTuner) are here: our key, or
-# "none" and why. docs/coming-from.md agrees with it. A key that has the same name here needs no row.
-_OTHERS = {
-    "run_dir": "output_dir output_name logging_dir",
-    "model.pretrained": "pretrained_model_name_or_path base_model_name network_weights",
-    "model.lora": "network_module",
-    "model.lora.rank": "network_dim lora_rank",
-    "model.lora.alpha": "network_alpha lora_alpha",
-    "data.source": "cache_latents cache_text_encoder_outputs",
-    "data.path": "train_data_dir instance_data_dir dataset_name in_json image_dir",
-    "data.batch_size": "train_batch_size",
-    "data.microbatch": "gradient_accumulation_steps",
-    "data.crop": "center_crop random_crop",
-    "data.flip": "random_flip flip_aug",
-    "data.workers": "dataloader_num_workers max_data_loader_n_workers",
-    "data.caption_dropout": "caption_dropout_rate caption_dropout_probability proportion_empty_prompts",
-    "stages.N.steps": "max_train_steps max_train_epochs num_train_epochs epochs",
-    "stages.N.learning_rate": "lr unet_lr",
-    "stages.N.min_snr_gamma": "snr_gamma",
-    "optimizer.kind": "optimizer_type use_8bit_adam",
-    "optimizer.schedule": "lr_scheduler learning_rate_scheduler",
-    "optimizer.warmup_steps": "lr_warmup_steps learning_rate_warmup_steps",
-    "optimizer.betas": "adam_beta1 adam_beta2",
-    "optimizer.eps": "adam_epsilon",
-    "optimizer.weight_decay": "adam_weight_decay",
-    "optimizer.grad_clip": "max_grad_norm clip_grad_norm",
-    "ema.decay": "use_ema ema_decay",
-    "precision": "mixed_precision train_dtype",
-    "compile": "torch_compile",
-    "attention": "enable_xformers_memory_efficient_attention xformers sdpa",
-    "checkpoint.every": "checkpointing_steps save_every_n_steps",
-    "checkpoint.keep": "checkpoints_total_limit save_last_n_steps",
-    "samples.prompts": "validation_prompt validation_prompts sample_prompts",
-    "samples.every": "validation_steps sample_every_n_steps",
-    "log.wandb": "log_with report_to",
-    "none: fastsp train --resume goes on with the run in run_dir": "resume resume_from_checkpoint",
-    "none: a checkpoint always holds the whole state": "save_state",
-    "none: v-prediction on a zero-terminal-SNR schedule is always trained": (
-        "prediction_type v_parameterization zero_terminal_snr rescale_betas_zero_snr"
-    ),
-    "none: zero terminal SNR mends what it works around": "noise_offset multires_noise_iterations ip_noise_gamma",
-    "none: pictures are cropped to squares": "enable_bucket",
-    "none: captions are taken as they are": "shuffle_caption keep_tokens",
-    "none: captions are cut after 77 tokens": "max_token_length",
-    "none: text encoders are frozen": "train_text_encoder",
-}
+_OTHERS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("other_trainers.yaml").read_text(encoding="utf-8"))
 OTHERS_KEYS = {name: ours for ours, names in _OTHERS.items() for name in names.split()}
 
 
@@ -66,11 +24,11 @@ def as_one_line(found: Sequence[str]) -> str:
     return f"{len(found)} mistakes: " + " ".join(f"({number}) {text}" for number, text in enumerate(found, start=1))
 
 
-def all_keys(section: type[Section], prefix: str = "") -> Iterator[tuple[str, type[Section]]]:
-    """The dotted keys of a section and of those below it, each with its own; ``N`` stands for an index."""
-    for kind in section.kinds.values() if section.kinds is not None else [section]:
+def all_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a section and of those below it, a stage's of every objective; ``N`` stands for an index."""
+    for kind in OBJECTIVES.values() if section is StageConfig else [section]:
         for name, field in kind.model_fields.items():
-            yield f"{prefix}{name}", kind
+            yield f"{prefix}{name}"
             for below, in_list in _sections(field.annotation):
                 yield from all_keys(below, f"{prefix}{name}.N." if in_list else f"{prefix}{name}.")
 
@@ -86,25 +44,27 @@ def _sections(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[Sec
 
 def mistakes(error: ValidationError, config: type[Section]) -> list[str]:
     """A line for each mistake that pydantic found."""
+    known = list(dict.fromkeys(all_keys(config)))
     lines: dict[str, str] = {}
     for fault in error.errors(include_url=False):
-        parts = [part for part in fault["loc"] if not _is_union_branch(part)]
-        key = ".".join(map(str, parts))
+        parts = [str(part) for part in fault["loc"] if not _is_union_branch(part)]
+        key, value = ".".join(parts), repr(fault["input"])
+        value = value if len(value) <= 60 else f"{value[:57]}..."
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            lines[key] = f"{key}: {_meant(parts, config)}"
+            lines[key] = f"{key}: {_meant(parts, known)}"
         elif fault["type"] == "missing":
             lines[key] = f"{key}: is missing"
         elif fault["type"] == "model_type":
-            names = ", ".join(_names_below(parts, config)[:4])
-            lines[key] = f"{key}: {_short(fault['input'])} is no section: keys such as {names} stand below it"
+            names = ", ".join(_names_below(parts, known)[:4])
+            lines[key] = f"{key}: {value} is no section: keys such as {names} stand below it"
         elif fault["type"] == "value_error" and isinstance(fault["input"], dict):  # of a section's keys together
             lines |= {line: f"{key}: {line}" if key else line for line in message.splitlines()}
         else:
             message = message[0].lower() + message[1:]
             if fault["type"] == "string_type" and isinstance(fault["input"], bool | int | float):
                 message += " (quote it where text is meant)"
-            start = lines.get(key, f"{key}: {_short(fault['input'])} is not allowed")  # another type of a union has one
+            start = lines.get(key, f"{key}: {value} is not allowed")  # another type of a union has one
             lines[key] = f"{start}{' or' if key in lines else ':'} {message}"
     return list(lines.values())
 
@@ -114,39 +74,34 @@ def _is_union_branch(part: int | str) -> bool:
     return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
 
 
-def _pattern(parts: Sequence[int | str]) -> str:
-    return ".".join("N" if isinstance(part, int) else part for part in parts)
+def _prefix(place: Sequence[str]) -> str:
+    """What the known keys of a section begin with."""
+    return "".join(f"{'N' if part.isdecimal() else part}." for part in place)
 
 
-def _names_below(parts: Sequence[int | str], config: type[Section]) -> list[str]:
+def _names_below(place: Sequence[str], known: Sequence[str]) -> list[str]:
     """The keys of a section."""
-    prefix = _pattern([*parts, ""])
-    below = [key.removeprefix(prefix) for key, _ in all_keys(config) if key.startswith(prefix)]
-    return list(dict.fromkeys(name for name in below if "." not in name))
+    below = [key.removeprefix(_prefix(place)) for key in known if key.startswith(_prefix(place))]
+    return [name for name in below if "." not in name]
 
 
-def _meant(parts: Sequence[int | str], config: type[Section]) -> str:
+def _meant(parts: Sequence[str], known: Sequence[str]) -> str:
     """Of an unknown key: what it is here, the likeliest key, or the keys that there are."""
-    place, name = list(parts[:-1]), str(parts[-1])
-    known = dict.fromkeys(key for key, _ in all_keys(config))
-    if having := [(kind.kinds, kind) for key, kind in all_keys(config) if key == _pattern(parts) and kind.kinds]:
-        names = " and ".join(kinds.name_of(kind) for kinds, kind in having)
-        return f"only the {having[0][0].key} {names} has this key"
+    *place, name = parts
+    siblings = _names_below(place, known)
+    if name in siblings:
+        owners = [objective for objective, kind in OBJECTIVES.items() if name in kind.model_fields]
+        return f"only the objective {' and '.join(owners)} has this key"
     plain = name.lower().replace("-", "_").lstrip("_")
-    places = [key for key in known if key.rpartition(".")[2] == plain]
-    if ours := OTHERS_KEYS.get(plain) or " or ".join(places[:3]):
-        if ours.startswith(f"{_pattern(place)}."):
-            ours = ".".join(map(str, [*place, ours.rpartition(".")[2]]))
-        return f"unknown key; {'' if ours.startswith('none') else 'here it is '}{ours}"
-    siblings = _names_below(place, config)
+    ours = OTHERS_KEYS.get(plain) or " or ".join([key for key in known if key.rpartition(".")[2] == plain][:3])
+    if ours.startswith("none"):
+        return f"unknown key; {ours}"
+    if ours:
+        here = ours.removeprefix(_prefix(place))
+        return f"unknown key; here it is {ours if here == ours else '.'.join([*place, here])}"
     if close := difflib.get_close_matches(name, siblings, n=1):
         return f"unknown key; did you mean {close[0]}?"
     leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
     if close := difflib.get_close_matches(plain, leaves, n=1, cutoff=0.8):
         return f"unknown key; did you mean {leaves[close[0]]}?"
     return f"unknown key; allowed: {', '.join(siblings)}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -25,6 +24,19 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.twice: list[str] = []  # every key that a mapping has more than once: YAML itself would take the last one
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                self.twice.append(f"line {line}: the key {key.value!r} is in line {lines[key.value]} already")
+        return node
+
 
 for _kind, _pattern in (
     ("int", r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)"),
@@ -42,32 +54,15 @@ def parse_yaml(text: str, where: str) -> Any:
     """
     loader = _Loader(text)
     try:
-        node = loader.get_single_node()
-        if twice := "; ".join(_given_twice(node, set())):
-            raise UserError(f"{where}: {twice}")
-        return None if node is None else loader.construct_document(node)
+        content = loader.get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "cannot be read"
         raise UserError(f"{where}{place} is broken YAML: {problem}") from None
-    finally:
-        loader.dispose()
-
-
-def _given_twice(node: Any, seen: set[int]) -> Iterator[str]:
-    """Every key that a mapping has more than once. YAML itself would take the last one."""
-    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:  # an alias leads to a node that was seen
-        return
-    seen.add(id(node))
-    pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    first: dict[str, int] = {}
-    for key, _ in pairs:
-        line = key.start_mark.line + 1
-        if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, line) != line:
-            yield f"line {line}: the key {key.value!r} is in line {first[key.value]} already"
-    for child in [value for _, value in pairs] or node.value:
-        yield from _given_twice(child, seen)
+    if loader.twice:
+        raise UserError(f"{where}: {'; '.join(reversed(loader.twice))}")  # the outermost first
+    return content
 
 
 def apply_override(tree: Any, override: str) -> None:

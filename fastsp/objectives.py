@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, TypeAdapter, ValidationInfo, WrapValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    TypeAdapter,
+    ValidationInfo,
+    WrapValidator,
+    model_validator,
+)
 
 from fastsp.options import Displacement, Distance, Layers, Teacher, TimestepSampling
-from fastsp.utils.section import AboveZero, Kinds, Name, PathText, Positive, Section, is_reading
+from fastsp.utils.section import AboveZero, Name, PathText, Positive, Section, is_reading
 
-OBJECTIVES = Kinds("objective")
+OBJECTIVES: dict[str, type[StageConfig]] = {}
+S = TypeVar("S", bound="StageConfig")
+
+
+def register(kind: type[S]) -> type[S]:
+    """Decorate a stage to make it known under the name that the Literal of its ``objective`` gives."""
+    OBJECTIVES[get_args(kind.model_fields["objective"].annotation)[0]] = kind
+    return kind
+
+
+def _known(objective: str) -> str:
+    if objective not in OBJECTIVES:
+        raise ValueError(f"input should be {' or '.join(map(repr, OBJECTIVES))}")
+    return objective
 
 
 def _named(normalize: Any) -> Any:
@@ -24,14 +47,13 @@ FeatureNormalization = Annotated[Literal["none", "sample"], BeforeValidator(_nam
 class StageConfig(Section):
     """One stage: an objective for some steps, from the weights of the stage before or of another one.
 
-    A new objective is a subclass with its own keys, registered by ``@OBJECTIVES.register``.
+    A new objective is a subclass with its own keys, decorated with :func:`register`.
     """
 
-    kinds: ClassVar[Kinds] = OBJECTIVES
     loss: ClassVar[str] = "fastsp.training.step:Objective"  # "module:class" of the loss, a subclass of that one
 
     name: Name
-    objective: str
+    objective: Annotated[str, AfterValidator(_known)]
     steps: Positive  # optimizer steps
     learning_rate: AboveZero
     init: str | None = None  # a stage whose EMA weights it starts from; None: the stage before
@@ -52,7 +74,7 @@ class StageConfig(Section):
         return getattr(import_module(module), name)
 
 
-@OBJECTIVES.register
+@register
 class MSEStage(StageConfig):
     """Mean squared error of the prediction."""
 
@@ -64,7 +86,7 @@ class MSEStage(StageConfig):
         return "MSE"
 
 
-@OBJECTIVES.register
+@register
 class SelfPerceptualStage(StageConfig):
     """The self-perceptual loss; see :class:`fastsp.loss.SelfPerceptualLoss`."""
 
@@ -94,7 +116,28 @@ class SelfPerceptualStage(StageConfig):
         return self
 
 
-Stage = Annotated[SerializeAsAny[StageConfig], WrapValidator(OBJECTIVES.validate)]
+def _of_its_objective(stage: Any, handler: Callable[[Any], Any], info: ValidationInfo) -> Any:
+    """A union that is open: the section of the objective that the stage names.
+
+    Earlier versions had the keys of all objectives in every stage. Those of others are left out where they hold their
+    default, which says nothing (False is `normalize: none`), and where a run's own file is read.
+    """
+    if not isinstance(stage, dict):
+        return handler(stage)
+    name = stage.get("objective")
+    if not isinstance(name, str) or name not in OBJECTIVES:  # refused by what all stages have in common
+        return handler({key: stage[key] for key in StageConfig.model_fields if stage.get(key) is not None})
+    kind, reading = OBJECTIVES[name], is_reading(info)
+    idle = {
+        key
+        for other in OBJECTIVES.values()
+        for key, field in other.model_fields.items()
+        if key not in kind.model_fields and (reading or stage.get(key) in (field.default, False))
+    }
+    return kind.model_validate({key: stage[key] for key in stage if key not in idle}, context=info.context)
+
+
+Stage = Annotated[SerializeAsAny[StageConfig], WrapValidator(_of_its_objective)]
 _STAGE: TypeAdapter[StageConfig] = TypeAdapter(Stage)
 
 

@@ -47,7 +47,7 @@ def part_of(field: dict[str, Any]) -> dict[str, Any] | None:
     parts = [kind.model_json_schema() for kind in kinds.values()]
     properties = {name: field for part in parts for name, field in part["properties"].items()}
     required = {name for part in parts for name in part["required"]}
-    return {"properties": {**properties, kinds.key: {"enum": list(kinds)}}, "required": required}
+    return {"properties": {**properties, "objective": {"enum": list(kinds)}}, "required": required}
 
 
 def allowed(field: dict[str, Any]) -> str:
@@ -86,7 +86,7 @@ def test_other_trainers_keys_are_answered_as_the_page_says():
     """docs/coming-from.md: what the second column names for a key is what the error message names."""
     lines = (PAGE.parent / "coming-from.md").read_text().splitlines()
     rows = [line.strip("| ").split(" | ", 1) for line in lines if line.startswith("| `")]
-    ours = {key for key, _ in all_keys(Config)}
+    ours = set(all_keys(Config))
     named = {name for _, here in rows for name in re.findall(r"`((?:\w+\.)+\w+)", here)} - {"report.html"}
     answers = {answer for answer in OTHERS_KEYS.values() if not answer.startswith("none")}
     assert len(named) > 25 and named <= ours and answers <= ours
@@ -125,7 +125,7 @@ def test_other_trainers_keys_are_answered_as_the_page_says():
 )
 @pytest.mark.parametrize("place", ["{0}", "stages.0.{0}", "optimizer.{0}"])
 def test_what_tutorials_set_is_answered_with_its_whole_path_here(name, place):
-    ours = {key for key, _ in all_keys(Config)}
+    ours = set(all_keys(Config))
     known = {key.replace("stages.N.", "stages.0.") for key in ours}
     if (key := place.format(name)) not in known:
         with pytest.raises(UserError) as caught:

@@ -1,4 +1,4 @@
-"""Clocks, the device's peak rate, and providers that take turns."""
+"""Operations counted, clocks, the device's peak rate, and providers that take turns."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from fastsp.bench.flops import flops_per_sample
 from fastsp.bench.providers import Provider
 from fastsp.bench.workload import Workload
 
@@ -30,6 +32,38 @@ DATASHEET_TFLOPS: dict[str, dict[torch.dtype, float]] = {
 }
 
 
+def flops_per_sample(provider: Provider, workload: Workload) -> float:
+    """Floating point operations of forward and backward, counted on the ``meta`` device: nothing is computed.
+
+    Counted are matrix products, convolutions and attention, one multiply-add as 2, so the figures are the same on every
+    machine. Attention counts as a fused operator, its backward without recomputing the scores. Left out are
+    recomputation by gradient checkpointing, and the update, which does not grow with the batch.
+    """
+    step = provider.build(workload.for_counting())
+    attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+    with _FusedAttention():
+        step.loss(*step.draws()).backward()  # the first call may trace, which is not to be counted
+        counter = FlopCounterMode(display=False, custom_mapping={attention_backward: _attention_backward_flops})
+        with counter:
+            step.loss(*step.draws()).backward()
+    return counter.get_total_flops() / workload.batch_size
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Sends attention to its fused operator, which PyTorch would not choose for ``meta`` tensors."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _attention_backward_flops(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Two products with the head width of the keys, two with that of the values. Arguments are shapes."""
+    batch, heads, length, width = query
+    return 4 * batch * heads * length * key[2] * (width + value[3])
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device is idle."""
     if device.type == "cuda":
@@ -37,20 +71,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_per_call(call: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
-    """Mean of ``calls`` calls back to back: by events on a GPU, by the wall clock on a CPU."""
+    """Mean of ``calls`` calls back to back, from an idle device to an idle device."""
     synchronize(device)
-    if device.type != "cuda":
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter() - start) / calls
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
+    start = time.perf_counter()
     for _ in range(calls):
         call()
-    last.record()
     synchronize(device)
-    return first.elapsed_time(last) / 1e3 / calls
+    return (time.perf_counter() - start) / calls
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -78,10 +105,10 @@ class Peak:
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The best of ten large products. Takes less than a second."""
+    """The best of ten turns of four large products. Takes less than a second."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = min(seconds_per_call(lambda: a @ b, device) for _ in range(10))
+    seconds = min(seconds_per_call(lambda: a @ b, device, calls=4) for _ in range(10))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peaks = next((peaks for known, peaks in DATASHEET_TFLOPS.items() if known in name), {})
     return Peak(2 * size**3 / seconds, 1e12 * peaks[dtype] if dtype in peaks else None)

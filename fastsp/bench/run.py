@@ -10,15 +10,7 @@ from typing import Any
 
 import torch
 
-from fastsp.bench.measure import (
-    Entry,
-    empty_caches,
-    measure_peak,
-    prepare,
-    quantiles,
-    relative_speed,
-    take_turns,
-)
+from fastsp.bench.measure import Entry, empty_caches, measure_peak, prepare, quantiles, relative_speed, take_turns
 from fastsp.bench.providers import PROVIDERS, REFERENCE
 from fastsp.bench.workload import Workload
 from fastsp.evaluation.environment import environment

@@ -116,10 +116,7 @@ class Workload:
         return replace(self, config=self.config.model_copy(update=settings))
 
     def _normal(self, seed: int, shape: tuple[int, ...]) -> Tensor:
-        if self.device.type == "meta":
-            return torch.empty(shape, device="meta")
-        generator = torch.Generator(self.device).manual_seed(seed)
-        return torch.randn(shape, generator=generator, device=self.device)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
 
 def default_workload(device: torch.device, overrides: Sequence[str] = ()) -> Workload:
@@ -131,16 +128,27 @@ def default_workload(device: torch.device, overrides: Sequence[str] = ()) -> Wor
     for override in overrides:
         if override.partition("=")[0].split(".")[0] == "model":
             raise UserError(f"{override}: without --config fastsp bench uses its own model; give a run's file")
-    if device.type != "cuda":
-        model = digits_model(DIGITS_RESOLUTION, seed=0)
-        config = _config("digits", DIGITS_RESOLUTION, DIGITS_BATCH_SIZE, "fp32", overrides)
-        return _workload("the quickstart's digits model", config, model, device)
-    config = _config("stabilityai/stable-diffusion-2-1-base", 512, _sd21_batch_size(device), "bf16", overrides)
-    if config.data.resolution % SD21_VAE_SCALE_FACTOR:
+    on_gpu = device.type == "cuda"
+    tree: dict[str, Any] = {  # a run as the paper describes it
+        "run_dir": "runs/bench",
+        "precision": "bf16" if on_gpu else "fp32",
+        "model": {"pretrained": "stabilityai/stable-diffusion-2-1-base"} if on_gpu else {"preset": "digits"},
+        "data": {"source": "digits", "resolution": DIGITS_RESOLUTION, "batch_size": DIGITS_BATCH_SIZE},
+        "stages": [
+            {"name": "mse", "objective": "mse", "steps": 1, "learning_rate": 3e-5},
+            {"name": "sp", "objective": "self_perceptual", "steps": 1, "learning_rate": 3e-5},
+        ],
+    }
+    if on_gpu:
+        tree["data"] |= {"resolution": 512, "batch_size": _sd21_batch_size(device)}
+    config = config_of(tree, overrides, "fastsp bench")
+    side, left_over = divmod(config.data.resolution, SD21_VAE_SCALE_FACTOR)
+    if not on_gpu:
+        return _workload("the quickstart's digits model", config, digits_model(config.data.resolution, seed=0), device)
+    if left_over:
         raise UserError(f"data.resolution {config.data.resolution} must be a multiple of {SD21_VAE_SCALE_FACTOR}")
-    latent_shape = (4, *[config.data.resolution // SD21_VAE_SCALE_FACTOR] * 2)
     name = "SD2.1-base, random weights"
-    return Workload(name, _one_microbatch(config), SD21_BASE_UNET, latent_shape, SD21_TEXT_SHAPE, device)
+    return Workload(name, _one_microbatch(config), SD21_BASE_UNET, (4, side, side), SD21_TEXT_SHAPE, device)
 
 
 def workload_of(file: Path, device: torch.device, overrides: Sequence[str] = ()) -> Workload:
@@ -175,26 +183,7 @@ def _one_microbatch(config: Config) -> Config:
     return config.model_copy(update={"data": data})
 
 
-def _config(model: str, resolution: int, batch_size: int, precision: str, overrides: Sequence[str]) -> Config:
-    """A run as the paper describes it: an MSE stage, then a self-perceptual one."""
-    tree: dict[str, Any] = {
-        "run_dir": "runs/bench",
-        "precision": precision,
-        "model": {"preset": model} if model == "digits" else {"pretrained": model},
-        "data": {"source": "digits", "resolution": resolution, "batch_size": batch_size},
-        "stages": [
-            {"name": "mse", "objective": "mse", "steps": 1, "learning_rate": 3e-5},
-            {"name": "sp", "objective": "self_perceptual", "steps": 1, "learning_rate": 3e-5},
-        ],
-    }
-    return config_of(tree, overrides, "fastsp bench")
-
-
 def _sd21_batch_size(device: torch.device) -> int:
     """The largest power of two, up to 32, that fits beside the state of two providers."""
-    memory = torch.cuda.get_device_properties(device).total_memory
-    room = memory - 2 * SD21_STATE_BYTES
-    batch_size = 1
-    while batch_size < 32 and 2 * batch_size * SD21_BYTES_PER_SAMPLE <= room:
-        batch_size *= 2
-    return batch_size
+    room = torch.cuda.get_device_properties(device).total_memory - 2 * SD21_STATE_BYTES
+    return next((size for size in (32, 16, 8, 4, 2) if size * SD21_BYTES_PER_SAMPLE <= room), 1)

@@ -15,8 +15,16 @@ from fastsp_kernels import Stream, random_integers, random_normals
 from fastsp.__main__ import main
 from fastsp.bench.baselines import Algorithm1
 from fastsp.bench.fastsp_step import FastspStep
-from fastsp.bench.flops import flops_per_sample
-from fastsp.bench.measure import Entry, Peak, measure_peak, prepare, quantiles, relative_speed, seconds_per_call
+from fastsp.bench.measure import (
+    Entry,
+    Peak,
+    flops_per_sample,
+    measure_peak,
+    prepare,
+    quantiles,
+    relative_speed,
+    seconds_per_call,
+)
 from fastsp.bench.providers import PROVIDERS
 from fastsp.bench.run import run
 from fastsp.bench.workload import SD21_BASE_UNET, SD21_TEXT_SHAPE, default_workload

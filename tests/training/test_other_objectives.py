@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastsp.config import load_config, read_config
 from fastsp.errors import UserError
 from fastsp.loss import DenoisingLoss
-from fastsp.objectives import OBJECTIVES, StageConfig
+from fastsp.objectives import OBJECTIVES, StageConfig, register
 from fastsp.training.trainer import train
 from fastsp.utils.section import AboveZero
 
@@ -42,7 +42,7 @@ class HuberLoss(nn.Module):
 
 @pytest.fixture
 def huber():
-    @OBJECTIVES.register
+    @register
     class HuberStage(StageConfig):
         loss = f"{__name__}:HuberLoss"
         objective: Literal["huber"]
