@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from fastsp.errors import UserError
 from fastsp.evaluation.run_files import RunFiles, read_run
 from fastsp.export.layout import layout_of
 from fastsp.export.model_card import model_card
-from fastsp.export.original_config import original_config
 from fastsp.export.single_file import save_single_file
 from fastsp.generation.generate import raw_weights
 from fastsp.models import load_pipeline, load_unet, save_pipeline
 from fastsp.utils.files import new_folder, write_file
 
+_PUBLISHED_WIDTHS = [320, 640, 1280, 1280]  # of the UNets of Stable Diffusion 1 and 2
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -65,12 +64,18 @@ def export_run(
     if single_file is not None:
         save_single_file(pipeline, single_file, DTYPES[dtype], single_file.stem)
         written.append(single_file)
-        described = original_config(pipeline)
-        if described is not None:
-            beside = single_file.with_suffix(".yaml")
-            write_file(beside, yaml.safe_dump(described, sort_keys=False))
-            written.append(beside)
+        if (description := original_config(pipeline)) is not None:
+            write_file(single_file.with_suffix(".yaml"), description.read_text(encoding="utf-8"))
+            written.append(single_file.with_suffix(".yaml"))
     return written
+
+
+def original_config(pipeline: Any) -> Path | None:
+    """The YAML file that A1111 reads beside a single file, without which it takes Stable Diffusion 1 for an epsilon
+    model; None for XL, whose files carry markers that A1111 reads, and for UNets that nobody published."""
+    file = Path(__file__).with_name(f"{layout_of(pipeline)}.yaml")
+    is_published = list(pipeline.unet.config.block_out_channels) == _PUBLISHED_WIDTHS
+    return file if is_published and file.is_file() else None
 
 
 def _pipeline(run: RunFiles, stage: str | None, base: str | None, raw: bool) -> tuple[Any, str]:

@@ -2,53 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import jinja2
 import yaml
 
 from fastsp.evaluation.rows import by_setting
 from fastsp.models.hub import is_hub_id
 
+_TEMPLATE = Path(__file__).with_name("model_card.md")
 _TORCH_DTYPES = {"fp32": None, "fp16": "torch.float16", "bf16": "torch.bfloat16"}  # None: diffusers' own
-_HEAD = """\
-Trained with fastsp by the self-perceptual objective of Lin & Yang, *Diffusion Model
-with Perceptual Loss*: a frozen copy of the MSE-trained network is the perceptual metric. Such a model is made to be
-sampled **without classifier-free guidance**.
-"""
-_HEAD_MSE = """\
-Trained with fastsp by the mean squared error on v: what the self-perceptual objective of Lin & Yang,
-[*Diffusion Model with Perceptual Loss*](https://arxiv.org/abs/2401.00110), starts from and is compared with. It was not
-trained by that objective itself.
-"""
-_PROGRAMS = """\
-The single file is in the original Stable Diffusion layout. It predicts v on a zero-terminal-SNR schedule, and says so
-by the keys `v_pred` and `ztsnr`. Not every program reads them for every family:
-
-- **ComfyUI**: put a `ModelSamplingDiscrete` node (`v_prediction`, `zsnr` on) behind the loader, unless it is SDXL.
-- **A1111**: keep the `.yaml` beside the file, if there is one.
-- **InvokeAI**: set the prediction type to `v_prediction` in the model manager.
-
-Everywhere: CFG scale 1 (no guidance), DDIM or Euler, trailing ("SGM uniform") timesteps.
-"""
-_LIMITS = """\
-Samples can show grid artefacts (section 6.6 of the paper), and an MSE model with guidance and rescale scores better
-than self-perceptual training without guidance (section 6.7).
-"""
-_BIASES = "Biases of the base model and of the data remain.\n"
-_CITATION = """\
-## Citation
-
-```bibtex
-@article{lin2024diffusion,
-  title   = {Diffusion Model with Perceptual Loss},
-  author  = {Lin, Shanchuan and Yang, Xiao},
-  journal = {arXiv preprint arXiv:2401.00110},
-  year    = {2024}
-}
-```
-"""
 
 
 def model_card(
@@ -82,79 +47,57 @@ def model_card(
         "tags": ["text-to-image", "diffusion", *(["self-perceptual"] if perceptual else []), "fastsp"],
         **({"base_model": base} if base and is_hub_id(base) else {}),
     }
-    sections = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
-        f"# {config['run_dir'].rstrip('/').rpartition('/')[2]}, stage {stage}\n",
-        _HEAD if perceptual else _HEAD_MSE,
-        _usage(pipeline_class, _TORCH_DTYPES[dtype]),
-        _PROGRAMS if with_single_file else "",
-        _training(config, way, environment, raw),
-        "\n".join(_metrics(rows, stage)),
-        "## Limits\n",
-        _LIMITS if perceptual else "",
-        _BIASES,
-        _CITATION,
+    groups = [(setting, group) for setting, group in by_setting(rows).items() if setting.stage == stage]
+    scores = [
+        (setting, *(mean(row[key] for row in group) for key in ("fid", "inception_score")), len(group))
+        for setting, group in groups
     ]
-    return "\n".join(section for section in sections if section)
-
-
-def _usage(pipeline_class: str, dtype: str | None) -> str:
-    module = "fastsp.models.pixel_pipeline" if pipeline_class.startswith("Pixel") else "diffusers"
-    option = f", torch_dtype={dtype}" if dtype else ""
-    return (
-        "```python\n"
-        f"{f'import torch{chr(10)}' if dtype else ''}"
-        f"from {module} import {pipeline_class}\n\n"
-        f'pipeline = {pipeline_class}.from_pretrained("path/to/this/folder"{option})\n'
-        'image = pipeline("a prompt", num_inference_steps=25, guidance_scale=1.0).images[0]  # 1: no guidance\n'
-        "```\n"
+    template = jinja2.Template(
+        _TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return template.render(
+        front=yaml.safe_dump(front, sort_keys=False),
+        run=config["run_dir"].rstrip("/").rpartition("/")[2],
+        stage=stage,
+        perceptual=perceptual,
+        module="fastsp.models" if pipeline_class.startswith("Pixel") else "diffusers",
+        pipeline=pipeline_class,
+        dtype=_TORCH_DTYPES[dtype],
+        with_single_file=with_single_file,
+        way=way,
+        objective=_objective,
+        cell=_cell,
+        facts=_facts(config, raw) | environment,
+        scores=scores,
+        first=groups[0][1][0] if groups else None,
     )
 
 
-def _training(config: dict[str, Any], way: list[dict[str, Any]], environment: dict[str, Any], raw: bool) -> str:
-    data, optimizer = config["data"], config["optimizer"]
-    base = config["model"].get("pretrained")
-    model = _name(base) if base else f"preset {config['model'].get('preset')}, random weights"
+def _facts(config: dict[str, Any], raw: bool) -> dict[str, Any]:
+    model, data, optimizer = config["model"], config["data"], config["optimizer"]
+    lora = model.get("lora")
     warmup = ", reached by a warm-up" if config["ema"].get("warmup") else ""
     facts = {
-        "base model": model,
+        "base model": _name(model.get("pretrained")) or f"preset {model.get('preset')}, random weights",
         "data": f"{data['source']} {_name(data['path'])}".strip() + f", {data['resolution']} px",
         "batch size": data["batch_size"],
-        **_adapters(config["model"].get("lora")),
+        "adapters": lora
+        and f"LoRA, rank {lora['rank']}, alpha {lora['alpha']:g}, on {', '.join(lora['target_modules'])}; "
+        "these weights are the base model's with the adapters merged into them",
         "caption dropout": "unconditional: every caption empty" if data["unconditional"] else data["caption_dropout"],
         "optimizer": f"{optimizer.get('kind', 'adamw')}, betas {optimizer['betas']}, "
         f"weight decay {optimizer['weight_decay']}",
         "EMA": f"{config['ema']['decay']}{warmup}; these are the {'raw' if raw else 'averaged'} weights",
         "precision": config["precision"],
         "seed": config["seed"],
-        **environment,
     }
-    lines = ["## Training", "", "| stage | objective | starts from | steps | learning rate |", "|---|---|---|---|---|"]
-    for entry in way:
-        lines.append(
-            f"| {entry['name']} | {_objective(entry)} | {entry['init'] or 'the base model'} | {entry['steps']} "
-            f"| {entry['learning_rate']:g} |"
-        )
-    lines += ["", "| | |", "|---|---|", *(f"| {name} | {_text(value)} |" for name, value in facts.items()), ""]
-    return "\n".join(lines)
-
-
-def _adapters(lora: dict[str, Any] | None) -> dict[str, str]:
-    if lora is None:
-        return {}
-    shape = f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {', '.join(lora['target_modules'])}"
-    return {"adapters": f"LoRA, {shape}; these weights are the base model's with the adapters merged into them"}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _way_to(stages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """The stages whose weights went into one, first first."""
-    by_name = {stage["name"]: stage for stage in stages}
-    way: list[dict[str, Any]] = []
-    current: str | None = name
-    while current is not None:
-        way.insert(0, by_name[current])
-        current = by_name[current]["init"]
-    return way
+    stage = next(stage for stage in stages if stage["name"] == name)
+    return [*(_way_to(stages, stage["init"]) if stage["init"] is not None else []), stage]
 
 
 def _objective(stage: dict[str, Any]) -> str:
@@ -172,34 +115,13 @@ def _objective(stage: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _metrics(rows: list[dict[str, Any]], stage: str) -> Iterator[str]:
-    """The stage's rows of the evaluation, means over the sampling seeds."""
-    groups = {setting: group for setting, group in by_setting(rows).items() if setting.stage == stage}
-    if not groups:
-        return
-    first = next(iter(groups.values()))[0]
-    yield "## Evaluation\n"
-    yield f"{first['num_samples']} samples a row, features `{first.get('features', 'unknown')}`.\n"
-    yield "| steps | guidance | rescale | prompts | FID | IS | seeds |\n|---|---|---|---|---|---|---|"
-    for setting, group in groups.items():
-        fid, score = (mean(row[key] for row in group) for key in ("fid", "inception_score"))
-        prompts = "captions" if setting.conditional else "empty"
-        yield (
-            f"| {setting.steps} | {setting.guidance:g} | {setting.rescale:g} | {prompts} | {fid:.2f} | {score:.2f} "
-            f"| {len(group)} |"
-        )
-    yield ""
-
-
 def _name(path: str | list[str] | None) -> str:
     """Of local files the last part alone: the folders before it are nobody's business."""
-    if path is None:
-        return ""
-    parts = [path] if isinstance(path, str) else path
+    parts = [path] if isinstance(path, str) else path or []
     return ", ".join(part if is_hub_id(part) else part.rstrip("/").rpartition("/")[2] for part in parts)
 
 
-def _text(value: Any) -> str:
+def _cell(value: Any) -> str:
     """A value inside a cell of a table."""
     text = " ".join(map(str, value)) if isinstance(value, list) else str("" if value is None else value)
     return " ".join(text.split()).replace("|", "\\|")

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastsp.errors import UserError
 from fastsp.models.digits import digits_model, digits_tokenizer
-from fastsp.models.model import TextToImageModel, tokenize
+from fastsp.models.model import PixelTextToImagePipeline, TextToImageModel, tokenize
 from fastsp.models.pretrained import (
     check_perceptual_network,
     check_pipeline,
@@ -25,6 +25,7 @@ PRESETS = ("digits",)
 
 __all__ = [
     "PRESETS",
+    "PixelTextToImagePipeline",
     "TextToImageModel",
     "check_perceptual_network",
     "check_pipeline",

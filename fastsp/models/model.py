@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from fastsp.diffusion.conditioning import Conditioning, time_ids
 from fastsp.diffusion.process import Process, process_of
@@ -17,7 +19,6 @@ from fastsp.diffusion.sampling import NO_GUIDANCE, Guidance, ddim, guided_denois
 from fastsp.errors import UserError
 from fastsp.families import family_of
 from fastsp.models.lora import Base
-from fastsp.models.pixel_pipeline import PixelTextToImagePipeline
 from fastsp.models.saving import save_pipeline
 from fastsp.models.schedulers import trained_scheduler
 
@@ -216,3 +217,53 @@ def tokenize(tokenizer: Any, prompts: list[str]) -> Tensor:
     return tokenizer(
         prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     ).input_ids
+
+
+class PixelTextToImagePipeline(DiffusionPipeline):
+    """A diffusers pipeline without a VAE, as ``final/`` holds it for pixel-space models.
+
+    ``PixelTextToImagePipeline.from_pretrained("runs/quickstart/final")("a handwritten seven").images[0]``
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet"
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        scheduler: DDIMScheduler,
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        num_inference_steps: int = 25,
+        guidance_scale: float = 0.0,
+        guidance_rescale: float = 0.0,
+        latents: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+    ) -> ImagePipelineOutput:
+        """Sample one image for every prompt by deterministic DDIM; no guidance by default.
+
+        Args:
+            prompt: one text or several.
+            num_inference_steps: DDIM steps, trailing spacing.
+            guidance_scale: 0: none.
+            guidance_rescale: phi of the rescaled guidance.
+            latents: initial noise (B, C, H, W); None: drawn from ``generator``.
+            generator: for the initial noise; on the pipeline's device or on the CPU.
+            output_type: ``pil``, or ``pt`` for float32 (B, C, H, W) in [-1, 1].
+        """
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        model = TextToImageModel(self.unet, self.text_encoder, self.tokenizer, self.scheduler)
+        if latents is None:
+            shape = (len(prompts), *model.latent_shape(model.default_resolution))
+            latents = randn_tensor(shape, generator=generator, device=self.device)
+        images = model.generate(prompts, latents, num_inference_steps, Guidance(guidance_scale, guidance_rescale))
+        if output_type != "pt":
+            images = self.numpy_to_pil((images / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy())
+        return ImagePipelineOutput(images=images)

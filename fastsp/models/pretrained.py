@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from textwrap import shorten
+from typing import Any
 
 import torch
 import yaml
@@ -41,7 +43,6 @@ _OPTIONAL_PARTS = ("vae", "text_encoder_2", "tokenizer_2")  # latents; Stable Di
 _NETWORKS = {"unet", "text_encoder", "vae", "text_encoder_2"}
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last one has the safety checker
 _NUM_BYTES = 256  # CLIP's tokenizers have a token for each
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -70,9 +71,8 @@ def load_pipeline(
     model = load_single_file(path, config) if path.is_file() else _load_folder(path, name, with_unet)
     for part in model.frozen_parts():
         part.eval().requires_grad_(False)
-    _check_tokenizers(model, name)
-    if model.unet is not None:
-        _check_fit(model, name)
+    for fault in _faults(model):
+        raise UserError(f"{name}: {fault}")
     return model
 
 
@@ -112,7 +112,8 @@ def check_pipeline(name: str, base: str | None = None) -> None:
     """
     path = _find(name)
     if (path / DIFFUSERS_FILE).is_file():
-        _of_adapters(path, lambda: check_pipeline(base or base_of(path).name))
+        with _naming_base_of(path):
+            check_pipeline(base or base_of(path).name)
     elif path.is_file():
         tensor_names(path)
     else:
@@ -260,10 +261,10 @@ def _load_base(folder: Path, instead: str | None = None, with_unet: bool = True)
     Raises:
         UserError: it cannot be loaded, or is another model than the adapters were trained on.
     """
-    named = Base(instead) if instead is not None else base_of(folder)
-    model = _of_adapters(folder, lambda: load_pipeline(named.name, named.config, with_unet).for_training())
-    trained_on = header(folder).get("base_fingerprint")
-    if model.unet is not None and trained_on not in (None, fingerprint(model.unet)):
+    named = base_of(folder) if instead is None else Base(instead)
+    with _naming_base_of(folder):
+        model = load_pipeline(named.name, named.config, with_unet).for_training()
+    if model.unet is not None and header(folder).get("base_fingerprint") not in (None, fingerprint(model.unet)):
         if instead is None:
             raise UserError(
                 f"{folder}: the adapters were trained on another model than {named.name}, though of that name; "
@@ -273,10 +274,11 @@ def _load_base(folder: Path, instead: str | None = None, with_unet: bool = True)
     return model, named
 
 
-def _of_adapters(folder: Path, load: Callable[[], T]) -> T:
-    """What ``load`` makes of the base of adapters; its errors say whose base it is."""
+@contextmanager
+def _naming_base_of(folder: Path) -> Iterator[None]:
+    """Errors in here say that it is the base of adapters."""
     try:
-        return load()
+        yield
     except UserError as error:
         raise UserError(
             f"{folder} has adapters, and their base model cannot be loaded: {error} "
@@ -353,14 +355,16 @@ def _load_part(kind: Any, folder: Path) -> Any:
     Raises:
         UserError: no safetensors (perhaps pickles), or tensors that are missing or do not fit.
     """
-    options = {
-        "use_safetensors": True,
-        "variant": _variant(folder),
-        "torch_dtype": torch.float32,
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": issubclass(kind, PreTrainedModel),  # else it names none; diffusers' models do
-    }
-    module, info = _or_user_error(folder, lambda: kind.from_pretrained(folder, **options))
+    with _one_line_errors(folder):
+        module, info = kind.from_pretrained(
+            folder,
+            use_safetensors=True,
+            variant=_variant(folder),
+            torch_dtype=torch.float32,
+            output_loading_info=True,
+            # transformers names no tensor of another shape otherwise; diffusers does
+            ignore_mismatched_sizes=issubclass(kind, PreTrainedModel),
+        )
     for keys, fault in ((info["missing_keys"], "are missing"), (info["mismatched_keys"], "have another shape")):
         if keys:
             raise UserError(f"{folder} lacks weights: {len(keys)} tensors {fault}, such as {sorted(map(str, keys))[0]}")
@@ -368,66 +372,56 @@ def _load_part(kind: Any, folder: Path) -> Any:
 
 
 def _tokenizer(folder: Path) -> Any:
-    return _or_user_error(folder, lambda: CLIPTokenizer.from_pretrained(folder))
+    with _one_line_errors(folder):
+        return CLIPTokenizer.from_pretrained(folder)
 
 
 def _variant(folder: Path) -> str | None:
-    """The variant of the weights in a folder: none, if there are plain ones, before fp16 and bf16."""
-    for variant in VARIANTS:
-        suffixes = [".safetensors", ".safetensors.index.json"]
-        names = [f"{stem}{suffix}" for stem in ("model", "diffusion_pytorch_model") for suffix in suffixes]
-        if variant is not None:
-            names = [name.replace(".safetensors", f".{variant}.safetensors", 1) for name in names]
-            names += [name.replace(f"{variant}.safetensors.index", f"safetensors.index.{variant}") for name in names]
-        if any((folder / name).is_file() for name in names):
-            return variant
-    return None
+    """The variant of the weights in a folder, as in ``model.fp16.safetensors``: none, if there are plain ones."""
+    tags = {file.name.partition(".")[2].removesuffix("safetensors") for file in folder.glob("*.safetensors")}
+    found = {tag.partition("-")[0].rstrip(".") or None for tag in tags}  # a shard's number stands before or after it
+    return next((variant for variant in VARIANTS if variant in found), None)
 
 
-def _or_user_error(folder: Path, load: Callable[[], T]) -> T:
-    """The result of ``load``, with the libraries' errors as one line."""
+@contextmanager
+def _one_line_errors(folder: Path) -> Iterator[None]:
+    """The libraries' errors in here as one line, and nothing else of theirs."""
     try:
         with quiet_libraries():
-            return load()
+            yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = shorten(str(error), 200, placeholder="") or type(error).__name__
         hint = "is it complete?" if any(folder.glob("*.safetensors")) else "fastsp reads safetensors alone"
         raise UserError(f"{folder} cannot be loaded ({hint}): {reason}") from None
 
 
-def _check_tokenizers(model: TextToImageModel, name: str) -> None:
-    """From a folder without its vocabulary, transformers makes a tokenizer without words."""
-    tokenizers = {"tokenizer": model.tokenizer, "tokenizer_2": model.tokenizer_2}
-    for (part, tokenizer), encoder in zip(tokenizers.items(), model.text_encoders, strict=False):
-        size, known = len(tokenizer), encoder.config.vocab_size
+def _faults(model: TextToImageModel) -> Iterator[str]:
+    """What keeps a model's parts from working together, and its UNet from being trained."""
+    for part, encoder in zip(("tokenizer", "tokenizer_2"), model.text_encoders, strict=False):
+        # From a folder without its vocabulary, transformers makes a tokenizer without words.
+        size, known = len(getattr(model, part)), encoder.config.vocab_size
         if not _NUM_BYTES <= size <= known:
-            raise UserError(
-                f"{name}: its {part} has {size} tokens, its text encoder {known}: it lacks its vocabulary, or is of "
-                f"another model; allowed: from {_NUM_BYTES}, one for each byte, to the text encoder's"
+            yield (
+                f"its {part} has {size} tokens, its text encoder {known}: it lacks its vocabulary, or is of another "
+                f"model; allowed: from {_NUM_BYTES}, one for each byte, to the text encoder's"
             )
-
-
-def _check_fit(model: TextToImageModel, name: str) -> None:
-    """The parts must fit each other (width of text features, channels of latents), and the UNet must be trainable."""
-    config = model.unet.config
-    width = sum(encoder.config.hidden_size for encoder in model.text_encoders)
-    if config.cross_attention_dim != width:
-        raise UserError(
-            f"{name}: the UNet takes text features of width {config.cross_attention_dim}, "
-            f"the text encoder{'s give' if model.text_encoder_2 is not None else ' gives'} {width}"
-        )
-    if model.vae is not None and config.in_channels != model.vae.config.latent_channels:
-        raise UserError(
-            f"{name}: the UNet takes {config.in_channels} channels, the VAE's latents have "
-            f"{model.vae.config.latent_channels}; fastsp trains text-to-image models"
+    if model.unet is None:
+        return
+    config, vae = model.unet.config, None if model.vae is None else model.vae.config
+    takes, width = config.cross_attention_dim, sum(encoder.config.hidden_size for encoder in model.text_encoders)
+    if takes != width:
+        give = "text encoders give" if model.text_encoder_2 is not None else "text encoder gives"
+        yield f"the UNet takes text features of width {takes}, the {give} {width}"
+    if vae is not None and config.in_channels != vae.latent_channels:
+        yield (
+            f"the UNet takes {config.in_channels} channels, the VAE's latents have {vae.latent_channels}; "
+            "fastsp trains text-to-image models"
         )
     if (fault := family_of(model.unet).fault(config)) is not None:
-        raise UserError(f"{name}: the UNet cannot be trained: {fault}")
-    if model.vae is not None and getattr(model.vae.config, "latents_mean", None) is not None:
-        raise UserError(f"{name}: the VAE has latents_mean and latents_std, which fastsp does not know")
-    pooled = None if model.text_encoder_2 is None else model.text_encoder_2.config.projection_dim
-    if (wanted := pooled_width(config)) != pooled:
-        wants, gives = (
-            f"pooled text features of width {w}" if w else "no pooled text features" for w in (wanted, pooled)
-        )
-        raise UserError(f"{name}: the UNet takes {wants}, the text encoders give {gives}")
+        yield f"the UNet cannot be trained: {fault}"
+    if getattr(vae, "latents_mean", None) is not None:
+        yield "the VAE has latents_mean and latents_std, which fastsp does not know"
+    widths = pooled_width(config), None if model.text_encoder_2 is None else model.text_encoder_2.config.projection_dim
+    wanted, given = (f"pooled text features of width {w}" if w else "no pooled text features" for w in widths)
+    if wanted != given:
+        yield f"the UNet takes {wanted}, the text encoders give {given}"

@@ -76,7 +76,7 @@ def their_pictures(pipeline: Any, noise: torch.Tensor, steps: int) -> torch.Tens
 @pytest.mark.parametrize("family", pipelines.FAMILIES)
 def test_both_forms_give_the_same_pictures(family: str, tmp_path: Path) -> None:
     run, folder, file = finished_run(tmp_path, family), tmp_path / "out", tmp_path / "model.safetensors"
-    assert set(export_run(run, folder, file)) == {folder, file}  # no YAML: the tiny UNet's groups are no 32
+    assert set(export_run(run, folder, file)) == {folder, file}  # no YAML: the tiny UNet is none of the published ones
     reader = READERS[family]
     forms = [reader.from_pretrained(folder), reader.from_single_file(str(file), config=str(folder))]
     for steps in (25, 50):

@@ -15,6 +15,7 @@ from fastsp.diffusion.latents import encode_moments
 from fastsp.diffusion.sampling import Guidance
 from fastsp.errors import UserError
 from fastsp.models import (
+    PixelTextToImagePipeline,
     digits_model,
     digits_tokenizer,
     load_model,
@@ -22,7 +23,6 @@ from fastsp.models import (
     load_unet_and_scheduler,
     tokenize,
 )
-from fastsp.models.pixel_pipeline import PixelTextToImagePipeline
 
 KINDS = ("sd15", "sd21", "sdxl")
 PROMPTS = ["a handwritten seven", "a handwritten two"]
