@@ -79,7 +79,7 @@ def evaluate_run(config: Config, console: Console | None = None) -> list[Row]:
     if settings.captions is None:
         channels = load_for_sampling(jobs[-1].model).channels
         extractor, reference = own_reference(config, channels, first)
-        captions = partial(_captions_of, reference, settings.num_samples)
+        captions: Callable[[int], CaptionSet] = partial(_captions_of, reference, settings.num_samples)
         rows: RowFile = OwnRows(run_dir / "evaluation.json", jobs)
     else:
         given = read_captions(Path(settings.captions), settings.num_samples)

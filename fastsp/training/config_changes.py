@@ -13,10 +13,14 @@ from pydantic import ValidationError
 from fastsp.config import Config
 
 # No sample and no draw depends on these, and no weight but for rounding.
-_FREE = ("run_dir", "checkpoint", "distributed", "distributed_timeout", "evaluation", "final", "log", "samples")
-_FREE += ("data.max_bad_fraction", "data.prefetch", "data.threads", "data.workers", "optimizer.max_skipped")
-_ROUNDED = ("data.microbatch", "precision", "compile", "compile_mode", "deterministic", "gradient_checkpointing")
-_ROUNDED += ("cuda_graph", "attention")
+_FREE = (
+    *("run_dir", "checkpoint", "distributed", "distributed_timeout", "evaluation", "final", "log", "samples"),
+    *("data.max_bad_fraction", "data.prefetch", "data.threads", "data.workers", "optimizer.max_skipped"),
+)
+_ROUNDED = (
+    *("data.microbatch", "precision", "compile", "compile_mode", "deterministic", "gradient_checkpointing"),
+    *("cuda_graph", "attention"),
+)
 _MEANING = dict.fromkeys(_ROUNDED, "the same samples and draws, rounded otherwise") | {
     "seed": "another order of the samples and other draws from here on",
     "data.batch_size": "positions are counted in batches: samples come again or are left out",
