@@ -75,7 +75,7 @@ gpu-test:
 		--junitxml=$(OUT)/$(NAME).xml $(if $(findstring benchmark,$(MARK)),--benchmark-json=$(OUT)/$(NAME).json) $(ARGS)
 
 gpu-bench:
-	$(ON_GPU) fastsp bench --time-limit $$(($(LIMIT) * 4 / 5)) --force --json $(OUT)/step.json $(ARGS)
+	$(ON_GPU) fastsp bench --force --json $(OUT)/step.json $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -29,11 +29,7 @@ def main() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         from fastsp.cli import app
-        from fastsp.utils.files import no_room
-    except ModuleNotFoundError as error:
-        sys.exit(_fail(_needed(error.name)))
 
-    try:
         sys.exit(app(standalone_mode=False))
     except UserError as error:
         sys.exit(_fail(str(error)))
@@ -45,8 +41,11 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fastsp"):
             raise  # ours to mend: a traceback helps
-        sys.exit(_fail(_needed(error.name)))
+        command = install_command("train")
+        sys.exit(_fail(f"{error.name} is missing: the command line needs more packages than the loss: {command}"))
     except Exception as error:
+        from fastsp.utils.files import no_room
+
         if reason := no_room(error):
             _fail(f"{reason}{f': {file}' if (file := getattr(error, 'filename', None)) else ''}")
             sys.exit(1)
@@ -57,10 +56,6 @@ def main() -> None:
             command = context.command_path if context else "fastsp"
             _fail(f"{error.format_message()} See '{command} --help'.")
         sys.exit(code)
-
-
-def _needed(package: str | None) -> str:
-    return f"{package} is missing: the command line needs more packages than the loss: {install_command('train')}"
 
 
 def _fail(message: str) -> int:

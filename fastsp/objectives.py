@@ -11,7 +11,6 @@ from pydantic import (
     BeforeValidator,
     Field,
     SerializeAsAny,
-    TypeAdapter,
     ValidationInfo,
     WrapValidator,
     model_validator,
@@ -138,13 +137,13 @@ def _of_its_objective(stage: Any, handler: Callable[[Any], Any], info: Validatio
 
 
 Stage = Annotated[SerializeAsAny[StageConfig], WrapValidator(_of_its_objective)]
-_STAGE: TypeAdapter[StageConfig] = TypeAdapter(Stage)
 
 
-def stage_config(**keys: Any) -> StageConfig:
-    """A stage of the kind that ``objective`` says, as in ``stage_config(name="mse", objective="mse", ...)``.
+def stage_config(objective: str, **keys: Any) -> StageConfig:
+    """A stage of that objective, as in ``stage_config("mse", name="mse", ...)``.
 
     Raises:
-        pydantic.ValidationError: an unknown objective, or keys that it does not take.
+        KeyError: an unknown objective.
+        pydantic.ValidationError: keys that it does not take.
     """
-    return _STAGE.validate_python(keys)
+    return OBJECTIVES[objective](objective=objective, **keys)

@@ -19,7 +19,6 @@ from fastsp.bench.workload import Workload
 
 STEPS_PER_TURN = {"cuda": 4, "cpu": 1}  # back to back on a GPU, so that the host may run ahead as it does in training
 WARM_UP_STEPS = 2
-MIN_ROUNDS = 3
 
 # Dense matrix products, TFLOP/s, from NVIDIA's data sheets: bfloat16 on tensor cores, float32 without TF32. The first
 # key that the device's name contains is used.
@@ -162,19 +161,15 @@ def prepare(name: str, provider: Provider, workload: Workload) -> Entry:
     return Entry(name, steps, flops, first_step_s, getattr(steps, "how", {}), peak_bytes)
 
 
-def take_turns(
-    entries: Sequence[Entry], device: torch.device, rounds: int, is_late: Callable[[], bool] = lambda: False
-) -> None:
-    """In each round every entry takes a turn of a few steps. Once it is late, MIN_ROUNDS are enough."""
-    for number in range(rounds):
-        if number >= MIN_ROUNDS and is_late():
-            return
+def take_turns(entries: Sequence[Entry], device: torch.device, rounds: int) -> None:
+    """In each round every entry takes a turn of a few steps."""
+    for _ in range(rounds):
         for entry in entries:
             entry.seconds.append(seconds_per_call(entry.steps.step, device, STEPS_PER_TURN[device.type]))
 
 
 def relative_speed(entry: Entry, reference: Entry) -> float:
-    """How many times as fast as ``reference``: the median over the rounds that both have just taken together."""
+    """How many times as fast as the reference: the median over the rounds that both have just taken together."""
     latest = reference.seconds[-len(entry.seconds) :]
     return statistics.median(theirs / own for own, theirs in zip(entry.seconds, latest, strict=True))
 

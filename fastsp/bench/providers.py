@@ -37,7 +37,7 @@ class Provider:
         return workload.compiles and self.compiled is not False
 
 
-# In the order in which they are measured: a time limit leaves out the last ones.
+# In the order in which they are measured: what is interrupted lacks the last ones.
 PROVIDERS: dict[str, Provider] = {
     REFERENCE: Provider(FastspStep, "fastsp, self-perceptual"),
     "algorithm1_eager": Provider(Algorithm1, "Algorithm 1 as printed, eager", compiled=False),

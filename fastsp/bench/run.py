@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -27,7 +25,6 @@ def run(
     names: Sequence[str],
     rounds: int,
     say: Say,
-    time_limit_s: float = math.inf,
     keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """Measure providers, each taking turns with fastsp's self-perceptual step.
@@ -39,14 +36,13 @@ def run(
         names: of the providers, in the order of the rows.
         rounds: turns that each provider takes.
         say: takes a line of progress.
-        time_limit_s: nothing new begins after it.
         keep: takes the rows so far after each provider, so that an interrupted run leaves them.
 
     Returns:
-        One row for each provider. ``say`` names those that do not fit, or for which no time was left.
+        One row for each provider. ``say`` names those that do not fit.
     """
     with compiler_settings(), gpu_settings(tf32=False):
-        bench = Bench(workload, rounds, time_limit_s, say)
+        bench = Bench(workload, rounds, say)
         reference = bench.prepare(REFERENCE) if REFERENCE in names else None
         for name in names:
             if name != REFERENCE and (entry := bench.prepare(name)):
@@ -62,8 +58,8 @@ def run(
 class Bench:
     """The state of one run. Made and used by :func:`run`."""
 
-    def __init__(self, workload: Workload, rounds: int, time_limit_s: float, say: Say) -> None:
-        self.rounds, self.say, self.deadline = rounds, say, time.monotonic() + time_limit_s
+    def __init__(self, workload: Workload, rounds: int, say: Say) -> None:
+        self.rounds, self.say = rounds, say
         self.entries: dict[str, Entry] = {}
         self.speeds = {REFERENCE: 1.0}  # relative to the reference
         batch, precision = workload.batch_size, workload.config.precision
@@ -86,10 +82,7 @@ class Bench:
         }
 
     def prepare(self, name: str) -> Entry | None:
-        """A provider ready to run; None if it does not fit or it is too late."""
-        if self.is_late():
-            self.say(f"{name}: skipped, the time limit has passed")
-            return None
+        """A provider ready to run; None if it does not fit."""
         self.say(f"{name}: preparing ({PROVIDERS[name].says})")
         try:
             entry = self.entries[name] = prepare(name, PROVIDERS[name], self.workload)
@@ -102,17 +95,18 @@ class Bench:
             empty_caches()
 
     def measure(self, entry: Entry, reference: Entry | None = None) -> None:
-        turns = [entry] if reference is None else [reference, entry]
-        take_turns(turns, self.workload.device, self.rounds, self.is_late)
-        if reference is not None:
+        """Let a provider take its turns, with the reference if there is one."""
+        take_turns([reference, entry] if reference else [entry], self.workload.device, self.rounds)
+        if reference:
             self.speeds[entry.name] = relative_speed(entry, reference)
         self.say(f"{entry.name}: {self.workload.batch_size / quantiles(entry.seconds)[1]:.4g} samples/s")
 
     def rows(self, names: Sequence[str]) -> list[Row]:
+        """A row for each provider that has been measured."""
         ready = (self.entries[name] for name in names if name in self.entries)
-        return [self.row(entry) for entry in ready if entry.seconds]
+        return [self._row(entry) for entry in ready if entry.seconds]
 
-    def row(self, entry: Entry) -> Row:
+    def _row(self, entry: Entry) -> Row:
         """Rates and times of one provider, then what all rows have in common."""
         p20, p50, p80 = quantiles(entry.seconds)
         samples_per_s = self.workload.batch_size / p50
@@ -132,6 +126,3 @@ class Bench:
             **entry.how,
             **self.facts,
         }
-
-    def is_late(self) -> bool:
-        return time.monotonic() >= self.deadline

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,9 +24,6 @@ def bench(
         int | None, typer.Option(min=1, help="Turns of each provider; by default 20 of one step, on a GPU 6 of four.")
     ] = None,
     only: Annotated[list[str] | None, typer.Option("--only", help="A provider; may be given several times.")] = None,
-    time_limit: Annotated[
-        float, typer.Option(min=0.0, help="Begin nothing new after so many seconds.", metavar="SECONDS")
-    ] = math.inf,
     force: Annotated[bool, typer.Option("--force", help="Replace the JSON file if it exists.")] = False,
 ) -> None:
     """Measure fastsp's step beside the paper's Algorithm 1 and a plain MSE step: same model, batch and precision.
@@ -68,7 +64,7 @@ def bench(
         if json_file is not None:
             json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
-    rows = run(workload, names, rounds, say, time_limit, keep)
+    rows = run(workload, names, rounds, say, keep)
     if not rows:
         say("nothing was measured")
         raise typer.Exit(1)
@@ -82,16 +78,16 @@ def _names(only: list[str] | None, compiles: bool) -> tuple[str, ...]:
     from fastsp.bench.providers import PROVIDERS
     from fastsp.errors import UserError
 
-    for name in only or []:
+    if only is None:
+        return tuple(
+            name for name, provider in PROVIDERS.items() if provider.by_default and (compiles or not provider.compiled)
+        )
+    for name in only:
         if name not in PROVIDERS:
             raise UserError(f"--only {name!r} is unknown: use one of {', '.join(PROVIDERS)}")
         if PROVIDERS[name].compiled and not compiles:
             raise UserError(f"--only {name} needs torch.compile: use compile=true")
-    return tuple(
-        name
-        for name, provider in PROVIDERS.items()
-        if (name in only if only else provider.by_default and (compiles or not provider.compiled))
-    )
+    return tuple(name for name in PROVIDERS if name in only)
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
@@ -108,17 +104,16 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
     first = rows[0]
-    mfu = "mfu_of_measured_matmul" if first["mfu"] is None else "mfu"
+    share, heading = ("mfu_of_measured_matmul", "of matmul") if first["mfu"] is None else ("mfu", "MFU")
     title = f"{first['model']}, batch {first['batch_size']}, {first['precision']}"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("provider", no_wrap=True)
-    share = "MFU" if mfu == "mfu" else "of matmul"
-    for heading in ("samples/s", "ms p20/p50/p80", "speed", "GFLOP", share, "first, s", "GB"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = Table("provider", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("samples/s", "ms p20/p50/p80", "speed", "GFLOP", heading, "first, s", "GB"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         times = "/".join(short(row[key]) for key in ("ms_p20", "ms_p50", "ms_p80"))
-        keys = ("speed_relative_to_fastsp_sp", "gflop_per_sample", "first_step_s", "peak_memory_gb")
-        speed, gflop, first_step, memory = (short(row[key]) for key in keys)
-        rate = short(row["samples_per_s"])
-        table.add_row(row["name"], rate, times, speed, gflop, f"{row[mfu]:.0%}", first_step, memory)
+        speed, gflop = short(row["speed_relative_to_fastsp_sp"]), short(row["gflop_per_sample"])
+        first_step, memory = short(row["first_step_s"]), short(row["peak_memory_gb"])
+        table.add_row(
+            row["name"], short(row["samples_per_s"]), times, speed, gflop, f"{row[share]:.0%}", first_step, memory
+        )
     return table

@@ -35,17 +35,13 @@ _NO_ROOM = {
 
 
 def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
-    """safetensors' ``save_file`` with the metadata in alphabetical order: equal contents are equal bytes.
-
-    safetensors writes the metadata in an order that changes from process to process.
-    """
+    """safetensors' ``save_file`` with sorted metadata, whose order else changes: equal contents are equal bytes."""
     from safetensors.torch import save_file
 
     save_file(tensors, path, metadata=metadata)
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(metadata.items()))
+        header = json.loads(file.read(size)) | {"__metadata__": dict(sorted(metadata.items()))}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) <= size:  # the same characters, then spaces up to a multiple of 8 bytes
             file.seek(8)
@@ -106,10 +102,10 @@ def expand_home(path: str) -> str:
 
 
 def check_writable(file: Path, force: bool, option: str = "") -> None:
-    """Check before the work begins that a file can be written at its end.
+    """Check before the work begins that a file can be written at its end, with the folders missing above it.
 
     Args:
-        file: to be written; folders that are missing above it count as makeable.
+        file: to be written.
         force: it may replace another file.
         option: of the command line that names it.
 
@@ -130,10 +126,10 @@ def check_free(file: Path, force: bool, option: str = "") -> None:
 
 
 def check_folder_writable(folder: Path, option: str = "", replaces: bool = False) -> None:
-    """Check before the work begins that files can be written into a folder, which need not exist yet.
+    """As :func:`check_writable`, of a folder to write into, which need not exist yet.
 
     Args:
-        folder: to be filled; folders that are missing above it count as makeable.
+        folder: to be filled.
         option: of the command line or the configuration that names it.
         replaces: it is written with :func:`new_folder`, beside a folder of that name.
 
@@ -163,17 +159,13 @@ def _try_to_create(file: Path, name: str) -> None:
 class FileLock:
     """An exclusive lock (``flock``) among processes, held from :meth:`acquire` to :meth:`release` or the process's end.
 
-    Some file systems of clusters have no locks. There nothing is locked, the work goes on, and :attr:`note` says so.
+    Some file systems of clusters have no locks. There nothing is locked and the work goes on; ``note``, else None, is a
+    line that says so.
 
     Args:
         path: a file for the lock alone, which stays. While the lock is held it names the holder.
         patience: seconds to wait for another holder.
         what: how messages call what the lock protects.
-
-    Attributes:
-        note: None, or one line to show: the file system has no locks.
-
-    Example: ``with FileLock(path, patience=60, what="rows.json"): ...``
     """
 
     def __init__(self, path: Path, patience: float, what: str) -> None:
@@ -197,9 +189,8 @@ class FileLock:
         except OSError as error:
             raise UserError(f"{self.what} cannot be locked: {self.path}: {error.strerror}") from None
         if is_ours is False:
-            holder = _text_of(stream)
-            stream.close()
-            raise UserError(f"{self.what} is in use by {holder}")
+            with stream:
+                raise UserError(f"{self.what} is in use by {_text_of(stream)}")
         if is_ours is None:
             self.note = f"{self.what}: its file system has no locks; take care that no other process writes there"
         stream.truncate(0)
@@ -224,12 +215,7 @@ class FileLock:
 
 
 class LockHolder(NamedTuple):
-    """Who holds a :class:`FileLock`.
-
-    Attributes:
-        name: such as ``process 12 on node7``.
-        certain: False where the file system has no locks: the process took it, and may have been killed since.
-    """
+    """Who holds a :class:`FileLock`, such as ``process 12 on node7``; certain, unless the file system has no locks."""
 
     name: str
     certain: bool
@@ -248,22 +234,21 @@ def lock_holder(path: Path) -> LockHolder | None:
     if is_free is False:
         return LockHolder(name, certain=True)
     owner = re.fullmatch(r"process (\d+) on (.*)", name)
-    if is_free or owner is None:
+    if is_free or owner is None or (owner[2] == socket.gethostname() and not _is_alive(int(owner[1]))):
         return None
-    gone = owner[2] == socket.gethostname() and not _is_alive(int(owner[1]))
-    return None if gone else LockHolder(name, certain=False)
+    return LockHolder(name, certain=False)
 
 
 def _try_lock(stream: TextIO, kind: int) -> bool | None:
     """Whether the lock could be taken; None where the file system has none."""
     try:
         fcntl.flock(stream, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        if error.errno in _UNSUPPORTED:
-            return None
-        raise
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return None
     return True
 
 
@@ -275,10 +260,8 @@ def _text_of(stream: TextIO) -> str:
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
+    except OSError as error:
+        return error.errno != errno.ESRCH  # another user's, if it may only not be asked
     return True
 
 
@@ -387,20 +370,14 @@ def sync(path: Path) -> None:
 
 def no_room(error: BaseException | None) -> str | None:
     """How an error, or one that it was raised from, says that nothing more can be written; None if it does not."""
-    seen: set[int] = set()
-    pending = [error]
-    while pending:
-        error = pending.pop()
-        if error is None or id(error) in seen:
-            continue
-        seen.add(id(error))
-        number = error.errno if isinstance(error, OSError) else None
-        if type(error).__name__ == "SafetensorError" and (told := re.search(r"os error (\d+)", str(error))):
-            number = int(told[1])
-        if number in _NO_ROOM:
-            return _NO_ROOM[number]
-        failures = getattr(error, "failures", None)  # of torch's CheckpointException: by rank, an error and its trace
-        parts = [value for value in failures.values() if isinstance(value, tuple)] if isinstance(failures, dict) else []
-        pending += [part for value in parts for part in value if isinstance(part, BaseException)]
-        pending += [error.__cause__, error.__context__]
-    return None
+    if error is None:
+        return None
+    number = error.errno if isinstance(error, OSError) else None
+    if type(error).__name__ == "SafetensorError" and (told := re.search(r"os error (\d+)", str(error))):
+        number = int(told[1])
+    if number in _NO_ROOM:
+        return _NO_ROOM[number]
+    failures = getattr(error, "failures", None)  # of torch's CheckpointException: by rank, an error and its trace
+    parts = [value for value in failures.values() if isinstance(value, tuple)] if isinstance(failures, dict) else []
+    inner = {part for value in parts for part in value if isinstance(part, BaseException)}
+    return next(filter(None, map(no_room, inner | {error.__cause__, error.__context__})), None)

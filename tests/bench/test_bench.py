@@ -201,12 +201,6 @@ def test_what_does_not_fit_is_left_out_and_named(monkeypatch):
     assert any("fastsp_sp: skipped, batch 3 does not fit" in line for line in said)
 
 
-def test_the_time_limit_names_what_is_left_out():
-    said: list[str] = []
-    assert run(tiny_workload(), EAGER, 1, said.append, time_limit_s=0.0) == []
-    assert sum("time limit" in line for line in said) == len(EAGER)
-
-
 def test_the_default_on_a_cpu_is_the_quickstart():
     ours, theirs = default_workload(CPU).config, load_config(QUICKSTART)
     assert ours.data.batch_size == theirs.data.batch_size and ours.data.resolution == theirs.data.resolution
