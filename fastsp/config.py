@@ -14,11 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from fastsp.config_mistakes import as_one_line, mistakes
-from fastsp.config_text import apply_override, parse_yaml
+from fastsp.config_text import apply_override, dump_yaml, parse_yaml
 from fastsp.data.config import DataConfig as DataConfig
 from fastsp.errors import UserError
 from fastsp.objectives import SelfPerceptualStage, Stage, StageConfig
@@ -282,7 +281,7 @@ class Config(Section):
 
     def dump(self) -> str:
         """The whole configuration as YAML, defaults included: what `config.yaml` of a run holds."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:

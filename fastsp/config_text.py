@@ -33,9 +33,15 @@ class _Loader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
                 self.twice.append(f"line {line}: the key {key.value!r} is in line {lines[key.value]} already")
+            elif isinstance(key, yaml.ScalarNode):
+                lines[key.value] = line
         return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML's safe dumper, which quotes text that the loader would take for a number, such as 1e5."""
 
 
 for _kind, _pattern in (
@@ -43,7 +49,15 @@ for _kind, _pattern in (
     ("float", r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"),
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_pattern})$"), list("-+.0123456789"))
+    for _reader_or_writer in (_Loader, _Dumper):
+        _reader_or_writer.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_pattern})$"), list("-+.0123456789")
+        )
+
+
+def dump_yaml(content: Any) -> str:
+    """YAML from which :func:`parse_yaml` makes the same content."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_yaml(text: str, where: str) -> Any:

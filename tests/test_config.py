@@ -115,6 +115,7 @@ def test_mistakes_in_values(override, message):
             "seed: 1\na: {b: 1,\n  b: 2}\nseed: 2",
             "line 4: the key 'seed' is in line 1 already; line 3: the key 'b' is in",
         ),
+        ("stages: [{name: mse, name: sp}]", "line 1: the key 'name' is in line 1 already"),
     ],
 )
 def test_mistakes_in_files(tmp_path, text, message):
@@ -161,6 +162,15 @@ def test_an_override_is_text_as_it_stands(text):
     assert load_config(QUICKSTART, [f"data.path={text}"]).data.path == text
     assert load_config(QUICKSTART, [f"data.path={json.dumps(text)}"]).data.path == text
     assert load_config(QUICKSTART, [f"data.path={json.dumps([text])}"]).data.path == [text]
+
+
+def test_text_that_looks_like_a_number_stays_text_in_the_run_s_own_file(tmp_path):
+    texts = ["1e5", "12e4", "-3e2", ".5e3", "1e-4", "010", "0x1f", "1.5", "1:30", "2026-01-31", "yes", "null", ""]
+    overrides = [f"samples.prompts={json.dumps(texts)}", 'stages.2.name="1e5"']
+    config = load_config(QUICKSTART, overrides)
+    (tmp_path / "config.yaml").write_text(config.dump())
+    assert read_config(tmp_path / "config.yaml") == config and config.samples.prompts == texts
+    assert yaml.safe_load(config.dump()) == config.model_dump(mode="json"), "as other programs read it"
 
 
 def test_the_home_folder_in_every_path(monkeypatch):
