@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -43,7 +42,7 @@ def check(
 
     Example: fastsp data check 'laion/{00000..00231}.tar' --contact-sheet sheet.png
     """
-    from fastsp.data.check import check_source, config_for
+    from fastsp.data.check import check_source, config_for, report_lines
     from fastsp.errors import UserError
     from fastsp.generation.grids import grid, save_png
     from fastsp.utils.files import check_writable, write_file
@@ -54,16 +53,16 @@ def check(
         if file is not None:
             check_writable(file, force, option)
     config = config_for(source, resolution, split).model_copy(update={"max_bad_fraction": max_bad_fraction})
-    report, sheet = check_source(config, limit)
-    typer.echo("\n".join(report.lines()))
-    if contact_sheet is not None and sheet.labels:
-        save_png(grid(sheet.images, captions=sheet.labels, min_size=128), contact_sheet)
-        typer.echo(f"{contact_sheet}: the first {len(sheet.labels)} crops")
+    report, images, labels = check_source(config, limit)
+    typer.echo("\n".join(report_lines(report)))
+    if contact_sheet is not None and labels:
+        save_png(grid(images, captions=labels, min_size=128), contact_sheet)
+        typer.echo(f"{contact_sheet}: the first {len(labels)} crops")
     elif contact_sheet is not None:
         typer.echo(f"{contact_sheet} is not written: no picture could be read")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(json_file, json.dumps(asdict(report), indent=2) + "\n")
-    if report.stop is not None:
-        typer.echo(f"a run would stop: {report.stop}")
+        write_file(json_file, json.dumps(report, indent=2) + "\n")
+    if stop := report["stop"]:
+        typer.echo(f"a run would stop: {stop}")
         raise typer.Exit(1)

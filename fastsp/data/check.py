@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastsp.data.bad_samples import too_many
-from fastsp.data.batch import Batch
 from fastsp.data.config import DataConfig
 from fastsp.data.readers.digits import SPLITS
 from fastsp.data.readers.latents import HEADER
@@ -31,74 +28,6 @@ BATCH_SIZE = 64
 LONG_CAPTION = 300  # characters: four for a token, or a little more
 SHEET_IMAGES = 64
 THUMBNAIL = 128  # pixels
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Smallest, median and largest of some numbers."""
-
-    smallest: float
-    median: float
-    largest: float
-
-    @classmethod
-    def of(cls, numbers: Sequence[float]) -> Spread | None:
-        """None where there are no numbers."""
-        return cls(min(numbers), statistics.median(numbers), max(numbers)) if numbers else None
-
-    def __str__(self) -> str:
-        return f"{self.smallest:g} to {self.largest:g}, median {self.median:g}"
-
-
-class Sheet(NamedTuple):
-    """What a contact sheet shows: the first good images, as they are trained on."""
-
-    images: Tensor
-    """(N, 3, S, S) float32 in [-1, 1], N up to 64, S at most 128: the sheet is looked at as a whole."""
-    labels: list[str]
-    """File names, or keys in a shard, and captions."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What is in a source."""
-
-    samples: int
-    """In one epoch, bad ones included."""
-    read: int
-    """Of these, how many were read for this report."""
-    bad: dict[str, str]
-    """Name and reason of every bad sample among those read, and of damaged shards."""
-    lost: int
-    """Samples that damaged shards have lost, at least."""
-    notes: dict[str, str]
-    """What may surprise though nothing is lost, by the file's name."""
-    heights: Spread | None
-    """Of the good images, in pixels, upright."""
-    widths: Spread | None
-    smaller_than_resolution: int
-    """Good images whose shortest side is enlarged for training."""
-    caption_characters: Spread | None
-    images_per_second: float
-    """Read, decoded, resized and cropped, in this process on this machine."""
-    seconds: float
-    stop: str | None
-    """Why a run would stop, if too many samples are bad."""
-
-    def lines(self) -> list[str]:
-        """The report for people."""
-        return [
-            f"samples           {self.samples}" + (f", of which {self.read} read" if self.read < self.samples else ""),
-            f"heights           {self.heights or 'no'} pixels",
-            f"widths            {self.widths or 'no'} pixels",
-            f"enlarged          {self.smaller_than_resolution} images are smaller than the resolution",
-            f"captions          {self.caption_characters or 'no'} characters",
-            f"speed             {self.images_per_second:.0f} images/s ({self.seconds:.1f} s)",
-            f"bad               {len(self.bad)}",
-            *(f"  {name}: {reason}" for name, reason in sorted(self.bad.items())),
-            *[f"notes             {len(self.notes)}"] * bool(self.notes),
-            *(f"  {name}: {note}" for name, note in sorted(self.notes.items())),
-        ]
 
 
 def config_for(source: str, resolution: int, split: str | None = None) -> DataConfig:
@@ -130,33 +59,11 @@ def config_for(source: str, resolution: int, split: str | None = None) -> DataCo
 
 
 def _holds_images(folder: Path) -> bool:
-    for _, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if any(split_name(name)[1] in IMAGE_SUFFIXES and not name.startswith(".") for name in names):
-            return True
-    return False
+    visible = (path for path in folder.rglob("*") if "/." not in f"/{path.relative_to(folder)}")
+    return any(split_name(path.name)[1] in IMAGE_SUFFIXES for path in visible)
 
 
-def _notes(config: DataConfig, source: Source, lengths: list[int]) -> dict[str, str]:
-    """What the reader notes, and what may be wrong with the source as a whole."""
-    found = list(source.reader.notes)
-    if long := sum(length > LONG_CAPTION for length in lengths):
-        what = (
-            f"{long} of more than {LONG_CAPTION} characters: Stable Diffusion's text encoders read 77 tokens, no more"
-        )
-        found.append(("captions", what))
-    if config.source == "images":
-        folder = Path(str(config.path))
-        tars = sum(1 for _ in folder.glob("*.tar"))
-        if tars:
-            found.append((str(folder), f"read as a folder of images; the {tars} tars in it are '{folder}/*.tar'"))
-    notes: dict[str, str] = {}
-    for name, what in found:
-        notes[name] = f"{notes[name]}; {what}" if name in notes else what
-    return notes
-
-
-def check_source(config: DataConfig, limit: int | None = None) -> tuple[Report, Sheet]:
+def check_source(config: DataConfig, limit: int | None = None) -> tuple[dict[str, Any], Tensor, list[str]]:
     """Read a source once, in the order of the first epoch of seed 0.
 
     Args:
@@ -165,7 +72,14 @@ def check_source(config: DataConfig, limit: int | None = None) -> tuple[Report, 
         limit: samples to read at most; None: all.
 
     Returns:
-        The report, and the first good images.
+        The report, as it is written to JSON; and for a contact sheet the first good images, (N, 3, S, S) float32 in
+        [-1, 1] with N up to 64 and S at most 128, and their labels: file names, or keys in a shard, and captions.
+
+        Keys of the report: `samples` in an epoch, bad ones included, of which `read` were read; `bad`, names and
+        reasons; `lost`, samples that damaged shards have lost, at least; `notes` by file, what may surprise though
+        nothing is lost; of the good images `heights` and `widths` in pixels, upright, and `smaller_than_resolution`,
+        how many are enlarged; `caption_characters`; `images_per_second` read, decoded and cropped in this process;
+        `seconds`; `stop`, why a run would stop, or None. Sizes and lengths are `smallest`, `median` and `largest`.
 
     Raises:
         UserError: there is nothing to read.
@@ -179,33 +93,78 @@ def check_source(config: DataConfig, limit: int | None = None) -> tuple[Report, 
     images: list[Tensor] = []
     labels: list[str] = []
     start = time.perf_counter()
-    for batch in _batches(source, count):
-        good = batch.weights.nonzero()[:, 0]
-        assert batch.original_sizes is not None and batch.pixel_values is not None
-        sizes.append(batch.original_sizes[good])
-        lengths += [len(batch.captions[row]) for row in good.tolist()]
-        if len(labels) < SHEET_IMAGES:
-            images.append(_thumbnails(batch.pixel_values[good]))
-            names = map(source.reader.name, source.order(batch.positions[good]).tolist())
-            captions = (batch.captions[row] for row in good.tolist())
-            labels += [f"{re.split('[/#]', name)[-1]}: {text}" for name, text in zip(names, captions, strict=True)]
+    batches = source.batches(batch_size=BATCH_SIZE, last_position=count)
+    with closing(batches), steps_bar("read", count) as advance:
+        for batch in batches:
+            good = batch.weights.nonzero()[:, 0]
+            assert batch.original_sizes is not None and batch.pixel_values is not None
+            sizes.append(batch.original_sizes[good])
+            captions = [batch.captions[row] for row in good.tolist()]
+            lengths += map(len, captions)
+            if len(labels) < SHEET_IMAGES:
+                images.append(_thumbnails(batch.pixel_values[good]))
+                names = map(source.reader.name, source.order(batch.positions[good]).tolist())
+                labels += [f"{re.split('[/#]', name)[-1]}: {text}" for name, text in zip(names, captions, strict=True)]
+            advance(len(batch))
     seconds = time.perf_counter() - start
     heights, widths = torch.cat(sizes).unbind(1)
-    report = Report(
-        samples=len(source),
-        read=count,
-        bad=dict(source.bad_samples.reasons),
-        lost=source.reader.lost,
-        notes=_notes(config, source, lengths),
-        heights=Spread.of(heights.tolist()),
-        widths=Spread.of(widths.tolist()),
-        smaller_than_resolution=int((torch.minimum(heights, widths) < config.resolution).sum()),
-        caption_characters=Spread.of(lengths),
-        images_per_second=count / seconds,
-        seconds=seconds,
-        stop=_stop(source, count, config.max_bad_fraction),
-    )
-    return report, Sheet(torch.cat(images)[:SHEET_IMAGES], labels[:SHEET_IMAGES])
+    report = {
+        "samples": len(source),
+        "read": count,
+        "bad": dict(source.bad_samples.reasons),
+        "lost": source.reader.lost,
+        "notes": _notes(config, source, lengths),
+        "heights": _spread(heights.tolist()),
+        "widths": _spread(widths.tolist()),
+        "smaller_than_resolution": int((torch.minimum(heights, widths) < config.resolution).sum()),
+        "caption_characters": _spread(lengths),
+        "images_per_second": count / seconds,
+        "seconds": seconds,
+        "stop": _stop(source, count, config.max_bad_fraction),
+    }
+    return report, torch.cat(images)[:SHEET_IMAGES], labels[:SHEET_IMAGES]
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """The report of `check_source` for people."""
+    spreads = [
+        f"{of['smallest']:g} to {of['largest']:g}, median {of['median']:g}" if (of := report[name]) else "no"
+        for name in ("heights", "widths", "caption_characters")
+    ]
+    part = f", of which {report['read']} read" if report["read"] < report["samples"] else ""
+    lines = [
+        f"samples           {report['samples']}{part}",
+        f"heights           {spreads[0]} pixels",
+        f"widths            {spreads[1]} pixels",
+        f"enlarged          {report['smaller_than_resolution']} images are smaller than the resolution",
+        f"captions          {spreads[2]} characters",
+        f"speed             {report['images_per_second']:.0f} images/s ({report['seconds']:.1f} s)",
+    ]
+    for what in ("bad", "notes") if report["notes"] else ("bad",):
+        lines.append(f"{what:18}{len(report[what])}")
+        lines += [f"  {name}: {text}" for name, text in sorted(report[what].items())]
+    return lines
+
+
+def _notes(config: DataConfig, source: Source, lengths: list[int]) -> dict[str, str]:
+    """What the reader notes, and what may be wrong with the source as a whole."""
+    found = list(source.reader.notes)
+    if long := sum(length > LONG_CAPTION for length in lengths):
+        limit = f"more than {LONG_CAPTION} characters: Stable Diffusion's text encoders read 77 tokens, no more"
+        found.append(("captions", f"{long} of {limit}"))
+    if config.source == "images" and (tars := len(list(Path(str(config.path)).glob("*.tar")))):
+        folder = str(Path(str(config.path)))
+        found.append((folder, f"read as a folder of images; the {tars} tars in it are '{folder}/*.tar'"))
+    notes: dict[str, str] = {}
+    for name, what in found:
+        notes[name] = f"{notes[name]}; {what}" if name in notes else what
+    return notes
+
+
+def _spread(numbers: Sequence[float]) -> dict[str, float] | None:
+    if not numbers:
+        return None
+    return {"smallest": min(numbers), "median": statistics.median(numbers), "largest": max(numbers)}
 
 
 def _thumbnails(images: Tensor) -> Tensor:
@@ -224,11 +183,3 @@ def _stop(source: Source, read: int, limit: float) -> str | None:
     else:
         return None
     return f"{what}, more than data.max_bad_fraction = {limit:g} allows: mend or remove them, or set it higher"
-
-
-def _batches(source: Source, count: int) -> Iterator[Batch]:
-    batches = source.batches(batch_size=BATCH_SIZE, last_position=count)
-    with closing(batches), steps_bar("read", count) as advance:
-        for batch in batches:
-            yield batch
-            advance(len(batch))

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from itertools import islice
+from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastsp.data.batch import Batch
+from fastsp.data.prefetch import Prefetcher
 from fastsp.data.readers.latents import DTYPES, LatentsHeader, bad_sample, shard_path
 from fastsp.data.source import Source
 from fastsp.diffusion.conditioning import Conditioning
@@ -65,21 +66,22 @@ class LatentEncoder:
             raise UserError(f"batch size {batch_size} must divide the samples of a shard, {samples_per_shard}")
         self.source, self.vae, self.encode_text = source, vae, encode_text
         self.batch_size = batch_size
-        sample = self._tensors(next(iter(self._batches(0, 1))), DTYPES[dtype])
+        with closing(self._batches(0, 1)) as batches:
+            sample = self._tensors(next(batches), DTYPES[dtype])
+        shapes = {name: tuple(tensor.shape[1:]) for name, tensor in sample.items()}
         self.header = LatentsHeader(
             vae=vae_name,
             vae_sha256=fingerprint(vae),
             resolution=resolution,
             dtype=dtype,
-            moments_shape=tuple(sample["moments"].shape[1:]),
-            text_shape=_shape(sample, "text_features"),
+            moments_shape=shapes["moments"],
+            text_shape=shapes.get("text_features"),
             source_samples=len(source),
             samples_per_shard=samples_per_shard,
-            pooled_text_shape=_shape(sample, "pooled_text_features"),
+            pooled_text_shape=shapes.get("pooled_text_features"),
             text_sha256=text_sha256,
             captioned=source.reader.captioned,
             names_sha256=source.names_sha256(),
-            contents_sha256=source.contents_sha256(),
         )
 
     def missing(self, folder: Path, rank: int = 0, world_size: int = 1) -> list[int]:
@@ -110,18 +112,15 @@ class LatentEncoder:
             UserError: the folder holds other latents.
         """
         self.header.save(folder)
-        for run in _consecutive(self.missing(folder, rank, world_size)):
-            yield from self._write_run(folder, run, after_batch)
-
-    def _write_run(self, folder: Path, shards: range, after_batch: Callable[[int], object]) -> Iterator[int]:
-        """Shards that follow each other, from one stream of batches: decoding runs ahead over their borders."""
         size = self.header.samples_per_shard
-        last = min(shards.stop * size, len(self.source))
-        with closing(self._batches(shards.start * size, last)) as batches:
-            for shard in shards:
-                count = -(-self.samples(shard) // self.batch_size)
-                self._write_shard(shard_path(folder, shard), islice(batches, count), after_batch)
-                yield shard
+        following = count()
+        for _, group in groupby(self.missing(folder, rank, world_size), lambda shard: shard - next(following)):
+            shards = list(group)  # that follow each other, from one stream of batches: decoding runs ahead over borders
+            with closing(self._batches(shards[0] * size, min((shards[-1] + 1) * size, len(self.source)))) as batches:
+                for shard in shards:
+                    number = -(-self.samples(shard) // self.batch_size)
+                    self._write_shard(shard_path(folder, shard), islice(batches, number), after_batch)
+                    yield shard
 
     def _write_shard(self, path: Path, batches: Iterable[Batch], after_batch: Callable[[int], object]) -> None:
         for left_by_a_kill in path.parent.glob(f".{path.name}{UNFINISHED.removeprefix('.')}"):
@@ -143,11 +142,8 @@ class LatentEncoder:
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
 
-    def _batches(self, first: int, last: int) -> Generator[Batch, None, None]:
-        with closing(
-            self.source.batches(first_position=first, last_position=last, batch_size=self.batch_size)
-        ) as batches:
-            yield from batches
+    def _batches(self, first: int, last: int) -> Prefetcher[Batch]:
+        return self.source.batches(first_position=first, last_position=last, batch_size=self.batch_size)
 
     def _tensors(self, batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
         """The batch's tensors as they are written, on the CPU."""
@@ -166,17 +162,3 @@ class LatentEncoder:
             if features.text_embeds is not None:
                 tensors["pooled_text_features"] = features.text_embeds
         return tensors
-
-
-def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
-    """Of one sample."""
-    return tuple(tensors[name].shape[1:]) if name in tensors else None
-
-
-def _consecutive(shards: Sequence[int]) -> Iterator[range]:
-    """The runs of numbers that follow each other."""
-    start = 0
-    for end in range(1, len(shards) + 1):
-        if end == len(shards) or shards[end] != shards[end - 1] + 1:
-            yield range(shards[start], shards[end - 1] + 1)
-            start = end

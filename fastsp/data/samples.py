@@ -59,9 +59,6 @@ class SampleReader(Protocol):
     def name(self, index: int) -> str:
         """The sample's name, which is unique in the data set and tells a person where to look."""
 
-    def sizes(self) -> Tensor:
-        """(N,) int64: bytes that every sample takes where it lies."""
-
     def inventory(self) -> Inventory:
         """What the data set consists of: the same as long as the samples and their order are."""
 

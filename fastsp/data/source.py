@@ -27,8 +27,6 @@ from fastsp.data.readers.shards import ShardReader, expand_shards
 from fastsp.data.samples import BadSample, EncodedSample, ReadStep, SampleReader
 from fastsp.errors import UserError
 
-READ_WHOLE = 64  # samples whose contents `contents_sha256` looks at
-
 
 def open_source(
     config: DataConfig,
@@ -198,15 +196,6 @@ class Source:
         digest = hashlib.sha256()
         for index in range(len(self.reader)):
             digest.update(self.reader.name(index).rpartition("/")[2].encode() + b"\n")
-        return digest.hexdigest()
-
-    def contents_sha256(self) -> str:
-        """Of the sizes of all samples and of the contents of a few: what changes when pictures do, and is cheap."""
-        count = len(self.reader)
-        digest = hashlib.sha256(self.reader.sizes().numpy().tobytes())
-        for sample in self._read(list(range(0, count, -(-count // READ_WHOLE)))):
-            if isinstance(sample, EncodedSample):
-                digest.update(sample.content + sample.caption.encode())
         return digest.hexdigest()
 
     def batches(

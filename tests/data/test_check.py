@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fastsp.cli.data import app
 from fastsp.data.bad_samples import FEW
-from fastsp.data.check import check_source, config_for
+from fastsp.data.check import check_source, config_for, report_lines
 from fastsp.data.readers.latents import LatentsHeader
 from fastsp.data.source import open_source
 from fastsp.errors import UserError
@@ -27,13 +27,13 @@ def shard(tmp_path):
 
 
 def test_report(shard):
-    report, sheet = check_source(config_for(str(shard), resolution=32))
-    assert (report.samples, report.read, report.smaller_than_resolution) == (10, 10, 2)
-    assert (report.heights.smallest, report.heights.largest, report.widths.median) == (30, 39, 80)
-    assert (report.caption_characters.smallest, report.caption_characters.largest) == (1, 10)
-    assert report.bad == {f"{shard}#3": "not an image of a known kind"}
-    assert sheet.images.shape == (9, 3, 32, 32)
-    assert sorted(sheet.labels) == [f"{index}: {'x' * (index + 1)}" for index in range(10) if index != 3]
+    report, images, labels = check_source(config_for(str(shard), resolution=32))
+    assert (report["samples"], report["read"], report["smaller_than_resolution"]) == (10, 10, 2)
+    assert (report["heights"]["smallest"], report["heights"]["largest"], report["widths"]["median"]) == (30, 39, 80)
+    assert (report["caption_characters"]["smallest"], report["caption_characters"]["largest"]) == (1, 10)
+    assert report["bad"] == {f"{shard}#3": "not an image of a known kind"}
+    assert images.shape == (9, 3, 32, 32)
+    assert sorted(labels) == [f"{index}: {'x' * (index + 1)}" for index in range(10) if index != 3]
 
 
 def test_what_a_source_means(shard, tmp_path, monkeypatch):
@@ -59,21 +59,21 @@ def test_a_folder_with_images_is_one_of_images(shard, tmp_path):
     (shard.parent / "sub" / "0.png").write_bytes(encode(photo(0, 20, 20), "PNG"))
     options = config_for(str(shard.parent), 8)
     assert options.source == "images"
-    report, _ = check_source(options)
-    assert report.samples == 1
+    report, *_ = check_source(options)
+    assert report["samples"] == 1
     named = 'pictures without a caption of their own, which take their folder\'s name: 1, as "sub" (1 of them)'
     tars = f"read as a folder of images; the 1 tars in it are '{shard.parent}/*.tar'"
-    assert report.notes == {str(shard.parent): f"{named}; {tars}"}
-    assert f"  {shard.parent}: {named}" in "\n".join(report.lines())
+    assert report["notes"] == {str(shard.parent): f"{named}; {tars}"}
+    assert f"  {shard.parent}: {named}" in "\n".join(report_lines(report))
 
 
 def test_captions_that_will_be_cut_are_noted(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(encode(photo(0, 20, 20), "PNG"))
         (tmp_path / f"{number}.txt").write_text("red circle " * (100 if number else 1))
-    report, _ = check_source(config_for(str(tmp_path), 8))
+    report, *_ = check_source(config_for(str(tmp_path), 8))
     what = "2 of more than 300 characters: Stable Diffusion's text encoders read 77 tokens, no more"
-    assert report.notes == {"captions": what}
+    assert report["notes"] == {"captions": what}
 
 
 def test_a_folder_of_latents_is_refused_as_what_it_is(tmp_path):
@@ -87,12 +87,12 @@ def test_damage_and_notes(shard):
     content = bytearray(shard.read_bytes())
     content[content.index(b"7.jpg")] ^= 255
     shard.write_bytes(content)
-    report, _ = check_source(config_for(str(shard), resolution=32))
-    assert (report.samples, report.lost) == (9, 1)
-    assert "damaged tar header" in report.bad[str(shard)] and report.stop is None
-    assert report.notes[str(shard)] == "7.txt is not used: a text file that captions no picture"
+    report, *_ = check_source(config_for(str(shard), resolution=32))
+    assert (report["samples"], report["lost"]) == (9, 1)
+    assert "damaged tar header" in report["bad"][str(shard)] and report["stop"] is None
+    assert report["notes"][str(shard)] == "7.txt is not used: a text file that captions no picture"
     options = config_for(str(shard), resolution=32).model_copy(update={"max_bad_fraction": 0.0})
-    stop = check_source(options)[0].stop
+    stop = check_source(options)[0]["stop"]
     assert stop.startswith("at least 1 of 10 samples are lost in damaged files, more than data.max_bad_fraction = 0 ")
 
 

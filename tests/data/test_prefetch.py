@@ -13,7 +13,7 @@ from fastsp.data.prefetch import Prefetcher
 
 
 def threads(name):
-    return [thread for thread in threading.enumerate() if thread.name == name]
+    return [thread for thread in threading.enumerate() if thread.name.startswith(name)]
 
 
 def test_items_in_order_and_then_the_end():
@@ -66,6 +66,8 @@ def test_one_that_is_dropped_leaves_no_thread():
     assert next(items) == 0 and threads("dropped")
     del items
     gc.collect()
+    for thread in threads("dropped"):
+        thread.join(10)
     assert not threads("dropped")
 
 

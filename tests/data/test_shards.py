@@ -221,7 +221,6 @@ def test_a_member_that_would_fill_the_memory_is_a_bad_sample(tmp_path):
     tar.write_bytes(member.tobuf(tarfile.GNU_FORMAT))
     os.truncate(tar, 512 + 2**33)
     reader = ShardReader(tar, captioned=False)
-    assert reader.sizes().tolist() == [2**33]
     with pytest.raises(BadSample, match="too large: 8589934592 bytes"):
         reader.read(0)
 

@@ -17,9 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fastsp.data.inventory import MAX_NAMES, Inventory, Part
 from fastsp.data.readers.captions import caption_from_json, caption_from_record, caption_of
 from fastsp.data.readers.metadata import METADATA, UNREAD_METADATA, Line, read_metadata
@@ -97,11 +94,6 @@ class FolderReader:
     def name(self, index: int) -> str:
         """The image's path."""
         return self._name(self.paths[index])
-
-    def sizes(self) -> Tensor:
-        """(N,) int64: bytes of every image and of the sidecars that it has."""
-        files = ([self.root / path, *(file for _, file in self._sidecars(path))] for path in self.paths)
-        return torch.tensor([sum(map(_size, one)) for one in files])
 
     def inventory(self) -> Inventory:
         """The images of every folder, and their names."""
@@ -290,14 +282,6 @@ def _holds_caption(file: Path) -> bool:
         return bool(caption_from_json(_read_file(file, "caption")))
     except BadSample:
         return False
-
-
-def _size(path: Path) -> int:
-    try:
-        status = path.stat()
-    except OSError:
-        return 0
-    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def _read_file(path: Path, what: str) -> bytes:

@@ -28,11 +28,7 @@ LATENT_SUFFIXES = ("safetensors",)
 TEXT_TENSORS = ("text_features", "pooled_text_features")
 HEADER = "latents.json"
 VERSION = 1
-_OF_PICTURES = {
-    "names_sha256": "of pictures with other names",
-    "contents_sha256": "of pictures with these names, which have changed since",
-}
-_MAY_BE_NULL = ("captioned", *_OF_PICTURES)  # in a header: not compared then
+_MAY_BE_NULL = ("captioned", "names_sha256")  # in a header: not compared then
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -101,8 +97,6 @@ class LatentsHeader:
     kept."""
     names_sha256: str | None = None
     """`Source.names_sha256` of what was encoded, so that no other pictures are added to it."""
-    contents_sha256: str | None = None
-    """`Source.contents_sha256` of it, so that the same names are the same pictures; None: of before this was kept."""
     version: int = VERSION
 
     @property
@@ -156,7 +150,8 @@ class LatentsHeader:
             existing = asdict(LatentsHeader.load(folder))
             for key, value in asdict(self).items():
                 if existing[key] != value and not (key in _MAY_BE_NULL and existing[key] is None):
-                    held = _OF_PICTURES.get(key, f"with {key} = {existing[key]}, not {value}")
+                    other = f"with {key} = {existing[key]}, not {value}"
+                    held = "of pictures with other names" if key == "names_sha256" else other
                     raise UserError(f"{folder} holds latents {held}; use another folder")
             return
         write_file(folder / HEADER, json.dumps(asdict(self), indent=2) + "\n")
@@ -175,6 +170,7 @@ class LatentsHeader:
             )
         try:
             fields = json.loads(read_text(path))
+            fields.pop("contents_sha256", None)  # of earlier versions
             for name, value in fields.items():
                 fields[name] = tuple(value) if isinstance(value, list) else value
             header = cls(**fields)

@@ -15,8 +15,6 @@ from functools import lru_cache
 from glob import escape, glob
 from pathlib import Path
 
-from torch import Tensor
-
 from fastsp.data.inventory import Inventory
 from fastsp.data.readers.captions import caption_of
 from fastsp.data.readers.names import IMAGE_SUFFIXES
@@ -129,10 +127,6 @@ class ShardReader:
         """The tar's path and the sample's key."""
         shard, key = self.index.name(index)
         return f"{shard}#{key}"
-
-    def sizes(self) -> Tensor:
-        """(N,) int64: bytes of every sample's members."""
-        return self.index.columns["locations"][:, 2::2].sum(1)
 
     def inventory(self) -> Inventory:
         """The samples of every tar."""
