@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import threading
-from bisect import bisect_left, insort
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -46,8 +45,7 @@ class BadSampleLog:
         self.size = size
         self.reasons: dict[str, str] = {}
         self._lock = threading.Lock()  # the thread that collates adds, the training asks
-        self._named: set[str] = set()  # by any process, as far as the file was read
-        self._positions: list[int] = []  # the first of each, sorted; -1: none
+        self._first: dict[str, int] = {}  # by name, of any process, as far as the file was read; -1: no position
         self._read_up_to = 0  # bytes
         self._end = 0  # one past the last bad sample's position
 
@@ -61,7 +59,7 @@ class BadSampleLog:
             if self.path is not None and self.path.exists():
                 with self.path.open("rb") as file:
                     self._read(file)
-            return bisect_left(self._positions, position)
+            return sum(first < position for first in self._first.values())
 
     def add(self, sample: str, reason: str, position: int | None = None) -> None:
         """Name a bad sample, once. Without a position it is a file of many samples, which does not count as one."""
@@ -72,9 +70,9 @@ class BadSampleLog:
         self.reasons[sample] = reason
         with self._lock:
             if self.path is None:
-                self._name(sample, position)
-            elif sample not in self._named:
-                self._append({"sample": sample, "reason": reason, "position": position})
+                self._first[sample] = -1 if position is None else position
+            else:
+                self._append(self.path, {"sample": sample, "reason": reason, "position": position})
 
     def check(self) -> None:
         """See whether there are too many, after the bad samples of a batch were named.
@@ -95,14 +93,13 @@ class BadSampleLog:
                 f"them: remove or mend them{again}, or set data.max_bad_fraction higher"
             )
 
-    def _append(self, record: dict) -> None:
+    def _append(self, path: Path, record: dict) -> None:
         """Under a lock, so that processes which meet the same sample name it once."""
-        assert self.path is not None
-        with self.path.open("ab+") as file:
+        with path.open("ab+") as file:
             with suppress(OSError):  # some file systems of clusters have no locks: a name may then come twice
                 fcntl.flock(file, fcntl.LOCK_EX)
             torn = self._read(file)
-            if record["sample"] not in self._named:
+            if record["sample"] not in self._first:
                 line = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace")
                 file.write(b"\n" * torn + line + b"\n")
 
@@ -114,11 +111,6 @@ class BadSampleLog:
         for line in content[:complete].splitlines():
             with suppress(ValueError, KeyError, TypeError):  # torn by a kill
                 record = json.loads(line)
-                self._name(record["sample"], record["position"])
+                self._first.setdefault(record["sample"], -1 if record["position"] is None else record["position"])
         self._read_up_to += complete
         return complete < len(content)
-
-    def _name(self, sample: str, position: int | None) -> None:
-        if sample not in self._named:
-            insort(self._positions, -1 if position is None else position)  # nearly always at the end
-            self._named.add(sample)

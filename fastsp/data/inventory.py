@@ -16,6 +16,7 @@ from fastsp.errors import UserError
 from fastsp.utils.files import read_text, write_file
 
 FILE = "data.json"  # in the folder of a run
+_ROOT = "the folder itself"
 MAX_NAMES = 100_000  # kept one by one up to so many; above, a difference is told by the folder it is in
 
 
@@ -75,13 +76,9 @@ class Inventory:
         change = change or _missing_or_new(before, after)
         if change is None and before == after:  # names may repeat: tars of several folders
             part, other = next(pair for pair in zip(self.parts, now.parts, strict=True) if pair[0] != pair[1])
-            name = part.name or "the folder itself"
+            numbers = f"had {part.samples} and has {other.samples}"
             same = part.samples == other.samples
-            change = (
-                f"{name} has others of the same number"
-                if same
-                else f"{name} had {part.samples} and has {other.samples}"
-            )
+            change = f"{part.name or _ROOT} {'has others of the same number' if same else numbers}"
         return f"{self.samples} samples before, {now.samples} now, {change or 'in another order'}"
 
 
@@ -91,5 +88,5 @@ def _missing_or_new(before: Sequence[str], after: Sequence[str]) -> str | None:
         different = [name for name in names if name not in others]
         if different:
             more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-            return f"{different[0] or 'the folder itself'}{more} is {what}"
+            return f"{different[0] or _ROOT}{more} is {what}"
     return None

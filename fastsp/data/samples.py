@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import chain
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from fastsp.data.inventory import Inventory
 
+T = TypeVar("T")
+Item = TypeVar("Item")
 MAX_FILE_BYTES = 2_000_000_000  # an uncompressed image of the largest size, of 16 bits and with alpha, has 1.4e9
 
 
@@ -29,6 +34,26 @@ def check_file_size(size: int) -> None:
     """Raises `BadSample` for a file that would fill the memory."""
     if size > MAX_FILE_BYTES:
         raise BadSample(f"too large: {size} bytes")
+
+
+def in_shares(
+    pool: Executor, shares: int, function: Callable[[Item], T], items: Sequence[Item]
+) -> Iterator[T | BadSample]:
+    """The function's results, in order; a `BadSample` that it raises is one. The pool gets the items in so many shares:
+    of one at a time, the handing over would cost more than a small image."""
+
+    def results(share: Sequence[Item]) -> list[T | BadSample]:
+        return [_or_bad(function, item) for item in share]
+
+    size = -(-len(items) // shares) or 1
+    return chain.from_iterable(pool.map(results, [items[start : start + size] for start in range(0, len(items), size)]))
+
+
+def _or_bad(function: Callable[[Item], T], item: Item) -> T | BadSample:
+    try:
+        return function(item)
+    except BadSample as bad:
+        return bad
 
 
 @dataclass(frozen=True)

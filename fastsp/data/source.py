@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fastsp.data.bad_samples import BadSampleLog, too_many
 from fastsp.data.batch import Batch
-from fastsp.data.collate import Collator, ImageCollator, LatentCollator, Tokenize
+from fastsp.data.collate import Collator, ImageCollator, LatentCollator
 from fastsp.data.config import DataConfig
 from fastsp.data.images.libraries import library
 from fastsp.data.images.pipeline import ImagePipeline
@@ -22,9 +23,9 @@ from fastsp.data.order import SampleOrder
 from fastsp.data.prefetch import Prefetcher
 from fastsp.data.readers.digits import digits_shards
 from fastsp.data.readers.folder import FolderReader, image_folder
-from fastsp.data.readers.latents import LatentReader, LatentsHeader, latent_shards
+from fastsp.data.readers.latents import LATENT_SUFFIXES, LatentReader, LatentsHeader, latent_shards
 from fastsp.data.readers.shards import ShardReader, expand_shards
-from fastsp.data.samples import BadSample, EncodedSample, ReadStep, SampleReader
+from fastsp.data.samples import ReadStep, SampleReader, in_shares
 from fastsp.errors import UserError
 
 
@@ -73,13 +74,15 @@ def open_source(
     device = torch.device(device)
     reader = _open_reader(config, progress)
     _check_lost(reader, config.max_bad_fraction)
+    named = {"input_ids": tokenizer, "input_ids_2": tokenizer_2}
+    tokenizers = {name: tokenizer for name, tokenizer in named.items() if tokenizer is not None}
     header = LatentsHeader.load(str(config.path)) if config.source == "latents" else None
     if header is not None:
         header.check(config, vae_sha256, text_sha256)
     return Source(
         reader,
         order=SampleOrder(len(reader), seed) if shuffle else (lambda positions: positions % len(reader)),
-        open_collator=_collator(config, Tokenize(tokenizer, tokenizer_2), channels, seed, device, header),
+        open_collator=_collator(config, tokenizers, channels, seed, device, header),
         bad_samples=BadSampleLog(bad_samples_file, config.max_bad_fraction, len(reader)),
         workers=config.workers,
         prefetch=config.prefetch,
@@ -121,7 +124,7 @@ def _open_reader(config: DataConfig, progress: bool) -> SampleReader:
     if config.source == "images":
         return FolderReader(str(config.path), captioned, progress)
     if config.source == "latents":
-        return LatentReader(str(config.path), captioned, progress)
+        return LatentReader(latent_shards(str(config.path)), captioned, LATENT_SUFFIXES, progress)
     shards = digits_shards(config.split) if config.source == "digits" else config.path or ()
     return ShardReader(shards, captioned, progress=progress)
 
@@ -139,11 +142,15 @@ def _check_lost(reader: SampleReader, max_fraction: float) -> None:
 
 
 def _collator(
-    config: DataConfig, tokenize: Tokenize, channels: int, seed: int, device: torch.device, header: LatentsHeader | None
+    config: DataConfig,
+    tokenizers: dict[str, Any],
+    channels: int,
+    seed: int,
+    device: torch.device,
+    header: LatentsHeader | None,
 ) -> Callable[[int], Collator]:
-    """What makes, in the thread that uses it, the collator for batches up to a size."""
     if header is not None:
-        return lambda _: LatentCollator(header, tokenize, device)
+        return lambda _: LatentCollator(header, tokenizers, device)
     return lambda batch_size: ImageCollator(
         ImagePipeline(
             batch_size=batch_size,
@@ -155,37 +162,25 @@ def _collator(
             device=device,
             threads=config.threads,
         ),
-        tokenize,
+        tokenizers,
     )
 
 
+@dataclass(eq=False)
 class Source:
-    """A data set as a sequence of samples by position in the run. Made by `open_source`.
+    """A data set as a sequence of samples by position in the run. Made by `open_source`."""
 
-    Args:
-        reader: of the samples' bytes.
-        order: (B,) int64 positions in the run -> (B,) int64 indices of samples.
-        open_collator: makes the collator for batches up to a size.
-        bad_samples: where rejected samples are named and counted.
-        workers: threads that read.
-        prefetch: batches ready ahead of their use.
-    """
-
-    def __init__(
-        self,
-        reader: SampleReader,
-        *,
-        order: Callable[[Tensor], Tensor],
-        open_collator: Callable[[int], Collator],
-        bad_samples: BadSampleLog,
-        workers: int,
-        prefetch: int,
-    ):
-        self.reader = reader
-        self.order = order
-        self.open_collator = open_collator
-        self.bad_samples = bad_samples
-        self.workers, self.prefetch = workers, prefetch
+    reader: SampleReader
+    order: Callable[[Tensor], Tensor]
+    """(B,) int64 positions in the run -> (B,) int64 indices of samples."""
+    open_collator: Callable[[int], Collator]
+    """Makes the collator for batches up to a size, in the thread that uses it."""
+    bad_samples: BadSampleLog
+    """Where rejected samples are named and counted."""
+    workers: int
+    """Threads that read."""
+    prefetch: int
+    """Batches ready ahead of their use."""
 
     def __len__(self) -> int:
         """Samples in one epoch, bad ones included."""
@@ -237,18 +232,7 @@ class Source:
         with ThreadPoolExecutor(self.workers, "fastsp-read") as pool:
             for positions in steps:
                 indices = self.order(positions).tolist()
-                share = -(-len(indices) // self.workers) or 1
-                shares = [indices[start : start + share] for start in range(0, len(indices), share)]
-                yield ReadStep(positions, indices, [sample for part in pool.map(self._read, shares) for sample in part])
-
-    def _read(self, indices: list[int]) -> list[EncodedSample | BadSample]:
-        samples: list[EncodedSample | BadSample] = []
-        for index in indices:
-            try:
-                samples.append(self.reader.read(index))
-            except BadSample as bad:
-                samples.append(bad)
-        return samples
+                yield ReadStep(positions, indices, list(in_shares(pool, self.workers, self.reader.read, indices)))
 
     def _collate_steps(self, steps: Prefetcher[ReadStep], batch_size: int) -> Iterator[Batch]:
         with closing(steps), closing(self.open_collator(batch_size)) as collate:

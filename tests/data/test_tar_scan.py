@@ -11,6 +11,7 @@ import pytest
 from data.helpers import write_tar
 
 from fastsp.data.readers.names import split_name
+from fastsp.data.readers.tar_index import build_index
 from fastsp.data.readers.tar_scan import scan_tar
 
 KEYS = [f"{number:03d}" for number in range(8)]
@@ -26,6 +27,10 @@ def keys(scan):
 
 def content(tar, span):
     return tar.read_bytes()[span[0] : span[0] + span[1]]
+
+
+def nothing_to_say(scan):
+    return not scan.damages and not scan.unusable and not scan.notes()
 
 
 def special(name, kind, linkname=""):
@@ -59,9 +64,9 @@ def test_dotted_names_nested_names_and_upper_case(tmp_path):
     names = ["a.b", "a.c", "d/e/f", "d/x/f", "x.y/1.5"]
     tar = write_tar(tmp_path / "0.tar", [*members(names), ("./g.JPG", b"G"), ("./g.TXT", b"upper")])
     scan = scan_tar(tar)
-    assert keys(scan) == [*names, "g"] and not scan.damage and not scan.notes and not scan.unusable
-    assert [content(tar, sample.text) for _, sample in scan.samples[:2]] == [b"txt of a.b", b"txt of a.c"]
-    assert content(tar, scan.samples[-1][1].text) == b"upper"
+    assert keys(scan) == [*names, "g"] and not scan.damages and not scan.notes() and not scan.unusable
+    assert [content(tar, sample[1]) for _, sample in scan.samples[:2]] == [b"txt of a.b", b"txt of a.c"]
+    assert content(tar, scan.samples[-1][1][1]) == b"upper"
 
 
 def test_hidden_members_are_skipped_as_in_a_folder(tmp_path):
@@ -73,9 +78,9 @@ def test_of_the_same_name_the_last_counts_and_it_is_said(tmp_path):
     again = [("000.jpg", b"again"), ("000.txt", b"again"), ("000.png", b"another"), ("000.JPG", b"upper")]
     tar = write_tar(tmp_path / "0.tar", members() + again)
     scan = scan_tar(tar)
-    assert sorted(keys(scan)) == KEYS and scan.lost == 0
-    assert content(tar, dict(scan.samples)["000"].image) == b"again"
-    assert scan.notes == ["000.jpg (and 3 more) is not used: another member has the same name or key"]
+    assert sorted(keys(scan)) == KEYS and not scan.damages
+    assert content(tar, dict(scan.samples)["000"][0]) == b"again"
+    assert scan.notes() == ["000.jpg (and 3 more) is not used: another member has the same name or key"]
 
 
 def test_links_are_named(tmp_path):
@@ -116,10 +121,9 @@ def test_a_damaged_header_costs_its_member(tmp_path, kind):
         for damage in (b"\xff" * 20, bytes(512), b"\xff" * 512):
             path.write_bytes(whole[:place] + damage + whole[place + len(damage) :])
             scan = scan_tar(path)
-            assert keys(scan) == KEYS[:number] + KEYS[number + 1 :] and scan.lost == 1
-            assert scan.damage == (
-                f"damaged tar header at byte {place}" if place else "not a tar: no header at its start"
-            )
+            assert keys(scan) == KEYS[:number] + KEYS[number + 1 :] and len(scan.damages) == 1
+            where = f"damaged tar header at byte {place}" if place else "not a tar: no header at its start"
+            assert scan.damages == [where]
 
 
 def test_a_size_below_zero_or_beyond_the_end(tmp_path):
@@ -133,7 +137,7 @@ def test_a_size_below_zero_or_beyond_the_end(tmp_path):
         header[148:156] = b"%06o\0 " % sum(header)
         path.write_bytes(whole[:place] + bytes(header) + whole[place + 512 :])
         scan = scan_tar(path)
-        assert keys(scan) == KEYS[:3] + KEYS[4:] and scan.damage and scan.lost == 1
+        assert keys(scan) == KEYS[:3] and scan.damages, "what follows is lost"
 
 
 def test_wherever_a_tar_is_cut_it_is_said(tmp_path):
@@ -145,9 +149,9 @@ def test_wherever_a_tar_is_cut_it_is_said(tmp_path):
         path.write_bytes(whole[:cut])
         scan = scan_tar(path)
         between = cut > 0 and cut % 1024 in (0, *range(512 + 64, 1024, 64))  # nothing, or only padding, is missing
-        assert (scan.damage is None) == between, cut
+        assert (not scan.damages) == between, cut
     path.write_bytes(whole[: end + 512])
-    assert scan_tar(path)[1:] == (None, [], 0, [])
+    assert nothing_to_say(scan_tar(path))
 
 
 def test_tars_one_after_the_other(tmp_path):
@@ -156,7 +160,7 @@ def test_tars_one_after_the_other(tmp_path):
     second = write_tar(tmp_path / "1.tar", members(KEYS[4:]))
     first.write_bytes(first.read_bytes() + second.read_bytes())
     scan = scan_tar(first)
-    assert keys(scan) == KEYS and not scan.damage
+    assert keys(scan) == KEYS and not scan.damages
 
 
 def test_many_damaged_places_are_one_line(tmp_path):
@@ -166,20 +170,22 @@ def test_many_damaged_places_are_one_line(tmp_path):
         content[content.index(f"{number:03d}.txt".encode())] ^= 255
     path.write_bytes(content)
     scan = scan_tar(path)
-    assert len(scan.samples) == 8 and scan.lost == 6
-    assert scan.damage is not None and scan.damage.endswith("; 3 more damaged places")
+    assert len(scan.samples) == 8 and len(scan.damages) == 6
+    ((_, reason),) = build_index([path]).damaged
+    assert reason.endswith(" (and 5 more)")
 
 
 def test_what_is_not_a_tar(tmp_path):
     path = write_tar(tmp_path / "0.tar", members())
     path.write_bytes(gzip.compress(path.read_bytes()))
-    assert "compressed (gzip)" in str(scan_tar(path).damage)
+    assert "compressed (gzip)" in scan_tar(path).damages[0]
     path.write_bytes(b"<html>404</html>" * 1000)
-    assert scan_tar(path).damage == "not a tar: no header at its start"
+    assert scan_tar(path).damages == ["not a tar: no header at its start"]
     path.write_bytes(b"")
-    assert scan_tar(path).damage == "not a tar: the file is empty"
-    assert "No such file" in str(scan_tar(tmp_path / "nowhere.tar").damage)
-    assert scan_tar(write_tar(path, [])) == ([], None, [], 0, [])
+    assert scan_tar(path).damages == ["not a tar: the file is empty"]
+    assert "No such file" in scan_tar(tmp_path / "nowhere.tar").damages[0]
+    empty = scan_tar(write_tar(path, []))
+    assert empty.samples == [] and nothing_to_say(empty)
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -221,9 +227,9 @@ def test_a_caption_that_keeps_the_suffix_of_its_image(tmp_path):
     members += [("c.jpg.png", b"C"), ("c.jpg.txt", b"of c"), ("readme.txt", b"x"), ("d.png.txt", b"x")]
     tar = write_tar(tmp_path / "0.tar", members)
     scan = scan_tar(tar)
-    texts = {key: content(tar, sample.text) for key, sample in scan.samples}
+    texts = {key: content(tar, sample[1]) for key, sample in scan.samples}
     assert texts == {"a": b"of a", "b": b"of b", "c.jpg": b"of c"}
-    assert scan.notes == ["b.jpg.txt (and 2 more) is not used: a text file that captions no picture"]
+    assert scan.notes() == ["b.jpg.txt (and 2 more) is not used: a text file that captions no picture"]
 
 
 def test_names_in_either_form_of_unicode_belong_together(tmp_path):
@@ -231,4 +237,4 @@ def test_names_in_either_form_of_unicode_belong_together(tmp_path):
     image, caption = unicodedata.normalize("NFD", "Zoë.jpg"), unicodedata.normalize("NFC", "Zoë.txt")
     tar = write_tar(tmp_path / "0.tar", [(image, b"Z"), (caption, b"of Z")])
     ((key, sample),) = scan_tar(tar).samples
-    assert content(tar, sample.text) == b"of Z" and key == image.removesuffix(".jpg")
+    assert content(tar, sample[1]) == b"of Z" and key == image.removesuffix(".jpg")

@@ -8,10 +8,9 @@ are read by Pillow, on either device (`other_kinds`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard
 
 import torch
 from PIL import Image
@@ -20,20 +19,9 @@ from torch import Tensor
 from fastsp.data.images.jpeg import JpegFile, decode_jpeg, read_jpeg
 from fastsp.data.images.libraries import library
 from fastsp.data.images.other_kinds import check_size, decode_image, kind_of, open_image
-from fastsp.data.samples import BadSample
+from fastsp.data.samples import BadSample, Item, T, in_shares
 
-# By EXIF orientation: whether height and width change places, and which axes are mirrored after that.
-TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
-    1: (False, ()),
-    2: (False, (1,)),
-    3: (False, (0, 1)),
-    4: (False, (0,)),
-    5: (True, ()),
-    6: (True, (1,)),
-    7: (True, (0, 1)),
-    8: (True, (0,)),
-}
-T = TypeVar("T")
+MIRRORED: tuple[tuple[int, ...], ...] = ((), (1,), (0, 1), (0,))  # axes, by EXIF orientation: 1 .. 4, and 5 .. 8 again
 SHARES_PER_THREAD = 4  # of a batch: images take unequally long
 
 
@@ -89,27 +77,19 @@ class ImageDecoder:
     def decode(self, images: Sequence[OpenedImage | BadSample]) -> list[Tensor | BadSample]:
         """Decode what `open` gave; a `BadSample` stays one."""
         for_gpu = {row: image for row, image in enumerate(images) if self.gpu is not None and _is_for_gpu(image)}
-        running = self._on_cpu({row: image for row, image in enumerate(images) if row not in for_gpu})
-        decoded: dict[int, Tensor | BadSample] = {}
-        if self.gpu is not None and for_gpu:  # while the CPU decodes
-            found = dict(zip(for_gpu, self.gpu(list(for_gpu.values())), strict=True))
-            decoded |= {row: image for row, image in found.items() if image is not None}
+        # Started in the pool at once, waited for one by one.
+        running = self._map(self._decode_on_cpu, [image for row, image in enumerate(images) if row not in for_gpu])
+        found: dict[int, Tensor | BadSample | None] = {}
+        if self.gpu is not None and for_gpu:
+            found |= zip(for_gpu, self.gpu(list(for_gpu.values())), strict=True)
             # What it does not decode is looked at by libjpeg-turbo, which knows more kinds, or what is wrong.
-            decoded |= self._on_cpu({row: image for row, image in for_gpu.items() if row not in decoded})
-        decoded |= running
-        placed = (decoded[row] for row in range(len(images)))
-        return [image if isinstance(image, BadSample) else image.to(self.device) for image in placed]
+            left = {row: image for row, image in for_gpu.items() if found[row] is None}
+            found |= zip(left, self._map(self._decode_on_cpu, list(left.values())), strict=True)
+        placed = (found[row] if row in for_gpu else next(running) for row in range(len(images)))
+        return [image.to(self.device) if isinstance(image, Tensor) else image for image in placed if image is not None]
 
-    def _on_cpu(self, images: Mapping[int, OpenedImage | BadSample]) -> Iterable[tuple[int, Tensor | BadSample]]:
-        """Started in the pool at once, waited for one by one."""
-        return zip(images, self._map(self._decode_on_cpu, list(images.values())), strict=True)
-
-    def _map(self, function: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T | BadSample]:
-        """The function's results, in order, from the pool: a few items at a time, which small images cost less than
-        the handing over."""
-        share = -(-len(items) // (SHARES_PER_THREAD * self.threads)) or 1
-        shares = [items[start : start + share] for start in range(0, len(items), share)]
-        return chain.from_iterable(self.pool.map(lambda part: [_or_bad(function, item) for item in part], shares))
+    def _map(self, function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T | BadSample]:
+        return in_shares(self.pool, SHARES_PER_THREAD * self.threads, function, items)
 
     def _decode_on_cpu(self, image: OpenedImage | BadSample) -> Tensor:
         """(H, W, channels) uint8 in the CPU's memory."""
@@ -183,8 +163,8 @@ def upright(image: Tensor, orientation: int) -> Tensor:
     Returns:
         (H, W, C) or (W, H, C), contiguous; the image itself where it is upright.
     """
-    swapped, mirrored = TURNS[orientation]
-    turned = image.transpose(0, 1) if swapped else image
+    turned = image.transpose(0, 1) if orientation > 4 else image
+    mirrored = MIRRORED[(orientation - 1) % 4]
     return (turned.flip(mirrored) if mirrored else turned).contiguous()
 
 
@@ -192,14 +172,6 @@ def default_threads() -> int:
     """The cores that this process may use, shared among the processes that torchrun started on this machine."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     return max(1, len(os.sched_getaffinity(0)) // processes)
-
-
-def _or_bad(function: Callable[[Any], T], item: Any) -> T | BadSample:
-    """The function's result, or the `BadSample` that it raises."""
-    try:
-        return function(item)
-    except BadSample as bad:
-        return bad
 
 
 def _open(file: bytes) -> OpenedImage:

@@ -17,13 +17,13 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from fastsp.data.images.libraries import library
-from fastsp.data.images.other_kinds import damaged, orientation_of
+from fastsp.data.images.other_kinds import damaged, decode_image, orientation_of
 from fastsp.data.samples import BadSample
 
 END, SOS = 0xD9, 0xDA
 NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # FF 00 is a byte of data, FF D0 .. D7 a restart within it
 HEADER_WARNINGS = ("JFIF revision", "SOS parameters", "Adobe color transform")
-UNKNOWN_SAMPLING = "Could not determine subsampling level"
+UNKNOWN_SAMPLING = "Could not determine subsampling level"  # by TurboJPEG's interface, unlike the library below it
 
 
 @dataclass(frozen=True)
@@ -105,15 +105,19 @@ def decode_jpeg(jpeg: JpegFile, channels: int) -> np.ndarray:
     Raises:
         BadSample: libjpeg-turbo has an error or a warning to report, other than of a header field.
     """
+    components = len(jpeg.components)
     try:
-        return _strictly(jpeg.content, len(jpeg.components), channels)
+        try:
+            return _strictly(jpeg.content, components, channels)
+        except ValueError as error:
+            if not any(warning in str(error) for warning in HEADER_WARNINGS):
+                raise
+            return _strictly(_with_valid_header(jpeg), components, channels)
     except ValueError as error:
-        if not any(warning in str(error) for warning in HEADER_WARNINGS):
-            raise _rejected(error) from None
-    try:
-        return _strictly(_with_valid_header(jpeg), len(jpeg.components), channels)
-    except ValueError as error:
-        raise _rejected(error) from None
+        if "Unsupported JPEG" in str(error):
+            raise BadSample(f"a kind of JPEG that is not read: {error}") from None
+        kind = "truncated" if "Premature end" in str(error) else "damaged"
+        raise BadSample(f"the image is {kind}: {error}") from None
 
 
 def _strictly(file: bytes, components: int, channels: int) -> np.ndarray:
@@ -128,15 +132,8 @@ def _strictly(file: bytes, components: int, channels: int) -> np.ndarray:
         return simplejpeg.decode_jpeg(file, "GRAY" if channels == 1 else "RGB")
     except ValueError as error:
         if UNKNOWN_SAMPLING in str(error):
-            return _with_pillow(file, channels)
+            return decode_image(JpegImageFile(io.BytesIO(file)), channels)[0]  # which is not strict
         raise
-
-
-def _rejected(error: ValueError) -> BadSample:
-    if "Unsupported JPEG" in str(error):
-        return BadSample(f"a kind of JPEG that is not read: {error}")
-    kind = "truncated" if "Premature end" in str(error) else "damaged"
-    return BadSample(f"the image is {kind}: {error}")
 
 
 def _with_valid_header(jpeg: JpegFile) -> bytes:
@@ -162,12 +159,3 @@ def _from_print(cmyk: np.ndarray, channels: int) -> np.ndarray:
     height, width, _ = cmyk.shape
     image = Image.frombuffer("CMYK", (width, height), cmyk.tobytes(), "raw", "CMYK;I", 0, 1).convert("RGB")
     return np.array(image.convert("L") if channels == 1 else image).reshape(height, width, channels)
-
-
-def _with_pillow(file: bytes, channels: int) -> np.ndarray:
-    """For sampling factors that TurboJPEG's interface, unlike the library below it, does not know. Not strict."""
-    try:
-        with JpegImageFile(io.BytesIO(file)) as image:
-            return np.array(image.convert("L" if channels == 1 else "RGB")).reshape(image.height, image.width, -1)
-    except Exception as error:  # as in `read_jpeg`
-        raise damaged("JPEG", error) from None

@@ -95,17 +95,21 @@ class ImagePipeline:
 
     def _pixels(self, files: Sequence[bytes], positions: Tensor) -> Pixels:
         opened = self.decoder.open(files)
-        parts = [self._chunk(opened[rows], positions[rows]) for rows in chunks(opened)]
-        pixels = parts[0] if len(parts) == 1 else _joined(parts)
+        rejections: dict[int, BadSample] = {}
+        parts: list[tuple[Tensor, ...]] = []
+        for rows in chunks(opened):
+            decoded = self.decoder.decode(opened[rows])
+            rejections |= {rows.start + row: image for row, image in enumerate(decoded) if isinstance(image, BadSample)}
+            black = torch.zeros(1, 1, self.channels, dtype=torch.uint8, device=self.device)
+            images = [black if isinstance(image, BadSample) else image for image in decoded]
+            parts.append(self._cropped(images, positions[rows]))
+        values, sizes, offsets = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
         if self.stream is not None:
             self.stream.synchronize()  # of this thread alone: what it gives away is there
-        return pixels
+        return Pixels(values, sizes, offsets, rejections)
 
-    def _chunk(self, opened: Sequence[OpenedImage | BadSample], positions: Tensor) -> Pixels:
-        decoded = self.decoder.decode(opened)
-        rejections = {index: image for index, image in enumerate(decoded) if isinstance(image, BadSample)}
-        black = torch.zeros(1, 1, self.channels, dtype=torch.uint8, device=self.device)
-        images = [black if isinstance(image, BadSample) else image for image in decoded]
+    def _cropped(self, images: list[Tensor], positions: Tensor) -> tuple[Tensor, ...]:
+        """Values, sizes and offsets of some images of a batch, see `Pixels`."""
         sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.int64)
         geometry = crop_geometry(
             sizes, positions, self.seed, resolution=self.resolution, random_crop=self.random_crop, flip=self.flip
@@ -123,7 +127,7 @@ class ImagePipeline:
         values = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)  # a view: channels_last
         if self.stream is not None:
             values = values.clone()  # off DALI's memory, which it takes back without regard for who still reads it
-        return Pixels(values, sizes, geometry.seen_offsets, rejections)
+        return values, sizes, geometry.seen_offsets
 
 
 def chunks(images: Sequence[OpenedImage | BadSample]) -> Iterator[slice]:
@@ -136,20 +140,6 @@ def chunks(images: Sequence[OpenedImage | BadSample]) -> Iterator[slice]:
             start, total = row, 0
         total += pixels
     yield slice(start, len(images))
-
-
-def _joined(parts: Sequence[Pixels]) -> Pixels:
-    rejections: dict[int, BadSample] = {}
-    first = 0
-    for part in parts:
-        rejections |= {first + row: bad for row, bad in part.rejections.items()}
-        first += len(part.values)
-    return Pixels(
-        torch.cat([part.values for part in parts]).contiguous(memory_format=torch.channels_last),
-        torch.cat([part.original_sizes for part in parts]),
-        torch.cat([part.crop_offsets for part in parts]),
-        rejections,
-    )
 
 
 def _dali_pipeline(*, channels: int, resolution: int, on_gpu: bool, **settings: Any) -> Any:

@@ -11,7 +11,6 @@ from fastsp.errors import UserError
 from fastsp.utils.files import decode_text
 
 JSON_KEYS = ("caption", "text")
-_KEYS_NAMED = 5  # of those that are there instead
 
 
 def caption_of(text: bytes, as_json: bytes) -> str:
@@ -52,20 +51,10 @@ def caption_from_record(record: Any) -> str:
                 half = printable(caption[error.start])
                 raise BadSample(f"the caption is not Unicode: half of a surrogate pair, {half}") from error
             return caption.strip()
-    raise BadSample(f"no caption{_why(record, found)}")
-
-
-def _why(record: Any, found: dict[str, Any]) -> str:
-    """Why a JSON value holds no caption, where that is not plain."""
-    wanted = " or ".join(f'"{key}"' for key in JSON_KEYS)
-    if not isinstance(record, dict):
-        return f": the JSON is no object with {wanted}"
-    if not found:
-        names = [json.dumps(printable(str(key))[:40]) for key in list(record)[:_KEYS_NAMED]]
-        more = ", ..." if len(record) > _KEYS_NAMED else ""
-        return f": there is {', '.join(names) or 'nothing'}{more}, but no {wanted}"
-    odd = [key for key, value in found.items() if not isinstance(value, str | None)]
-    return f': "{odd[0]}" is no text, but {json.dumps(found[odd[0]])[:40]}' if odd else ""
+    if found:
+        raise BadSample("no caption")
+    keys = [json.dumps(printable(str(key))[:40]) for key in list(record)[:5]] if isinstance(record, dict) else []
+    raise BadSample(f'no caption: there is {", ".join(keys) or "nothing"}, but no "caption" or "text"')
 
 
 def _decoded(content: bytes, name: str) -> str:

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,8 @@ class FolderReader:
         """Folders that could not be read: samples, at least."""
         self.paths: list[str] = []
         self._records: dict[str, Any] = {}
-        self._sidecar_kinds: dict[str, list[tuple[str, bool]]] = {}
-        """Of a folder, the suffixes of its sidecars, and whether the image's own suffix stands before it (`x.jpg.txt`).
-        Empty: the folder's name is the caption, unless there is metadata."""
-        self._odd_sidecars: dict[str, str] = {}
-        """Sidecars that differ in case or in Unicode's form from what is looked for, by the latter."""
+        self._sidecars: dict[str, list[str]] = {}
+        """The names of the texts beside an image, most preferred first, where it is not just `KEY.txt`."""
         self._named_by_folder: Counter[str] = Counter()
         """Of the folders without captions, how many images they hold."""
         self._unread: Counter[str] = Counter()
@@ -101,9 +98,11 @@ class FolderReader:
         for path in self.paths:
             directory, _, name = path.rpartition("/")
             folders.setdefault(directory, []).append(name)
-        parts = tuple(Part(printable(path), len(names), _names_sha256(names)) for path, names in folders.items())
-        names = tuple(map(printable, self.paths)) if len(self.paths) <= MAX_NAMES else ()
-        return Inventory(parts, names=names)
+        parts = []
+        for path, names in folders.items():
+            sha256 = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
+            parts.append(Part(printable(path), len(names), sha256))
+        return Inventory(tuple(parts), tuple(map(printable, self.paths)) if len(self.paths) <= MAX_NAMES else ())
 
     def read(self, index: int) -> EncodedSample:
         """One sample; raises BadSample."""
@@ -112,74 +111,64 @@ class FolderReader:
         return EncodedSample(image, self._caption(path) if self.captioned else "")
 
     def _walk(self, advance: Callable[[int], object]) -> None:
-        """Every directory below the root, each with the identities of those that it lies in: a link to one of these
-        would lead round and round."""
-        pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
-        while pending:
-            directory, above = pending.pop()
-            found = len(self.paths)
-            try:
-                status = (self.root / directory).stat()
-                identity = (status.st_dev, status.st_ino)
-                if identity in above:
-                    self.notes.append((self._name(directory), "a link to a folder that it lies in, not followed"))
-                    continue
-                folders, files = _list(self.root / directory)
-            except OSError as error:
-                self.damaged.append((self._name(directory), f"cannot read the folder: {error.strerror or error}"))
-                self.lost += 1
+        """Every directory below the root. One that is reached from within itself, by a link, would lead round and
+        round."""
+        root, above = str(self.root), dict[str, frozenset[tuple[int, int]]]()
+        for place, folders, files in os.walk(root, onerror=self._unreadable, followlinks=True):
+            status = os.stat(place)
+            lies_in, identity = above.pop(place, frozenset()), (status.st_dev, status.st_ino)
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and identity not in lies_in)
+            if identity in lies_in:
+                self.notes.append((printable(place), "a link to a folder that it lies in, not followed"))
                 continue
-            prefix = f"{directory}/" if directory else ""
-            self._add(directory, prefix, files)
+            above |= {os.path.join(place, name): lies_in | {identity} for name in folders}
+            found = len(self.paths)
+            self._add(place.removeprefix(root).lstrip("/"), sorted(name for name in files if not name.startswith(".")))
             advance(len(self.paths) - found)
-            pending += [(prefix + folder, above | {identity}) for folder in reversed(folders)]
 
-    def _add(self, directory: str, prefix: str, files: list[str]) -> None:
+    def _unreadable(self, error: OSError) -> None:
+        self.damaged.append((printable(str(error.filename)), f"cannot read the folder: {error.strerror}"))
+        self.lost += 1
+
+    def _add(self, directory: str, files: list[str]) -> None:
         """Take the images of one directory, and where its captions are."""
+        prefix = f"{directory}/" if directory else ""
         parts = {name: split_name(name) for name in files}
         images = [name for name, (_, suffix) in parts.items() if suffix in IMAGE_SUFFIXES]
         self.paths += [prefix + name for name in images]
         self._unread.update(suffix for _, suffix in parts.values() if suffix in UNREAD_SUFFIXES)
         has_metadata = self.captioned and self._find_metadata(directory, set(files))
-        sidecars = {(nfc(key), suffix): name for name, (key, suffix) in sorted(parts.items())}
+        texts = {(nfc(key), suffix): name for name, (key, suffix) in sorted(parts.items())}
         unused = {name for name, (_, suffix) in parts.items() if suffix in ("txt", "caption")}
-        kinds: set[tuple[str, bool]] = set()
-        first_json: str | None = None
+        beside: dict[str, list[str]] = {}
         for image in images:
-            for suffix in CAPTION_SUFFIXES:
-                for whole in (False, True):
-                    base = image if whole else parts[image][0]
-                    name = sidecars.get((nfc(base), suffix))
-                    if name is not None:
-                        kinds.add((suffix, whole))
-                        unused.discard(name)
-                        first_json = first_json or (name if suffix == "json" else None)
-                        if name != f"{base}.{suffix}":
-                            self._odd_sidecars[f"{prefix}{base}.{suffix}"] = prefix + name
-        if first_json and not has_metadata and all(suffix == "json" for suffix, _ in kinds):
-            kinds = kinds if _holds_caption(self.root / prefix / first_json) else set()  # or of something else
-        self._sidecar_kinds[directory] = sorted(kinds, key=lambda kind: (CAPTION_SUFFIXES.index(kind[0]), kind[1]))
+            keys = nfc(parts[image][0]), nfc(image)
+            found = [texts[key, suffix] for suffix in CAPTION_SUFFIXES for key in keys if (key, suffix) in texts]
+            beside |= {image: found} if found else {}
+            unused.difference_update(found)
+        suffixes = {split_name(name)[1] for found in beside.values() for name in found}
+        if suffixes == {"json"} and not has_metadata:
+            first = next(iter(beside.values()))[0]
+            beside = beside if _holds_caption(self.root / prefix / first) else {}  # or of something else
+        unusual = {image: found for image, found in beside.items() if found != [f"{parts[image][0]}.txt"]}
+        self._sidecars |= {prefix + image: found for image, found in unusual.items()}
         self._unused_texts += [prefix + name for name in sorted(unused)]
-        if images and not kinds:
+        if images and not beside:
             self._named_by_folder[directory] = len(images)
 
     def _find_metadata(self, directory: str, there: set[str]) -> bool:
         """Read the file that has the captions of a directory, if any; note those that are not read."""
-        found: str | None = None
         for name in (name for name in (*METADATA, UNREAD_METADATA) if name in there):
             file = os.path.join(directory, name)
-            if found is not None:
-                why = f"{found} is"
-            elif name == UNREAD_METADATA:
+            if name == UNREAD_METADATA:
                 why = f"captions of this kind go into {METADATA[0]}"
             elif (lines := read_metadata(self.root / file)) is None:
                 why = "it has no column file_name"
             else:
-                found = name
                 self._add_metadata(directory, file, lines)
-                continue
+                return True
             self.notes.append((self._name(file), f"is not read: {why}"))
-        return found is not None
+        return False
 
     def _add_metadata(self, directory: str, file: str, lines: Iterable[Line]) -> None:
         """What the lines say of the pictures. One that cannot be read costs its own picture's caption."""
@@ -216,18 +205,18 @@ class FolderReader:
         if not self.captioned:
             return
         for path in self._records:  # which come before the texts beside their images
-            texts = (file for kind, file in self._sidecars(path) if kind != "json")
-            self._unused_texts += [str(file.relative_to(self.root)) for file in texts if file.is_file()]
+            texts = [file for file in self._texts_beside(path) if not file.endswith(".json")]
+            self._unused_texts += [file for file in texts if (self.root / file).is_file()]
         if count := len(self._unused_texts):
             files = "text file that captions" if count == 1 else "text files that caption"
             self.notes.append((root, f"{count} {files} no picture: {printable(and_more(self._unused_texts))}"))
         if self._named_by_folder and not self._records:
             (directory, count), total = self._named_by_folder.most_common(1)[0], self._named_by_folder.total()
             example = f'"{self._name_as_caption(directory)}" ({count} of them)'
-            repeats = any(re.match(r"\d+[_ ]", Path(one).name) for one in self._named_by_folder)
-            kohya = "; a number before it is part of it, and repeats nothing" if repeats else ""
+            kohya = any(re.match(r"\d+[_ ]", Path(one).name) for one in self._named_by_folder)
+            repeats = "; a number before it is part of it, and repeats nothing" if kohya else ""
             what = f"pictures without a caption of their own, which take their folder's name: {total}, as {example}"
-            self.notes.append((root, what + kohya))
+            self.notes.append((root, what + repeats))
 
     def _name_as_caption(self, directory: str) -> str:
         name = Path(directory).name or self.root.resolve().name
@@ -241,40 +230,24 @@ class FolderReader:
         return printable(str(self.root / path))
 
     def _caption(self, path: str) -> str:
-        directory, _, _ = path.rpartition("/")
+        directory = path.rpartition("/")[0]
         if path in self._records:
             return caption_from_record(self._records[path])
-        if not self._records and not self._sidecar_kinds[directory]:
+        if not self._records and directory in self._named_by_folder:
             return self._name_as_caption(directory)
         found: dict[str, bytes] = {}
-        for suffix, file in self._sidecars(path):
-            if not found.get(suffix, b"").strip() and file.is_file():
-                found[suffix] = _read_file(file, "caption")
+        for file in self._texts_beside(path):
+            suffix = split_name(file)[1]
+            if not found.get(suffix, b"").strip() and (self.root / file).is_file():
+                found[suffix] = _read_file(self.root / file, "caption")
         text = found.get("txt", b"") or (b"" if "json" in found else found.get("caption", b""))
         return caption_of(text, found.get("json", b""))
 
-    def _sidecars(self, path: str) -> Iterator[tuple[str, Path]]:
-        """Where captions would be, of the kinds that the folder has, and their suffixes."""
-        for suffix, whole in self._sidecar_kinds[path.rpartition("/")[0]]:
-            name = f"{path if whole else split_name(path)[0]}.{suffix}"
-            yield suffix, self.root / self._odd_sidecars.get(name, name)
-
-
-def _list(directory: Path) -> tuple[list[str], list[str]]:
-    """The names of folders and of files in a directory that are not hidden. A link is what it leads to, and a file
-    where that is missing."""
-    folders: list[str] = []
-    files: list[str] = []
-    with os.scandir(directory) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if not entry.name.startswith("."):
-                is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-                (folders if is_folder else files).append(entry.name)
-    return folders, files
-
-
-def _names_sha256(names: list[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
+    def _texts_beside(self, path: str) -> list[str]:
+        """Where captions of an image may be."""
+        directory, slash, image = path.rpartition("/")
+        names = self._sidecars.get(path, [f"{split_name(image)[0]}.txt"])
+        return [directory + slash + name for name in names]
 
 
 def _holds_caption(file: Path) -> bool:

@@ -11,6 +11,7 @@ that of the pictures: its `KEY.safetensors` holds no tensors, and the reason und
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,36 +38,15 @@ def bad_sample(reason: str) -> bytes:
     return save({}, metadata={"bad": reason})
 
 
-def kept_reason(content: bytes) -> str | None:
-    """Why a sample could not be encoded; None for one that was."""
-    if int.from_bytes(content[:8], "little") != len(content) - 8:  # more than a header
-        return None
-    try:
-        return json.loads(content[8:])["__metadata__"]["bad"]
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
 class LatentReader(ShardReader):
-    """The samples of a folder of latents, in the order of the pictures that they were made of.
-
-    Args:
-        folder: written by `fastsp encode`.
-        captioned: whether a sample needs a caption; if not, captions are not read and are empty.
-        progress: show it where indexing takes long.
-
-    Raises:
-        UserError: no such folder, or an encoding that was stopped.
-    """
-
-    def __init__(self, folder: str | Path, captioned: bool = True, progress: bool = False):
-        super().__init__(latent_shards(folder), captioned, suffixes=LATENT_SUFFIXES, progress=progress)
+    """The samples of `latent_shards`, in the order of the pictures that they were made of."""
 
     def check(self, content: bytes) -> None:
         """Refuse what stands in the place of a bad sample."""
-        reason = kept_reason(content)
-        if reason is not None:
-            raise BadSample(f"could not be encoded: {reason}")
+        if int.from_bytes(content[:8], "little") != len(content) - 8:  # more than a header
+            return
+        with suppress(ValueError, KeyError, TypeError):
+            raise BadSample(f"could not be encoded: {json.loads(content[8:])['__metadata__']['bad']}")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ any sample is one seek away and the order of an epoch is free.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import resource
@@ -15,11 +16,13 @@ from functools import lru_cache
 from glob import escape, glob
 from pathlib import Path
 
-from fastsp.data.inventory import Inventory
+import torch
+from torch import Tensor
+
+from fastsp.data.inventory import Inventory, Part
 from fastsp.data.readers.captions import caption_of
-from fastsp.data.readers.names import IMAGE_SUFFIXES
+from fastsp.data.readers.names import IMAGE_SUFFIXES, printable
 from fastsp.data.readers.tar_index import load_or_build_index
-from fastsp.data.readers.tar_scan import Span
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size
 from fastsp.errors import UserError
 
@@ -49,17 +52,13 @@ def expand_shards(patterns: Patterns) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Shell braces: `{00..11}` counts, keeping leading zeros, down too, and by a third number; `{a,b}` lists. Several
-    multiply, leftmost slowest."""
+    """Shell braces: `{00..11}` counts, keeping leading zeros; `{a,b}` lists. Several multiply, leftmost slowest."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if not found:
         return [pattern]
-    counted = re.fullmatch(r"(\d+)\.\.(\d+)(?:\.\.-?0*([1-9]\d*))?", found[1])
-    if counted:
-        first, last, step = counted.groups(default="1")
-        down = int(first) > int(last)
-        numbers = range(int(first), int(last) + (-1 if down else 1), int(step) * (-1 if down else 1))
-        choices = [str(number).zfill(len(first)) for number in numbers]
+    counted = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    if counted and int(counted[1]) <= int(counted[2]):
+        choices = [str(number).zfill(len(counted[1])) for number in range(int(counted[1]), int(counted[2]) + 1)]
     else:
         choices = found[1].split(",")
     before, after = pattern[: found.start()], pattern[found.end() :]
@@ -113,7 +112,7 @@ class ShardReader:
         self.notes = self.index.notes
         """Tars in which something may surprise, though nothing is lost."""
         self.lost = self.index.lost
-        """Samples that the damage cost, see `TarScan`."""
+        """Samples that the damage cost, at least."""
         self._open = lru_cache(_max_open())(_OpenFile)
         if len(self.index) == 0:
             kinds, shards = ", ".join(suffixes), self.index.shards
@@ -124,13 +123,30 @@ class ShardReader:
         return len(self.index)
 
     def name(self, index: int) -> str:
-        """The tar's path and the sample's key."""
-        shard, key = self.index.name(index)
-        return f"{shard}#{key}"
+        """The tar's path and the sample's key, in which bytes that are not UTF-8 are escaped."""
+        shard = self.index.shards[int(self.index.columns["locations"][index, 0])]
+        key, _ = self._keys(index, index + 1)
+        return printable(f"{shard}#{key.decode(errors='surrogateescape')}")
 
     def inventory(self) -> Inventory:
         """The samples of every tar."""
-        return self.index.inventory()
+        shards = self.index.shards
+        first, parts = 0, []
+        sizes = torch.bincount(self.index.columns["locations"][:, 0], minlength=len(shards)).tolist()
+        for shard, size in zip(shards, sizes, strict=True):
+            keys, ends = self._keys(first, first + size)
+            digest = hashlib.sha256(keys)
+            digest.update(ends.numpy().tobytes())
+            parts.append(Part(printable(Path(shard).name), size, digest.hexdigest()))
+            first += size
+        return Inventory(tuple(parts))
+
+    def _keys(self, first: int, last: int) -> tuple[bytes, Tensor]:
+        """Keys of consecutive samples, one after the other, and where each ends in that."""
+        ends = self.index.columns["key_ends"][first:last]
+        start = int(self.index.columns["key_ends"][first - 1]) if first else 0
+        stop = int(ends[-1]) if last > first else start
+        return self.index.columns["keys"][start:stop].numpy().tobytes(), ends - start
 
     def check(self, content: bytes) -> None:
         """Raises BadSample for content that says of itself that it is none; images do not."""
@@ -138,15 +154,15 @@ class ShardReader:
     def read(self, index: int) -> EncodedSample:
         """One sample; raises BadSample. The tar stays open for the next ones, since opening it is what takes time on a
         network's file system."""
-        shard, sample = self.index[index]
+        shard, *spans = self.index.columns["locations"][index].tolist()
         try:
-            tar = self._open(shard)
-            image = tar.read(sample.image)
+            tar = self._open(self.index.shards[shard])
+            image = tar.read(*spans[0:2])
             self.check(image)
             if not self.captioned:
                 return EncodedSample(image, "")
-            text = tar.read(sample.text)
-            as_json = b"" if text.strip() else tar.read(sample.json)
+            text = tar.read(*spans[2:4])
+            as_json = b"" if text.strip() else tar.read(*spans[4:6])
         except OSError as error:
             self._open.cache_clear()  # a stale handle may be replaced by a new one the next time
             raise BadSample(f"cannot read the shard: {error.strerror or error}") from error
@@ -164,8 +180,7 @@ class _OpenFile:
         if self.descriptor >= 0:
             os.close(self.descriptor)
 
-    def read(self, span: Span) -> bytes:
-        offset, size = span
+    def read(self, offset: int, size: int) -> bytes:
         check_file_size(size)
         content = os.pread(self.descriptor, size, offset) if size else b""
         if len(content) != size:
