@@ -289,7 +289,7 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         UserError: no such file, broken YAML, unknown keys, wrong types or values, a perceptual network that is not
-            there. One line names every mistake: the key, the value and what is allowed.
+            there. One line names every mistake.
     """
     return config_of(_tree(file), overrides, str(file))
 

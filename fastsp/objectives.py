@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import (
@@ -49,7 +48,7 @@ class StageConfig(Section):
     A new objective is a subclass with its own keys, decorated with :func:`register`.
     """
 
-    loss: ClassVar[str] = "fastsp.training.step:Objective"  # "module:class" of the loss, a subclass of that one
+    loss: ClassVar[str] = "fastsp.training.step:Objective"  # imported late, for it needs torch
 
     name: Name
     objective: Annotated[str, AfterValidator(_known)]
@@ -66,11 +65,6 @@ class StageConfig(Section):
     def frozen_network(self) -> str | None:
         """The stage, folder or model whose frozen network the loss takes; None: it needs none."""
         return None
-
-    def loss_class(self) -> Any:
-        """The class that ``loss`` names. It is imported now, so that a configuration is read without torch."""
-        module, _, name = self.loss.partition(":")
-        return getattr(import_module(module), name)
 
 
 @register

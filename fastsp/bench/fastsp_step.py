@@ -12,7 +12,8 @@ from torch import Tensor
 from fastsp.bench.workload import Workload
 from fastsp.data.batch import Batch
 from fastsp.diffusion.conditioning import Conditioning
-from fastsp.models import TextToImageModel
+from fastsp.diffusion.process import process_of
+from fastsp.models import TextToImageModel, ddim_scheduler
 from fastsp.training.capture import CapturedStep, captured
 from fastsp.training.step import TrainingStep, build_step
 
@@ -70,11 +71,11 @@ def build_training_step(workload: Workload, objective: str, teacher: str | None 
         workload.config,
         stage.model_copy(update={"teacher": teacher} if teacher else {}),
         TextToImageModel(initial, text_encoder=None, tokenizer=None, scheduler=None),  # nothing to encode
-        workload.process(),
+        process_of(ddim_scheduler()),  # v-prediction at zero terminal SNR, as in the paper
         Conditioning(torch.zeros(1, *workload.text_shape, device=workload.device)),
         initial=initial,
         frozen_network=initial if objective == "self_perceptual" else None,
         compiles=workload.compiles,
-        attention=workload.attention,
+        attention="sdpa" if workload.config.attention == "auto" else workload.config.attention,
     )
     return step

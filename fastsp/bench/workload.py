@@ -12,9 +12,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from fastsp.config import Config, config_of, load_config
-from fastsp.diffusion.process import Process, process_of
 from fastsp.errors import UserError
-from fastsp.models import ddim_scheduler, digits_model, load_model
+from fastsp.models import digits_model, load_model
 from fastsp.models.attention import Choice, choose_attention
 from fastsp.objectives import StageConfig, stage_config
 from fastsp.training.step import COMPUTE_DTYPES
@@ -72,11 +71,6 @@ class Workload:
         """Whether fastsp's own step is compiled: the trainer's rule."""
         return self.config.compiles_on(self.device)
 
-    @property
-    def attention(self) -> str:
-        """The attention kernel of fastsp's own step; PyTorch's choice as long as none has been measured."""
-        return "sdpa" if self.config.attention == "auto" else self.config.attention
-
     def choose_attention(self) -> Choice:
         """The trainer's choice for this model, batch and device."""
         sizes = (self.batch_size, *self.latent_shape), (self.batch_size, *self.text_shape)
@@ -88,35 +82,32 @@ class Workload:
             torch.manual_seed(self.config.seed)
             return UNet2DConditionModel.from_config(self.unet_config).train()
 
-    def process(self) -> Process:
-        """v-prediction at zero terminal SNR, as in the paper. Always a new one: its table moves to where it is used."""
-        return process_of(ddim_scheduler())
-
     def latents(self) -> Tensor:
         """x_0, (B, C, H, W) float32."""
-        return self._normal(1, (self.batch_size, *self.latent_shape))
+        return self._normal(1, self.latent_shape)
 
     def text_features(self) -> Tensor:
         """c, (B, L, D) in the compute dtype."""
-        return self._normal(2, (self.batch_size, *self.text_shape)).to(self.dtype)
+        return self._normal(2, self.text_shape).to(self.dtype)
 
     def stage(self, objective: str) -> StageConfig:
         """The first configured stage of that objective; if there is none, one with the paper's choices."""
-        plain = stage_config(name=objective, objective=objective, steps=_MANY_STEPS, learning_rate=3e-5)
+        plain = stage_config(objective, name=objective, steps=_MANY_STEPS, learning_rate=3e-5)
         configured = next((stage for stage in self.config.stages if stage.objective == objective), plain)
         return configured.model_copy(update={"name": objective, "steps": _MANY_STEPS})
 
     def for_counting(self) -> Workload:
         """The same on the ``meta`` device, eager and without recomputation."""
-        workload = self.with_settings(compile=False, cuda_graph=False, gradient_checkpointing=False)
-        return replace(workload, device=torch.device("meta"))
+        eager = self.with_settings(compile=False, cuda_graph=False, gradient_checkpointing=False)
+        return replace(eager, device=torch.device("meta"))
 
     def with_settings(self, **settings: Any) -> Workload:
         """The same with other top-level keys of the configuration."""
         return replace(self, config=self.config.model_copy(update=settings))
 
     def _normal(self, seed: int, shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(self.batch_size, *shape, generator=generator).to(self.device)
 
 
 def default_workload(device: torch.device, overrides: Sequence[str] = ()) -> Workload:
@@ -179,8 +170,8 @@ def _workload(name: str, config: Config, model: Any, device: torch.device) -> Wo
 def _one_microbatch(config: Config) -> Config:
     """The other providers take the whole batch at once, so ours does too."""
     data = config.data
-    data = data.model_copy(update={"batch_size": data.microbatch or data.batch_size, "microbatch": None})
-    return config.model_copy(update={"data": data})
+    update = {"batch_size": data.microbatch or data.batch_size, "microbatch": None}
+    return config.model_copy(update={"data": data.model_copy(update=update)})
 
 
 def _sd21_batch_size(device: torch.device) -> int:

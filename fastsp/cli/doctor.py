@@ -30,17 +30,10 @@ DISK_FOR_A_RUN = 80 * GIB
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report.
-
-    Attributes:
-        name: what was examined.
-        status: "ok"; "note": a run works without it, less well; "missing": no run works.
-        found: what is there.
-        advice: what to do about it; empty if there is nothing to do.
-    """
+    """One line of the report: what was examined and found, and what to do about it."""
 
     name: str
-    status: Literal["ok", "note", "missing"]
+    status: Literal["ok", "note", "missing"]  # note: a run works without it, less well; missing: no run works
     found: str
     advice: str = ""
 

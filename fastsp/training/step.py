@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -250,7 +251,9 @@ def build_step(
     for network in (initial, frozen_network):  # not the average: samples are drawn with it in float32
         if network is not None:
             use_attention(network, attention)
-    objective = placed(stage.loss_class()(stage, process, frozen_network), dtype)  # copies before `initial` is cast
+    objective = placed(
+        resolve_name(stage.loss)(stage, process, frozen_network), dtype
+    )  # copies before `initial` is cast
     if config.gradient_checkpointing:
         checkpoint_activations(initial)
     options = compile_options(config, device, channels_last=True) if compiles else None

@@ -17,13 +17,7 @@ LATE_SECONDS = 1.5
 Bar = Callable[[str, int], AbstractContextManager[Callable[[], None]]]  # (what, how many steps) -> advances by one
 
 
-@contextmanager
-def no_bar(description: str, total: int) -> Iterator[Callable[[], None]]:
-    """A :data:`Bar` that shows nothing."""
-    yield lambda: None
-
-
-def steps_progress(console: Console, *more: ProgressColumn, shown: bool = True) -> Progress:
+def steps_progress(console: Console, *more: ProgressColumn) -> Progress:
     """rich's display of steps, ``more``, elapsed and remaining time; nothing is drawn if ``console`` is no terminal."""
     from rich import progress
 
@@ -36,18 +30,16 @@ def steps_progress(console: Console, *more: ProgressColumn, shown: bool = True) 
         progress.TextColumn("left"),
         progress.TimeRemainingColumn(),
         console=console,
-        disable=not (shown and console.is_terminal),
+        disable=not console.is_terminal,
     )
 
 
 @contextmanager
-def steps_bar(
-    description: str, total: int | None, shown: bool = True, late: bool = False
-) -> Iterator[Callable[..., None]]:
+def steps_bar(what: str, total: int | None, shown: bool = True, late: bool = False) -> Iterator[Callable[..., None]]:
     """A bar around the work; the context's value advances it by one, or by as many as it is told.
 
     Args:
-        description: of what is done.
+        what: is done.
         total: steps; None where their number is not known before.
         shown: whether at all.
         late: it appears after ``LATE_SECONDS`` only, for what mostly takes an instant.
@@ -58,7 +50,7 @@ def steps_bar(
     from rich.console import Console
 
     bar = steps_progress(Console(stderr=True))
-    task = bar.add_task(description, total=total)
+    task = bar.add_task(what, total=total)
     timer = threading.Timer(LATE_SECONDS, bar.start)
     timer.daemon = True
     (timer if late else bar).start()
@@ -72,6 +64,7 @@ def steps_bar(
 
 
 late_bar = partial(steps_bar, late=True)
+no_bar = partial(steps_bar, shown=False)
 
 
 def duration(seconds: float) -> str:
