@@ -1,16 +1,17 @@
 """The paper's tables as runs: the stages that each compares, the rows that it prints, and what the paper reports.
 
 Every table is one run: MSE first, then a self-perceptual stage for each of its rows, all from the same MSE weights.
+The paper's figures are those of Stable Diffusion 2.1 in Inception-v3 features over 10,000 COCO captions: with a run on
+other data in other features only the order of the rows can be compared, never the values.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastsp.config import Config, load_config
 from fastsp.errors import UserError
@@ -19,8 +20,7 @@ from fastsp.evaluation.rows import Setting, by_setting
 BASE, SP = "mse", "sp"
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A row of a table: what is sampled how, and the paper's figures."""
 
     label: str
@@ -32,8 +32,7 @@ class Entry:
     rescale: float = 0.0
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table of the paper.
 
     Attributes:
@@ -45,7 +44,7 @@ class Table:
 
     title: str
     entries: tuple[Entry, ...]
-    stages: dict[str, dict[str, Any]] = field(default_factory=lambda: {SP: {}})
+    stages: dict[str, dict[str, Any]] = {SP: {}}  # noqa: RUF012 - never changed
     unconditional: bool = False
 
 
@@ -57,6 +56,20 @@ def _variants(key: str, rows: dict[str, tuple[str, float, float]]) -> dict[str, 
         "entries": tuple(Entry(label, names[label], fid, score) for label, (_, fid, score) in rows.items()),
     }
 
+
+_LAYERS = {
+    "encoder": ("encoder", 26.64, 26.89),
+    "decoder": ("decoder", 42.42, 19.98),
+    "encoder + mid": ("encoder+mid", 26.96, 27.24),
+    "mid": ("mid", 25.89, 27.76),
+}
+_TIMESTEPS = {
+    "t + 40 or t - 40": ("offset", 27.24, 23.31),
+    "N(t, 100)": ("normal", 24.54, 25.42),
+    "U(1, T)": ("uniform", 25.89, 27.76),
+}
+_DISTANCES = {"MAE": ("mae", 25.28, 27.41), "MSE": ("mse", 25.89, 27.76)}
+_GUIDED = ((2, 21.19, 32.22), (3, 20.65, 33.49), (4, 20.67, 33.34), (7.5, 23.49, 31.64))
 
 TABLES: dict[int, Table] = {
     1: Table(
@@ -75,30 +88,9 @@ TABLES: dict[int, Table] = {
         (Entry("MSE", BASE, 62.32, 11.18), Entry("self-perceptual", SP, 59.12, 12.04)),
         unconditional=True,
     ),
-    3: Table(
-        "layers of the perceptual network",
-        **_variants(
-            "layers",
-            {
-                "encoder": ("encoder", 26.64, 26.89),
-                "decoder": ("decoder", 42.42, 19.98),
-                "encoder + mid": ("encoder+mid", 26.96, 27.24),
-                "mid": ("mid", 25.89, 27.76),
-            },
-        ),
-    ),
-    4: Table(
-        "the timestep t'",
-        **_variants(
-            "timestep_sampling",
-            {
-                "t + 40 or t - 40": ("offset", 27.24, 23.31),
-                "N(t, 100)": ("normal", 24.54, 25.42),
-                "U(1, T)": ("uniform", 25.89, 27.76),
-            },
-        ),
-    ),
-    5: Table("the distance", **_variants("distance", {"MAE": ("mae", 25.28, 27.41), "MSE": ("mse", 25.89, 27.76)})),
+    3: Table("layers of the perceptual network", **_variants("layers", _LAYERS)),
+    4: Table("the timestep t'", **_variants("timestep_sampling", _TIMESTEPS)),
+    5: Table("the distance", **_variants("distance", _DISTANCES)),
     6: Table(
         "the perceptual network",
         (Entry("MSE model", SP, 25.89, 27.76), Entry("SP model", "sp_repeat", 26.61, 26.41)),
@@ -107,8 +99,7 @@ TABLES: dict[int, Table] = {
     7: Table(
         "self-perceptual with guidance",
         tuple(
-            Entry(f"SP + CFG {scale:g}", SP, fid, score, guidance=scale, rescale=0.7)
-            for scale, fid, score in ((2, 21.19, 32.22), (3, 20.65, 33.49), (4, 20.67, 33.34), (7.5, 23.49, 31.64))
+            Entry(f"SP + CFG {scale:g}", SP, fid, score, guidance=scale, rescale=0.7) for scale, fid, score in _GUIDED
         ),
     ),
 }
@@ -151,23 +142,24 @@ def table_config(number: int, base: Path, overrides: Sequence[str] = ()) -> Conf
         raise UserError(
             f"{base}: a table needs a first stage of MSE and a self-perceptual one, whose settings it takes"
         )
-    first = {**config.stages[0].model_dump(), "name": BASE}
     own = {**template.model_dump(), "init": BASE, "perceptual_network": BASE}
-    stages = [first, *({**own, "name": name, **changes} for name, changes in table.stages.items())]
-    steps = sorted({entry.steps for entry in table.entries})
     guided: dict[tuple[float, float], list[str]] = {}
     for entry in table.entries:
         if entry.guidance:
             guided.setdefault((entry.guidance, entry.rescale), []).append(entry.stage)
-    guidance = [{"stages": names, "scale": scale, "rescale": phi} for (scale, phi), names in guided.items()]
     changes = {
         "run_dir": str(Path(config.run_dir).parent / "reproduce" / f"table{number}"),
-        "stages": stages,
-        "final": table.entries[-1].stage if table.stages.keys() != {SP} else SP,
+        "stages": [
+            {**config.stages[0].model_dump(), "name": BASE},
+            *({**own, "name": name, **differing} for name, differing in table.stages.items()),
+        ],
+        "final": list(table.stages)[-1],
         "data.unconditional": table.unconditional,
         "evaluation.enabled": True,
-        "evaluation.steps": steps,
-        "evaluation.guidance": guidance,
+        "evaluation.steps": sorted({entry.steps for entry in table.entries}),
+        "evaluation.guidance": [
+            {"stages": names, "scale": scale, "rescale": phi} for (scale, phi), names in guided.items()
+        ],
         "evaluation.unconditional": table.unconditional,
     }
     return load_config(base, [*(f"{key}={json.dumps(value)}" for key, value in changes.items()), *overrides])
@@ -181,3 +173,27 @@ def compared(number: int, rows: list[dict[str, Any]]) -> Iterator[tuple[Entry, f
         found = groups.get(setting, [])
         fid, score = (mean(row[key] for row in found) if found else None for key in ("fid", "inception_score"))
         yield entry, fid, score
+
+
+def counterpart(role: str, setting: Setting) -> tuple[float, float, str] | None:
+    """The paper's FID, Inception Score and table for a row of a run's report; None where it has none.
+
+    Args:
+        role: "real", "base" (MSE), "self_perceptual", "control" or "other". The paper has no equally long control.
+        setting: what ours was sampled with. A guided row is matched to the paper's with the nearest scale.
+    """
+    if role == "real":
+        return 0.00, 35.28, "Table 1"
+    stage, guided = {"base": BASE, "self_perceptual": SP}.get(role), setting.guidance > 0
+    number = 2 if not setting.conditional else 7 if guided and stage == SP else 1
+    matching = [
+        entry
+        for entry in TABLES[number].entries
+        if entry.stage == stage
+        and (entry.guidance > 0, entry.rescale > 0) == (guided, setting.rescale > 0)
+        and (guided or entry.steps == setting.steps)
+    ]
+    if not matching:
+        return None
+    entry = min(matching, key=lambda entry: abs(entry.guidance - setting.guidance))
+    return entry.fid, entry.inception_score, f"Table {number}" + (f", scale {entry.guidance:g}" if guided else "")

@@ -5,14 +5,15 @@ metrics.jsonl                  a line per logged step: {stage, step, loss, grad_
 evaluation.json                a list of rows, see `fastsp.evaluation.rows`
 environment.json               versions and machine, see `fastsp.evaluation.environment`
 samples/<stage>_step_<n>.png   grid on the way, from the noise that every grid of the run starts from
-samples/<stage>_final.png      grid of the finished stage, same noise, same captions
+samples/<stage>_final.png      grid of the finished stage, same noise, same captions, which are in its metadata
 samples/trajectory_<stage>.png x0^ of a few samples: one row a sample, one column a sampling step, 50 columns at most
-samples/captions.txt           the grids' captions in reading order, one a line
+samples/comparison.png         all stages, a row each
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,35 +23,23 @@ from PIL import Image
 
 from fastsp.errors import UserError
 
-_STEP_GRID = re.compile(r"(?P<stage>.+)_step_(?P<step>\d+)")
+_PICTURE = re.compile(r"(?P<comparison>comparison)|trajectory_(?P<way>.+)|(?P<end>.+)_final|(?P<stage>.+)_step_(\d+)")
 
 
 @dataclass
 class RunFiles:
-    """The contents of a run directory.
-
-    Attributes:
-        config: the configuration as plain data.
-        metrics: by stage, in order of training, its logged lines by rising step.
-        rows: of `evaluation.json`.
-        environment: versions and machine.
-        final_grids: by stage, the path of the finished stage's grid.
-        step_grids: by stage, (step, path) by rising step.
-        trajectories: by stage, the path.
-        comparison: the path of the picture with all stages.
-        captions: of the final grids, in reading order.
-    """
+    """The contents of a run directory."""
 
     directory: Path
-    config: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # as plain data
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by stage, its lines by rising step
     rows: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
-    final_grids: dict[str, Path] = field(default_factory=dict)
-    step_grids: dict[str, list[tuple[int, Path]]] = field(default_factory=dict)
-    trajectories: dict[str, Path] = field(default_factory=dict)
+    final_grids: dict[str, Path] = field(default_factory=dict)  # by stage
+    step_grids: dict[str, list[tuple[int, Path]]] = field(default_factory=dict)  # by stage: (step, path), rising
+    trajectories: dict[str, Path] = field(default_factory=dict)  # by stage
     comparison: Path | None = None
-    captions: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)  # of the final grids, in reading order
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -81,52 +70,36 @@ def read_run(directory: Path) -> RunFiles:
     run.config = _read(directory / "config.yaml", {}, yaml.safe_load)
     run.rows = _read(directory / "evaluation.json", [])
     run.environment = _read(directory / "environment.json", {})
-    run.metrics = _by_stage(_read_lines(directory / "metrics.jsonl"), [stage["name"] for stage in run.stages])
-    _find_pictures(run)
-    run.captions = next((_prompts(path) for path in run.final_grids.values()), [])
+    run.metrics = _read_metrics(directory / "metrics.jsonl", [stage["name"] for stage in run.stages])
+    for path in sorted((directory / "samples").glob("*.png")):
+        found = _PICTURE.fullmatch(path.stem)
+        if found is None:
+            continue
+        if found["comparison"]:
+            run.comparison = path
+        elif found["way"]:
+            run.trajectories[found["way"]] = path
+        elif found["end"]:
+            run.final_grids[found["end"]] = path
+        else:
+            run.step_grids.setdefault(found["stage"], []).append((int(found[5]), path))
+    for grids in run.step_grids.values():
+        grids.sort()
+    for path in list(run.final_grids.values())[:1]:
+        with Image.open(path) as picture:
+            text = picture.info.get("prompts", "")
+        run.captions = text.split("\n") if text else []
     return run
 
 
-def _find_pictures(run: RunFiles) -> None:
-    """Sort the PNGs of `samples/` by their names."""
-    for path in sorted((run.directory / "samples").glob("*.png")):
-        if path.stem == "comparison":
-            run.comparison = path
-        elif path.stem.startswith("trajectory_"):
-            run.trajectories[path.stem.removeprefix("trajectory_")] = path
-        elif path.stem.endswith("_final"):
-            run.final_grids[path.stem.removesuffix("_final")] = path
-        elif match := _STEP_GRID.fullmatch(path.stem):
-            run.step_grids.setdefault(match["stage"], []).append((int(match["step"]), path))
-    for grids in run.step_grids.values():
-        grids.sort()
-
-
-def _prompts(path: Path) -> list[str]:
-    """The captions that a grid carries."""
-    with Image.open(path) as picture:
-        text = picture.info.get("prompts", "")
-    return text.split("\n") if text else []
-
-
-def _by_stage(lines: Iterator[dict[str, Any]], configured: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Group by stage and sort by step; of two lines for one step, the one written later counts."""
+def _read_metrics(path: Path, configured: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Grouped by stage, sorted by step. Of two lines for one step, the later counts; a line cut off ends the file."""
     stages: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in configured}
-    for line in lines:
-        stages.setdefault(line["stage"], {})[line["step"]] = line
+    if path.exists():
+        with path.open(encoding="utf-8") as lines, suppress(json.JSONDecodeError):
+            for line in map(json.loads, lines):
+                stages.setdefault(line["stage"], {})[line["step"]] = line
     return {name: [steps[step] for step in sorted(steps)] for name, steps in stages.items() if steps}
-
-
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a JSON-lines file; one that was cut off while being written ends it."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
 
 
 def _read(path: Path, missing: Any, parse: Callable[[str], Any] = json.loads) -> Any:

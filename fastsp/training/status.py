@@ -50,17 +50,18 @@ class RunStatus:
             state = f"not known whether {self.perhaps_running} still runs: the file system has no locks"
         yield f"{self.run_dir}: {state}"
         done = f"{self.global_step} of {self.total_steps} steps in all"
-        yield _line("stage", f"{self.stage}: step {self.step} of {self.stage_steps}; {done}" if self.stage else done)
+        about = {"stage": f"{self.stage}: step {self.step} of {self.stage_steps}; {done}" if self.stage else done}
         if self.losses:
-            yield _line("loss", ", ".join(f"{loss:.4g}" for loss in self.losses))
+            about["loss"] = ", ".join(f"{loss:.4g}" for loss in self.losses)
         if self.samples_per_s:
             wait = "" if self.data_wait is None else f"; {self.data_wait:.0%} of the time waiting for data"
             left = f"; {duration(self.seconds_left)} of training left" if self.seconds_left else ""
-            yield _line("speed", f"{self.samples_per_s:.3g} samples/s{wait}{left}")
-        harm = f"is damaged: {self.checkpoint_damage}" if self.checkpoint_damage else "is whole"
-        yield _line("checkpoint", f"{self.checkpoint} {harm}" if self.checkpoint else "none yet")
-        yield _line("trouble", f"{self.skipped} updates skipped, {self.bad_samples} bad samples")
-        yield _line("next", self.next)
+            about["speed"] = f"{self.samples_per_s:.3g} samples/s{wait}{left}"
+        whole = "whole" if self.checkpoint_damage is None else f"damaged: {self.checkpoint_damage}"
+        about["checkpoint"] = f"{self.checkpoint} is {whole}" if self.checkpoint else "none yet"
+        about["trouble"] = f"{self.skipped} updates skipped, {self.bad_samples} bad samples"
+        about["next"] = self.next
+        yield from (f"  {name:<11} {text}" for name, text in about.items())
 
 
 def run_status(root: Path, verify: bool = False) -> RunStatus:
@@ -78,7 +79,7 @@ def run_status(root: Path, verify: bool = False) -> RunStatus:
     rows = _last_rows(root / "metrics.jsonl")
     last = rows[-1] if rows else {}
     holder = lock_holder(root / ".lock")
-    running, perhaps = ((holder.name if holder and holder.certain == certain else None) for certain in (True, False))
+    running, perhaps = (holder.name if holder and holder.certain == certain else None for certain in (True, False))
     finished = (root / "final").is_dir() and all((root / "stages" / name).is_dir() for name in stages)
     newest = next(iter(newest_first(root / "checkpoints")), None)
     harm = damage(newest, checksums=verify) if newest else None
@@ -96,7 +97,7 @@ def run_status(root: Path, verify: bool = False) -> RunStatus:
         stage_steps=stages.get(here.stage, 0),
         global_step=here.global_step,
         total_steps=total,
-        losses=[row["loss"] for row in rows[-_LOSSES:]],
+        losses=[row["loss"] for row in rows],
         samples_per_s=rate,
         data_wait=last.get("data_wait"),
         seconds_left=(total - here.global_step) * batch_size / rate if rate else None,
@@ -110,34 +111,29 @@ def run_status(root: Path, verify: bool = False) -> RunStatus:
 
 
 def _next(root: Path, config: dict[str, Any], running: bool, perhaps: str | None, finished: bool) -> str:
-    report = root / "report.html"
+    report = f"{root / 'report.html'}" if (root / "report.html").exists() else ""
     if running:
-        return "nothing: it trains" + (f"; {report} shows what it has made so far" if report.exists() else "")
+        return "nothing: it trains" + (f"; {report} shows what it has made so far" if report else "")
     moved = "" if Path(config["run_dir"]) == root else f" run_dir={root}"
     go_on = f"fastsp train --config {root / 'config.yaml'} --resume{moved}"
     if not finished:
         return f"make sure that {perhaps} has ended; then {go_on}" if perhaps else go_on
     if (config.get("evaluation") or {}).get("enabled") and not (root / "evaluation.json").exists():
         return f"{go_on}   (what is missing is the evaluation)"
-    look = f"look at {report}; " if report.exists() else ""
+    look = f"look at {report}; " if report else ""
     return f"{look}fastsp sample --model {root / 'final'} --prompt TEXT --out FILE.png"
 
 
 def _last_rows(file: Path) -> list[dict[str, Any]]:
     """The last complete lines of `metrics.jsonl`."""
     rows = []
-    with suppress(OSError):
-        for line in file.read_bytes().splitlines()[-_LOSSES - 1 :]:
-            with suppress(ValueError):  # torn
-                rows.append(json.loads(line))
-    return rows
+    for line in file.read_bytes().splitlines()[-_LOSSES - 1 :] if file.exists() else ():
+        with suppress(ValueError):  # the last one is being written
+            rows.append(json.loads(line))
+    return rows[-_LOSSES:]
 
 
 def _bad_samples(file: Path) -> int:
     """Samples that the run has named as bad, which may be more than it has logged: a run can be stopped by them."""
-    lines = file.read_bytes().splitlines() if file.is_file() else []
+    lines = file.read_bytes().splitlines() if file.exists() else []
     return sum(b'"position": null' not in line for line in lines)  # null: a file of many samples
-
-
-def _line(name: str, text: str) -> str:
-    return f"  {name:<11} {text}"

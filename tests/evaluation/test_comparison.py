@@ -5,8 +5,7 @@ import math
 import pytest
 from evaluation.runs import row, rows, write_run
 
-from fastsp.evaluation.report.comparison import compare, confidence_interval
-from fastsp.evaluation.report.tables import find_roles, verdict
+from fastsp.evaluation.report.tables import compare, confidence_interval, find_roles, verdict
 from fastsp.evaluation.rows import Setting, described, sampling_words
 from fastsp.evaluation.run_files import read_run
 
@@ -14,7 +13,7 @@ from fastsp.evaluation.run_files import read_run
 def test_interval_by_hand() -> None:
     """Mean 2, deviation 1, t(0.975, 2) = 4.302653: 2 +- 4.302653 / sqrt 3."""
     interval = confidence_interval([1.0, 2.0, 3.0])
-    assert (interval.mean, interval.count) == (2.0, 3)
+    assert (interval.mean, interval.seeds) == (2.0, 3)
     assert interval.high - 2.0 == pytest.approx(2.0 - interval.low) == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
 
 
@@ -47,7 +46,7 @@ def test_seeds_are_paired() -> None:
     (comparison,) = compare(paired([1.0, 5.0, 9.0], [1.5, 5.6, 9.4]), "sp", "mse_longer")
     assert comparison.outcome == "better" and comparison.difference.mean == pytest.approx(-0.5)
     (partial,) = compare(paired([1.0, 5.0], [1.5, 5.6, 9.4]), "sp", "mse_longer")
-    assert partial.difference.count == 2
+    assert partial.difference.seeds == 2
 
 
 def test_larger_is_better_for_the_inception_score() -> None:

@@ -9,8 +9,7 @@ import pytest
 from fastsp.config import Config, load_config
 from fastsp.errors import UserError
 from fastsp.evaluation.plan import plan
-from fastsp.evaluation.report.paper import counterpart
-from fastsp.evaluation.reproduction import BASE, TABLES, compared, table_config
+from fastsp.evaluation.reproduction import BASE, TABLES, compared, counterpart, table_config
 from fastsp.evaluation.rows import Setting
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import jinja2
@@ -24,7 +24,8 @@ from fastsp.evaluation.run_files import RunFiles, read_run
 from fastsp.utils.files import write_file
 from fastsp.utils.progress import duration
 
-MAX_STEP_GRIDS = 6  # of one stage; evenly chosen
+T = TypeVar("T")
+MAX_STEP_GRIDS = 6  # of one stage
 WIDE, NARROW = 1800, 640  # pixels: longest side of an embedded image, in the page's full width and beside others
 AS_IT_IS = 200_000  # bytes: a file up to this size is embedded unchanged
 
@@ -65,15 +66,14 @@ def render(run: RunFiles) -> str:
         no_scores=run.why_no_rows,
         tables=list(score_tables(run, roles)),
         grids=[(roles.label(name), name, embedded(path)) for name, path in _in_order(run, run.final_grids)],
-        progress=list(_progress(run, roles)),
+        progress=[(roles.label(name), _chosen(grids)) for name, grids in _in_order(run, run.step_grids)],
         comparison=embedded(run.comparison, WIDE) if run.comparison else None,
         captions=run.captions,
         trajectories=[(roles.label(name), embedded(path, WIDE)) for name, path in _in_order(run, run.trajectories)],
         curves=[(roles.label(name), name, _curve(lines)) for name, lines in run.metrics.items()],
         features=sorted({row["features"] for row in run.rows if "features" in row}),
-        seeds=sorted({row["seed"] for row in run.rows}),
         times=list(_times(run, roles)),
-        environment=run.environment,
+        environment=list(run.environment.items()),
         config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
     )
 
@@ -88,10 +88,9 @@ def embedded(path: Path, longest: int = NARROW) -> Embedded:
 def _embedded(path: Path, longest: int, num_bytes: int, _time: int) -> Embedded:
     link = quote(f"{path.parent.name}/{path.name}")
     with Image.open(path) as image:
-        size = image.size
         if num_bytes <= AS_IT_IS:
-            return Embedded(_uri("png", path.read_bytes()), link, "", max(size) < NARROW)
-        copy = image.convert("RGB")
+            return Embedded(_uri("png", path.read_bytes()), link, "", max(image.size) < NARROW)
+        size, copy = image.size, image.convert("RGB")
     copy.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     jpeg = io.BytesIO()
     copy.save(jpeg, "JPEG", quality=85)
@@ -103,19 +102,17 @@ def _uri(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64," + base64.b64encode(content).decode()
 
 
-def _in_order(run: RunFiles, paths: dict[str, Path]) -> list[tuple[str, Path]]:
+def _in_order(run: RunFiles, by_stage: dict[str, T]) -> list[tuple[str, T]]:
     """By order of training, then the unknown ones by name."""
     order = [stage["name"] for stage in run.stages]
-    return sorted(paths.items(), key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[0]))
+    return sorted(by_stage.items(), key=lambda item: (order.index(item[0]) if item[0] in order else 99, item[0]))
 
 
-def _progress(run: RunFiles, roles: Roles) -> Iterator[tuple[str, list[tuple[int, Embedded]]]]:
-    """Per stage, a few of the grids made on the way to its end."""
-    for name, _ in _in_order(run, {name: grids[0][1] for name, grids in run.step_grids.items()}):
-        grids = run.step_grids[name]
-        count = min(MAX_STEP_GRIDS, len(grids))
-        chosen = [grids[round(i * (len(grids) - 1) / max(1, count - 1))] for i in range(count)]
-        yield roles.label(name), [(step, embedded(path)) for step, path in chosen]
+def _chosen(grids: list[tuple[int, Path]]) -> list[tuple[int, Embedded]]:
+    """A few of the grids made on the way, evenly chosen."""
+    count = min(MAX_STEP_GRIDS, len(grids))
+    places = (round(i * (len(grids) - 1) / max(1, count - 1)) for i in range(count))
+    return [(step, embedded(path)) for step, path in (grids[place] for place in places)]
 
 
 def _curve(lines: list[dict[str, Any]]) -> str | None:
@@ -123,8 +120,8 @@ def _curve(lines: list[dict[str, Any]]) -> str | None:
     return None if png is None else _uri("png", png)
 
 
-def _times(run: RunFiles, roles: Roles) -> Iterator[tuple[str, str, str]]:
-    """What took how long: (what, how much of it, how long). Training by the logged rate, which leaves out start-up."""
+def _times(run: RunFiles, roles: Roles) -> Iterator[tuple[str, str]]:
+    """What took how long, in words. Training by the logged rate, which leaves out the start."""
     batch_size = (run.config.get("data") or {}).get("batch_size")
     for name, lines in run.metrics.items():
         steps = [0] + [line["step"] for line in lines]
@@ -132,7 +129,7 @@ def _times(run: RunFiles, roles: Roles) -> Iterator[tuple[str, str, str]]:
         rates = [(line["step"] - before, line["samples_per_s"]) for line, before in taken if line["samples_per_s"]]
         if batch_size and rates:
             seconds = sum(count * batch_size / rate for count, rate in rates)
-            yield f"Training, {roles.label(name)}", f"{steps[-1]:,} steps", duration(seconds)
+            yield f"Training, {roles.label(name)}", f"{duration(seconds)} ({steps[-1]:,} steps)"
     timed = [row["seconds"] for row in run.rows if "seconds" in row]
     if timed:
-        yield "Evaluation", f"{len(timed)} rows", duration(sum(timed))
+        yield "Evaluation", f"{duration(sum(timed))} ({len(timed)} rows)"

@@ -1,20 +1,25 @@
 """The report's two tables as plain data: the verdict on self-perceptual against control, and all scores."""
 
+from __future__ import annotations
+
 import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import mean
-from typing import Any
+from statistics import mean, stdev
+from typing import Any, NamedTuple
 
-from fastsp.evaluation.report.comparison import Comparison, compare, spread
-from fastsp.evaluation.report.paper import counterpart
+from scipy import stats
+
+from fastsp.evaluation.reproduction import counterpart
 from fastsp.evaluation.rows import REAL, Setting, by_setting, sampling_words
 from fastsp.evaluation.run_files import RunFiles
 
+CONFIDENCE = 0.95
+_LABELS = {"real": "Real images", "base": "MSE", "self_perceptual": "Self-perceptual", "control": "MSE, as long"}
 
-@dataclass(frozen=True)
-class Metric:
+
+class Metric(NamedTuple):
     """How a key of a row is shown: `factor` and `decimals` apply to value, spread and difference alike."""
 
     key: str
@@ -25,13 +30,13 @@ class Metric:
     unit: str = ""
 
     @property
-    def arrow(self) -> str:
-        return {True: "↓", False: "↑", None: ""}[self.smaller_is_better]
+    def title(self) -> str:
+        """The heading, and an arrow that points to the better end."""
+        return f"{self.heading} { {True: '↓', False: '↑', None: ''}[self.smaller_is_better] }"
 
-    def show(self, value: float, signed: bool = False) -> str:
-        """The value with its unit and a true minus sign."""
-        text = f"{value * self.factor:{'+' if signed else ''}.{self.decimals}f}{self.unit}"
-        return text.replace("-", "−")  # noqa: RUF001
+    def show(self, value: float, sign: str = "") -> str:
+        """The value with its unit and a true minus sign; `sign` "+" shows that of positive ones too."""
+        return f"{value * self.factor:{sign}.{self.decimals}f}{self.unit}".replace("-", "−")  # noqa: RUF001
 
 
 FID = Metric("fid", "FID", 2, True)
@@ -65,13 +70,7 @@ class Roles:
 
     def label(self, stage: str) -> str:
         """The stage as a reader of the paper calls it."""
-        names = {
-            "real": "Real images",
-            "base": "MSE",
-            "self_perceptual": "Self-perceptual",
-            "control": "MSE, as long",
-        }
-        return names.get(self.of(stage), stage)
+        return _LABELS.get(self.of(stage), stage)
 
 
 def find_roles(run: RunFiles) -> Roles:
@@ -85,11 +84,73 @@ def find_roles(run: RunFiles) -> Roles:
     return Roles(ours["init"], ours["name"], next(controls, None))
 
 
-# The verdict
+# Self-perceptual against its control over several seeds
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Interval(NamedTuple):
+    """A mean over seeds with its confidence interval; `low` and `high` are nan for a single seed."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+class Comparison(NamedTuple):
+    """Self-perceptual minus control in one metric, at one setting.
+
+    Attributes:
+        setting: that of the self-perceptual rows; the control's differs in the stage alone.
+        outcome: "better" or "worse" if the interval excludes zero, "undecided" if not or if there is one seed only.
+    """
+
+    setting: Setting
+    self_perceptual: float
+    control: float
+    difference: Interval
+    outcome: str
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation (n - 1); the latter is nan for a single value."""
+    return mean(values), stdev(values) if len(values) > 1 else math.nan
+
+
+def confidence_interval(values: list[float]) -> Interval:
+    """Student's 95 % interval of the mean of `values`, at least one."""
+    centre, deviation = spread(values)
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * deviation / math.sqrt(len(values))
+    return Interval(centre, centre - reach, centre + reach, len(values))
+
+
+def compare(
+    rows: list[dict[str, Any]], self_perceptual: str, control: str, metric: str = "fid", smaller_is_better: bool = True
+) -> list[Comparison]:
+    """Self-perceptual against control, one comparison for every way of sampling that both have rows of.
+
+    The difference is taken seed by seed, since both start from the same noise and captions; a seed that only one of
+    them has is left out. Without guidance first, then guided, then without captions; else in the
+    order of `rows`, so that the first step count configured leads.
+    """
+    groups = by_setting([row for row in rows if metric in row])
+    comparisons = []
+    for setting in (found for found in groups if found.stage == self_perceptual):
+        theirs = {row["seed"]: row[metric] for row in groups.get(setting._replace(stage=control), [])}
+        ours = {row["seed"]: row[metric] for row in groups[setting] if row["seed"] in theirs}
+        if ours:
+            difference = confidence_interval([value - theirs[seed] for seed, value in ours.items()])
+            outcome = "better" if (difference.mean < 0) == smaller_is_better else "worse"
+            outcome = outcome if difference.excludes_zero else "undecided"
+            means = mean(ours.values()), mean(theirs[seed] for seed in ours)
+            comparisons.append(Comparison(setting, *means, difference, outcome))
+    return sorted(comparisons, key=lambda c: (not c.setting.conditional, c.setting.guidance != 0))
+
+
+class Verdict(NamedTuple):
     """What the seeds say: one sentence, and one line for each metric and setting. Without lines, why there are none."""
 
     sentence: str
@@ -104,55 +165,53 @@ def verdict(run: RunFiles, roles: Roles) -> Verdict:
         return Verdict("This run has no self-perceptual stage.", [])
     if roles.control is None:
         return Verdict("This run has no MSE stage of the same start and length: there is no fair comparison.", [])
-    ours, theirs = roles.self_perceptual, roles.control
     compared = [
         (metric, comparison)
         for metric in (FID, INCEPTION_SCORE, VALIDITY)
-        for comparison in compare(run.rows, ours, theirs, metric.key, bool(metric.smaller_is_better))
+        for comparison in compare(
+            run.rows, roles.self_perceptual, roles.control, metric.key, bool(metric.smaller_is_better)
+        )
     ]
     if not compared:
         return Verdict("Self-perceptual and control have no scores of equal steps and seed yet.", [])
-    return Verdict(_sentence(*zip(*compared, strict=True)), [_line(*pair) for pair in compared])
-
-
-def _sentence(metrics: tuple[Metric, ...], comparisons: tuple[Comparison, ...]) -> str:
-    """The first comparison in full, then how all of them came out."""
-    metric, first = metrics[0], comparisons[0]
-    scores = (
-        f"{metric.heading} at {sampling_words(first.setting)}: {metric.show(first.self_perceptual)} with the "
-        f"self-perceptual loss, {metric.show(first.control)} with MSE for as many steps"
-    )
-    count = first.difference.count
-    if count == 1:
-        return f"{scores}. One sampling seed gives no interval, and so no verdict."
-    difference = f"{metric.show(first.difference.mean, signed=True)} (95 % interval {_interval(metric, first)})"
-    ends = {
-        "better": "Self-perceptual is better",
-        "worse": "Self-perceptual is worse",
-        "undecided": f"The {count} seeds cannot tell the two apart",
-    }
-    counts = Counter(comparison.outcome for comparison in comparisons)
-    tally = ", ".join(f"{outcome} in {counts[outcome]}" for outcome in ends if counts[outcome])
-    return (
-        f"{scores}: a difference of {difference} over {count} seeds. {ends[first.outcome]}. "
-        f"Of {len(comparisons)} comparisons it is {tally}."
-    )
+    lines = [_line(*pair) for pair in compared]
+    return Verdict(_sentence(lines, compared[0][1].difference.seeds), lines)
 
 
 def _line(metric: Metric, c: Comparison) -> dict[str, str]:
+    low, high = (metric.show(end, "+") for end in (c.difference.low, c.difference.high))
     return {
-        "metric": f"{metric.heading} {metric.arrow}",
+        "heading": metric.heading,
+        "metric": metric.title,
         "sampling": sampling_words(c.setting),
         "self_perceptual": metric.show(c.self_perceptual),
         "control": metric.show(c.control),
-        "difference": metric.show(c.difference.mean, signed=True),
-        "interval": _interval(metric, c) if c.difference.count > 1 else "one seed",
+        "difference": metric.show(c.difference.mean, "+"),
+        "interval": f"{low} to {high}" if c.difference.seeds > 1 else "one seed",
         "outcome": c.outcome,
     }
 
 
-def _interval(metric: Metric, c: Comparison) -> str:
-    return f"{metric.show(c.difference.low, signed=True)} to {metric.show(c.difference.high, signed=True)}"
+def _sentence(lines: list[dict[str, str]], seeds: int) -> str:
+    """The first comparison in full, then how all of them came out."""
+    first = lines[0]
+    scores = (
+        f"{first['heading']} at {first['sampling']}: {first['self_perceptual']} with the self-perceptual loss, "
+        f"{first['control']} with MSE for as many steps"
+    )
+    if seeds == 1:
+        return f"{scores}. One sampling seed gives no interval, and so no verdict."
+    ends = {
+        "better": "Self-perceptual is better",
+        "worse": "Self-perceptual is worse",
+        "undecided": f"The {seeds} seeds cannot tell the two apart",
+    }
+    counts = Counter(line["outcome"] for line in lines)
+    tally = ", ".join(f"{outcome} in {counts[outcome]}" for outcome in ends if counts[outcome])
+    return (
+        f"{scores}: a difference of {first['difference']} (95 % interval {first['interval']}) over {seeds} seeds. "
+        f"{ends[first['outcome']]}. Of {len(lines)} comparisons it is {tally}."
+    )
 
 
 # The scores
@@ -163,56 +222,38 @@ def score_tables(run: RunFiles, roles: Roles) -> Iterator[dict[str, Any]]:
     groups = by_setting(run.rows)
     for conditional in (True, False):
         chosen = {setting: rows for setting, rows in groups.items() if setting.conditional == conditional}
+        metrics = [m for m in METRICS if any(m.key in row for rows in chosen.values() for row in rows)]
+        columns = [_column(chosen, metric) for metric in metrics]
         if chosen:
-            yield _score_table(chosen, conditional, roles)
-
-
-def _score_table(groups: dict[Setting, list[dict[str, Any]]], conditional: bool, roles: Roles) -> dict[str, Any]:
-    metrics = [m for m in METRICS if any(m.key in row for rows in groups.values() for row in rows)]
-    best = {m: _best(groups, m) for m in metrics}
-    return {
-        "conditional": conditional,
-        "headings": [f"{m.heading} {m.arrow}" for m in metrics],
-        "rows": [
-            {
-                "label": roles.label(setting.stage),
-                "sampling": _setting_words(setting),
-                "role": roles.of(setting.stage),
-                "cells": [_cell(rows, m, best[m]) for m in metrics],
-                "paper": counterpart(roles.of(setting.stage), setting),
-                "samples": f"{rows[0]['num_samples']:,} × {len(rows)}",  # noqa: RUF001
+            yield {
+                "conditional": conditional,
+                "headings": [metric.title for metric in metrics],
+                "rows": [
+                    {
+                        "label": roles.label(setting.stage),
+                        "sampling": sampling_words(setting, with_condition=False)
+                        or "training set, or the reference itself",
+                        "role": roles.of(setting.stage),
+                        "cells": cells,
+                        "paper": counterpart(roles.of(setting.stage), setting),
+                        "samples": f"{rows[0]['num_samples']:,} × {len(rows)}",  # noqa: RUF001
+                    }
+                    for (setting, rows), *cells in zip(chosen.items(), *columns, strict=True)
+                ],
             }
-            for setting, rows in groups.items()
-        ],
-    }
 
 
-def _best(groups: dict[Setting, list[dict[str, Any]]], metric: Metric) -> str | None:
-    """The best mean of the generated rows, as it is shown; None where no end is the better one."""
-    means = [
-        mean(row[metric.key] for row in rows)
-        for setting, rows in groups.items()
-        if setting.stage != REAL and all(metric.key in row for row in rows)
-    ]
-    if not means or metric.smaller_is_better is None:
-        return None
-    return metric.show(min(means) if metric.smaller_is_better else max(means))
-
-
-def _cell(rows: list[dict[str, Any]], metric: Metric, best: str | None) -> dict[str, Any]:
-    values = [row[metric.key] for row in rows if metric.key in row]
-    if not values:
-        return {"mean": "–", "spread": "", "best": False}  # noqa: RUF001
-    centre, deviation = spread(values)
-    shown = metric.show(centre)
-    return {
-        "mean": shown,
-        "spread": "" if math.isnan(deviation) else f"± {deviation * metric.factor:.{metric.decimals}f}",
-        "best": shown == best and rows[0]["stage"] != REAL,
-    }
-
-
-def _setting_words(setting: Setting) -> str:
-    if setting.stage == REAL:
-        return "training set, or the reference itself"
-    return sampling_words(setting, with_condition=False)
+def _column(groups: dict[Setting, list[dict[str, Any]]], metric: Metric) -> list[dict[str, Any]]:
+    """A cell for each setting. The best mean of generated images is marked, where one end is the better one."""
+    values = {setting: [row[metric.key] for row in rows if metric.key in row] for setting, rows in groups.items()}
+    means = [mean(found) for setting, found in values.items() if found and setting.stage != REAL]
+    best = None
+    if means and metric.smaller_is_better is not None:
+        best = metric.show(min(means) if metric.smaller_is_better else max(means))
+    cells = []
+    for setting, found in values.items():
+        centre, deviation = spread(found) if found else (math.nan, math.nan)
+        shown = metric.show(centre) if found else "–"  # noqa: RUF001
+        around = "" if math.isnan(deviation) else f"± {deviation * metric.factor:.{metric.decimals}f}"
+        cells.append({"mean": shown, "spread": around, "best": shown == best and setting.stage != REAL})
+    return cells
