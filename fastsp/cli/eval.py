@@ -7,10 +7,7 @@ from typing import Annotated
 
 import typer
 
-_NO_FEATURES = (
-    "--features is missing: a safetensors file with Inception-v3's weights (docs/tools.md says how to make it), or "
-    "'classifier' for the digits"
-)
+from fastsp.cli.sample import Base, ModelConfig, Resolution, short_names
 
 
 def evaluate(
@@ -44,15 +41,10 @@ def evaluate(
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(min=0, help="Of the noise; repeatable. Without it: 0.")] = None,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Sample the empty prompt (Table 2).")] = False,
-    resolution: Annotated[int | None, typer.Option(min=1, help="Side in pixels; by default the model's own.")] = None,
+    resolution: Resolution = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images sampled at once.")] = 16,
-    model_config: Annotated[
-        str | None,
-        typer.Option("--model-config", help="For single files: a pipeline folder of their kind.", metavar="DIR"),
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="For LoRA adapters: their base model, instead of the one they name.")
-    ] = None,
+    model_config: ModelConfig = None,
+    base: Base = None,
     work: Annotated[
         Path | None, typer.Option("--work", help="Where features are kept; by default FILE.work.", metavar="DIR")
     ] = None,
@@ -65,19 +57,20 @@ def evaluate(
     Example: fastsp eval --model runs/sd21/stages/sp --captions captions_val2014.json --reference val2014
     --features inception.safetensors --steps 25 --steps 50 --json evaluation.json
     """
-    from fastsp.cli.sample import short_names
     from fastsp.errors import UserError
     from fastsp.evaluation.captions import read_captions
     from fastsp.evaluation.engine import Evaluation
-    from fastsp.evaluation.plan import Job, combinations
     from fastsp.evaluation.reference import load_reference, open_reference
-    from fastsp.evaluation.rows import REAL, RowFile, Setting
+    from fastsp.evaluation.rows import REAL, Job, RowFile, Setting, combinations
     from fastsp.generation.generate import check_for_sampling
     from fastsp.utils.files import check_folder_writable, check_writable
     from fastsp.utils.progress import steps_bar
 
     if features is None:
-        raise UserError(_NO_FEATURES)
+        raise UserError(
+            "--features is missing: a safetensors file with Inception-v3's weights (docs/tools.md says how to make "
+            "it), or 'classifier' for the digits"
+        )
     work = work or json_file.with_name(f"{json_file.name}.work")
     if not json_file.parent.is_dir() or json_file.is_dir():
         raise UserError(f"--json {json_file}: a file in a folder that there is")
@@ -96,18 +89,9 @@ def evaluate(
         if save_reference.exists():  # of the same command, stopped; anything else of the user's stays
             load_reference(save_reference, extractor.identity)
         real.save(save_reference)
+    sizes = len(found), resolution, batch_size
     evaluation = Evaluation(
-        lambda seed: found,
-        extractor,
-        real,
-        rows,
-        work,
-        len(found),
-        resolution,
-        batch_size,
-        keep_pictures,
-        model_config=model_config,
-        base=base,
+        lambda _: found, extractor, real, rows, work, *sizes, keep_pictures, model_config=model_config, base=base
     )
     named = list(zip(model, short_names(model), strict=True))
     jobs = combinations(named, steps or [25], guidance or [0.0], rescale or [0.0], seed or [0], not unconditional)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastsp.cli.sample import Weights
+from fastsp.cli.sample import Base, Weights
 
 
 def export(
@@ -19,9 +19,7 @@ def export(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: fp32, fp16 or bf16.")] = "fp32",
     stage: Annotated[str | None, typer.Option(help="Whose weights; by default the run's final stage.")] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="For LoRA adapters: their base model, instead of the one they name.")
-    ] = None,
+    base: Base = None,
     weights: Annotated[Weights, typer.Option(help="The moving average, or the raw weights.")] = Weights.AVERAGE,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:

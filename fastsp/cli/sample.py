@@ -22,6 +22,17 @@ class Weights(StrEnum):
     RAW = "raw"
 
 
+Files = list[list[Path]]  # for each model, one for every picture
+# Options that other commands have too
+Resolution = Annotated[int | None, typer.Option(min=1, help="Side in pixels; by default the model's own.")]
+ModelConfig = Annotated[
+    str | None, typer.Option("--model-config", help="For single files: a pipeline folder of their kind.", metavar="DIR")
+]
+Base = Annotated[
+    str | None, typer.Option("--base", help="For LoRA adapters: their base model, instead of the one they name.")
+]
+
+
 def sample(
     model: Annotated[
         list[str],
@@ -35,15 +46,10 @@ def sample(
     guidance: Annotated[float, typer.Option(min=0.0, help="Classifier-free guidance; 0: none.")] = 0.0,
     rescale: Annotated[float, typer.Option(min=0.0, max=1.0, help="Rescale of the guidance (phi).")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the initial noise.")] = 0,
-    resolution: Annotated[int | None, typer.Option(min=1, help="Side in pixels; by default the model's own.")] = None,
+    resolution: Resolution = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once; changes memory and speed.")] = 16,
-    model_config: Annotated[
-        str | None,
-        typer.Option("--model-config", help="For single files: a pipeline folder of their kind.", metavar="DIR"),
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="For LoRA adapters: their base model, instead of the one they name.")
-    ] = None,
+    model_config: ModelConfig = None,
+    base: Base = None,
     weights: Annotated[
         Weights, typer.Option(help="Of a run's final/ or stages/NAME: the moving average, or the raw weights.")
     ] = Weights.AVERAGE,
@@ -63,7 +69,8 @@ def sample(
     """
     from fastsp.diffusion.sampling import Guidance
     from fastsp.errors import UserError
-    from fastsp.generation.generate import Sampling, raw_weights
+    from fastsp.generation.generate import Sampling, frame_steps, raw_weights
+    from fastsp.generation.grids import TRAJECTORY_FRAMES, grid, save_png
     from fastsp.utils.files import check_folder_writable, check_free, check_writable, read_lines
 
     lines = read_lines(prompts, f"--prompts {prompts}") if prompts else []
@@ -89,7 +96,15 @@ def sample(
         )
     settings = Sampling(steps, guided, seed, resolution, batch_size)
     rows, side = _sample_models(model, (model_config, base), texts, settings, files, trajectory)
-    _write_grid(rows, titles, texts, settings, trajectory, out, model)
+    layout: dict[str, Any] = {"captions": texts, "min_size": 128}  # of one model
+    if trajectory:
+        named = [f"{title}: {text}" if len(titles) > 1 else text for title in titles for text in texts]
+        numbers = [str(step) for step in frame_steps(steps, TRAJECTORY_FRAMES)]
+        layout = {"columns": len(numbers), "row_titles": named, "column_titles": numbers}
+    elif len(rows) > 1:
+        layout = {"columns": len(texts), "row_titles": titles, "column_titles": texts, "min_size": 128}
+    picture = grid([picture for row in rows for picture in row], **layout)
+    save_png(picture, out, prompts="\n".join(texts), **_facts(settings, "\n".join(model)))
     drawn = len(texts) * len(model)
     shown = f", shown at {rows[0][0].width} px" if max(rows[0][0].size) < side else ""
     typer.echo(f"{out}: {drawn} picture{'s' * (drawn != 1)} in {steps} DDIM step{'s' * (steps != 1)}{shown}")
@@ -133,38 +148,24 @@ def _facts(settings: Sampling, model: str) -> dict[str, str]:
 
 
 def _sample_models(
-    models: Sequence[str],
-    origins: tuple[str | None, str | None],
-    texts: list[str],
-    settings: Sampling,
-    files: list[list[Path]],
-    trajectory: bool,
+    models: list[str], origins: Sequence[str | None], texts: list[str], settings: Sampling, files: Files, is_way: bool
 ) -> tuple[list[list[Image]], int]:
-    """For each model its pictures in the order of ``texts``, made small enough for one grid, and their full side.
-
-    ``origins``: ``config`` and ``base`` of :func:`fastsp.generation.generate.load_for_sampling`.
-    """
+    """For each model its pictures in the order of ``texts``, made small enough for one grid, and their full side."""
     from fastsp.errors import UserError
-    from fastsp.generation.generate import (
-        check_for_sampling,
-        frame_steps,
-        generate_pictures,
-        load_for_sampling,
-        num_batches,
-    )
+    from fastsp.generation import generate
     from fastsp.generation.grids import TRAJECTORY_FRAMES, TRAJECTORY_SIDE, cell_side, save_png
     from fastsp.utils.progress import steps_bar
 
     for name in models[1:]:  # the first is loaded at once
-        check_for_sampling(name, origins[1])
+        generate.check_for_sampling(name, origins[1])
     rows: list[list[Image]] = []
     size = None
-    frames = TRAJECTORY_FRAMES if trajectory else 1
-    cells = len(models) * len(texts) * len(frame_steps(settings.steps, frames))
-    total = len(models) * num_batches(len(texts), settings.batch_size) * settings.steps
+    frames = TRAJECTORY_FRAMES if is_way else 1
+    cells = len(models) * len(texts) * len(generate.frame_steps(settings.steps, frames))
+    total = len(models) * generate.num_batches(len(texts), settings.batch_size) * settings.steps
     with steps_bar("sampling", total) as advance:
         for place, name in enumerate(models):
-            model = load_for_sampling(name, *origins)
+            model = generate.load_for_sampling(name, *origins)
             side = settings.resolution or model.default_resolution
             if size is not None and side != size:
                 raise UserError(f"--model {name} makes pictures of {side} px, the others of {size}: give --resolution")
@@ -175,37 +176,14 @@ def _sample_models(
                     facts = parameters(texts[index], settings, index, name, picture.size)
                     save_png(picture, files[place][index], **facts)
 
-            shown = cell_side(min(side, TRAJECTORY_SIDE) if trajectory else side, cells)
-            rows.append(generate_pictures(model, texts, settings, shown, after_step=advance, frames=frames, each=save))
+            shown = cell_side(min(side, TRAJECTORY_SIDE) if is_way else side, cells)
+            more = {"after_step": advance, "frames": frames}
+            rows.append(generate.generate_pictures(model, texts, settings, shown, save, **more))
             del model  # before the next one is loaded
     return rows, size or 0
 
 
-def _write_grid(
-    rows: list[list[Image]],
-    titles: list[str],
-    texts: list[str],
-    settings: Sampling,
-    trajectory: bool,
-    out: Path,
-    models: Sequence[str],
-) -> None:
-    """One model: a captioned square; several: a row each; a trajectory: a row for every picture, a column a step."""
-    from fastsp.generation.generate import frame_steps
-    from fastsp.generation.grids import TRAJECTORY_FRAMES, grid, save_png
-
-    layout: dict[str, Any] = {"captions": texts, "min_size": 128}
-    if trajectory:
-        named = [f"{title}: {text}" if len(titles) > 1 else text for title in titles for text in texts]
-        numbers = [str(step) for step in frame_steps(settings.steps, TRAJECTORY_FRAMES)]
-        layout = {"columns": len(numbers), "row_titles": named, "column_titles": numbers, "min_size": 48}
-    elif len(rows) > 1:
-        layout = {"columns": len(texts), "row_titles": titles, "column_titles": texts, "min_size": 128}
-    picture = grid([picture for row in rows for picture in row], **layout)
-    save_png(picture, out, prompts="\n".join(texts), **_facts(settings, "\n".join(models)))
-
-
-def _single_files(singles: Path | None, titles: list[str], count: int) -> list[list[Path]]:
+def _single_files(singles: Path | None, titles: list[str], count: int) -> Files:
     """A file for every picture of every model; in a folder for each model where there are several."""
     if singles is None:
         return []

@@ -15,19 +15,12 @@ from fastsp.utils.files import read_lines, read_text
 
 @dataclass(frozen=True)
 class CaptionSet:
-    """Captions in the order in which they are sampled.
+    """Captions in the order in which they are sampled."""
 
-    Attributes:
-        texts: one for each image.
-        choice: in words, which captions these are.
-        images: file names of the images that they describe; empty where none are named.
-        annotations: COCO's ids of the captions; empty for other files.
-    """
-
-    texts: Sequence[str]
-    choice: str
-    images: Sequence[str] = ()
-    annotations: Sequence[int] = ()
+    texts: Sequence[str]  # one for each image
+    choice: str  # in words, which captions these are
+    images: Sequence[str] = ()  # file names of the images that they describe; empty where none are named
+    annotations: Sequence[int] = ()  # COCO's ids of the captions; empty for other files
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -50,30 +43,30 @@ def read_captions(file: Path, count: int | None = None) -> CaptionSet:
     """The first captions of a file.
 
     Of COCO's ``captions_*.json``: the first ``count`` images in the order of the file, and of each the caption that
-    stands first there. Of a text file: its first lines, empty ones left out.
-
-    Args:
-        file: JSON by its suffix, else text.
-        count: how many; None: all of a text file, 10,000 images of COCO's, as in the paper, or all if it has fewer.
+    stands first there; None: at most 10,000, as in the paper. Of a text file: its first lines, empty ones left out;
+    None: all of them.
 
     Raises:
         UserError: no such file, not what it should be, or fewer captions than asked for.
     """
     name = f"captions {file}"
+    images: Sequence[str] = ()
+    annotations: Sequence[int] = ()
     if file.suffix.lower() == ".json":
-        found = _of_coco(read_text(file, name), name, file.name)
-        count = min(10_000, len(found)) if count is None else count
+        texts, images, annotations = _of_coco(read_text(file, name), name)
+        count = min(10_000, len(texts)) if count is None else count
+        choice = f"of each of the first {count} images in file order the caption that stands first"
     else:
-        found = CaptionSet(read_lines(file, name), f"{file.name}: the first {{count}} lines")
-    count = len(found) if count is None else count
-    if count > len(found) or not found.texts:
-        raise UserError(f"{name}: {count} are asked for, it has {len(found)}; give --num-samples")
-    choice = found.choice.replace("{count}", str(count))
-    return CaptionSet(found.texts[:count], choice, found.images[:count], found.annotations[:count])
+        texts = read_lines(file, name)
+        count = len(texts) if count is None else count
+        choice = f"the first {count} lines"
+    if count > len(texts) or not texts:
+        raise UserError(f"{name}: {count} are asked for, it has {len(texts)}; give --num-samples")
+    return CaptionSet(texts[:count], f"{file.name}: {choice}", images[:count], annotations[:count])
 
 
-def _of_coco(text: str, name: str, file_name: str) -> CaptionSet:
-    """Every image that has a caption, in the order of the file, with its first one."""
+def _of_coco(text: str, name: str) -> tuple[list[str], list[str], list[int]]:
+    """Of each image that has captions, in the order of the file: the first one, the image's name, the caption's id."""
     try:
         tree = json.loads(text)
         first: dict[Any, tuple[str, int]] = {}
@@ -87,6 +80,5 @@ def _of_coco(text: str, name: str, file_name: str) -> CaptionSet:
         raise UserError(
             f"{name} is not COCO's: it lacks images (id, file_name) or annotations (id, image_id, caption)"
         ) from None
-    chosen = [first[image["id"]] for image in images]
-    choice = f"{file_name}: of each of the first {{count}} images in file order the caption that stands first"
-    return CaptionSet([text for text, _ in chosen], choice, names, [number for _, number in chosen])
+    texts, numbers = zip(*(first[image["id"]] for image in images), strict=True) if images else ((), ())
+    return list(texts), names, list(numbers)

@@ -33,15 +33,10 @@ STEPS, BATCH, LEARNING_RATE = 600, 64, 3e-3
 
 
 class Captioned(NamedTuple):
-    """Images with their captions.
+    """Images with their captions."""
 
-    Attributes:
-        images: float32 (N, C, H, W) in [-1, 1].
-        captions: N of them; empty where the data has none.
-    """
-
-    images: Tensor
-    captions: Sequence[str] = ()
+    images: Tensor  # float32 (N, C, H, W) in [-1, 1]
+    captions: Sequence[str] = ()  # N of them; empty where the data has none
 
 
 class CaptionClassifier(FeatureModel):
@@ -66,11 +61,7 @@ class CaptionClassifier(FeatureModel):
 
 
 def check_classes(names: Collection[str]) -> None:
-    """See that a classifier can be trained on these distinct captions.
-
-    Raises:
-        UserError: none, one alone, or too many.
-    """
+    """Raise `UserError` where a classifier cannot be trained on these distinct captions."""
     if not 2 <= len(names) <= MAX_CLASSES:
         count = f"more than {MAX_CLASSES}" if len(names) > MAX_CLASSES else str(len(names))
         raise UserError(
@@ -80,49 +71,37 @@ def check_classes(names: Collection[str]) -> None:
 
 
 def caption_classifier(train: Captioned, cache: Path | None = None, bar: Bar = no_bar) -> CaptionClassifier:
-    """The classifier of `train`'s captions, from the cache if it was trained on these very images before.
+    """The classifier of `train`'s captions, which are its classes; it is not trained twice on the same images.
 
-    Args:
-        train: at most 100 distinct captions, which are the classes.
-        cache: folder; None means `$FASTSP_CACHE`, else `~/.cache/fastsp`.
-        bar: shows the progress of the training.
+    `cache` is a folder, by default `$FASTSP_CACHE`, else `~/.cache/fastsp`; `bar` shows the training.
 
     Raises:
         UserError: no captions, one caption alone, or too many distinct ones.
     """
     names = sorted(set(train.captions))
     check_classes(names)
-    digest = _digest(train)
-    weights = (cache or cache_folder()) / f"classifier-{digest}.safetensors"
-    model = _untrained(names, f"classifier-{digest}").eval().requires_grad_(False)
-    if weights.exists():
-        model.load_state_dict(load_file(weights))
-        return model
-    model.load_state_dict(_train(train, names, bar))
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(weights) as unfinished:
-        save_file(model.state_dict(), unfinished)
-    return model
-
-
-def _digest(train: Captioned) -> str:
-    """Changes with the images, the captions and this file, so that a stale cache is never read."""
+    # The digest changes with the images, the captions and this file, so that a stale cache is never read.
     seen = hashlib.sha256(Path(__file__).read_bytes())
     seen.update(repr((tuple(train.images.shape), list(train.captions))).encode())
     seen.update(train.images.contiguous().numpy().tobytes())
-    return seen.hexdigest()[:16]
-
-
-def _untrained(names: list[str], identity: str = "") -> CaptionClassifier:
-    """The same initial weights each time, torch's global generator untouched."""
-    with torch.random.fork_rng(devices=[]):
+    digest = seen.hexdigest()[:16]
+    weights = (cache or cache_folder()) / f"classifier-{digest}.safetensors"
+    with torch.random.fork_rng(devices=[]):  # the same initial weights each time, torch's generator untouched
         torch.manual_seed(0)
-        return CaptionClassifier(names, identity)
+        model = CaptionClassifier(names, f"classifier-{digest}")
+    if weights.exists():
+        model.load_state_dict(load_file(weights))
+    else:
+        _train(model, train, bar)
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(weights) as unfinished:
+            save_file(model.state_dict(), unfinished)
+    return model.eval().requires_grad_(False)
 
 
-def _train(train: Captioned, names: list[str], bar: Bar) -> dict[str, Tensor]:
-    """Weights after a fixed number of steps from a fixed seed."""
-    model = _untrained(names)
+def _train(model: CaptionClassifier, train: Captioned, bar: Bar) -> None:
+    """A fixed number of steps from a fixed seed."""
+    names = model.class_names
     labels = torch.tensor([names.index(caption) for caption in train.captions])
     images, targets = shrunk(train.images), F.one_hot(labels, len(names)).float()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
@@ -138,7 +117,6 @@ def _train(train: Captioned, names: list[str], bar: Bar) -> dict[str, Tensor]:
             optimizer.step()
             schedule.step()
             advance()
-    return model.state_dict()
 
 
 def shrunk(images: Tensor) -> Tensor:
@@ -163,7 +141,6 @@ def _mixup(images: Tensor, targets: Tensor, generator: Generator) -> tuple[Tenso
     """Blend the second half of the batch with the first, images and labels alike."""
     half = len(images) // 2
     share = torch.rand(half, generator=generator)
-    image_share, label_share = share.view(-1, 1, 1, 1), share.view(-1, 1)
-    blended = torch.lerp(images[half:], images[:half], image_share)
-    labels = torch.lerp(targets[half:], targets[:half], label_share)
+    blended = torch.lerp(images[half:], images[:half], share.view(-1, 1, 1, 1))
+    labels = torch.lerp(targets[half:], targets[:half], share.view(-1, 1))
     return torch.cat([images[:half], blended]), torch.cat([targets[:half], labels])

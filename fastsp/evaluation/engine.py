@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastsp.diffusion.latents import fingerprint
@@ -26,13 +28,12 @@ from fastsp.errors import UserError
 from fastsp.evaluation.captions import CaptionSet
 from fastsp.evaluation.features import FeatureModel, Features
 from fastsp.evaluation.metrics import of_few_images
-from fastsp.evaluation.plan import Job
 from fastsp.evaluation.reference import HELD_OUT_DIGITS, Reference
-from fastsp.evaluation.rows import REAL, Row, RowFile, described
-from fastsp.evaluation.samples import SampledFeatures
-from fastsp.generation.generate import Sampling, load_for_sampling, num_batches
+from fastsp.evaluation.rows import REAL, Job, Row, RowFile, described
+from fastsp.generation.generate import Sampling, generate, load_for_sampling, num_batches
+from fastsp.generation.grids import save_png, to_pil
 from fastsp.models import TextToImageModel
-from fastsp.utils.files import FileLock, write_file
+from fastsp.utils.files import FileLock, new_file, remove_unfinished, write_file
 from fastsp.utils.progress import Bar
 
 _ANOTHER_IS_AT_IT = 7 * 24 * 3600.0  # seconds to wait for a process that samples the same row
@@ -41,35 +42,20 @@ _PIXEL_BATCH, _LATENT_BATCH = 256, 16
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What all rows of one evaluation share.
+    """What all rows of one evaluation share."""
 
-    Attributes:
-        captions: those to sample, for a seed.
-        extractor: the feature model, on its device.
-        reference: the real images, in its features.
-        rows: where rows are added.
-        work: the folder where features of samples are kept.
-        num_samples: of a row.
-        resolution: side of the samples in pixels; None: each model's own.
-        batch_size: images sampled at once; None: 256, or 16 where a VAE decodes them.
-        keep_images: write the samples as PNG too.
-        keep_features: they stay when their row is written, for another reference.
-        model_config: of single files, see :func:`fastsp.generation.generate.load_for_sampling`.
-        base: of adapters, see there.
-    """
-
-    captions: Callable[[int], CaptionSet]
-    extractor: FeatureModel
-    reference: Reference
+    captions: Callable[[int], CaptionSet]  # those to sample, for a seed
+    extractor: FeatureModel  # on its device
+    reference: Reference  # the real images, in its features
     rows: RowFile
-    work: Path
-    num_samples: int
-    resolution: int | None = None
-    batch_size: int | None = None
-    keep_images: bool = False
-    keep_features: bool = True
-    model_config: str | None = None
-    base: str | None = None
+    work: Path  # where features of samples are kept
+    num_samples: int  # of a row
+    resolution: int | None = None  # side of the samples in pixels; None: each model's own
+    batch_size: int | None = None  # None: 256, or 16 where a VAE decodes the images
+    keep_images: bool = False  # write the samples as PNG too
+    keep_features: bool = True  # they stay when their row is written, for another reference
+    model_config: str | None = None  # of single files, see :func:`fastsp.generation.generate.load_for_sampling`
+    base: str | None = None  # of adapters, see there
 
     def run(self, jobs: Sequence[Job], bar: Bar, say: Callable[[str], Any]) -> list[Row]:
         """Compute the rows of `jobs` that the file lacks, model by model. Returns all rows of the file."""
@@ -103,19 +89,19 @@ class Evaluation:
         for job in jobs:
             captions = self.captions(job.seed)
             row = self._question(job, captions, model, identity)
-            if self.rows.find(row) is not None:
+            if self.rows.has(row):
                 continue
-            folder = self.work / _digest({key: row[key] for key in row if key not in _ONLY_OF_THE_ROW})
+            question = json.dumps({key: row[key] for key in row if key not in _ONLY_OF_THE_ROW}, sort_keys=True)
+            folder = self.work / hashlib.sha256(question.encode()).hexdigest()[:16]
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".lock", _ANOTHER_IS_AT_IT, str(folder)):
-                if self.rows.find_anew(row) is None:
+                if not self.rows.has(row):
                     self._add(self._row(row, job, captions, model, folder, bar), job, say)
                     if not self.keep_features:
                         shutil.rmtree(folder)
 
     def _question(self, job: Job, captions: CaptionSet, model: TextToImageModel, identity: str) -> Row:
         """A row without its figures."""
-        default = _PIXEL_BATCH if model.vae is None else _LATENT_BATCH
         return {
             **job.setting._asdict(),
             "seed": job.seed,
@@ -123,7 +109,7 @@ class Evaluation:
             "resolution": self.resolution or model.default_resolution,
             "model_sha256": identity,
             "dtype": str(model.unet.dtype).removeprefix("torch."),
-            "batch_size": self.batch_size or default,
+            "batch_size": self.batch_size or (_PIXEL_BATCH if model.vae is None else _LATENT_BATCH),
             **captions.facts(),
             **self._facts(),
         }
@@ -175,5 +161,44 @@ def seeded_order(size: int, seed: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
-def _digest(question: Row) -> str:
-    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:16]
+@dataclass
+class SampledFeatures:
+    """What a feature model sees in a model's samples, kept batch by batch: a killed evaluation goes on from there."""
+
+    folder: Path  # where a file for every batch goes; its name has to stand for the model, prompts and settings
+    prompts: Sequence[str]  # one for each image
+    sampling: Sampling
+    extractor: FeatureModel
+    keep_images: bool = False  # write them as PNG too, under `pictures/`
+
+    def missing(self) -> int:
+        """The index of the first image that has still to be sampled; the number of prompts when all are there."""
+        return next((start for start in self._starts() if not self._file(start).is_file()), len(self.prompts))
+
+    def draw(self, model: TextToImageModel, after_step: Callable[[], Any] = lambda: None) -> None:
+        """Sample what is missing. Batches begin where they would have begun, so that the images are the same."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.folder)
+        before = time.monotonic()
+        for indices, images in generate(model, self.prompts, self.sampling, self.missing(), after_step):
+            seen = self.extractor.extract(images)
+            if self.keep_images:
+                for index, image in zip(indices, to_pil(images), strict=True):
+                    save_png(image, self.folder / "pictures" / f"{index:05d}.png", prompt=self.prompts[index])
+            now = time.monotonic()
+            tensors = {"features": seen.features, "logits": seen.logits, "seconds": torch.tensor(now - before)}
+            before = now
+            with new_file(self._file(indices.start)) as unfinished:
+                save_file(tensors, unfinished)
+
+    def load(self) -> tuple[Features, float]:
+        """Features of all images, and the seconds that sampling them took, over all processes that did."""
+        parts = [load_file(self._file(start)) for start in self._starts()]
+        features, logits = (torch.cat([part[name] for part in parts]) for name in ("features", "logits"))
+        return Features(features, logits), sum(float(part["seconds"]) for part in parts)
+
+    def _starts(self) -> range:
+        return range(0, len(self.prompts), self.sampling.batch_size)
+
+    def _file(self, start: int) -> Path:
+        return self.folder / f"{start:06d}.safetensors"

@@ -45,6 +45,5 @@ def _commit() -> str:
 
 def write_environment(run_dir: Path) -> None:
     """Write `environment.json` into `run_dir`, unless the run began elsewhere and has one."""
-    path = run_dir / "environment.json"
-    if not path.exists():
+    if not (path := run_dir / "environment.json").exists():
         write_file(path, json.dumps(environment(), indent=2) + "\n")

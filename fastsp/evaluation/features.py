@@ -9,27 +9,17 @@ from torch import Tensor, nn
 
 
 class Features(NamedTuple):
-    """What a feature model sees in N pictures.
+    """What a feature model sees in N pictures."""
 
-    Attributes:
-        features: float64 (N, D), the space of FID and of precision and recall.
-        logits: float64 (N, K), the class scores of the Inception Score and of validity.
-    """
-
-    features: Tensor
-    logits: Tensor
+    features: Tensor  # float64 (N, D), the space of FID and of precision and recall
+    logits: Tensor  # float64 (N, K), the class scores of the Inception Score and of validity
 
 
 class FeatureModel(nn.Module, ABC):
-    """A frozen network that turns pictures into features and class scores.
+    """A frozen network that turns pictures into features and class scores."""
 
-    Attributes:
-        identity: names the network and its weights; rows computed under another identity are not comparable.
-        class_names: the K classes when they are captions, else empty: only then can caption agreement be computed.
-    """
-
-    identity: str
-    class_names: Sequence[str] = ()
+    identity: str  # names the network and its weights; rows computed under another identity are not comparable
+    class_names: Sequence[str] = ()  # the K classes when they are captions: only then there is caption agreement
 
     @abstractmethod
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,21 +35,13 @@ FEATURES, CLASSES = 2048, 1008
 
 Kernel = int | tuple[int, int]
 Layer = tuple[str, int, Kernel]  # name, channels out, kernel; stride 1 and padded so that the size stays
-Fork = list[Layer]  # layers side by side on the same input
+Branch = Sequence[Layer | list[Layer]]  # a chain; a list in it is layers side by side on the same input
 
 
-class Convolution(nn.Module):
+def convolution(inputs: int, outputs: int, kernel: Kernel, stride: int = 1, padded: bool = True) -> nn.Sequential:
     """Convolution without bias, batch normalisation, ReLU."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: Kernel, stride: int = 1, padded: bool = True) -> None:
-        super().__init__()
-        sides = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = (sides[0] // 2, sides[1] // 2) if padded else (0, 0)
-        self.conv = nn.Conv2d(inputs, outputs, sides, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(outputs, eps=0.001)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, "same" if padded else 0, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(outputs, eps=0.001), relu=nn.ReLU()))
 
 
 class Mixed(nn.Module):
@@ -57,87 +49,73 @@ class Mixed(nn.Module):
 
     Args:
         inputs: channels in.
-        branches: chains of layers; the last entry of a chain may be a fork.
-        pool: "average" or "max" before the last branch, whose one layer follows it.
-        halving: the last layer of each branch has stride 2 and no padding, and a max pool of the input, likewise, is
-            one more branch.
+        branches: of layers.
+        pool: "average" or "max" before the last branch. "halving": the last layer of each branch has stride 2 and no
+            padding, and a max pool of the input, likewise, is one more branch.
     """
 
-    def __init__(
-        self, inputs: int, branches: Sequence[Sequence[Layer | Fork]], pool: str = "average", halving: bool = False
-    ) -> None:
+    def __init__(self, inputs: int, branches: Sequence[Branch], pool: str = "average") -> None:
         super().__init__()
-        self.branches, self.pool, self.halving = branches, pool, halving
+        self.branches, self.pool = branches, pool
         for branch in branches:
             channels = inputs
             for position, entry in enumerate(branch):
-                stride_two = halving and position == len(branch) - 1
+                halves = pool == "halving" and position == len(branch) - 1
                 for name, outputs, kernel in _layers(entry):
-                    layer = Convolution(channels, outputs, kernel, 2 if stride_two else 1, padded=not stride_two)
-                    self.add_module(name, layer)
+                    self.add_module(name, convolution(channels, outputs, kernel, 2 if halves else 1, not halves))
                 channels = outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        inputs = [x] * len(self.branches)
-        if not self.halving:
-            inputs[-1] = self._pooled(x)
-        outputs = [self._run(branch, start) for branch, start in zip(self.branches, inputs, strict=True)]
-        return torch.cat(outputs + ([F.max_pool2d(x, 3, 2)] if self.halving else []), 1)
+        *branches, last = self.branches
+        outputs = [self._run(branch, x) for branch in branches]
+        if self.pool == "halving":
+            return torch.cat([*outputs, self._run(last, x), F.max_pool2d(x, 3, 2)], 1)
+        is_max = self.pool == "max"
+        pooled = F.max_pool2d(x, 3, 1, 1) if is_max else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        return torch.cat([*outputs, self._run(last, pooled)], 1)
 
-    def _pooled(self, x: Tensor) -> Tensor:
-        if self.pool == "max":
-            return F.max_pool2d(x, 3, 1, 1)
-        return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-
-    def _run(self, branch: Sequence[Layer | Fork], x: Tensor) -> Tensor:
+    def _run(self, branch: Branch, x: Tensor) -> Tensor:
         for entry in branch:
             x = torch.cat([self.get_submodule(name)(x) for name, _, _ in _layers(entry)], 1)
         return x
 
 
-def _layers(entry: Layer | Fork) -> Fork:
+def _layers(entry: Layer | list[Layer]) -> list[Layer]:
     return entry if isinstance(entry, list) else [entry]
 
 
-# fmt: off
-_DOUBLE: list[Layer | Fork] = [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)]
+def _chain(name: str, *layers: tuple[int, Kernel]) -> Branch:
+    """Layers ``name_1``, ``name_2``, ... with their channels and kernels."""
+    return [(f"{name}_{number}", *layer) for number, layer in enumerate(layers, 1)]
+
+
+_ACROSS, _DOWN = (1, 7), (7, 1)
+_DOUBLE = _chain("branch3x3dbl", (64, 1), (96, 3), (96, 3))
 
 
 def _mixed_a(inputs: int, pooled: int) -> Mixed:
-    five: list[Layer | Fork] = [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)]
+    five = _chain("branch5x5", (48, 1), (64, 5))
     return Mixed(inputs, [[("branch1x1", 64, 1)], five, _DOUBLE, [("branch_pool", pooled, 1)]])
 
 
-def _mixed_b() -> Mixed:
-    return Mixed(288, [[("branch3x3", 384, 3)], _DOUBLE], halving=True)
-
-
 def _mixed_c(inner: int) -> Mixed:
-    across, down = (1, 7), (7, 1)
-    seven: list[Layer | Fork] = [("branch7x7_1", inner, 1), ("branch7x7_2", inner, across), ("branch7x7_3", 192, down)]
-    double: list[Layer | Fork] = [
-        ("branch7x7dbl_1", inner, 1), ("branch7x7dbl_2", inner, down), ("branch7x7dbl_3", inner, across),
-        ("branch7x7dbl_4", inner, down), ("branch7x7dbl_5", 192, across),
-    ]
+    seven = _chain("branch7x7", (inner, 1), (inner, _ACROSS), (192, _DOWN))
+    double = _chain("branch7x7dbl", (inner, 1), (inner, _DOWN), (inner, _ACROSS), (inner, _DOWN), (192, _ACROSS))
     return Mixed(768, [[("branch1x1", 192, 1)], seven, double, [("branch_pool", 192, 1)]])
 
 
 def _mixed_d() -> Mixed:
-    seven: list[Layer | Fork] = [
-        ("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
-        ("branch7x7x3_4", 192, 3),
-    ]
-    return Mixed(768, [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3)], seven], halving=True)
+    seven = _chain("branch7x7x3", (192, 1), (192, _ACROSS), (192, _DOWN), (192, 3))
+    return Mixed(768, [_chain("branch3x3", (192, 1), (320, 3)), seven], "halving")
 
 
 def _mixed_e(inputs: int, pool: str) -> Mixed:
-    def fork(name: str) -> Fork:
+    def fork(name: str) -> list[Layer]:
         return [(f"{name}a", 384, (1, 3)), (f"{name}b", 384, (3, 1))]
 
-    three: list[Layer | Fork] = [("branch3x3_1", 384, 1), fork("branch3x3_2")]
-    double: list[Layer | Fork] = [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), fork("branch3x3dbl_3")]
+    three = [("branch3x3_1", 384, 1), fork("branch3x3_2")]
+    double = [*_chain("branch3x3dbl", (448, 1), (384, 3)), fork("branch3x3dbl_3")]
     return Mixed(inputs, [[("branch1x1", 320, 1)], three, double, [("branch_pool", 192, 1)]], pool)
-# fmt: on
 
 
 class InceptionV3(FeatureModel):
@@ -148,17 +126,17 @@ class InceptionV3(FeatureModel):
         self.identity = identity
         self.layers = nn.Sequential(
             OrderedDict(
-                Conv2d_1a_3x3=Convolution(3, 32, 3, stride=2, padded=False),
-                Conv2d_2a_3x3=Convolution(32, 32, 3, padded=False),
-                Conv2d_2b_3x3=Convolution(32, 64, 3),
+                Conv2d_1a_3x3=convolution(3, 32, 3, stride=2, padded=False),
+                Conv2d_2a_3x3=convolution(32, 32, 3, padded=False),
+                Conv2d_2b_3x3=convolution(32, 64, 3),
                 pool_1=nn.MaxPool2d(3, 2),
-                Conv2d_3b_1x1=Convolution(64, 80, 1),
-                Conv2d_4a_3x3=Convolution(80, 192, 3, padded=False),
+                Conv2d_3b_1x1=convolution(64, 80, 1),
+                Conv2d_4a_3x3=convolution(80, 192, 3, padded=False),
                 pool_2=nn.MaxPool2d(3, 2),
                 Mixed_5b=_mixed_a(192, 32),
                 Mixed_5c=_mixed_a(256, 64),
                 Mixed_5d=_mixed_a(288, 64),
-                Mixed_6a=_mixed_b(),
+                Mixed_6a=Mixed(288, [[("branch3x3", 384, 3)], _DOUBLE], "halving"),
                 Mixed_6b=_mixed_c(128),
                 Mixed_6c=_mixed_c(160),
                 Mixed_6d=_mixed_c(160),

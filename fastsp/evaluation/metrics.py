@@ -79,12 +79,7 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = NEIGHBOU
     """Share of generated images inside the real manifold, and of real ones inside the generated; each 0 to 1.
 
     Kynkäänniemi et al. 2019, arXiv 1904.06991. The manifold of a set is the union of balls around its members, each
-    reaching to the member's k-th nearest neighbour.
-
-    Args:
-        real: features, float (N, D), more than `neighbours` of them.
-        generated: features, float (M, D), more than `neighbours` of them.
-        neighbours: k.
+    reaching to the member's k-th nearest neighbour. Features are float (N, D) and (M, D), more than k of each.
     """
     return _share_inside(generated, real, neighbours), _share_inside(real, generated, neighbours)
 
@@ -100,8 +95,7 @@ def coverage(real: Tensor, generated: Tensor, neighbours: int = NEIGHBOURS) -> f
 
     Naeem et al. 2020, arXiv 2002.09797. Arguments as of `precision_recall`; it grows with the number of samples.
     """
-    reached = nearest_distance(real, generated) <= _radii(real, neighbours)
-    return reached.double().mean().item()
+    return (nearest_distance(real, generated) <= _radii(real, neighbours)).double().mean().item()
 
 
 def _radii(centres: Tensor, neighbours: int) -> Tensor:
@@ -111,10 +105,5 @@ def _radii(centres: Tensor, neighbours: int) -> Tensor:
 
 
 def nearest_distance(points: Tensor, others: Tensor) -> Tensor:
-    """Euclidean distance in feature space of each image to the nearest of others, float64 (N,).
-
-    Args:
-        points: features, float64 (N, D).
-        others: features, float64 (M, D), M at least 1.
-    """
+    """Euclidean distance in feature space, float64 (N,), of N images, (N, D), to the nearest of others, (M, D)."""
     return torch.cat([torch.cdist(part, others).amin(1) for part in points.split(_ROWS)])

@@ -7,11 +7,11 @@ are read in batches and only what is seen in them is kept, so that memory does n
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,12 @@ from fastsp.config import Config, DataConfig
 from fastsp.data.readers.folder import FolderReader
 from fastsp.data.source import Source, open_source
 from fastsp.errors import UserError
+from fastsp.evaluation import metrics
 from fastsp.evaluation.captions import CaptionSet
 from fastsp.evaluation.classifier import Captioned, caption_classifier, shrunk
 from fastsp.evaluation.features import FeatureModel, Features
 from fastsp.evaluation.inception import load_inception
-from fastsp.evaluation.metrics import (
-    NEIGHBOURS,
-    TEN_SPLITS,
-    caption_agreement,
-    coverage,
-    frechet_distance,
-    inception_score,
-    nearest_distance,
-    precision_recall,
-    validity,
-)
+from fastsp.evaluation.metrics import NEIGHBOURS
 from fastsp.utils.devices import best_device
 from fastsp.utils.files import new_file
 from fastsp.utils.progress import Bar
@@ -55,75 +46,57 @@ _CHUNK = 64  # files of a folder that are decoded at once
 
 @dataclass(frozen=True)
 class Reference:
-    """N real images in one feature model.
+    """N real images in one feature model, and of a run what is seen in its held-out and training images."""
 
-    Attributes:
-        mean: float64 (D,).
-        covariance: float64 (D, D), with N - 1 below.
-        count: N.
-        score: their own Inception Score; None where a file does not say.
-        features: identity of the feature model.
-        source: in words, which images.
-        heldout: of a run, what is seen in those images, else None; their captions.
-        train: of a run, what is seen in the images that it was trained on, else None; their captions.
-        copy_distance: a sample is called a copy if it is nearer to the training set than 99 % of the held-out images.
-    """
-
-    mean: Tensor
-    covariance: Tensor
-    count: int
-    score: float | None
-    features: str
-    source: str
+    mean: Tensor  # float64 (D,)
+    covariance: Tensor  # float64 (D, D), with N - 1 below
+    count: int  # N
+    score: float | None  # their own Inception Score; None where a file does not say
+    features: str  # identity of the feature model
+    source: str  # in words, which images
     heldout: Features | None = None
     heldout_captions: Sequence[str] = ()
     train: Features | None = None
     train_captions: Sequence[str] = ()
-    copy_distance: float = 0.0
+    copy_distance: float = 0.0  # a sample nearer to the training set than 99 % of the held-out images is a copy
 
     @classmethod
     def of(cls, seen: Features, features: str, source: str, **own: Any) -> Reference:
-        """Statistics of images that were looked at.
-
-        Raises:
-            UserError: fewer than two.
-        """
+        """Statistics of images that were looked at, two at least, else `UserError`."""
         if len(seen.features) < 2:
             raise UserError(f"reference {source}: {len(seen.features)} images; allowed: at least 2")
-        mean, covariance, score = seen.features.mean(0), torch.cov(seen.features.T), inception_score(seen.logits)
+        mean, covariance = seen.features.mean(0), torch.cov(seen.features.T)
+        score = metrics.inception_score(seen.logits)
         return cls(mean, covariance, len(seen.features), score, features, source, **own)
 
     def scores(self, seen: Features, class_names: Sequence[str], captions: Sequence[str]) -> dict[str, float]:
-        """All figures that can be computed for one set of images.
+        """All figures that can be computed for one set of images; `UserError` if they are too few.
 
         Args:
             seen: what the feature model sees in them.
-            class_names: of the feature model, where its classes are captions; `validity` needs them.
-            captions: of the images, for `caption_agreement`; empty where they have none.
-
-        Raises:
-            UserError: too few images.
+            class_names: of the feature model, where its classes are captions.
+            captions: of the images; empty where they have none.
         """
         least = 2 if self.heldout is None else NEIGHBOURS + 1
         if len(seen.features) < least:
             raise UserError(f"evaluation.num_samples={len(seen.features)}; allowed: at least {least}")
         row = {
-            "fid": frechet_distance(self.mean, self.covariance, seen.features),
-            "inception_score": inception_score(seen.logits),
+            "fid": metrics.frechet_distance(self.mean, self.covariance, seen.features),
+            "inception_score": metrics.inception_score(seen.logits),
         }
-        if len(seen.logits) >= TEN_SPLITS:
-            row["inception_score_10_splits"] = inception_score(seen.logits, splits=10)
+        if len(seen.logits) >= metrics.TEN_SPLITS:
+            row["inception_score_10_splits"] = metrics.inception_score(seen.logits, splits=10)
         if class_names:
-            row["validity"] = validity(seen.logits)
+            row["validity"] = metrics.validity(seen.logits)
         if self.heldout is not None:
-            row["precision"], row["recall"] = precision_recall(self.heldout.features, seen.features)
-            row["coverage"] = coverage(self.heldout.features, seen.features)
+            row["precision"], row["recall"] = metrics.precision_recall(self.heldout.features, seen.features)
+            row["coverage"] = metrics.coverage(self.heldout.features, seen.features)
         if self.train is not None:
-            nearest = nearest_distance(seen.features, self.train.features)
+            nearest = metrics.nearest_distance(seen.features, self.train.features)
             row["nearest_train"] = nearest.mean().item()
             row["memorised"] = (nearest < self.copy_distance).double().mean().item()
         if captions and class_names:
-            row["caption_agreement"] = caption_agreement(seen.logits, captions, class_names)
+            row["caption_agreement"] = metrics.caption_agreement(seen.logits, captions, class_names)
         return row
 
     def save(self, file: Path) -> None:
@@ -137,11 +110,7 @@ class Reference:
 
 
 def load_reference(file: Path, features: str) -> Reference:
-    """Statistics that :meth:`Reference.save` wrote.
-
-    Args:
-        file: of it.
-        features: the identity that they have to be of.
+    """Statistics that :meth:`Reference.save` wrote, of the feature model with the identity ``features``.
 
     Raises:
         UserError: no such file, another kind of file, or of another feature model.
@@ -166,8 +135,8 @@ def open_reference(
 
     Args:
         features: a file of Inception-v3's weights; or "classifier", that of the digits.
-        reference: a folder of images, of which those are taken that the captions name, or all if they name none;
-            or saved statistics; or, for the digits alone, None: those held out.
+        reference: saved statistics, or a folder of images, of which those are taken that the captions name, or all if
+            they name none. None, for the digits alone: those held out.
         captions: that will be sampled.
         work: where the statistics of a folder are kept.
         bar: shows the progress.
@@ -195,36 +164,27 @@ def open_reference(
 
 
 def own_reference(config: Config, channels: int, bar: Bar) -> tuple[FeatureModel, Reference]:
-    """The feature model of a run on its device, and the run's held-out and training images in it.
-
-    Args:
-        config: of the run.
-        channels: of its images, 1 (grey) or 3 (RGB).
-        bar: shows the progress.
+    """The feature model of a run on its device, and the run's images, of 1 or 3 `channels`, in it.
 
     Raises:
         UserError: too few held-out images, or a feature model that does not go with the data.
     """
-    data, heldout_data = config.data, heldout_of(config)
+    sections = (config.data, heldout_of(config))
     if config.evaluation.features == "classifier":
-        trained, held = _captioned(data, channels, bar), _captioned(heldout_data, channels, bar)
-        _check_enough(len(held.images))
-        model: FeatureModel = caption_classifier(trained, bar=bar).to(best_device())
-        train, heldout = model.extract(trained.images), model.extract(held.images)
-        train_captions, heldout_captions = trained.captions, held.captions
+        images = [_captioned(data, channels, bar) for data in sections]
+        model: FeatureModel = caption_classifier(images[0], bar=bar).to(best_device())
+        train, heldout = (model.extract(found.images) for found in images)
+        captions = [found.captions for found in images]
     else:
         model = load_inception(Path(config.evaluation.features)).to(best_device())
-        train, train_captions = _seen(data, channels, bar, model)
-        heldout, heldout_captions = _seen(heldout_data, channels, bar, model)
-        _check_enough(len(heldout.features))
-    own = {"heldout": heldout, "heldout_captions": heldout_captions, "train": train, "train_captions": train_captions}
-    copy_distance = nearest_distance(heldout.features, train.features).quantile(0.01).item()
+        looked = [_look(data, channels, bar, model.extract) for data in sections]
+        train, heldout = (Features(*map(torch.cat, zip(*parts, strict=True))) for parts, _ in looked)
+        captions = [found for _, found in looked]
+    if len(heldout.features) <= NEIGHBOURS:
+        raise UserError(f"evaluation: {len(heldout.features)} held-out images; allowed: at least {NEIGHBOURS + 1}")
+    copy_distance = metrics.nearest_distance(heldout.features, train.features).quantile(0.01).item()
+    own = {"heldout": heldout, "heldout_captions": captions[1], "train": train, "train_captions": captions[0]}
     return model, Reference.of(heldout, model.identity, OWN, copy_distance=copy_distance, **own)
-
-
-def _check_enough(count: int) -> None:
-    if count <= NEIGHBOURS:
-        raise UserError(f"evaluation: {count} held-out images; allowed: at least {NEIGHBOURS + 1}")
 
 
 def heldout_of(config: Config) -> DataConfig:
@@ -250,19 +210,24 @@ def still_source(data: DataConfig, channels: int) -> Source:
     return open_source(data.model_copy(update=still), tokenizer=None, channels=channels, seed=0)
 
 
-def _batches(data: DataConfig, channels: int, bar: Bar) -> Iterator[tuple[Tensor, list[str]]]:
-    """One epoch, or its first 10,000, without the samples that cannot be decoded: images (B, C, H, W), captions."""
+def _look(data: DataConfig, channels: int, bar: Bar, look: Callable[[Tensor], Any]) -> tuple[list[Any], Sequence[str]]:
+    """What `look` makes of each batch, (B, C, H, W), of one epoch or its first 10,000 images; and their captions.
+
+    Images that cannot be decoded are left out, and so are the captions where every one is empty.
+    """
     source = still_source(data, channels)
     count = min(len(source), MAX_IMAGES)
-    batch_size = min(count, batch_size_of(data.resolution, channels))
-    batches = source.batches(last_position=count, batch_size=batch_size)
+    batches = source.batches(last_position=count, batch_size=min(count, batch_size_of(data.resolution, channels)))
+    parts, captions = [], []
     with closing(batches), bar(f"looking at {count} real images", count) as advance:
         for batch in batches:
             whole = (batch.weights > 0).nonzero().flatten()
             assert batch.pixel_values is not None
-            yield batch.pixel_values[whole], [batch.captions[row] for row in whole.tolist()]
+            parts.append(look(batch.pixel_values[whole]))
+            captions += [batch.captions[row] for row in whole.tolist()]
             for _ in range(len(batch)):
                 advance()
+    return parts, captions if any(captions) else ()
 
 
 def batch_size_of(resolution: int, channels: int) -> int:
@@ -272,24 +237,8 @@ def batch_size_of(resolution: int, channels: int) -> int:
 
 def _captioned(data: DataConfig, channels: int, bar: Bar) -> Captioned:
     """The images as the classifier takes them, which is small."""
-    parts, captions = _looked_at(_batches(data, channels, bar), lambda images: shrunk(images).cpu())
+    parts, captions = _look(data, channels, bar, lambda images: shrunk(images).cpu())
     return Captioned(torch.cat(parts), captions)
-
-
-def _seen(data: DataConfig, channels: int, bar: Bar, model: FeatureModel) -> tuple[Features, Sequence[str]]:
-    parts, captions = _looked_at(_batches(data, channels, bar), model.extract)
-    return Features(*(torch.cat(part) for part in zip(*parts, strict=True))), captions
-
-
-def _looked_at(
-    batches: Iterator[tuple[Tensor, list[str]]], look: Callable[[Tensor], Any]
-) -> tuple[list[Any], Sequence[str]]:
-    """What `look` makes of every batch, and all captions; none where every one is empty."""
-    parts, captions = [], []
-    for images, texts in batches:
-        parts.append(look(images))
-        captions += texts
-    return parts, captions if any(captions) else ()
 
 
 # A folder
@@ -297,7 +246,9 @@ def _looked_at(
 
 def _of_folder(folder: Path, captions: CaptionSet, model: FeatureModel, work: Path, bar: Bar) -> Reference:
     files = image_files(folder, captions.images)
-    kept = work / f"reference-{_digest(files, model.identity)}.safetensors"
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    digest = hashlib.sha256(repr((model.identity, facts)).encode()).hexdigest()[:16]
+    kept = work / f"reference-{digest}.safetensors"
     if kept.is_file():
         return load_reference(kept, model.identity)
     with bar(f"looking at {len(files)} real images", len(files)) as advance:
@@ -331,27 +282,23 @@ def see_files(files: Sequence[Path], model: FeatureModel, advance: Callable[[], 
     Raises:
         UserError: some are no images: names the first, and says how many more there are.
     """
-    seen: list[Any] = [None] * len(files)
+    seen: list[Features] = []
     faults: list[str] = []
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(files), _CHUNK):
-            of_side = defaultdict(list)
-            for place, image in enumerate(pool.map(_square, files[start : start + _CHUNK]), start):
-                if isinstance(image, Tensor):
-                    of_side[image.shape[1]].append((place, image))
-                else:
-                    faults.append(image)
+            images = list(pool.map(_square, files[start : start + _CHUNK]))
+            faults += [image for image in images if isinstance(image, str)]
+            squares = [image for image in images if isinstance(image, Tensor)]
+            for side, group in groupby(squares, lambda image: image.shape[1]):
+                if not faults:  # once one is broken, the others are only decoded
+                    parts = torch.stack(list(group)).split(batch_size_of(side, 3))
+                    seen += [model.extract(part.float() / 127.5 - 1) for part in parts]
+            for _ in images:
                 advance()
-            for side, found in of_side.items() if not faults else ():  # once one is broken, the others are only decoded
-                size = batch_size_of(side, 3)
-                for group in (found[first : first + size] for first in range(0, len(found), size)):
-                    batch = torch.stack([image for _, image in group]).float() / 127.5 - 1
-                    for (place, _), row in zip(group, zip(*model.extract(batch), strict=True), strict=True):
-                        seen[place] = row
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise UserError(f"{faults[0]}{more}; mend or replace it")
-    return Features(*(torch.stack(part) for part in zip(*seen, strict=True)))
+    return Features(*map(torch.cat, zip(*seen, strict=True)))
 
 
 def _square(file: Path) -> Tensor | str:
@@ -365,12 +312,3 @@ def _square(file: Path) -> Tensor | str:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     pixels = np.asarray(image.crop((left, top, left + side, top + side)))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-
-
-def _digest(files: Sequence[Path], features: str) -> str:
-    """Changes with the names, sizes and times of the files, and with the feature model."""
-    seen = hashlib.sha256(features.encode())
-    for file in files:
-        facts = file.stat()
-        seen.update(f"{file} {facts.st_size} {facts.st_mtime_ns}\n".encode())
-    return seen.hexdigest()[:16]

@@ -33,19 +33,13 @@ class Entry(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of the paper.
+    """A table of the paper."""
 
-    Attributes:
-        title: what it compares.
-        stages: the self-perceptual stages by name, each with what differs from the configuration's own.
-        entries: its rows, in the paper's order.
-        unconditional: trained and sampled with the empty prompt.
-    """
-
-    title: str
-    entries: tuple[Entry, ...]
+    title: str  # what it compares
+    entries: tuple[Entry, ...]  # its rows, in the paper's order
+    # The self-perceptual stages by name, each with what differs from the configuration's own
     stages: dict[str, dict[str, Any]] = {SP: {}}  # noqa: RUF012 - never changed
-    unconditional: bool = False
+    unconditional: bool = False  # trained and sampled with the empty prompt
 
 
 def _variants(key: str, rows: dict[str, tuple[str, float, float]]) -> dict[str, Any]:
@@ -106,8 +100,7 @@ TABLES: dict[int, Table] = {
 
 
 def own_config(file: Path) -> Path:
-    """One of the configurations that come with the repository: below this folder, else beside the package, where an
-    editable install has it.
+    """A configuration that comes with the repository: below this folder, else beside an editable install's package.
 
     Raises:
         UserError: neither is there; what is installed is the package alone.
@@ -123,12 +116,12 @@ def own_config(file: Path) -> Path:
 
 
 def table_config(number: int, base: Path, overrides: Sequence[str] = ()) -> Config:
-    """The run of a table.
+    """The run of a table, 1 to 7, in ``reproduce/tableN`` beside the base's own run directory.
 
     Args:
-        number: 1 to 7.
+        number: of the table.
         base: a configuration whose first stage is MSE and that has a self-perceptual one: their settings are taken,
-            as are model, data and all else. The run directory is ``reproduce/tableN`` beside the base's own.
+            as are model, data and all else.
         overrides: as on the command line; they have the last word.
 
     Raises:
@@ -178,9 +171,7 @@ def compared(number: int, rows: list[dict[str, Any]]) -> Iterator[tuple[Entry, f
 def counterpart(role: str, setting: Setting) -> tuple[float, float, str] | None:
     """The paper's FID, Inception Score and table for a row of a run's report; None where it has none.
 
-    Args:
-        role: "real", "base" (MSE), "self_perceptual", "control" or "other". The paper has no equally long control.
-        setting: what ours was sampled with. A guided row is matched to the paper's with the nearest scale.
+    A guided row is matched to the paper's with the nearest scale. The paper has no equally long control.
     """
     if role == "real":
         return 0.00, 35.28, "Table 1"

@@ -1,13 +1,12 @@
-"""Rows of `evaluation.json`: what one says, and the file that they are kept in.
+"""Rows of `evaluation.json`: what one says, which there are to be, and the file that they are kept in.
 
 A row is one set of samples, one seed:
 
     stage            name of the stage or model, or "real" for real images. A run scores training images like samples:
                      the floor. Elsewhere it is the reference against itself, FID 0, as in the paper's first row
     conditional      true: sampled with captions; false: with the empty prompt
-    guidance         scale of classifier-free guidance; 0: none
-    rescale          phi of the rescale; 0: none
-    steps            DDIM steps; 0 for "real"
+    guidance, rescale, steps
+                     scale of classifier-free guidance and phi, 0: none; DDIM steps, 0 for "real"
     seed             of the initial noise, and in a run of the choice of captions
     num_samples      images scored
     fid, inception_score, inception_score_10_splits, validity, caption_agreement, precision, recall, coverage,
@@ -24,9 +23,12 @@ A row is one set of samples, one seed:
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastsp.config import Config
 from fastsp.errors import UserError
 from fastsp.utils.files import FileLock, read_text, write_file
 
@@ -47,7 +49,7 @@ class Setting(NamedTuple):
 
 def described(setting: Setting, seed: int) -> str:
     """A row in words, for progress and messages."""
-    return ", ".join([setting.stage, *([how] if (how := sampling_words(setting)) else []), f"seed {seed}"])
+    return ", ".join(part for part in (setting.stage, sampling_words(setting), f"seed {seed}") if part)
 
 
 def sampling_words(setting: Setting, with_condition: bool = True) -> str:
@@ -72,13 +74,58 @@ def by_setting(rows: list[Row]) -> dict[Setting, list[Row]]:
     return {setting: sorted(group, key=lambda row: row["seed"]) for setting, group in groups.items()}
 
 
+class Job(NamedTuple):
+    """One row to be computed."""
+
+    model: str  # what :func:`fastsp.generation.generate.load_for_sampling` takes; empty for the real images
+    setting: Setting  # its `stage` names the model in the row
+    seed: int  # of the initial noise
+
+
+def plan(config: Config) -> list[Job]:
+    """All rows of a run, setting by setting in the order of the report's tables, each setting over all seeds.
+
+    The real images; every stage without guidance at each step count; the guided rows at the first one; then every stage
+    with the empty prompt at the first one. A model trained without captions has the last kind alone.
+    """
+    folder = Path(config.run_dir) / "stages"
+    return [
+        Job("" if setting.stage == REAL else str(folder / setting.stage), setting, seed)
+        for setting in _settings(config)
+        for seed in config.evaluation.seeds
+    ]
+
+
+def _settings(config: Config) -> Iterator[Setting]:
+    evaluation, captioned = config.evaluation, not config.data.unconditional
+    stages = [stage.name for stage in config.stages]
+    first = evaluation.steps[0]
+    yield Setting(REAL, captioned, 0.0, 0.0, 0)
+    if captioned:
+        yield from (Setting(stage, True, 0.0, 0.0, steps) for steps in evaluation.steps for stage in stages)
+        for guided in evaluation.guidance:
+            chosen = stages if guided.stages is None else guided.stages
+            yield from (Setting(stage, True, guided.scale, guided.rescale, first) for stage in chosen)
+    if evaluation.unconditional or not captioned:
+        yield from (Setting(stage, False, 0.0, 0.0, first) for stage in stages)
+
+
+def combinations(
+    models: Sequence[tuple[str, str]],
+    steps: Sequence[int],
+    guidance: Sequence[float],
+    rescale: Sequence[float],
+    seeds: Sequence[int],
+    conditional: bool = True,
+) -> Iterator[Job]:
+    """Every combination, model by model: what to load and its name in the rows. Rescale goes with guidance only."""
+    for (model, stage), count, scale in product(models, steps, guidance):
+        for phi, seed in product(rescale if scale else [0.0], seeds):
+            yield Job(model, Setting(stage, conditional, float(scale), float(phi), count), seed)
+
+
 class RowFile:
-    """A JSON file with a list of rows. Rows are added one by one, each time the whole file is replaced.
-
-    Several processes may add to one file. Whatever is in it stays.
-
-    Args:
-        path: of the file.
+    """A JSON file with a list of rows. Several processes may add to one file, and whatever is in it stays.
 
     Raises:
         UserError: the file holds something else.
@@ -98,20 +145,16 @@ class RowFile:
         """To be held while the file is changed."""
         return FileLock(self.path.with_name(f".{self.path.name}.lock"), _LOCK_PATIENCE, str(self.path))
 
-    def find(self, row: Row) -> Row | None:
-        """The row that was computed from the same, whatever came out."""
-        wanted = self._question(row)
-        return next((found for found in self.rows if self._question(found) == wanted), None)
-
-    def find_anew(self, row: Row) -> Row | None:
-        """As :meth:`find`, after reading the file again."""
+    def has(self, row: Row) -> bool:
+        """Whether the file, read again, holds a row that was computed from the same, whatever came out."""
         self.rows = self._read()
-        return self.find(row)
+        questions = [{key: found[key] for key in found if key not in self.NOT_ASKED} for found in [row, *self.rows]]
+        return questions[0] in questions[1:]
 
     def add(self, row: Row) -> bool:
         """Write the row, unless one is there that says the same; true if there was none."""
         with self.lock():
-            if self.find_anew(row) is not None:  # another process may have added it
+            if self.has(row):  # another process may have added it
                 return False
             self.rows = self.with_row(row)
             write_file(self.path, json.dumps(self.rows, indent=1, ensure_ascii=False) + "\n")
@@ -120,9 +163,6 @@ class RowFile:
     def with_row(self, row: Row) -> list[Row]:
         """What the file is to hold with one more row."""
         return [*self.rows, row]
-
-    def _question(self, row: Row) -> Row:
-        return {key: value for key, value in row.items() if key not in self.NOT_ASKED}
 
     def _read(self) -> list[Row]:
         if not self.path.exists():

@@ -15,25 +15,15 @@ from fastsp.config import Config, DataConfig, EvaluationConfig
 from fastsp.data.samples import BadSample
 from fastsp.data.source import Source, check_path
 from fastsp.errors import UserError
+from fastsp.evaluation import reference
 from fastsp.evaluation.captions import CaptionSet, read_captions
 from fastsp.evaluation.classifier import MAX_CLASSES, check_classes
 from fastsp.evaluation.engine import Evaluation, seeded_order
 from fastsp.evaluation.environment import write_environment
 from fastsp.evaluation.inception import load_inception
 from fastsp.evaluation.metrics import NEIGHBOURS
-from fastsp.evaluation.plan import Job, plan
-from fastsp.evaluation.reference import (
-    MAX_IMAGES,
-    OWN,
-    Reference,
-    heldout_of,
-    image_files,
-    load_reference,
-    open_reference,
-    own_reference,
-    still_source,
-)
-from fastsp.evaluation.rows import REAL, Row, RowFile, setting_of
+from fastsp.evaluation.reference import MAX_IMAGES, OWN, Reference, heldout_of, still_source
+from fastsp.evaluation.rows import REAL, Job, Row, RowFile, plan, setting_of
 from fastsp.generation.generate import load_for_sampling
 from fastsp.utils.progress import steps_bar
 
@@ -41,11 +31,7 @@ _OR_NONE = "or set evaluation.enabled=false"
 
 
 def evaluate_run(config: Config, console: Console | None = None) -> list[Row]:
-    """Fill `evaluation.json` of a finished run with the rows that its configuration asks for.
-
-    Args:
-        config: of the run; its `run_dir` holds `final/` and `stages/`.
-        console: where progress is shown; None: standard output.
+    """Fill `evaluation.json` of a finished run with the rows that its configuration asks for; progress on the console.
 
     Returns:
         All rows of the file; none, and a line says so, where a file is absent that the configuration names.
@@ -57,17 +43,15 @@ def evaluate_run(config: Config, console: Console | None = None) -> list[Row]:
     if not (run_dir / "final").is_dir():
         raise UserError(f"run_dir {run_dir} holds no finished run: it has no final/; train it first")
 
-    def say(line: str) -> None:
-        console.print(f"evaluation: {line}", soft_wrap=True, highlight=False, markup=False)
+    def say(line: str, before: str = "evaluation: ") -> None:
+        console.print(before + line, soft_wrap=True, highlight=False, markup=False)
 
     if absent := _absent_files(settings):
-        console.print(
-            f"evaluation skipped: {', '.join(absent)} is not there; fastsp eval does it later", soft_wrap=True
-        )
+        say(f"{', '.join(absent)} is not there; fastsp eval does it later", "evaluation skipped: ")
         return []
     write_environment(run_dir)
-    jobs = plan(config)
-    say(f"{len(jobs)} rows, into {run_dir / 'evaluation.json'}")
+    jobs, work, file = plan(config), run_dir / "evaluation", run_dir / "evaluation.json"
+    say(f"{len(jobs)} rows, into {file}")
 
     def first(what: str, total: int) -> AbstractContextManager[Callable[..., None]]:
         """What comes before the first row takes a while: a line for it where there is no bar."""
@@ -75,31 +59,20 @@ def evaluate_run(config: Config, console: Console | None = None) -> list[Row]:
             say(what)
         return steps_bar(what, total)
 
-    work, side = run_dir / "evaluation", config.data.resolution
+    captions: Callable[[int], CaptionSet]
     if settings.captions is None:
-        channels = load_for_sampling(jobs[-1].model).channels
-        extractor, reference = own_reference(config, channels, first)
-        captions: Callable[[int], CaptionSet] = partial(_captions_of, reference, settings.num_samples)
-        rows: RowFile = OwnRows(run_dir / "evaluation.json", jobs)
+        extractor, real = reference.own_reference(config, load_for_sampling(jobs[-1].model).channels, first)
+        captions, rows = partial(_captions_of, real, settings.num_samples), OwnRows(file, jobs)
     else:
         given = read_captions(Path(settings.captions), settings.num_samples)
         named = None if settings.reference is None else Path(settings.reference)
-        extractor, reference = open_reference(settings.features, named, given, work, first, side)
-        captions = lambda seed: given  # noqa: E731 - the same for every seed
-        rows = RowFile(run_dir / "evaluation.json")
+        side = config.data.resolution
+        extractor, real = reference.open_reference(settings.features, named, given, work, first, side)
+        captions, rows = lambda seed: given, RowFile(file)
         jobs = [job for job in jobs if job.model or job.seed == jobs[0].seed]  # the reference is scored once
-    evaluation = Evaluation(
-        captions,
-        extractor,
-        reference,
-        rows,
-        work,
-        settings.num_samples,
-        side,
-        settings.batch_size,
-        keep_features=settings.captions is not None,
-    )
-    return evaluation.run(jobs, steps_bar, say)
+    sizes = settings.num_samples, config.data.resolution, settings.batch_size
+    keep = settings.captions is not None
+    return Evaluation(captions, extractor, real, rows, work, *sizes, keep_features=keep).run(jobs, steps_bar, say)
 
 
 class OwnRows(RowFile):
@@ -129,17 +102,17 @@ def _goes(old: Row, new: Row) -> bool:
     """Whether a run's row is out of date, now that there is a new one."""
     if old["features"] != new["features"] or "reference" not in old:
         return True
-    same_stage = old["stage"] == new["stage"]
-    if same_stage and (setting_of(old), old["seed"]) == (setting_of(new), new["seed"]):
-        return True
-    if same_stage and old.get("model_sha256") != new.get("model_sha256"):
+    if old["stage"] == new["stage"] and (
+        (setting_of(old), old["seed"]) == (setting_of(new), new["seed"])
+        or old.get("model_sha256") != new.get("model_sha256")
+    ):
         return True
     return REAL not in (old["stage"], new["stage"]) and old["num_samples"] != new["num_samples"]
 
 
-def _captions_of(reference: Reference, count: int, seed: int) -> CaptionSet:
+def _captions_of(real: Reference, count: int, seed: int) -> CaptionSet:
     """Captions of held-out images in a seeded order, from the start again where they run out."""
-    captions = reference.heldout_captions or [""]
+    captions = real.heldout_captions or [""]
     order = seeded_order(len(captions), seed).tolist()
     texts = [captions[order[index % len(order)]] for index in range(count)]
     return CaptionSet(texts, f"of the held-out images, in the order of seed {seed}")
@@ -171,18 +144,17 @@ def check_evaluation(config: Config) -> str | None:
     if settings.captions is not None:
         captions = read_captions(Path(settings.captions), settings.num_samples)
         if settings.reference is not None and Path(settings.reference).is_dir():
-            image_files(Path(settings.reference), captions.images)
+            reference.image_files(Path(settings.reference), captions.images)
         elif settings.reference is not None and identity is not None:
-            load_reference(Path(settings.reference), identity)
+            reference.load_reference(Path(settings.reference), identity)
     return None
 
 
 def _absent_files(settings: EvaluationConfig) -> list[str]:
     """The files that the settings name and that are not there, each as ``key path``."""
     named = {"captions": settings.captions, "reference": settings.reference, "features": settings.features}
-    if settings.features == "classifier":
-        del named["features"]
-    return [f"evaluation.{key} {path}" for key, path in named.items() if path is not None and not Path(path).exists()]
+    named = {key: path for key, path in named.items() if path not in (None, "classifier")}
+    return [f"evaluation.{key} {path}" for key, path in named.items() if not Path(str(path)).exists()]
 
 
 def _check_own_data(config: Config) -> None:

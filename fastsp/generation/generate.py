@@ -28,22 +28,13 @@ RAW = "raw"  # in a stage's folder, beside the average
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are sampled.
+    """How images are sampled. Only the rounding of sums depends on the batch size; the VAE decodes one by one."""
 
-    Attributes:
-        steps: of DDIM, 1 .. T.
-        guidance: scale and rescale.
-        seed: of the initial noise.
-        resolution: side in pixels; None: the UNet's own.
-        batch_size: images in a batch of the UNet, twice as many with guidance. The VAE decodes them one by one. Only
-            the rounding of sums depends on it.
-    """
-
-    steps: int = 25
+    steps: int = 25  # of DDIM, 1 .. T
     guidance: Guidance = NO_GUIDANCE
-    seed: int = 0
-    resolution: int | None = None
-    batch_size: int = 16
+    seed: int = 0  # of the initial noise
+    resolution: int | None = None  # side in pixels; None: the UNet's own
+    batch_size: int = 16  # images in a batch of the UNet, twice as many with guidance
 
 
 def load_for_sampling(name: str, config: str | None = None, base: str | None = None) -> TextToImageModel:
@@ -58,7 +49,18 @@ def load_for_sampling(name: str, config: str | None = None, base: str | None = N
     Raises:
         UserError: there is no such model, or it cannot be loaded.
     """
-    model = _load(Path(name).expanduser(), name, config, base)
+    folder = Path(name).expanduser()
+    run = _run_of_stage(folder, name)
+    if run is None:
+        model = load_pipeline(name, config, base=base)
+    else:
+        if (run / "final").is_dir():
+            model = load_pipeline(str(run / "final"), with_unet=False)
+        else:
+            of_run = read_config(run / "config.yaml")
+            start = of_run.model
+            model = load_model(start.preset, start.pretrained, of_run.data.resolution, of_run.seed, start.config)
+        model.unet = load_unet(folder)
     device = best_device()
     model.place(device)
     model.unet.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
@@ -68,21 +70,16 @@ def load_for_sampling(name: str, config: str | None = None, base: str | None = N
 
 
 def check_for_sampling(name: str, base: str | None = None) -> None:
-    """See that `load_for_sampling` would find a model, without reading its weights: before another one is drawn.
-
-    Raises:
-        UserError: it would not.
-    """
+    """Raise `UserError` where `load_for_sampling` would find no model, without reading weights."""
     folder = Path(name).expanduser()
     run = _run_of_stage(folder, name)
     if run is None:
         check_pipeline(name, base)
         return
     check_unet(folder)
-    if (run / "final").is_dir():
-        check_pipeline(str(run / "final"))
-    elif (pretrained := read_config(run / "config.yaml").model.pretrained) is not None:
-        check_pipeline(pretrained)
+    parts = str(run / "final") if (run / "final").is_dir() else read_config(run / "config.yaml").model.pretrained
+    if parts is not None:
+        check_pipeline(parts)
 
 
 def raw_weights(name: str) -> str:
@@ -123,20 +120,6 @@ def _run_of_stage(folder: Path, name: str) -> Path | None:
     return run
 
 
-def _load(folder: Path, name: str, config: str | None, base: str | None) -> TextToImageModel:
-    run = _run_of_stage(folder, name)
-    if run is None:
-        return load_pipeline(name, config, base=base)
-    if (run / "final").is_dir():
-        model = load_pipeline(str(run / "final"), with_unet=False)
-    else:
-        of_run = read_config(run / "config.yaml")
-        start = of_run.model
-        model = load_model(start.preset, start.pretrained, of_run.data.resolution, of_run.seed, start.config)
-    model.unet = load_unet(folder)
-    return model
-
-
 def generate(
     model: TextToImageModel,
     prompts: Sequence[str],
@@ -153,8 +136,8 @@ def generate(
         sampling: how.
         first: index of the first image to sample, the start of a batch.
         after_step: called after every DDIM step of a batch.
-        frames: x0^ is yielded after so many steps of a batch, evenly spaced (the paper's Figure 6), but for those that
-            the sampler does not have. The last one is the finished image.
+        frames: x0^ is yielded after so many steps of a batch, at most all, evenly spaced (the paper's Figure 6). The
+            last one is the finished image.
 
     Yields:
         For each frame of each batch the indices, and images on the CPU: (B, C, H, W) float32 in [-1, 1].
@@ -170,7 +153,7 @@ def generate(
     for start in range(first, len(prompts), sampling.batch_size):
         indices = range(start, min(start + sampling.batch_size, len(prompts)))
         noise = draws.evaluation_noise(sampling.seed, torch.tensor(indices), shape).to(model.unet.device)
-        texts = list(prompts[indices.start : indices.stop])
+        texts = [prompts[index] for index in indices]
         for step, (_, x_0) in enumerate(model.sample(texts, noise, sampling.steps, sampling.guidance), start=1):
             after_step()
             if step in shown:
@@ -182,20 +165,18 @@ def generate_pictures(
     prompts: Sequence[str],
     sampling: Sampling,
     side: int,
-    *,
-    after_step: Callable[[], Any] = lambda: None,
-    frames: int = 1,
     each: Callable[[int, Image.Image], Any] = lambda index, picture: None,
+    **more: Any,
 ) -> list[Image.Image]:
     """The images of :func:`generate` as PIL images for a grid: in the order of the prompts, each with all its frames.
 
     Args:
-        model, prompts, sampling, after_step, frames: see there.
+        model, prompts, sampling, more: see there.
         side: pixels; larger images are shrunk as they come, see :func:`fastsp.generation.grids.cell_side`.
         each: called with index and image, in full size.
     """
     rows: list[list[Image.Image]] = [[] for _ in prompts]
-    for indices, images in generate(model, prompts, sampling, after_step=after_step, frames=frames):
+    for indices, images in generate(model, prompts, sampling, **more):
         for index, picture in zip(indices, to_pil(images), strict=True):
             each(index, picture)
             rows[index].append(shrunk(picture, side))

@@ -1,17 +1,19 @@
-"""Tensors to pictures: single images, and grids with titles and captions."""
+"""Tensors to pictures: single images, and grids with titles and captions in any script that a font covers."""
 
 from __future__ import annotations
 
 import math
+import textwrap
+import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from fastsp.generation.lettering import font_for, one_line, wrap
 from fastsp.utils.files import new_file
 
 MAX_PIXELS = 2**26  # of a grid: 200 MB in memory
@@ -68,23 +70,36 @@ def grid(
     rows = math.ceil(len(pictures) / columns)
     width, height = pictures[0].size
     size = min(max(13, width // 28), 20)
-    above = _Texts(column_titles, width, size, max_lines=3)
-    below = _Texts(captions, width, size, max_lines=3)
-    beside = _Texts(row_titles, _MAX_ROW_TITLE, size, max_lines=max(1, int(height / size / _LINE)))
-    left, top = _MARGIN + beside.width, _MARGIN + above.height
-    cell = width + _MARGIN, height + below.height + _MARGIN
+    above, below = (_lettered(texts or (), width, size, max_lines=3) for texts in (column_titles, captions))
+    beside = _lettered(row_titles or (), _MAX_ROW_TITLE, size, max_lines=max(1, int(height / size / _LINE)))
+    left = _MARGIN + max((text.width + 6 for text in beside), default=0)
+    top = _MARGIN + max((text.height for text in above), default=0)
+    cell = width + _MARGIN, height + max((text.height for text in below), default=0) + _MARGIN
     canvas = Image.new("RGB", (left + columns * cell[0], top + rows * cell[1]), _PAPER)
     for index, picture in enumerate(pictures):
         row, column = divmod(index, columns)
         place = left + column * cell[0], top + row * cell[1]
         canvas.paste(picture, place)
-        below.draw(canvas, index, (place[0], place[1] + height))
-    for row in range(len(row_titles or ())):
-        middle = (height - beside.text_height(row)) // 2
-        beside.draw(canvas, row, (_MARGIN, top + row * cell[1] + max(0, middle)))
-    for column in range(len(column_titles or ())):
-        above.draw(canvas, column, (left + column * cell[0], _MARGIN))
+        if below:
+            canvas.paste(below[index], (place[0], place[1] + height))
+    for row, text in enumerate(beside):
+        canvas.paste(text, (_MARGIN, top + row * cell[1] + max(0, (height - text.height) // 2)))
+    for column, text in enumerate(above):
+        canvas.paste(text, (left + column * cell[0], _MARGIN))
     return canvas
+
+
+def _lettered(texts: Sequence[str], width: int, size: int, max_lines: int) -> list[Image.Image]:
+    """Each text, wrapped, as a picture that is as large as it needs."""
+    pictures, line_height = [], round(size * _LINE)
+    for text in texts:
+        font = font_for(one_line(text), size)
+        lines = wrap(text, width - 4, font, max_lines)
+        longest = math.ceil(max(map(font.getlength, lines), default=0))
+        pictures.append(Image.new("RGB", (longest + 4, len(lines) * line_height + 4 * bool(lines)), _PAPER))
+        for number, line in enumerate(lines):
+            ImageDraw.Draw(pictures[-1]).text((2, number * line_height + 1), line, fill=_INK, font=font)
+    return pictures
 
 
 def save_png(picture: Image.Image, path: Path, **metadata: str) -> None:
@@ -97,29 +112,66 @@ def save_png(picture: Image.Image, path: Path, **metadata: str) -> None:
         picture.save(unfinished, format="PNG", pnginfo=info)
 
 
-class _Texts:
-    """Wrapped texts of one kind, and the room that they take: ``height`` of the highest, ``width`` of the widest."""
-
-    def __init__(self, texts: Sequence[str] | None, width: int, size: int, max_lines: int) -> None:
-        self._line = round(size * _LINE)
-        self._fonts = [font_for(one_line(text), size) for text in texts or ()]
-        self._lines = [
-            wrap(text, width - 4, font, max_lines) for text, font in zip(texts or (), self._fonts, strict=True)
-        ]
-        lengths = [font.getlength(line) for lines, font in zip(self._lines, self._fonts, strict=True) for line in lines]
-        self.height = max((self.text_height(index) for index in range(len(self._lines))), default=0)
-        self.width = math.ceil(max(lengths)) + 10 if lengths else 0
-
-    def text_height(self, index: int) -> int:
-        return len(self._lines[index]) * self._line + 4 if self._lines[index] else 0
-
-    def draw(self, canvas: Image.Image, index: int, place: tuple[int, int]) -> None:
-        for number, line in enumerate(self._lines[index] if self._lines else ()):
-            at = place[0] + 2, place[1] + number * self._line + 1
-            ImageDraw.Draw(canvas).text(at, line, fill=_INK, font=self._fonts[index])
-
-
 def _sized(picture: Image.Image, at_least: int, at_most: int) -> Image.Image:
     picture = shrunk(picture, at_most)
     scale = min(math.ceil(at_least / picture.width), at_most // max(picture.size))
     return picture if scale <= 1 else ImageOps.scale(picture, scale, Image.Resampling.NEAREST)
+
+
+# Users' texts: nothing in them can break the layout
+
+
+def one_line(text: str) -> str:
+    """``text`` as one line of visible characters: no control characters, no direction overrides, single spaces."""
+    whole = text.encode("utf-8", "replace").decode("utf-8")  # arguments that were not UTF-8 have lone surrogates
+    visible = (" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in whole)
+    kept = (c for c in visible if unicodedata.category(c) not in ("Cf", "Cs", "Co", "Cn"))
+    return " ".join("".join(kept).split())
+
+
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """The font with most of the characters of ``text``: DejaVu Sans, or an installed font where that lacks some."""
+    characters = frozenset(ord(c) for c in text if not c.isspace())
+    best = _default_font()
+    if characters - _characters(best):
+        best = min((best, *_system_fonts()), key=lambda font: len(characters - _characters(font)))
+    return ImageFont.truetype(best, size)
+
+
+def wrap(text: str, width: float, font: ImageFont.FreeTypeFont, max_lines: int) -> list[str]:
+    """``text`` in at most ``max_lines`` lines of ``width`` pixels; an ellipsis ends what does not fit."""
+    most = max(1, int(width) // 3)  # characters of a line: the narrowest have some three pixels
+    rest, lines = one_line(text)[: most * max_lines + 1], []
+    for characters in range(most, 0, -1):
+        lines = textwrap.wrap(rest, characters)
+        if len(lines) > max_lines:
+            lines[max_lines - 1 :] = [lines[max_lines - 1][: max(1, characters - 1)].rstrip() + "…"]
+        if all(font.getlength(line) <= width for line in lines):
+            break
+    return lines
+
+
+@cache
+def _default_font() -> str:
+    """matplotlib's copy of DejaVu Sans, which has Latin, Greek, Cyrillic, Arabic, Hebrew and many signs."""
+    from matplotlib import get_data_path
+
+    return str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+
+
+@cache
+def _system_fonts() -> tuple[str, ...]:
+    from matplotlib.font_manager import findSystemFonts
+
+    return tuple(sorted(findSystemFonts()))
+
+
+@cache
+def _characters(font: str) -> frozenset[int]:
+    """The code points that a font file has; none if it cannot be read."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(FT2Font(font).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()

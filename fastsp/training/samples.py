@@ -34,15 +34,12 @@ class SampleDrawer:
     ) -> None:
         settings = config.samples
         prompts = [""] if config.data.unconditional else settings.prompts or captions or [""]
+        side = config.data.resolution
         self.model, self.folder = model, folder
         self.prompts = [prompts[index % len(prompts)] for index in range(settings.count)]
-        self.sampling = Sampling(
-            settings.steps, seed=settings.seed, resolution=config.data.resolution, batch_size=batch_size
-        )
-        self._side, self._row_side = (
-            cell_side(config.data.resolution, cells, _MAX_PIXELS)
-            for cells in (settings.count, _COMPARED * len(config.stages))
-        )
+        self.sampling = Sampling(settings.steps, seed=settings.seed, resolution=side, batch_size=batch_size)
+        self._side = cell_side(side, settings.count, _MAX_PIXELS)
+        self._row_side = cell_side(side, _COMPARED * len(config.stages), _MAX_PIXELS)
 
     def draw(self, unet: Any, name: str) -> Image.Image:
         """One grid, as ``<name>.png``, and returned."""

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastsp.errors import UserError
 from fastsp.evaluation.report import write_report
-from fastsp.evaluation.report.charts import loss_curve
+from fastsp.evaluation.report.page import loss_curve
 
 
 class Page(HTMLParser):
@@ -139,10 +139,10 @@ def test_stages_of_other_names(run_dir: Path) -> None:
 
 
 def test_curves_survive_what_is_not_a_number() -> None:
-    assert loss_curve([10, 20], [float("nan"), float("inf")]) is None
+    assert loss_curve([{"step": 10, "loss": float("nan")}, {"step": 20, "loss": float("inf")}]) is None
     for losses in ([0.5] * 5000, [1e-9, float("nan"), 1e9], [0.3]):
-        png = loss_curve(range(1, len(losses) + 1), losses)
-        assert png is not None
-        with Image.open(io.BytesIO(png)) as chart:
+        uri = loss_curve([{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)])
+        assert uri is not None
+        with Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as chart:
             colours = chart.convert("RGB").getcolors(1 << 16)
         assert (0x24, 0x57, 0xC5) in {colour for _, colour in colours}, "there is a curve"

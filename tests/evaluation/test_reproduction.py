@@ -8,9 +8,8 @@ import pytest
 
 from fastsp.config import Config, load_config
 from fastsp.errors import UserError
-from fastsp.evaluation.plan import plan
 from fastsp.evaluation.reproduction import BASE, TABLES, compared, counterpart, table_config
-from fastsp.evaluation.rows import Setting
+from fastsp.evaluation.rows import Setting, plan
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BASES = {"paper": CONFIGS / "sd21-paper.yaml", "small": CONFIGS / "digits.yaml"}

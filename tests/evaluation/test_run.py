@@ -17,10 +17,9 @@ from fastsp.config import Config, EvaluationConfig, GuidanceConfig
 from fastsp.errors import UserError
 from fastsp.evaluation import run as run_module
 from fastsp.evaluation.engine import Evaluation
-from fastsp.evaluation.plan import Job, plan
 from fastsp.evaluation.reference import Reference
 from fastsp.evaluation.report import write_report
-from fastsp.evaluation.rows import Setting
+from fastsp.evaluation.rows import Job, Setting, plan
 from fastsp.evaluation.run import check_evaluation, evaluate_run
 from fastsp.models import TextToImageModel, digits_model
 

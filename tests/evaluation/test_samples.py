@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastsp.evaluation.engine import SampledFeatures
 from fastsp.evaluation.features import FeatureModel
-from fastsp.evaluation.samples import SampledFeatures
 from fastsp.generation.generate import Sampling
 from fastsp.models import TextToImageModel, digits_model
 

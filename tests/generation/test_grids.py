@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from fastsp.generation.grids import cell_side, grid, save_png, to_pil
-from fastsp.generation.lettering import font_for, one_line, wrap
+from fastsp.generation.grids import cell_side, font_for, grid, one_line, save_png, to_pil, wrap
 
 
 def test_pixel_values():

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import jinja2
+import numpy as np
 import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from fastsp.evaluation.report.charts import loss_curve
 from fastsp.evaluation.report.tables import Roles, find_roles, score_tables, verdict
 from fastsp.evaluation.run_files import RunFiles, read_run
 from fastsp.utils.files import write_file
@@ -27,6 +30,8 @@ from fastsp.utils.progress import duration
 T = TypeVar("T")
 MAX_STEP_GRIDS = 6  # of one stage
 WIDE, NARROW = 1800, 640  # pixels: longest side of an embedded image, in the page's full width and beside others
+_INK, _RAW, _SMOOTH = "#5d636e", "#c3c9d4", "#2457c5"  # the page's colours
+MAX_POINTS = 2000  # of a curve
 AS_IT_IS = 200_000  # bytes: a file up to this size is embedded unchanged
 
 
@@ -40,27 +45,17 @@ class Embedded(NamedTuple):
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir / "report.html"` and return its path.
+    """Write `run_dir / "report.html"` and return its path. Every text of the run is escaped.
 
     Raises:
         UserError: no such directory, or a file of the run is broken.
     """
-    path = run_dir / "report.html"
-    write_file(path, render(read_run(run_dir)))
-    return path
-
-
-def render(run: RunFiles) -> str:
-    """The page as HTML. Every text of the run is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fastsp.evaluation.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    run, path = read_run(run_dir), run_dir / "report.html"
+    roles, loader = find_roles(run), jinja2.PackageLoader("fastsp.evaluation.report", ".")
+    jinja = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    roles = find_roles(run)
-    return environment.get_template("report.html.jinja").render(
+    page = jinja.get_template("report.html.jinja").render(
         title=run.directory.resolve().name,
         verdict=verdict(run, roles),
         no_scores=run.why_no_rows,
@@ -70,12 +65,14 @@ def render(run: RunFiles) -> str:
         comparison=embedded(run.comparison, WIDE) if run.comparison else None,
         captions=run.captions,
         trajectories=[(roles.label(name), embedded(path, WIDE)) for name, path in _in_order(run, run.trajectories)],
-        curves=[(roles.label(name), name, _curve(lines)) for name, lines in run.metrics.items()],
+        curves=[(roles.label(name), name, loss_curve(lines)) for name, lines in run.metrics.items()],
         features=sorted({row["features"] for row in run.rows if "features" in row}),
         times=list(_times(run, roles)),
         environment=list(run.environment.items()),
         config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
     )
+    write_file(path, page)
+    return path
 
 
 def embedded(path: Path, longest: int = NARROW) -> Embedded:
@@ -115,9 +112,35 @@ def _chosen(grids: list[tuple[int, Path]]) -> list[tuple[int, Embedded]]:
     return [(step, embedded(path)) for step, path in (grids[place] for place in places)]
 
 
-def _curve(lines: list[dict[str, Any]]) -> str | None:
-    png = loss_curve([line["step"] for line in lines], [line["loss"] for line in lines])
-    return None if png is None else _uri("png", png)
+def loss_curve(lines: Sequence[dict[str, Any]]) -> str | None:
+    """A PNG as a URI: every loss in grey, a running mean over a twentieth of the stage in blue, a logarithmic axis.
+
+    Losses that are not finite and positive have no place on the axis; None where there are no others.
+    """
+    points = [(line["step"], line["loss"]) for line in lines if math.isfinite(line["loss"]) and line["loss"] > 0]
+    if not points:
+        return None
+    step, loss = np.array(points).T
+    window = max(1, len(loss) // 20)
+    smooth = np.convolve(loss, np.full(window, 1 / window), "valid")
+    shown = slice(None, None, max(1, len(loss) // MAX_POINTS))
+    narrow = loss.max() < 8 * loss.min()  # less than a decade: its powers of ten alone would leave the axis bare
+    figure = Figure(figsize=(4.8, 2.9), dpi=160, layout="constrained")
+    axes = figure.add_subplot(yscale="log", xlim=(0, step[-1]))
+    axes.plot(step[shown], loss[shown], color=_RAW, linewidth=0.8)
+    axes.plot(
+        step[window - 1 :][shown], smooth[shown], color=_SMOOTH, linewidth=1.6, marker="o" if len(loss) == 1 else ""
+    )
+    axes.grid(which="both" if narrow else "major", axis="y", color="#e4e6ea", linewidth=0.6)
+    axes.tick_params(which="both", colors=_INK, labelsize=8, length=0)
+    axes.spines[:].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:.4g}")
+    axes.yaxis.set_minor_formatter("{x:.4g}" if narrow else "")
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return _uri("png", png.getvalue())
 
 
 def _times(run: RunFiles, roles: Roles) -> Iterator[tuple[str, str]]:

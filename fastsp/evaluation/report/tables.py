@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
@@ -39,13 +38,10 @@ class Metric(NamedTuple):
         return f"{value * self.factor:{sign}.{self.decimals}f}{self.unit}".replace("-", "−")  # noqa: RUF001
 
 
-FID = Metric("fid", "FID", 2, True)
-INCEPTION_SCORE = Metric("inception_score", "IS", 2, False)
-VALIDITY = Metric("validity", "Valid", 1, False, 100, "%")
 METRICS = (
-    FID,
-    INCEPTION_SCORE,
-    VALIDITY,
+    Metric("fid", "FID", 2, True),
+    Metric("inception_score", "IS", 2, False),
+    Metric("validity", "Valid", 1, False, 100, "%"),
     Metric("caption_agreement", "Caption", 1, False, 100, "%"),
     Metric("precision", "Precision", 2, False),
     Metric("recall", "Recall", 2, False),
@@ -55,8 +51,7 @@ METRICS = (
 )
 
 
-@dataclass(frozen=True)
-class Roles:
+class Roles(NamedTuple):
     """Which stage plays which part in the comparison; None where there is none."""
 
     base: str | None = None
@@ -101,18 +96,13 @@ class Interval(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Self-perceptual minus control in one metric, at one setting.
+    """Self-perceptual minus control in one metric, at one setting."""
 
-    Attributes:
-        setting: that of the self-perceptual rows; the control's differs in the stage alone.
-        outcome: "better" or "worse" if the interval excludes zero, "undecided" if not or if there is one seed only.
-    """
-
-    setting: Setting
+    setting: Setting  # that of the self-perceptual rows; the control's differs in the stage alone
     self_perceptual: float
     control: float
     difference: Interval
-    outcome: str
+    outcome: str  # "better" or "worse" if the interval excludes zero, else "undecided", as with one seed
 
 
 def spread(values: list[float]) -> tuple[float, float]:
@@ -159,18 +149,17 @@ class Verdict(NamedTuple):
 
 def verdict(run: RunFiles, roles: Roles) -> Verdict:
     """Self-perceptual against its control in FID, IS and validity; every word follows from the numbers."""
+    ours, control = roles.self_perceptual, roles.control
     if not run.rows:
         return Verdict(run.why_no_rows, [])
-    if roles.self_perceptual is None:
+    if ours is None:
         return Verdict("This run has no self-perceptual stage.", [])
-    if roles.control is None:
+    if control is None:
         return Verdict("This run has no MSE stage of the same start and length: there is no fair comparison.", [])
     compared = [
         (metric, comparison)
-        for metric in (FID, INCEPTION_SCORE, VALIDITY)
-        for comparison in compare(
-            run.rows, roles.self_perceptual, roles.control, metric.key, bool(metric.smaller_is_better)
-        )
+        for metric in METRICS[:3]
+        for comparison in compare(run.rows, ours, control, metric.key, bool(metric.smaller_is_better))
     ]
     if not compared:
         return Verdict("Self-perceptual and control have no scores of equal steps and seed yet.", [])
@@ -201,16 +190,13 @@ def _sentence(lines: list[dict[str, str]], seeds: int) -> str:
     )
     if seeds == 1:
         return f"{scores}. One sampling seed gives no interval, and so no verdict."
-    ends = {
-        "better": "Self-perceptual is better",
-        "worse": "Self-perceptual is worse",
-        "undecided": f"The {seeds} seeds cannot tell the two apart",
-    }
+    undecided = f"The {seeds} seeds cannot tell the two apart"
+    end = undecided if first["outcome"] == "undecided" else f"Self-perceptual is {first['outcome']}"
     counts = Counter(line["outcome"] for line in lines)
-    tally = ", ".join(f"{outcome} in {counts[outcome]}" for outcome in ends if counts[outcome])
+    tally = ", ".join(f"{name} in {counts[name]}" for name in ("better", "worse", "undecided") if counts[name])
     return (
         f"{scores}: a difference of {first['difference']} (95 % interval {first['interval']}) over {seeds} seeds. "
-        f"{ends[first['outcome']]}. Of {len(lines)} comparisons it is {tally}."
+        f"{end}. Of {len(lines)} comparisons it is {tally}."
     )
 
 
@@ -219,28 +205,25 @@ def _sentence(lines: list[dict[str, str]], seeds: int) -> str:
 
 def score_tables(run: RunFiles, roles: Roles) -> Iterator[dict[str, Any]]:
     """One table with captions and one without, as far as there are rows; settings in the order they were evaluated."""
-    groups = by_setting(run.rows)
     for conditional in (True, False):
-        chosen = {setting: rows for setting, rows in groups.items() if setting.conditional == conditional}
-        metrics = [m for m in METRICS if any(m.key in row for rows in chosen.values() for row in rows)]
-        columns = [_column(chosen, metric) for metric in metrics]
-        if chosen:
-            yield {
-                "conditional": conditional,
-                "headings": [metric.title for metric in metrics],
-                "rows": [
-                    {
-                        "label": roles.label(setting.stage),
-                        "sampling": sampling_words(setting, with_condition=False)
-                        or "training set, or the reference itself",
-                        "role": roles.of(setting.stage),
-                        "cells": cells,
-                        "paper": counterpart(roles.of(setting.stage), setting),
-                        "samples": f"{rows[0]['num_samples']:,} × {len(rows)}",  # noqa: RUF001
-                    }
-                    for (setting, rows), *cells in zip(chosen.items(), *columns, strict=True)
-                ],
-            }
+        groups = {key: rows for key, rows in by_setting(run.rows).items() if key.conditional == conditional}
+        metrics = [m for m in METRICS if any(m.key in row for rows in groups.values() for row in rows)]
+        cells = zip(*(_column(groups, metric) for metric in metrics), strict=True)
+        if groups:
+            lines = [_score_line(roles, *line) for line in zip(groups.items(), cells, strict=True)]
+            yield {"conditional": conditional, "headings": [metric.title for metric in metrics], "rows": lines}
+
+
+def _score_line(roles: Roles, group: tuple[Setting, list[dict[str, Any]]], cells: Sequence[Any]) -> dict[str, Any]:
+    setting, rows = group
+    return {
+        "label": roles.label(setting.stage),
+        "sampling": sampling_words(setting, with_condition=False) or "training set, or the reference itself",
+        "role": roles.of(setting.stage),
+        "cells": cells,
+        "paper": counterpart(roles.of(setting.stage), setting),
+        "samples": f"{rows[0]['num_samples']:,} × {len(rows)}",  # noqa: RUF001
+    }
 
 
 def _column(groups: dict[Setting, list[dict[str, Any]]], metric: Metric) -> list[dict[str, Any]]:
