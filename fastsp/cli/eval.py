@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -61,7 +62,7 @@ def evaluate(
     from fastsp.evaluation.captions import read_captions
     from fastsp.evaluation.engine import Evaluation
     from fastsp.evaluation.reference import load_reference, open_reference
-    from fastsp.evaluation.rows import REAL, Job, RowFile, Setting, combinations
+    from fastsp.evaluation.rows import REAL, Job, RowFile, Setting
     from fastsp.generation.generate import check_for_sampling
     from fastsp.utils.files import check_folder_writable, check_writable
     from fastsp.utils.progress import steps_bar
@@ -93,8 +94,12 @@ def evaluate(
     evaluation = Evaluation(
         lambda _: found, extractor, real, rows, work, *sizes, keep_pictures, model_config=model_config, base=base
     )
-    named = list(zip(model, short_names(model), strict=True))
-    jobs = combinations(named, steps or [25], guidance or [0.0], rescale or [0.0], seed or [0], not unconditional)
+    named = zip(model, short_names(model), strict=True)
+    jobs = [
+        Job(name, Setting(short, not unconditional, float(scale), float(phi), count), number)
+        for (name, short), count, scale in product(named, steps or [25], guidance or [0.0])
+        for phi, number in product(rescale or [0.0] if scale else [0.0], seed or [0])  # rescale goes with guidance
+    ]
     ground_truth = Job("", Setting(REAL, True, 0.0, 0.0, 0), 0)
     rows_now = evaluation.run([ground_truth, *jobs], steps_bar, typer.echo)
     typer.echo(f"{json_file}: {len(rows_now)} rows")

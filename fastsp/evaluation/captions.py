@@ -27,8 +27,7 @@ class CaptionSet:
 
     def facts(self) -> dict[str, str]:
         """For a row of the evaluation: the choice, and a digest of the captions themselves."""
-        digest = hashlib.sha256("\n".join(self.texts).encode()).hexdigest()
-        return {"captions": self.choice, "captions_sha256": digest}
+        return {"captions": self.choice, "captions_sha256": hashlib.sha256("\n".join(self.texts).encode()).hexdigest()}
 
     def lines(self) -> str:
         """JSON lines: index, caption, and where it came from."""
@@ -40,14 +39,11 @@ class CaptionSet:
 
 
 def read_captions(file: Path, count: int | None = None) -> CaptionSet:
-    """The first captions of a file.
+    """The first captions of a file; `UserError` if it is not what it should be, or has fewer than asked for.
 
     Of COCO's ``captions_*.json``: the first ``count`` images in the order of the file, and of each the caption that
     stands first there; None: at most 10,000, as in the paper. Of a text file: its first lines, empty ones left out;
     None: all of them.
-
-    Raises:
-        UserError: no such file, not what it should be, or fewer captions than asked for.
     """
     name = f"captions {file}"
     images: Sequence[str] = ()

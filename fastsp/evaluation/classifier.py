@@ -1,12 +1,9 @@
 """The in-domain feature model: a small network that reads which caption an image has.
 
-Inception-v3 was never shown handwriting, so FID in its features says little about digits. For a data set with few
-distinct captions a classifier of that very data says more. It is trained once, on the training split, with a fixed
-seed, and cached.
-
-It must also know when it cannot tell: validity is the share of samples that it reads with confidence, and the typical
-failure of a diffusion model is a blend of two digits. So half of its training images are such blends, with the
-blended label (mixup, Zhang et al. 2018, arXiv 1710.09412).
+Inception-v3 was never shown handwriting: for a data set with few distinct captions a classifier of that very data says
+more. It is trained once, on the training split, with a fixed seed, and cached. It must also know when it cannot tell,
+and the typical failure of a diffusion model is a blend of two digits: half of its training images are such blends, with
+the blended label (mixup, Zhang et al. 2018, arXiv 1710.09412).
 """
 
 from __future__ import annotations
@@ -73,10 +70,8 @@ def check_classes(names: Collection[str]) -> None:
 def caption_classifier(train: Captioned, cache: Path | None = None, bar: Bar = no_bar) -> CaptionClassifier:
     """The classifier of `train`'s captions, which are its classes; it is not trained twice on the same images.
 
-    `cache` is a folder, by default `$FASTSP_CACHE`, else `~/.cache/fastsp`; `bar` shows the training.
-
-    Raises:
-        UserError: no captions, one caption alone, or too many distinct ones.
+    `cache` is a folder, by default `$FASTSP_CACHE`, else `~/.cache/fastsp`; `bar` shows the training. `UserError` if
+    there are no captions, one alone, or too many.
     """
     names = sorted(set(train.captions))
     check_classes(names)

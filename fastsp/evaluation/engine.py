@@ -1,9 +1,8 @@
 """Sampling and scoring: rows of a run's `evaluation.json` and of `fastsp eval` alike.
 
-Rows are added to a JSON file one by one, and those that are there are not computed again. What a row takes long for,
-the sampling, is kept batch by batch beside it: an evaluation that was killed at any moment goes on and ends in the same
-figures. Sample i of a seed starts from the same noise and the same caption with every model and every batch size, so
-that models are compared sample by sample.
+Rows are added to a JSON file one by one, and those that are there are not computed again. What is seen in the samples is
+kept batch by batch beside it: an evaluation that was killed at any moment goes on and ends in the same figures. Sample i
+of a seed starts from the same noise and caption with every model and batch size: models are compared sample by sample.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ class Evaluation:
             of_model = [job for job in jobs if job.model == name]
             if name:
                 self._sampled(name, of_model, bar, say)
-            elif self.reference.score is not None:
+            else:
                 for job in of_model:
                     self._add(self._of_real_images(job), job, say)
         if not self.keep_features:
@@ -143,8 +142,8 @@ class Evaluation:
         return {**row, "num_samples": len(chosen), **figures}
 
     def _facts(self) -> Row:
-        of_reference = {"reference": self.reference.source, "reference_count": self.reference.count}
-        return {"features": self.extractor.identity, **of_reference}
+        real = self.reference
+        return {"features": self.extractor.identity, "reference": real.source, "reference_count": real.count}
 
     def _add(self, row: Row, job: Job, say: Callable[[str], Any]) -> None:
         if self.rows.add(row):
@@ -185,17 +184,16 @@ class SampledFeatures:
             if self.keep_images:
                 for index, image in zip(indices, to_pil(images), strict=True):
                     save_png(image, self.folder / "pictures" / f"{index:05d}.png", prompt=self.prompts[index])
-            now = time.monotonic()
-            tensors = {"features": seen.features, "logits": seen.logits, "seconds": torch.tensor(now - before)}
-            before = now
+            tensors = {**seen._asdict(), "seconds": torch.tensor(time.monotonic() - before)}
+            before = time.monotonic()
             with new_file(self._file(indices.start)) as unfinished:
                 save_file(tensors, unfinished)
 
     def load(self) -> tuple[Features, float]:
         """Features of all images, and the seconds that sampling them took, over all processes that did."""
         parts = [load_file(self._file(start)) for start in self._starts()]
-        features, logits = (torch.cat([part[name] for part in parts]) for name in ("features", "logits"))
-        return Features(features, logits), sum(float(part["seconds"]) for part in parts)
+        seen = Features(*(torch.cat([part[name] for part in parts]) for name in Features._fields))
+        return seen, sum(float(part["seconds"]) for part in parts)
 
     def _starts(self) -> range:
         return range(0, len(self.prompts), self.sampling.batch_size)

@@ -17,13 +17,10 @@ _PACKAGES = ("fastsp", "torch", "diffusers", "transformers", "scikit-learn", "nv
 
 def environment() -> dict[str, str]:
     """Name -> version or description, of this process."""
-    facts = {"python": platform.python_version()}
+    facts = {"python": platform.python_version(), **dict.fromkeys(_PACKAGES, "not installed"), "commit": _commit()}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = "not installed"
-    facts["commit"] = _commit()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         facts["cuda"], facts["cudnn"] = str(torch.version.cuda), str(torch.backends.cudnn.version())

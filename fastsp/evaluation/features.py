@@ -31,5 +31,4 @@ class FeatureModel(nn.Module, ABC):
         self.eval()
         device = next(self.parameters()).device
         parts = [self(batch.to(device)) for batch in images.split(batch_size)]
-        features, logits = (torch.cat([part[i] for part in parts]).double().cpu() for i in (0, 1))
-        return Features(features, logits)
+        return Features(*(torch.cat(part).double().cpu() for part in zip(*parts, strict=True)))

@@ -35,7 +35,7 @@ FEATURES, CLASSES = 2048, 1008
 
 Kernel = int | tuple[int, int]
 Layer = tuple[str, int, Kernel]  # name, channels out, kernel; stride 1 and padded so that the size stays
-Branch = Sequence[Layer | list[Layer]]  # a chain; a list in it is layers side by side on the same input
+Branch = Sequence[list[Layer]]  # a chain of layers, or of several side by side on the same input
 
 
 def convolution(inputs: int, outputs: int, kernel: Kernel, stride: int = 1, padded: bool = True) -> nn.Sequential:
@@ -61,7 +61,7 @@ class Mixed(nn.Module):
             channels = inputs
             for position, entry in enumerate(branch):
                 halves = pool == "halving" and position == len(branch) - 1
-                for name, outputs, kernel in _layers(entry):
+                for name, outputs, kernel in entry:
                     self.add_module(name, convolution(channels, outputs, kernel, 2 if halves else 1, not halves))
                 channels = outputs
 
@@ -76,17 +76,13 @@ class Mixed(nn.Module):
 
     def _run(self, branch: Branch, x: Tensor) -> Tensor:
         for entry in branch:
-            x = torch.cat([self.get_submodule(name)(x) for name, _, _ in _layers(entry)], 1)
+            x = torch.cat([self.get_submodule(name)(x) for name, _, _ in entry], 1)
         return x
-
-
-def _layers(entry: Layer | list[Layer]) -> list[Layer]:
-    return entry if isinstance(entry, list) else [entry]
 
 
 def _chain(name: str, *layers: tuple[int, Kernel]) -> Branch:
     """Layers ``name_1``, ``name_2``, ... with their channels and kernels."""
-    return [(f"{name}_{number}", *layer) for number, layer in enumerate(layers, 1)]
+    return [[(f"{name}_{number}", *layer)] for number, layer in enumerate(layers, 1)]
 
 
 _ACROSS, _DOWN = (1, 7), (7, 1)
@@ -95,13 +91,13 @@ _DOUBLE = _chain("branch3x3dbl", (64, 1), (96, 3), (96, 3))
 
 def _mixed_a(inputs: int, pooled: int) -> Mixed:
     five = _chain("branch5x5", (48, 1), (64, 5))
-    return Mixed(inputs, [[("branch1x1", 64, 1)], five, _DOUBLE, [("branch_pool", pooled, 1)]])
+    return Mixed(inputs, [[[("branch1x1", 64, 1)]], five, _DOUBLE, [[("branch_pool", pooled, 1)]]])
 
 
 def _mixed_c(inner: int) -> Mixed:
     seven = _chain("branch7x7", (inner, 1), (inner, _ACROSS), (192, _DOWN))
     double = _chain("branch7x7dbl", (inner, 1), (inner, _DOWN), (inner, _ACROSS), (inner, _DOWN), (192, _ACROSS))
-    return Mixed(768, [[("branch1x1", 192, 1)], seven, double, [("branch_pool", 192, 1)]])
+    return Mixed(768, [[[("branch1x1", 192, 1)]], seven, double, [[("branch_pool", 192, 1)]]])
 
 
 def _mixed_d() -> Mixed:
@@ -113,9 +109,9 @@ def _mixed_e(inputs: int, pool: str) -> Mixed:
     def fork(name: str) -> list[Layer]:
         return [(f"{name}a", 384, (1, 3)), (f"{name}b", 384, (3, 1))]
 
-    three = [("branch3x3_1", 384, 1), fork("branch3x3_2")]
+    three = [*_chain("branch3x3", (384, 1)), fork("branch3x3_2")]
     double = [*_chain("branch3x3dbl", (448, 1), (384, 3)), fork("branch3x3dbl_3")]
-    return Mixed(inputs, [[("branch1x1", 320, 1)], three, double, [("branch_pool", 192, 1)]], pool)
+    return Mixed(inputs, [[[("branch1x1", 320, 1)]], three, double, [[("branch_pool", 192, 1)]]], pool)
 
 
 class InceptionV3(FeatureModel):
@@ -136,7 +132,7 @@ class InceptionV3(FeatureModel):
                 Mixed_5b=_mixed_a(192, 32),
                 Mixed_5c=_mixed_a(256, 64),
                 Mixed_5d=_mixed_a(288, 64),
-                Mixed_6a=Mixed(288, [[("branch3x3", 384, 3)], _DOUBLE], "halving"),
+                Mixed_6a=Mixed(288, [[[("branch3x3", 384, 3)]], _DOUBLE], "halving"),
                 Mixed_6b=_mixed_c(128),
                 Mixed_6c=_mixed_c(160),
                 Mixed_6d=_mixed_c(160),
@@ -155,11 +151,7 @@ class InceptionV3(FeatureModel):
 
 
 def load_inception(path: Path) -> InceptionV3:
-    """Inception-v3 with the weights of a safetensors file; see the module's text for how to make one.
-
-    Raises:
-        UserError: no such file, not a safetensors file, or not these weights.
-    """
+    """Inception-v3 with a safetensors file's weights, see the module's text; `UserError` if it holds something else."""
     if not path.is_file():
         raise UserError(
             f"features {path}: no such file; allowed: classifier (of the digits), or a safetensors file with "

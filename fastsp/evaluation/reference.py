@@ -51,7 +51,7 @@ class Reference:
     mean: Tensor  # float64 (D,)
     covariance: Tensor  # float64 (D, D), with N - 1 below
     count: int  # N
-    score: float | None  # their own Inception Score; None where a file does not say
+    score: float  # their own Inception Score
     features: str  # identity of the feature model
     source: str  # in words, which images
     heldout: Features | None = None
@@ -72,10 +72,7 @@ class Reference:
     def scores(self, seen: Features, class_names: Sequence[str], captions: Sequence[str]) -> dict[str, float]:
         """All figures that can be computed for one set of images; `UserError` if they are too few.
 
-        Args:
-            seen: what the feature model sees in them.
-            class_names: of the feature model, where its classes are captions.
-            captions: of the images; empty where they have none.
+        `class_names` are those of the feature model, `captions` those of the images; either may be empty.
         """
         least = 2 if self.heldout is None else NEIGHBOURS + 1
         if len(seen.features) < least:
@@ -101,37 +98,32 @@ class Reference:
 
     def save(self, file: Path) -> None:
         """Write the statistics as safetensors: mean, covariance, count, inception_score; the words in its metadata."""
-        tensors = {"mean": self.mean, "covariance": self.covariance, "count": torch.tensor(self.count)}
-        if self.score is not None:
-            tensors["inception_score"] = torch.tensor(self.score, dtype=torch.float64)
+        numbers = {"count": torch.tensor(self.count), "inception_score": torch.tensor(self.score, dtype=torch.float64)}
         file.parent.mkdir(parents=True, exist_ok=True)
         with new_file(file) as unfinished:
-            save_file(tensors, unfinished, metadata={"features": self.features, "source": self.source})
+            facts = {"features": self.features, "source": self.source}
+            save_file({"mean": self.mean, "covariance": self.covariance, **numbers}, unfinished, metadata=facts)
 
 
 def load_reference(file: Path, features: str) -> Reference:
-    """Statistics that :meth:`Reference.save` wrote, of the feature model with the identity ``features``.
-
-    Raises:
-        UserError: no such file, another kind of file, or of another feature model.
-    """
+    """What :meth:`Reference.save` wrote, of the feature model `features`; `UserError` if it is something else."""
     try:
         with safe_open(file, "pt") as found:
             facts = found.metadata() or {}
             tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
         mean, covariance, count = tensors["mean"], tensors["covariance"], int(tensors["count"])
+        score = float(tensors["inception_score"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"reference {file} holds no statistics (mean, covariance, count): {error}") from None
+        raise UserError(f"reference {file} holds no statistics that fastsp eval saved: {error}") from None
     if facts.get("features") != features:
         raise UserError(f"reference {file} is of the features {facts.get('features')!r}; these are {features!r}")
-    score = float(tensors["inception_score"]) if "inception_score" in tensors else None
     return Reference(mean, covariance, count, score, features, facts.get("source", file.name))
 
 
 def open_reference(
     features: str, reference: Path | None, captions: CaptionSet, work: Path, bar: Bar, resolution: int | None = None
 ) -> tuple[FeatureModel, Reference]:
-    """The feature model on its device, and the real images that a user names.
+    """The feature model on its device, and the real images that a user names; `UserError` if something is amiss.
 
     Args:
         features: a file of Inception-v3's weights; or "classifier", that of the digits.
@@ -141,9 +133,6 @@ def open_reference(
         work: where the statistics of a folder are kept.
         bar: shows the progress.
         resolution: of the digits; None: 8 pixels.
-
-    Raises:
-        UserError: something named is missing or is of another kind.
     """
     if features == "classifier":
         data = DataConfig(source="digits", resolution=resolution or _DIGITS_SIDE, batch_size=1)
@@ -160,15 +149,8 @@ def open_reference(
     return model, _of_folder(reference, captions, model, work, bar)
 
 
-# A run's own data
-
-
 def own_reference(config: Config, channels: int, bar: Bar) -> tuple[FeatureModel, Reference]:
-    """The feature model of a run on its device, and the run's images, of 1 or 3 `channels`, in it.
-
-    Raises:
-        UserError: too few held-out images, or a feature model that does not go with the data.
-    """
+    """A run's feature model, and its images of 1 or 3 `channels` in it; `UserError` if they do not go together."""
     sections = (config.data, heldout_of(config))
     if config.evaluation.features == "classifier":
         images = [_captioned(data, channels, bar) for data in sections]
@@ -188,11 +170,7 @@ def own_reference(config: Config, channels: int, bar: Bar) -> tuple[FeatureModel
 
 
 def heldout_of(config: Config) -> DataConfig:
-    """Where a run's held-out images are: the digits' own split, or what `evaluation.heldout` names.
-
-    Raises:
-        UserError: other data than the digits, and no path.
-    """
+    """A run's held-out images: the digits' own split, or `evaluation.heldout`; without it, `UserError`."""
     data, path = config.data, config.evaluation.heldout
     if data.source == "digits":
         return data.model_copy(update={"split": "heldout"})
@@ -241,9 +219,6 @@ def _captioned(data: DataConfig, channels: int, bar: Bar) -> Captioned:
     return Captioned(torch.cat(parts), captions)
 
 
-# A folder
-
-
 def _of_folder(folder: Path, captions: CaptionSet, model: FeatureModel, work: Path, bar: Bar) -> Reference:
     files = image_files(folder, captions.images)
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -260,11 +235,7 @@ def _of_folder(folder: Path, captions: CaptionSet, model: FeatureModel, work: Pa
 
 
 def image_files(folder: Path, names: Sequence[str] = ()) -> list[Path]:
-    """The images of a folder, sorted; or those of these names, all of which have to be there.
-
-    Raises:
-        UserError: no such folder, no images, or one that is named is not there.
-    """
+    """The images of a folder, sorted; or those of these names, all of which have to be there, else `UserError`."""
     if not folder.is_dir():
         raise UserError(f"reference {folder}: there is no such folder or file")
     if not names:
@@ -277,11 +248,7 @@ def image_files(folder: Path, names: Sequence[str] = ()) -> list[Path]:
 
 
 def see_files(files: Sequence[Path], model: FeatureModel, advance: Callable[[], Any] = lambda: None) -> Features:
-    """What the model sees in image files: the largest square in the middle of each, in its own resolution.
-
-    Raises:
-        UserError: some are no images: names the first, and says how many more there are.
-    """
+    """What the model sees in the central square of each file, in its own resolution; `UserError` if some are broken."""
     seen: list[Features] = []
     faults: list[str] = []
     with ThreadPoolExecutor() as pool:

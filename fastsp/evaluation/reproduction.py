@@ -100,11 +100,7 @@ TABLES: dict[int, Table] = {
 
 
 def own_config(file: Path) -> Path:
-    """A configuration that comes with the repository: below this folder, else beside an editable install's package.
-
-    Raises:
-        UserError: neither is there; what is installed is the package alone.
-    """
+    """A configuration of the repository: below this folder, else beside an editable install; else `UserError`."""
     beside = Path(__file__).resolve().parents[2] / file
     for path in (file, beside):
         if path.is_file():
@@ -116,16 +112,13 @@ def own_config(file: Path) -> Path:
 
 
 def table_config(number: int, base: Path, overrides: Sequence[str] = ()) -> Config:
-    """The run of a table, 1 to 7, in ``reproduce/tableN`` beside the base's own run directory.
+    """The run of a table, 1 to 7, in ``reproduce/tableN`` beside the base's own; `UserError` if the base lacks a stage.
 
     Args:
         number: of the table.
         base: a configuration whose first stage is MSE and that has a self-perceptual one: their settings are taken,
             as are model, data and all else.
         overrides: as on the command line; they have the last word.
-
-    Raises:
-        UserError: no such table, or a configuration that lacks one of the two stages.
     """
     if number not in TABLES:
         raise UserError(f"table {number}: the paper has tables 1 to {max(TABLES)}")

@@ -10,11 +10,9 @@ A row is one set of samples, one seed:
     seed             of the initial noise, and in a run of the choice of captions
     num_samples      images scored
     fid, inception_score, inception_score_10_splits, validity, caption_agreement, precision, recall, coverage,
-    nearest_train, memorised
-                     see `fastsp.evaluation.metrics`
-    features         identity of the feature model
-    reference, reference_count
-                     the real images that the samples are compared with, in words, and their number
+    nearest_train, memorised: see `fastsp.evaluation.metrics`
+    features, reference, reference_count
+                     identity of the feature model; the real images to compare with, in words, and their number
     captions, captions_sha256, resolution, model_sha256, dtype, batch_size
                      what was sampled, and with which weights
     seconds          wall clock of sampling
@@ -23,8 +21,7 @@ A row is one set of samples, one seed:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,10 +80,8 @@ class Job(NamedTuple):
 
 
 def plan(config: Config) -> list[Job]:
-    """All rows of a run, setting by setting in the order of the report's tables, each setting over all seeds.
-
-    The real images; every stage without guidance at each step count; the guided rows at the first one; then every stage
-    with the empty prompt at the first one. A model trained without captions has the last kind alone.
+    """All rows of a run, in the order of the report: the real images; every stage without guidance at each step count;
+    guided, at the first one; with the empty prompt, at the first one (the only kind of a model without captions).
     """
     folder = Path(config.run_dir) / "stages"
     return [
@@ -110,26 +105,8 @@ def _settings(config: Config) -> Iterator[Setting]:
         yield from (Setting(stage, False, 0.0, 0.0, first) for stage in stages)
 
 
-def combinations(
-    models: Sequence[tuple[str, str]],
-    steps: Sequence[int],
-    guidance: Sequence[float],
-    rescale: Sequence[float],
-    seeds: Sequence[int],
-    conditional: bool = True,
-) -> Iterator[Job]:
-    """Every combination, model by model: what to load and its name in the rows. Rescale goes with guidance only."""
-    for (model, stage), count, scale in product(models, steps, guidance):
-        for phi, seed in product(rescale if scale else [0.0], seeds):
-            yield Job(model, Setting(stage, conditional, float(scale), float(phi), count), seed)
-
-
 class RowFile:
-    """A JSON file with a list of rows. Several processes may add to one file, and whatever is in it stays.
-
-    Raises:
-        UserError: the file holds something else.
-    """
+    """A JSON file with rows, else `UserError`. Several processes may add to it, and whatever is in it stays."""
 
     # Figures, and the batch size, on which none depends: rows that differ in nothing else are of the same samples.
     NOT_ASKED = (
@@ -165,10 +142,8 @@ class RowFile:
         return [*self.rows, row]
 
     def _read(self) -> list[Row]:
-        if not self.path.exists():
-            return []
         try:
-            rows = json.loads(read_text(self.path))
+            rows = json.loads(read_text(self.path)) if self.path.exists() else []
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path} is broken JSON: {error}; choose another file") from None
         if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):

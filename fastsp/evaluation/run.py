@@ -31,13 +31,10 @@ _OR_NONE = "or set evaluation.enabled=false"
 
 
 def evaluate_run(config: Config, console: Console | None = None) -> list[Row]:
-    """Fill `evaluation.json` of a finished run with the rows that its configuration asks for; progress on the console.
+    """Fill `evaluation.json` of a finished run, else `UserError`, with the rows that its configuration asks for.
 
     Returns:
         All rows of the file; none, and a line says so, where a file is absent that the configuration names.
-
-    Raises:
-        UserError: the run is not finished, or lacks what its `evaluation` section needs.
     """
     settings, run_dir, console = config.evaluation, Path(config.run_dir), console or Console()
     if not (run_dir / "final").is_dir():
@@ -60,6 +57,7 @@ def evaluate_run(config: Config, console: Console | None = None) -> list[Row]:
         return steps_bar(what, total)
 
     captions: Callable[[int], CaptionSet]
+    rows: RowFile
     if settings.captions is None:
         extractor, real = reference.own_reference(config, load_for_sampling(jobs[-1].model).channels, first)
         captions, rows = partial(_captions_of, real, settings.num_samples), OwnRows(file, jobs)
@@ -118,17 +116,11 @@ def _captions_of(real: Reference, count: int, seed: int) -> CaptionSet:
     return CaptionSet(texts, f"of the held-out images, in the order of seed {seed}")
 
 
-# Before the training
-
-
 def check_evaluation(config: Config) -> str | None:
-    """See that a run's `evaluation` section can be followed, before hours of training.
+    """See that a run's `evaluation` section can be followed, before hours of training; `UserError` if it cannot.
 
     Returns:
         A line to show: it is off, or files are absent, which is no error: they may come yet.
-
-    Raises:
-        UserError: a key is missing, or names something of another kind.
     """
     settings = config.evaluation
     if not settings.enabled:

@@ -59,11 +59,7 @@ class RunFiles:
 
 
 def read_run(directory: Path) -> RunFiles:
-    """Read what there is.
-
-    Raises:
-        UserError: no such directory, or one of its files is broken.
-    """
+    """Read what there is; `UserError` if there is no such directory, or a file in it is broken."""
     if not directory.is_dir():
         raise UserError(f"run directory {directory} does not exist; allowed: the run_dir of a training run")
     run = RunFiles(directory)

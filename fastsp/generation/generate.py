@@ -43,8 +43,7 @@ def load_for_sampling(name: str, config: str | None = None, base: str | None = N
     Args:
         name: what :func:`fastsp.models.load_pipeline` takes, or a stage of a run, as in ``runs/quickstart/stages/mse``:
             that UNet, the run's other parts. The run need not be finished. ``raw/`` in there has the raw weights.
-        config: of a single file, see there.
-        base: of adapters, see there.
+        config, base: of a single file, of adapters; see there.
 
     Raises:
         UserError: there is no such model, or it cannot be loaded.
@@ -83,11 +82,7 @@ def check_for_sampling(name: str, base: str | None = None) -> None:
 
 
 def raw_weights(name: str) -> str:
-    """Where the raw weights lie that belong to an average: of a run's ``final/``, or of one of its ``stages/``.
-
-    Raises:
-        UserError: ``name`` is no such folder, or the run kept no raw weights.
-    """
+    """The raw weights of a run's ``final/``, or of one of its ``stages/``; `UserError` if there are none."""
     folder = Path(name).expanduser()
     if folder.name == "final" and (folder.parent / "config.yaml").is_file():
         folder = folder.parent / "stages" / str(read_config(folder.parent / "config.yaml").final)
@@ -97,11 +92,7 @@ def raw_weights(name: str) -> str:
 
 
 def _run_of_stage(folder: Path, name: str) -> Path | None:
-    """The run that a folder is a stage of; None: it is a pipeline by itself, or adapters that name their base.
-
-    Raises:
-        UserError: it is a run directory, or a stage that is not there.
-    """
+    """The run that a folder is a stage of, None if of none; `UserError` if it is a run, or an unfinished stage."""
     if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
         raise UserError(f"{name} is a run directory: take its final/, or one of its stages/")
     if folder.parent.name == "checkpoints" and (folder.parent.parent / "config.yaml").is_file():
@@ -131,9 +122,7 @@ def generate(
     """Sample image i from prompt i and noise i, a batch at a time, so that memory does not grow with their number.
 
     Args:
-        model: on its device.
-        prompts: one for each image.
-        sampling: how.
+        model, prompts, sampling: one prompt for each image.
         first: index of the first image to sample, the start of a batch.
         after_step: called after every DDIM step of a batch.
         frames: x0^ is yielded after so many steps of a batch, at most all, evenly spaced (the paper's Figure 6). The

@@ -59,9 +59,7 @@ def grid(
         images: (N, C, H, W) in [-1, 1], or PIL images. They are shrunk where all cells together would have more than
             ``MAX_PIXELS``.
         columns: None for a nearly square grid.
-        row_titles: one for each row, at its left.
-        column_titles: one for each column, above it.
-        captions: one for each image, below it.
+        row_titles, column_titles, captions: one for each row, at its left; column, above it; image, below it.
         min_size: pixels of a cell's side; smaller images are enlarged by a whole factor, without smoothing.
     """
     images = to_pil(images) if isinstance(images, Tensor) else images
@@ -116,9 +114,6 @@ def _sized(picture: Image.Image, at_least: int, at_most: int) -> Image.Image:
     picture = shrunk(picture, at_most)
     scale = min(math.ceil(at_least / picture.width), at_most // max(picture.size))
     return picture if scale <= 1 else ImageOps.scale(picture, scale, Image.Resampling.NEAREST)
-
-
-# Users' texts: nothing in them can break the layout
 
 
 def one_line(text: str) -> str:

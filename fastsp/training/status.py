@@ -65,11 +65,7 @@ class RunStatus:
 
 
 def run_status(root: Path, verify: bool = False) -> RunStatus:
-    """Read a run directory; with ``verify`` the newest checkpoint's checksums too, else its files' sizes alone.
-
-    Raises:
-        UserError: it holds no run.
-    """
+    """Read a run directory, else `UserError`. `verify` compares the newest checkpoint's checksums, not just sizes."""
     try:
         config = yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8"))
         stages = {stage["name"]: stage["steps"] for stage in config["stages"]}
@@ -87,6 +83,8 @@ def run_status(root: Path, verify: bool = False) -> RunStatus:
     here = Progress(last.get("stage", ""), last.get("step", 0), last.get("global_step", 0))
     here = saved if saved is not None and saved.global_step > here.global_step else here
     total, rate = sum(stages.values()), last.get("samples_per_s")
+    # Those that the run has named may be more than it has logged: it can be stopped by them. null: a file of many
+    bad_samples = sum(b'"position": null' not in line for line in _lines(root / "bad_samples.jsonl"))
     return RunStatus(
         run_dir=str(root),
         running=running,
@@ -105,7 +103,7 @@ def run_status(root: Path, verify: bool = False) -> RunStatus:
         checkpoint_step=saved.global_step if saved else None,
         checkpoint_damage=harm,
         skipped=last.get("skipped", 0),
-        bad_samples=max(last.get("bad_samples", 0), _bad_samples(root / "bad_samples.jsonl")),
+        bad_samples=max(last.get("bad_samples", 0), bad_samples),
         next=_next(root, config, running is not None, perhaps, finished),
     )
 
@@ -127,13 +125,11 @@ def _next(root: Path, config: dict[str, Any], running: bool, perhaps: str | None
 def _last_rows(file: Path) -> list[dict[str, Any]]:
     """The last complete lines of `metrics.jsonl`."""
     rows = []
-    for line in file.read_bytes().splitlines()[-_LOSSES - 1 :] if file.exists() else ():
+    for line in _lines(file)[-_LOSSES - 1 :]:
         with suppress(ValueError):  # the last one is being written
             rows.append(json.loads(line))
     return rows[-_LOSSES:]
 
 
-def _bad_samples(file: Path) -> int:
-    """Samples that the run has named as bad, which may be more than it has logged: a run can be stopped by them."""
-    lines = file.read_bytes().splitlines() if file.exists() else []
-    return sum(b'"position": null' not in line for line in lines)  # null: a file of many samples
+def _lines(file: Path) -> list[bytes]:
+    return file.read_bytes().splitlines() if file.exists() else []

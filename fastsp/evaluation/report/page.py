@@ -45,11 +45,7 @@ class Embedded(NamedTuple):
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir / "report.html"` and return its path. Every text of the run is escaped.
-
-    Raises:
-        UserError: no such directory, or a file of the run is broken.
-    """
+    """Write `run_dir / "report.html"` and return its path; `UserError` if a file of the run is broken."""
     run, path = read_run(run_dir), run_dir / "report.html"
     roles, loader = find_roles(run), jinja2.PackageLoader("fastsp.evaluation.report", ".")
     jinja = jinja2.Environment(

@@ -79,9 +79,6 @@ def find_roles(run: RunFiles) -> Roles:
     return Roles(ours["init"], ours["name"], next(controls, None))
 
 
-# Self-perceptual against its control over several seeds
-
-
 class Interval(NamedTuple):
     """A mean over seeds with its confidence interval; `low` and `high` are nan for a single seed."""
 
@@ -123,8 +120,7 @@ def compare(
     """Self-perceptual against control, one comparison for every way of sampling that both have rows of.
 
     The difference is taken seed by seed, since both start from the same noise and captions; a seed that only one of
-    them has is left out. Without guidance first, then guided, then without captions; else in the
-    order of `rows`, so that the first step count configured leads.
+    them has is left out. Without guidance first, then guided, then without captions; else in the order of `rows`.
     """
     groups = by_setting([row for row in rows if metric in row])
     comparisons = []
@@ -198,9 +194,6 @@ def _sentence(lines: list[dict[str, str]], seeds: int) -> str:
         f"{scores}: a difference of {first['difference']} (95 % interval {first['interval']}) over {seeds} seeds. "
         f"{end}. Of {len(lines)} comparisons it is {tally}."
     )
-
-
-# The scores
 
 
 def score_tables(run: RunFiles, roles: Roles) -> Iterator[dict[str, Any]]:
