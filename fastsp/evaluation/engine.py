@@ -1,8 +1,8 @@
 """Sampling and scoring: rows of a run's `evaluation.json` and of `fastsp eval` alike.
 
-Rows are added to a JSON file one by one, and those that are there are not computed again. What is seen in the samples is
-kept batch by batch beside it: an evaluation that was killed at any moment goes on and ends in the same figures. Sample i
-of a seed starts from the same noise and caption with every model and batch size: models are compared sample by sample.
+Rows are added to a JSON file one by one, and those that are there are not computed again. What is seen in the samples
+is kept batch by batch beside it: an evaluation that was killed at any moment goes on and ends in the same figures.
+Sample i of a seed starts from the same noise and caption with every model and batch size.
 """
 
 from __future__ import annotations
