@@ -35,11 +35,8 @@ def of_few_images(count: int, width: int) -> str | None:
 def frechet_distance(mean: Tensor, covariance: Tensor, generated: Tensor) -> float:
     """FID of generated images against real ones, in squared feature units.
 
-    Heusel et al. 2017, arXiv 1706.08500: ||mu1 - mu2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
-
-    Args:
-        mean, covariance: of the real images' features, float64 (D,) and (D, D), the latter with N - 1 below.
-        generated: features, float64 (M, D), M at least 2.
+    Heusel et al. 2017, arXiv 1706.08500: ||mu1 - mu2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). All float64: mean (D,) and
+    covariance (D, D), with N - 1 below, of the real images' features; generated features (M, D), M at least 2.
     """
     theirs = torch.cov(generated.T)
     root_trace = torch.linalg.eigvals(covariance @ theirs).sqrt().real.sum()

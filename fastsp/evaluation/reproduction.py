@@ -115,7 +115,6 @@ def table_config(number: int, base: Path, overrides: Sequence[str] = ()) -> Conf
     """The run of a table, 1 to 7, in ``reproduce/tableN`` beside the base's own; `UserError` if the base lacks a stage.
 
     Args:
-        number: of the table.
         base: a configuration whose first stage is MSE and that has a self-perceptual one: their settings are taken,
             as are model, data and all else.
         overrides: as on the command line; they have the last word.

@@ -122,7 +122,6 @@ def generate(
     """Sample image i from prompt i and noise i, a batch at a time, so that memory does not grow with their number.
 
     Args:
-        model, prompts, sampling: one prompt for each image.
         first: index of the first image to sample, the start of a batch.
         after_step: called after every DDIM step of a batch.
         frames: x0^ is yielded after so many steps of a batch, at most all, evenly spaced (the paper's Figure 6). The

@@ -56,8 +56,7 @@ def grid(
     """A grid of images of one size, row by row. Titles and captions are wrapped, and clipped where there is no room.
 
     Args:
-        images: (N, C, H, W) in [-1, 1], or PIL images. They are shrunk where all cells together would have more than
-            ``MAX_PIXELS``.
+        images: (N, C, H, W) in [-1, 1], or PIL images; shrunk where all cells would have more than ``MAX_PIXELS``.
         columns: None for a nearly square grid.
         row_titles, column_titles, captions: one for each row, at its left; column, above it; image, below it.
         min_size: pixels of a cell's side; smaller images are enlarged by a whole factor, without smoothing.

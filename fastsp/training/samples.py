@@ -22,8 +22,7 @@ class SampleDrawer:
     """Samples from a model's UNets, and writes grids.
 
     Args:
-        model: the pipeline's parts; its own UNet is not used.
-        config: of the run.
+        model, config: of the run; the model's own UNet is not used.
         captions: of the data, used where the configuration names no prompts.
         folder: where the grids go.
         batch_size: images of a batch: as many as a training step is known to have memory for.
