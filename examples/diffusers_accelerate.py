@@ -1,9 +1,9 @@
-"""Diffusers' text-to-image finetuning with accelerate, its MSE loss exchanged for the self-perceptual one.
+"""diffusers' text-to-image finetuning with accelerate, with the self-perceptual loss instead of MSE.
 
     python examples/diffusers_accelerate.py                                      # a tiny model, seconds on a CPU
     accelerate launch --num_processes 2 examples/diffusers_accelerate.py --pretrained FOLDER_OR_HUB_ID
 
-The model that comes in must be trained by MSE (v-prediction, zero terminal SNR): it is the metric.
+Start from a model that was trained with MSE (v-prediction, zero terminal SNR), because it becomes the metric.
 """
 
 from __future__ import annotations

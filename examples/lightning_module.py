@@ -3,8 +3,8 @@
     python examples/lightning_module.py                                  # a tiny model, seconds on a CPU
     python examples/lightning_module.py --pretrained FOLDER_OR_HUB_ID    # your MSE-trained model
 
-The criterion is a submodule, so Lightning moves it, keeps it in its checkpoints and restores it: a resumed run goes on
-with the MSE model as its metric, as it should.
+The criterion is a submodule, so Lightning moves it, saves it in its checkpoints and restores it. A resumed run
+therefore keeps the MSE model as its metric, as it must.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def main() -> None:
 
     train("mse", DenoisingLoss(pipeline.scheduler), pipeline, islice(batches, args.mse_steps), args.learning_rate)
 
-    # The MSE model is trained: now it becomes the metric. The criterion freezes a copy of it here and now.
+    # The model has been trained with MSE and becomes the metric: the criterion freezes a copy of it as it is now.
     criterion = SelfPerceptualLoss(pipeline.unet, pipeline.scheduler)
     train("sp", criterion, pipeline, islice(batches, args.sp_steps), args.learning_rate)
 

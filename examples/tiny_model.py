@@ -1,6 +1,6 @@
-"""What the examples train: a Stable Diffusion pipeline, tiny and made on the spot, and pictures of coloured squares.
+"""Model and data of the examples: a tiny Stable Diffusion pipeline with random weights, and images of coloured squares.
 
-With `--pretrained` they take a real one instead: a folder or a hub id, which should be your MSE-finetuned model.
+With `--pretrained` the examples load a pipeline folder or a hub id instead, which should be your MSE-finetuned model.
 """
 
 from __future__ import annotations
