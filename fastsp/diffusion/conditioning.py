@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,20 +41,15 @@ class Conditioning:
         return replace(
             self,
             encoder_hidden_states=_where(dropped, empty.encoder_hidden_states, self.encoder_hidden_states),
-            text_embeds=None
-            if self.text_embeds is None or empty.text_embeds is None
-            else _where(dropped, empty.text_embeds, self.text_embeds),
+            text_embeds=_where(dropped, empty.text_embeds, self.text_embeds),
         )
 
     def with_empty(self, empty: Conditioning) -> Conditioning:
         """``[conditional ; unconditional]``, 2B samples: both halves of a guided batch."""
         everything = torch.ones(len(self), dtype=torch.bool, device=self.encoder_hidden_states.device)
-        unconditional = self.where(everything, empty)
-        return Conditioning(
-            torch.cat([self.encoder_hidden_states, unconditional.encoder_hidden_states]),
-            _doubled(self.text_embeds, unconditional.text_embeds),
-            _doubled(self.time_ids, unconditional.time_ids),
-        )
+        unconditional = vars(self.where(everything, empty))
+        pairs = ((name, getattr(self, name), half) for name, half in unconditional.items())
+        return Conditioning(**{name: None if half is None else torch.cat([own, half]) for name, own, half in pairs})
 
 
 def time_ids(original_sizes: Tensor, crop_offsets: Tensor, target_sizes: Tensor) -> Tensor:
@@ -70,10 +66,7 @@ def time_ids(original_sizes: Tensor, crop_offsets: Tensor, target_sizes: Tensor)
     return torch.cat([original_sizes, crop_offsets, target_sizes], dim=1).float()
 
 
-def _where(dropped: Tensor, empty: Tensor, features: Tensor) -> Tensor:
-    per_sample = dropped.view(-1, *[1] * (features.ndim - 1))
-    return torch.where(per_sample, empty.to(features.dtype), features)
-
-
-def _doubled(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    return None if first is None or second is None else torch.cat([first, second])
+def _where(dropped: Tensor, empty: Any, features: Any) -> Any:
+    if empty is None or features is None:
+        return None
+    return torch.where(dropped.view(-1, *[1] * (features.ndim - 1)), empty.to(features.dtype), features)

@@ -13,7 +13,8 @@ from fastsp.export.layout import layout_of
 from fastsp.export.model_card import model_card
 from fastsp.export.single_file import save_single_file
 from fastsp.generation.generate import raw_weights
-from fastsp.models import load_pipeline, load_unet, save_pipeline
+from fastsp.models import load_pipeline, load_unet
+from fastsp.models.saving import save_pipeline
 from fastsp.utils.files import new_folder, write_file
 
 _PUBLISHED_WIDTHS = [320, 640, 1280, 1280]  # of the UNets of Stable Diffusion 1 and 2
@@ -56,7 +57,7 @@ def export_run(
         if isinstance(part, torch.nn.Module):
             part.to(DTYPES[dtype])
     kind = type(pipeline).__name__
-    card = model_card(run.config, chosen, run.rows, run.environment, kind, single_file is not None, dtype, raw)
+    card = model_card(run, chosen, kind, single_file is not None, dtype, raw)
     written = [out]
     with new_folder(out) as unfinished:
         save_pipeline(pipeline, unfinished)
@@ -89,12 +90,10 @@ def _pipeline(run: RunFiles, stage: str | None, base: str | None, raw: bool) -> 
     last = run.config.get("final") or names[-1]
     if stage is not None and stage not in names:
         raise UserError(f"--stage {stage!r} is no stage of {run.directory}; allowed: {', '.join(names)}")
-    model = load_pipeline(str(final), base=base)
-    if stage is not None and stage != last:
-        folder = run.directory / "stages" / stage
-        if not folder.is_dir():
-            raise UserError(f"--run {run.directory} lacks stages/{stage}: that stage has not been finished")
-        model.unet = load_unet(folder, base)
-    if raw:
-        model.unet = load_unet(Path(raw_weights(str(run.directory / "stages" / (stage or last)))), base)
-    return model.pipeline(), stage or last
+    model, chosen = load_pipeline(str(final), base=base), stage or last
+    folder = run.directory / "stages" / chosen
+    if chosen != last and not folder.is_dir():
+        raise UserError(f"--run {run.directory} lacks stages/{chosen}: that stage has not been finished")
+    if raw or chosen != last:
+        model.unet = load_unet(Path(raw_weights(str(folder))) if raw else folder, base)
+    return model.pipeline(), chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from typing import Any
 
 import torch
@@ -24,12 +25,7 @@ class UNetFamily:
 
     class_name = "UNet2DConditionModel"
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    input_keys: tuple[str, ...] = (
-        "in_channels",
-        "cross_attention_dim",
-        "addition_embed_type",
-        "projection_class_embeddings_input_dim",
-    )
+    input_keys = ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
 
     def network_class(self) -> type[Any]:
         from diffusers import UNet2DConditionModel  # takes seconds
@@ -127,25 +123,22 @@ class UNetFamily:
         for ours, theirs in (("time_embedding", "time_embed"), ("add_embedding", "label_emb.0")):
             yield from ((f"{ours}.linear_1", f"{theirs}.0"), (f"{ours}.linear_2", f"{theirs}.2"))
         yield "conv_in", "input_blocks.0.0"
-        place = 1
+        place = count(1)
         for b, block in enumerate(network.down_blocks):
             for layer in range(len(block.resnets)):
-                yield from _original_layer(f"down_blocks.{b}", layer, f"input_blocks.{place}")
-                place += 1
-            if block.downsamplers:
-                yield f"down_blocks.{b}.downsamplers.0.conv", f"input_blocks.{place}.0.op"
-                place += 1
+                yield from _original_layer(f"down_blocks.{b}", layer, f"input_blocks.{next(place)}")
+            yield f"down_blocks.{b}.downsamplers.0.conv", f"input_blocks.{next(place)}.0.op"
         # The middle alternates: resnet, attention, resnet, ...
         for layer in range(len(network.mid_block.resnets) if network.mid_block is not None else 0):
             yield from _original_resnet(f"mid_block.resnets.{layer}", f"middle_block.{2 * layer}")
             yield f"mid_block.attentions.{layer}", f"middle_block.{2 * layer + 1}"
-        place = 0
+        place = count()
         for b, block in enumerate(network.up_blocks):
             for layer in range(len(block.resnets)):
-                yield from _original_layer(f"up_blocks.{b}", layer, f"output_blocks.{place}")
-                place += 1
+                theirs = f"output_blocks.{next(place)}"
+                yield from _original_layer(f"up_blocks.{b}", layer, theirs)
             last_in_block = 2 if getattr(block, "attentions", None) else 1
-            yield f"up_blocks.{b}.upsamplers.0.conv", f"output_blocks.{place - 1}.{last_in_block}.conv"
+            yield f"up_blocks.{b}.upsamplers.0.conv", f"{theirs}.{last_in_block}.conv"
         yield from (("conv_norm_out", "out.0"), ("conv_out", "out.2"))
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -80,11 +81,9 @@ def check_available(wanted: str, device: torch.device) -> None:
     Raises:
         UserError: an unknown name, or a kernel that this machine lacks.
     """
-    if wanted != "auto" and wanted not in available(device):
-        raise UserError(
-            f"attention: {wanted!r} is {'not available here' if wanted in NAMES else 'unknown'}; "
-            f"on this {device.type} there are auto, {', '.join(available(device))}"
-        )
+    if wanted not in (there := ("auto", *available(device))):
+        fault = "not available here" if wanted in NAMES else "unknown"
+        raise UserError(f"attention: {wanted!r} is {fault}; on this {device.type} there are {', '.join(there)}")
 
 
 def choose_attention(
@@ -94,18 +93,14 @@ def choose_attention(
     text: Shape,
     dtype: torch.dtype,
     device: torch.device,
-    measure: Callable[..., dict[str, float]] | None = None,
 ) -> Choice:
     """The kernel that ``wanted`` stands for; ``auto``: the fastest on a GPU, PyTorch's own choice on a CPU.
 
     Args:
         wanted: ``auto`` or one of the names.
         network_config: the network's configuration; without a ``_class_name``, a ``UNet2DConditionModel``'s.
-        latents: (B, C, H, W) of a microbatch.
-        text: (B, L, D) of its text features.
-        dtype: that the network computes in.
-        device: where.
-        measure: :func:`milliseconds`.
+        latents, text: shapes of a microbatch, (B, C, H, W) and (B, L, D).
+        dtype, device: that the network computes in and on.
 
     Raises:
         UserError: ``wanted`` is not available, or cannot compute these shapes in this dtype.
@@ -114,7 +109,7 @@ def choose_attention(
     if wanted in ("sdpa", "math") or (wanted == "auto" and device.type != "cuda"):
         return Choice("sdpa" if wanted == "auto" else wanted, {})
     names = available(device) if wanted == "auto" else (wanted, "sdpa")
-    times = (measure or milliseconds)(names, attention_calls(network_config, latents, text), dtype, device)
+    times = milliseconds(names, attention_calls(network_config, latents, text), dtype, device)
     if wanted == "auto":
         return Choice(min(times, key=times.__getitem__, default="sdpa"), times)
     if wanted not in times:
@@ -138,7 +133,8 @@ def kept_choice(file: Path, question: dict[str, Any], make: Callable[[], Choice]
 
 def use_attention(network: Any, name: str) -> Any:
     """Set the kernel on a network's own processors, in place. Processors of other kinds stay as they are."""
-    family_of(network).exchange_attention(network, lambda old: _processor(name) if type(old) in _PLAIN else old)
+    plain = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, ChosenAttnProcessor)
+    family_of(network).exchange_attention(network, lambda old: _processor(name) if type(old) in plain else old)
     return network
 
 
@@ -155,12 +151,10 @@ def milliseconds(names: tuple[str, ...], calls: Calls, dtype: torch.dtype, devic
     """Time of forward and backward of all ``calls`` with each kernel. Kernels that cannot compute them are left out."""
     times: dict[str, float] = {}
     for name in names:
-        try:
+        with suppress(Exception):  # of a shape or dtype that it lacks, of memory, of a package built for another torch
             times[name] = sum(
                 count * _milliseconds(name, query, key, dtype, device) for (query, key), count in calls.items()
             )
-        except Exception:  # of a shape or dtype that it lacks, of memory, of a package built for another torch
-            continue
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the plain kernel's scores are large
         torch.cuda.reset_peak_memory_stats(device)  # a run's figures are the training's own
@@ -181,34 +175,28 @@ def _milliseconds(name: str, query: Shape, key: Shape, dtype: torch.dtype, devic
     q, k, v = tensor(query), tensor(key), tensor(key)
     gradient = torch.ones_like(q)
 
-    def call() -> None:
-        torch.autograd.grad(_attend(name, q, k, v), (q, k, v), gradient)
+    def call(times: int = 1) -> None:
+        for _ in range(times):
+            torch.autograd.grad(_attend(name, q, k, v), (q, k, v), gradient)
 
     call()
-    calls = 1
+    calls, timed = 1, call
     if device.type == "cuda":
         calls = CALLS_PER_GRAPH
-        (call,) = record_cuda_graphs([partial(_repeat, call, calls)])
-    timer = Timer("call()", globals={"call": call})
+        (timed,) = record_cuda_graphs([partial(call, calls)])
+    timer = Timer("timed()", globals={"timed": timed})
     return 1e3 * timer.blocked_autorange(min_run_time=SECONDS_PER_MEASUREMENT).median / calls
-
-
-def _repeat(call: Callable[[], None], times: int) -> None:
-    for _ in range(times):
-        call()
 
 
 def _attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of (B, heads, length, width) by one kernel."""
-    if name == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v)
     if name == "xformers":
         from xformers.ops import memory_efficient_attention
 
         # with the copies that diffusers' processor makes, on the way in and out
         rows = memory_efficient_attention(*(x.flatten(0, 1).contiguous() for x in (q, k, v)))
         return rows.unflatten(0, q.shape[:2]).transpose(1, 2).contiguous().transpose(1, 2)
-    with sdpa_kernel(TORCH_BACKENDS[name]):
+    with nullcontext() if name == "sdpa" else sdpa_kernel(TORCH_BACKENDS[name]):
         return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -216,9 +204,6 @@ def _processor(name: str) -> Any:
     if name == "sdpa":
         return AttnProcessor2_0()
     return XFormersAttnProcessor() if name == "xformers" else ChosenAttnProcessor(TORCH_BACKENDS[name])
-
-
-_PLAIN = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, ChosenAttnProcessor)
 
 
 class _Recorder(TorchFunctionMode):

@@ -44,9 +44,9 @@ def download_pipeline(hub_id: str, parts: Collection[str] | None = None) -> Path
                 return Path(DiffusionPipeline.download(hub_id, variant=variant, **options))
         except Exception as error:  # of the network, of the hub, of diffusers: kinds that change with their versions
             if "necessary `safetensors` weights" not in str(error):
-                reason = cause_of(error)
-                message = f"{hub_id} is no folder here and cannot be had from the Hugging Face hub: {reason}"
-                raise UserError(message) from None
+                raise UserError(
+                    f"{hub_id} is no folder here and cannot be had from the Hugging Face hub: {cause_of(error)}"
+                ) from None
     raise UserError(f"{hub_id} has no safetensors, and fastsp reads nothing else")
 
 

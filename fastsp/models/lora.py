@@ -97,9 +97,9 @@ def save_adapters(unet: Any, folder: Path, base: Base) -> None:
     settings = {f"unet.{key}": value for key, value in _settings(unet).items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings), "base_model": base.name}
     path = Path(base.name).expanduser()
-    metadata |= {"base_path": os.path.relpath(path.resolve(), folder.resolve())} if path.exists() else {}
-    metadata |= {"base_config": base.config} if base.config is not None else {}
-    metadata |= {"base_fingerprint": base.fingerprint} if base.fingerprint is not None else {}
+    relative = os.path.relpath(path.resolve(), folder.resolve()) if path.exists() else None
+    known = {"base_path": relative, "base_config": base.config, "base_fingerprint": base.fingerprint}
+    metadata |= {key: value for key, value in known.items() if value is not None}
     save_tensors(_contiguous(adapters(unet)), folder / DIFFUSERS_FILE, metadata)
 
 

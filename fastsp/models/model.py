@@ -85,9 +85,9 @@ class TextToImageModel:
         """One, or Stable Diffusion XL's two."""
         return tuple(encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None)
 
-    def frozen_parts(self) -> Iterator[Any]:
+    def frozen_parts(self) -> tuple[Any, ...]:
         """Text encoders and VAE, which are never trained."""
-        yield from (*self.text_encoders, *([self.vae] if self.vae is not None else []))
+        return (*self.text_encoders, *([] if self.vae is None else [self.vae]))
 
     def place(self, device: torch.device | str, compiles: bool = False) -> None:
         """Move the frozen parts to ``device`` and compile those that training calls: text encoders, the VAE's encoder.
@@ -107,17 +107,15 @@ class TextToImageModel:
 
         A model that predicts epsilon is taught v-prediction by its first stage, by MSE, as in the paper.
         """
-        scheduler = trained_scheduler(self.scheduler.config)
-        return replace(
-            self, scheduler=scheduler, zeros_for_empty_prompt=False, loaded_prediction_type=self.prediction_type
-        )
+        own, scheduler = self.prediction_type, trained_scheduler(self.scheduler.config)
+        return replace(self, scheduler=scheduler, zeros_for_empty_prompt=False, loaded_prediction_type=own)
 
     @torch.no_grad()
     def encode_ids(self, input_ids: Tensor, input_ids_2: Tensor | None = None) -> Conditioning:
         """Token ids (B, L), of each tokenizer, -> text features, without sizes.
 
-        Stable Diffusion 1.x and 2.x take the encoder's last state. Stable Diffusion XL takes the last but one of both
-        encoders, side by side, and the second one's pooled features (Podell et al., arXiv 2307.01952, section 2.1).
+        Stable Diffusion 1.x and 2.x take the encoder's last state; XL takes the last but one of both encoders, side by
+        side, and the second one's pooled features (Podell et al., arXiv 2307.01952, section 2.1).
         """
         input_ids = input_ids.to(self.text_encoder.device)
         if self.text_encoder_2 is None:
@@ -190,22 +188,13 @@ class TextToImageModel:
         # Here, for they take seconds to import and warn of a missing torchvision.
         from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-        parts = {
-            "vae": self.vae,
-            "text_encoder": self.text_encoder,
-            "tokenizer": self.tokenizer,
-            "unet": self.unet,
-            "scheduler": self.scheduler,
-        }
+        names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+        parts: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.text_encoder_2 is None:
             checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
             return StableDiffusionPipeline(**parts, **checker)
-        return StableDiffusionXLPipeline(
-            **parts,
-            text_encoder_2=self.text_encoder_2,
-            tokenizer_2=self.tokenizer_2,
-            force_zeros_for_empty_prompt=self.zeros_for_empty_prompt,
-        )
+        parts |= {"text_encoder_2": self.text_encoder_2, "tokenizer_2": self.tokenizer_2}
+        return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=self.zeros_for_empty_prompt)
 
     def save(self, folder: Path) -> None:
         """Write a diffusers pipeline folder, safetensors only."""

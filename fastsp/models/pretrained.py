@@ -20,27 +20,21 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from fastsp.errors import UserError
 from fastsp.families import NetworkFamily, family_named, family_of
 from fastsp.families.unet import pooled_width
+from fastsp.models.digits import digits_model
 from fastsp.models.hub import VARIANTS, download_pipeline, is_hub_id
-from fastsp.models.lora import (
-    DIFFUSERS_FILE,
-    Base,
-    add_adapters,
-    base_of,
-    fingerprint,
-    fuse_adapters,
-    header,
-    load_adapters,
-)
+from fastsp.models.lora import DIFFUSERS_FILE, Base, add_adapters, base_of, fingerprint, fuse_adapters, load_adapters
+from fastsp.models.lora import header as adapters_header
 from fastsp.models.model import TextToImageModel
 from fastsp.models.quiet import quiet_libraries
 from fastsp.models.schedulers import ddim_scheduler, loaded_scheduler, trained_scheduler
 from fastsp.models.single_file import load_single_file, tensor_names
 
+PRESETS = ("digits",)
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixelTextToImagePipeline")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _PARTS = ("unet", "text_encoder", "tokenizer", "scheduler")
-_OPTIONAL_PARTS = ("vae", "text_encoder_2", "tokenizer_2")  # latents; Stable Diffusion XL
-_NETWORKS = {"unet", "text_encoder", "vae", "text_encoder_2"}
+_OPTIONAL_PARTS = ("text_encoder_2", "tokenizer_2", "vae")  # Stable Diffusion XL; latents
+_CLASSES = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection, "vae": AutoencoderKL}
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last one has the safety checker
 _NUM_BYTES = 256  # CLIP's tokenizers have a token for each
 _log = logging.getLogger(__name__)
@@ -76,27 +70,38 @@ def load_pipeline(
     return model
 
 
-def load_with_adapters(name: str, config: str | None, lora: Mapping[str, Any], seed: int) -> TextToImageModel:
-    """A pipeline as fastsp trains it, with trainable adapters in its UNet, and the base that they belong to.
+def load_model(
+    preset: str | None,
+    pretrained: str | None,
+    resolution: int,
+    seed: int,
+    config: str | None = None,
+    lora: Mapping[str, Any] | None = None,
+) -> TextToImageModel:
+    """The model that a configuration trains: a preset with seeded random weights, or what ``load_pipeline`` takes.
 
-    The adapters are new ones, or those that ``name`` is a folder of, to be trained further.
-
-    Args:
-        name, config: see :func:`load_pipeline`.
-        lora: rank, alpha and target_modules. Given adapters must have the same.
-        seed: of new adapters.
+    With ``lora`` (rank, alpha, target_modules) its UNet has adapters, which alone are trainable. Those of a folder of
+    adapters are trained further; without ``lora`` they are fused, and all weights are trained.
 
     Raises:
-        UserError: what :func:`load_pipeline` and :func:`fastsp.models.lora.add_adapters` refuse; given adapters of
-            other settings, or whose base is fused from adapters itself.
+        UserError: an unknown preset; what :func:`load_pipeline` and :func:`fastsp.models.lora.add_adapters` refuse;
+            given adapters of other settings than ``lora``, or whose base is fused from adapters itself.
     """
-    path = _find(name)
+    if pretrained is None:
+        if preset not in PRESETS:
+            raise UserError(f"model.preset {preset!r} is unknown: use one of {', '.join(PRESETS)}")
+        return digits_model(resolution, seed)
+    if lora is None:
+        return load_pipeline(pretrained, config).for_training()
+    path = _find(pretrained)
     if given := (path / DIFFUSERS_FILE).is_file():
         model, base = _load_base(path)
         if (Path(base.name).expanduser() / DIFFUSERS_FILE).is_file():
-            raise UserError(f"{name} has adapters on top of those in {base.name}: export that run, and name the export")
+            raise UserError(
+                f"{pretrained} has adapters on top of those in {base.name}: export that run, and name the export"
+            )
     else:
-        model, base = load_pipeline(name, config).for_training(), Base(name, config)
+        model, base = load_pipeline(pretrained, config).for_training(), Base(pretrained, config)
     base = base._replace(fingerprint=fingerprint(model.unet))
     add_adapters(model.unet, **lora, seed=seed)
     if given:
@@ -117,7 +122,8 @@ def check_pipeline(name: str, base: str | None = None) -> None:
     elif path.is_file():
         tensor_names(path)
     else:
-        for part in _parts(_read_index(path, name), path, name) & _NETWORKS:
+        _, parts = _read_index(path, name)
+        for part in parts & {"unet", *_CLASSES}:
             _check_weights(path / part)
 
 
@@ -202,14 +208,10 @@ def check_perceptual_network(unet: Any, layers: str | None, folder: Path | None,
     if folder is not None:
         check_unet(folder)
         if not (folder / DIFFUSERS_FILE).is_file():
-            config = _read_json(_unet_folder(folder) / "config.json")
-            family = _family(_unet_folder(folder))
+            config, family = _read_json(_unet_folder(folder) / "config.json"), _family(_unet_folder(folder))
     for key in family.input_keys:
-        if config.get(key) != unet.config.get(key):
-            own = unet.config.get(key)
-            raise UserError(
-                f"{stage}.perceptual_network {folder}: its {key} is {config.get(key)!r}, the model's {own!r}"
-            )
+        if (its := config.get(key)) != (own := unet.config.get(key)):
+            raise UserError(f"{stage}.perceptual_network {folder}: its {key} is {its!r}, the model's {own!r}")
     if layers is not None and layers not in (allowed := family.layers(config)):
         raise UserError(f"{stage}.layers {layers!r}: the perceptual network lacks them; allowed: {', '.join(allowed)}")
     if folder is not None and (scheduler := folder / "scheduler" / "scheduler_config.json").is_file():
@@ -256,15 +258,12 @@ def _check_weights(folder: Path) -> None:
 
 
 def _load_base(folder: Path, instead: str | None = None, with_unet: bool = True) -> tuple[TextToImageModel, Base]:
-    """The model under the adapters in ``folder``, as it was trained, or the one to take ``instead`` of it.
-
-    Raises:
-        UserError: it cannot be loaded, or is another model than the adapters were trained on.
-    """
+    """The model under the adapters in ``folder``, as it was trained, or the one to take ``instead`` of it."""
     named = base_of(folder) if instead is None else Base(instead)
     with _naming_base_of(folder):
         model = load_pipeline(named.name, named.config, with_unet).for_training()
-    if model.unet is not None and header(folder).get("base_fingerprint") not in (None, fingerprint(model.unet)):
+    trained_on = adapters_header(folder).get("base_fingerprint")
+    if model.unet is not None and trained_on not in (None, fingerprint(model.unet)):
         if instead is None:
             raise UserError(
                 f"{folder}: the adapters were trained on another model than {named.name}, though of that name; "
@@ -287,32 +286,18 @@ def _naming_base_of(folder: Path) -> Iterator[None]:
 
 
 def _load_folder(root: Path, name: str, with_unet: bool) -> TextToImageModel:
-    index = _read_index(root, name)
-    has = _parts(index, root, name)
-    is_xl = "text_encoder_2" in has
+    index, parts = _read_index(root, name)
     return TextToImageModel(
         unet=_load_network(root / "unet") if with_unet else None,
-        text_encoder=_load_part(CLIPTextModel, root / "text_encoder"),
-        tokenizer=_tokenizer(root / "tokenizer"),
         scheduler=loaded_scheduler(_read_json(root / "scheduler" / "scheduler_config.json"), name),
-        vae=_load_part(AutoencoderKL, root / "vae") if "vae" in has else None,
-        text_encoder_2=_load_part(CLIPTextModelWithProjection, root / "text_encoder_2") if is_xl else None,
-        tokenizer_2=_tokenizer(root / "tokenizer_2") if is_xl else None,
-        zeros_for_empty_prompt=is_xl and bool(index.get("force_zeros_for_empty_prompt", True)),
+        zeros_for_empty_prompt="text_encoder_2" in parts and bool(index.get("force_zeros_for_empty_prompt", True)),
+        **{part: _load_part(kind, root / part) for part, kind in _CLASSES.items() if part in parts},
+        **{part: _tokenizer(root / part) for part in ("tokenizer", "tokenizer_2") if part in parts},
     )
 
 
-def _parts(index: dict[str, Any], root: Path, name: str) -> set[str]:
-    """The parts that an index names, of which each has its folder."""
-    has = {part for part in _OPTIONAL_PARTS if (index.get(part) or [None])[0] is not None}
-    missing = [part for part in (*_PARTS, *sorted(has)) if not (root / part).is_dir()]
-    if missing:
-        raise UserError(f"{name} lacks {', '.join(missing)}: a pipeline folder holds one folder for each part")
-    return {*_PARTS, *has}
-
-
-def _read_index(root: Path, name: str) -> dict[str, Any]:
-    """``model_index.json``: the pipeline's class, and the library and class of each part."""
+def _read_index(root: Path, name: str) -> tuple[dict[str, Any], set[str]]:
+    """``model_index.json``, and the parts that it names, of which each has its folder."""
     if not (root / "model_index.json").is_file():
         fault = "it has no model_index.json" if root.is_dir() else "it does not exist"
         raise UserError(f"{name} is no diffusers pipeline folder: {fault}")
@@ -323,7 +308,10 @@ def _read_index(root: Path, name: str) -> dict[str, Any]:
     for part, value in index.items():
         if isinstance(value, list) and value[0] is not None and value[0] not in _LIBRARIES:
             raise UserError(f"{name}: its {part} is code of its own ({value[0]}), which fastsp does not run")
-    return index
+    parts = [*_PARTS, *(part for part in _OPTIONAL_PARTS if (index.get(part) or [None])[0] is not None)]
+    if missing := [part for part in parts if not (root / part).is_dir()]:
+        raise UserError(f"{name} lacks {', '.join(missing)}: a pipeline folder holds one folder for each part")
+    return index, set(parts)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -350,11 +338,7 @@ def _load_network(folder: Path) -> Any:
 
 
 def _load_part(kind: Any, folder: Path) -> Any:
-    """A network in float32, from safetensors, with every tensor.
-
-    Raises:
-        UserError: no safetensors (perhaps pickles), or tensors that are missing or do not fit.
-    """
+    """A network in float32, from safetensors, with every tensor."""
     with _one_line_errors(folder):
         module, info = kind.from_pretrained(
             folder,

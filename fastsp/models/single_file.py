@@ -45,13 +45,26 @@ def load_single_file(file: Path, config: str | None) -> TextToImageModel:
                 given["text_encoder"] = _old_text_encoder(file, config)
             pipeline = kind.from_single_file(str(file), config=config, torch_dtype=torch.float32, **given)
     except Exception as error:  # of the network, of the hub, of diffusers' conversion
-        raise UserError(_explanation(file, config, error)) from None
-    _check_complete(file, pipeline)
+        reason = cause_of(error)
+        if config is not None:
+            raise UserError(f"{file} cannot be loaded with model.config {config}: {reason}") from None
+        raise UserError(
+            f"{file} cannot be loaded without the tokenizer and configuration of its kind, which the hub did not give "
+            f"({reason}); set model.config to a diffusers folder that has them (of a command: --model-config)"
+        ) from None
+    for part in (name for name, module in pipeline.components.items() if isinstance(module, torch.nn.Module)):
+        # diffusers leaves what a text encoder lacks without values, on the device `meta`.
+        missing = sorted(key for key, tensor in getattr(pipeline, part).state_dict().items() if tensor.is_meta)
+        if missing:
+            raise UserError(f"{file} lacks {len(missing)} tensors of the {part}, such as {missing[0]}")
+    # The empty tensors by which user interfaces tell v-prediction and zero terminal SNR.
+    marked = {"prediction_type": "v_prediction"} if "v_pred" in keys else {}
+    marked |= {"rescale_betas_zero_snr": True} if "ztsnr" in keys else {}
     return TextToImageModel(
         unet=pipeline.unet,
         text_encoder=pipeline.text_encoder,
         tokenizer=pipeline.tokenizer,
-        scheduler=loaded_scheduler({**pipeline.scheduler.config, **_marked(keys)}, str(file)),
+        scheduler=loaded_scheduler({**pipeline.scheduler.config, **marked}, str(file)),
         vae=pipeline.vae,
         text_encoder_2=pipeline.text_encoder_2 if is_xl else None,
         tokenizer_2=pipeline.tokenizer_2 if is_xl else None,
@@ -70,19 +83,6 @@ def _old_text_encoder(file: Path, config: str | None) -> Any:
     return create_diffusers_clip_model_from_ldm(CLIPTextModel, renamed, **options)
 
 
-def _check_complete(file: Path, pipeline: Any) -> None:
-    """diffusers leaves what a text encoder lacks without values, on the device ``meta``.
-
-    Raises:
-        UserError: the file lacks a tensor.
-    """
-    for part, module in pipeline.components.items():
-        if isinstance(module, torch.nn.Module):
-            missing = sorted(name for name, tensor in module.state_dict().items() if tensor.is_meta)
-            if missing:
-                raise UserError(f"{file} lacks {len(missing)} tensors of the {part}, such as {missing[0]}")
-
-
 def tensor_names(file: Path) -> set[str]:
     """The names of a checkpoint's tensors, from its header.
 
@@ -94,19 +94,3 @@ def tensor_names(file: Path) -> set[str]:
             return set(checkpoint.keys())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is no safetensors file: {error}") from None
-
-
-def _marked(keys: set[str]) -> dict[str, Any]:
-    """Prediction type and zero terminal SNR, as the marker tensors that user interfaces look for say."""
-    marked = {"prediction_type": "v_prediction"} if "v_pred" in keys else {}
-    return marked | ({"rescale_betas_zero_snr": True} if "ztsnr" in keys else {})
-
-
-def _explanation(file: Path, config: str | None, error: Exception) -> str:
-    reason = cause_of(error)
-    if config is None:
-        return (
-            f"{file} cannot be loaded without the tokenizer and configuration of its kind, which the hub did not give "
-            f"({reason}); set model.config to a diffusers folder that has them (of a command: --model-config)"
-        )
-    return f"{file} cannot be loaded with model.config {config}: {reason}"

@@ -55,14 +55,12 @@ class ReplicatedGradients(Gradients):
     """DDP: every rank holds the whole network.
 
     Only the backward of a step's last microbatch communicates. DDP's communication hook then adds what the earlier ones
-    have left in float32, and the sum over ranks is taken in float32 too, a bucket at a time while the backward goes on:
-    in bfloat16 both sums would lose what small gradients say. DDP itself reduces in the parameters' dtype and knows
-    nothing of gradients outside of ``.grad``.
+    have left, and sums over ranks, a bucket at a time while the backward goes on. Both sums are float32: DDP's own, in
+    the parameters' dtype, would lose what small gradients say in bfloat16.
 
-    Everything on the way (copies, additions, NCCL's all-reduce on its own stream and the waiting for it) is enqueued
-    without a look at its values, so it can be captured in a CUDA graph (:mod:`fastsp.training.capture`). For that DDP
-    must be made on a side stream, and have run uncaptured before: it rebuilds its buckets after the first step, and
-    measures the first ten with events.
+    Nothing on the way looks at values, so a CUDA graph can hold it (:mod:`fastsp.training.capture`). For that DDP must
+    be made on a side stream, and have run uncaptured before: it rebuilds its buckets after the first step, and measures
+    the first ten with events.
     """
 
     warm_up_steps = 11
@@ -107,8 +105,8 @@ def _sum_in_float32(gradients: ReplicatedGradients, bucket):  # no annotations: 
 class ShardedGradients(Gradients):
     """FSDP2: every rank holds a shard of every parameter; gradients arrive as float32 shards, already summed.
 
-    Every microbatch communicates: to keep whole gradients until the last one would take the memory that sharding saves.
-    The parameters are gathered and freed on the way, so no CUDA graph can hold the step.
+    Every microbatch communicates, as whole gradients would take the memory that sharding saves. The parameters are
+    gathered and freed on the way, so no CUDA graph can hold the step.
     """
 
     def sum_over_ranks(self, loss: Tensor) -> None:
@@ -127,8 +125,7 @@ def shard(unet: Any, device: torch.device, dtype: torch.dtype, compile_options: 
 
     Args:
         unet: on the CPU, contiguous (FSDP2 takes no channels_last parameters); a block at a time passes the device.
-        device: of this rank.
-        dtype: what the blocks compute in; gradients are reduced in float32.
+        device, dtype: of this rank; what the blocks compute in. Gradients are reduced in float32.
         compile_options: hand every block to ``torch.compile`` with these; between two of them parameters are gathered.
     """
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
