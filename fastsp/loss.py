@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from fastsp.diffusion.draws import FromGenerator
 from fastsp.diffusion.process import process_of
-from fastsp.options import Displacement, Reduction, TimestepSampling
-from fastsp.perceptual.metric import build_metric, one_of
+from fastsp.options import Displacement, Reduction, TimestepSampling, one_of
+from fastsp.perceptual.metric import build_metric
+from fastsp.perceptual.network import AlwaysEval
 
 SMALLEST_DISPLACEMENT = 0.1  # |c_f| below it counts as this much: the features' own rounding is what is left there
 
@@ -104,7 +105,7 @@ class DenoisingLoss(_Loss):
         return loss if self.min_snr_gamma is None else loss * self.process.min_snr_weight(t, self.min_snr_gamma)
 
 
-class SelfPerceptualLoss(_Loss):
+class SelfPerceptualLoss(_Loss, AlwaysEval):
     """The self-perceptual objective, equation (11), with the model's own frozen copy as the metric.
 
     Args:
@@ -204,11 +205,6 @@ class SelfPerceptualLoss(_Loss):
         """Hand the frozen network to ``torch.compile``, with its keywords; also after the first call."""
         self.metric.compile_network(**options)
 
-    def train(self, mode: bool = True) -> SelfPerceptualLoss:
-        """Stays in eval mode."""
-        del mode
-        return super().train(False)
-
     def forward(
         self,
         model_pred: Tensor,
@@ -250,8 +246,7 @@ class SelfPerceptualLoss(_Loss):
             t_prime = self.process.draw_perceptual(random, t, self.timestep_sampling)
         else:
             t_prime = self._times("perceptual_timesteps", perceptual_timesteps, model_pred)
-        parameter = next(self.metric.parameters(), None)
-        if parameter is not None and parameter.device != model_pred.device:
+        if next(self.metric.parameters(), model_pred).device != model_pred.device:
             self.metric.to(model_pred.device)
         conditioning = {
             "encoder_hidden_states": encoder_hidden_states,
@@ -274,16 +269,10 @@ class SelfPerceptualLoss(_Loss):
 
         ``noise_source`` is ``noise`` and perhaps ``noisy_latents``; or ``seed`` and ``positions``, to draw it again.
         """
-        transition = self.process.transition(t, t_prime)
-        inputs = self.metric_inputs(model_pred, latents, self.process.marginal(t), transition, **noise_source)
-        distance = self.metric.distance(inputs, self.process.model_time(t_prime), conditioning)
+        transition, metric = self.process.transition(t, t_prime), self.metric
+        layout: dict[str, Any] = {"dtype": metric.dtype, "memory_format": metric.memory_format}
+        inputs = reproject(model_pred, latents, self.process.marginal(t), transition, **noise_source, **layout)
+        distance = metric.distance(inputs, self.process.model_time(t_prime), conditioning)
         if self.displacement == "none":
             return distance
-        return distance / transition[1].abs().clamp_min(SMALLEST_DISPLACEMENT) ** self.metric.order
-
-    def metric_inputs(
-        self, model_pred: Tensor, latents: Tensor, marginal: Tensor, transition: Tensor, **noise_source: Any
-    ) -> Tensor:
-        """``[x^_t' ; x_t']``, (2B, C, H, W) as the metric wants it: see :func:`fastsp_kernels.reproject`."""
-        layout: dict[str, Any] = {"dtype": self.metric.dtype, "memory_format": self.metric.memory_format}
-        return reproject(model_pred, latents, marginal, transition, **noise_source, **layout)
+        return distance / transition[1].abs().clamp_min(SMALLEST_DISPLACEMENT) ** metric.order

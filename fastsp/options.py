@@ -1,9 +1,8 @@
 """The names that options of the losses take. Imports nothing, so that a configuration is read without torch."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Layers = Literal["mid", "encoder", "decoder", "encoder+mid"]
-LAYERS: tuple[str, ...] = get_args(Layers)
 PredictionType = Literal["v_prediction", "epsilon", "sample"]  # diffusers' names
 Distance = Literal["mse", "mae"]
 TimestepSampling = Literal["uniform", "normal", "offset"]  # policies for t' (Table 4 of the paper)
@@ -12,3 +11,14 @@ Normalize = Literal["none", "sample", "channel"]
 Displacement = Literal["none", "normalized"]
 Reduction = Literal["mean", "none"]
 OPTIMIZERS = {"adamw", "muon"}  # of `optimizer.kind`; fastsp.training.update registers more
+
+
+def one_of(name: str, value: Any, allowed: Any) -> Any:
+    """``value``, if the Literal type ``allowed`` has it.
+
+    Raises:
+        ValueError: it has not; the message names all three.
+    """
+    if value not in get_args(allowed):
+        raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(get_args(allowed))}")
+    return value

@@ -6,7 +6,9 @@ microbatch, and a resumed run needs no state. The generator is counter-based: Ph
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from fastsp_kernels import Stream, random_integers, random_normals, random_uniforms
@@ -40,19 +42,18 @@ class FromGenerator:
     device: torch.device
     generator: torch.Generator | None = None
 
-    @property
-    def _drawn_on(self) -> torch.device:
-        return self.device if self.generator is None else self.generator.device
+    def _draw(self, draw: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        device = self.device if self.generator is None else self.generator.device
+        return draw(*arguments, (self.count,), generator=self.generator, device=device).to(self.device)
 
     def integers(self, bound: int) -> Tensor:
-        drawn = torch.randint(bound, (self.count,), generator=self.generator, device=self._drawn_on)
-        return drawn.to(self.device)
+        return self._draw(torch.randint, bound)
 
     def uniforms(self) -> Tensor:
-        return torch.rand(self.count, generator=self.generator, device=self._drawn_on).to(self.device)
+        return self._draw(torch.rand)
 
     def normals(self) -> Tensor:
-        return torch.randn(self.count, generator=self.generator, device=self._drawn_on).to(self.device)
+        return self._draw(torch.randn)
 
 
 def dropped_captions(seed: Seed, positions: Tensor, probability: float) -> Tensor:

@@ -19,12 +19,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from fastsp.options import PredictionType
+from fastsp.options import PredictionType, one_of
 
 # How t' is drawn from around t (Table 4 of the paper), in thousandths of the process: the normal's spread, the offset.
 NORMAL_STD = 100.0
@@ -34,8 +34,6 @@ OFFSET = 40
 NUM_TRAIN_TIMESTEPS = 1000
 BETA_START = 0.00085
 BETA_END = 0.012
-
-P = TypeVar("P", bound="Process")
 
 
 class Random(Protocol):
@@ -55,7 +53,14 @@ class Process(ABC):
     """A noise process together with what its network predicts.
 
     Times are (B,) or 0-d tensors in the process's own unit. Nothing here waits for a GPU.
+
+    Attributes:
+        dtype: of times.
+        last: the largest time; the smallest is 0.
     """
+
+    dtype: torch.dtype
+    last: float
 
     @abstractmethod
     def exact_marginal(self, t: Tensor) -> Tensor:
@@ -81,15 +86,18 @@ class Process(ABC):
     def draw_perceptual(self, random: Random, t: Tensor, policy: str = "uniform") -> Tensor:
         """t' for the perceptual loss, by a policy of ``fastsp.options.TimestepSampling``. (B,)."""
 
-    @abstractmethod
     def check(self, name: str, t: Tensor) -> Tensor:
         """``t`` in the process's dtype.
 
         Raises:
             ValueError: a time outside of the process. Seen only on a CPU: a GPU would have to be waited for.
         """
+        seen = t.tolist() if t.is_cpu and not torch.compiler.is_compiling() else []
+        if wrong := [time for time in seen if not 0 <= time <= self.last]:
+            raise ValueError(f"{name} must be from 0 to {self.last}, got {wrong[0]}")
+        return t.to(self.dtype)
 
-    def to(self: P, device: torch.device | str) -> P:
+    def to(self, device: torch.device | str) -> Self:
         """Move what the process holds to ``device``, in place; returns ``self``."""
         del device
         return self
@@ -195,10 +203,10 @@ class VariancePreserving(Process):
             ``epsilon`` where alpha_bar = 0 (zero terminal SNR), ``sample`` where alpha_bar = 1.
     """
 
+    dtype = torch.int64
+
     def __init__(self, schedule: NoiseSchedule, prediction_type: str = "v_prediction") -> None:
-        if prediction_type not in get_args(PredictionType):
-            allowed = ", ".join(get_args(PredictionType))
-            raise ValueError(f"prediction_type {prediction_type!r} is unknown: use one of {allowed}")
+        one_of("prediction_type", prediction_type, PredictionType)
         alpha_bar = schedule.alphas_cumprod
         if prediction_type == "epsilon" and bool((alpha_bar == 0).any()):
             raise ValueError(
@@ -211,13 +219,14 @@ class VariancePreserving(Process):
             )
         self.prediction_type = prediction_type
         self.num_train_timesteps = len(schedule)
+        self.last = self.num_train_timesteps - 1
         alpha_bar = torch.cat([alpha_bar, alpha_bar.new_ones(1)])
         a, s = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
         zero, one = torch.zeros_like(a), torch.ones_like(a)
         p, q = {"v_prediction": (-s, a), "epsilon": (zero, one), "sample": (one, zero)}[prediction_type]
         self.table = torch.stack([a, s, p, q])  # (4, T + 1) float64
 
-    def to(self, device: torch.device | str) -> VariancePreserving:
+    def to(self, device: torch.device | str) -> Self:
         self.table = self.table.to(device)
         return self
 
@@ -242,13 +251,7 @@ class VariancePreserving(Process):
     def draw_perceptual(self, random: Random, t: Tensor, policy: str = "uniform") -> Tensor:
         if policy == "uniform":
             return random.integers(self.num_train_timesteps)
-        return (t + _displacement(random, policy).round().long()).clamp(0, self.num_train_timesteps - 1)
-
-    def check(self, name: str, t: Tensor) -> Tensor:
-        last = self.num_train_timesteps - 1
-        if t.is_cpu and not torch.compiler.is_compiling() and (wrong := [i for i in t.tolist() if not 0 <= i <= last]):
-            raise ValueError(f"{name} must be from 0 to {last}, got {wrong[0]}")
-        return t.long()
+        return (t + _displacement(random, policy).round().long()).clamp(0, self.last)
 
 
 class RectifiedFlow(Process):
@@ -261,6 +264,8 @@ class RectifiedFlow(Process):
             arXiv 2403.03206, equation 23).
         time_scale: the network is told ``time_scale * sigma``.
     """
+
+    dtype, last = torch.float32, 1
 
     def __init__(self, shift: float = 1.0, time_scale: float = 1000.0) -> None:
         if not shift > 0:
@@ -286,11 +291,6 @@ class RectifiedFlow(Process):
         if policy == "uniform":
             return self.draw(random)
         return (t + _displacement(random, policy) / NUM_TRAIN_TIMESTEPS).clamp(0.0, 1.0)
-
-    def check(self, name: str, t: Tensor) -> Tensor:
-        if t.is_cpu and not torch.compiler.is_compiling() and (wrong := [x for x in t.tolist() if not 0 <= x <= 1]):
-            raise ValueError(f"{name} must be from 0 to 1, got {wrong[0]}")
-        return t.float()
 
     def _shifted(self, u: Tensor) -> Tensor:
         return self.shift * u / (1.0 + (self.shift - 1.0) * u)

@@ -41,6 +41,12 @@ class NetworkFamily(Protocol):
     def features(self, network: Any, layers: str) -> tuple[list[nn.Module], bool]:
         """The blocks of a truncated copy whose outputs are features, and whether its own answer is the last feature."""
 
+    def feature(self, output: Any) -> Tensor:
+        """The feature in what such a block returns."""
+
+    def metric_fault(self, config: Config) -> str | None:
+        """Why such a network cannot be a perceptual network, for people; None: it can."""
+
     def conditioning_fault(self, config: Config, conditioning: Mapping[str, Any]) -> str | None:
         """What ``conditioning``, keywords of its forward, lacks, for people; None: nothing."""
 

@@ -58,6 +58,19 @@ class UNetFamily:
         observed = {"mid": [], "decoder": network.up_blocks}.get(layers, network.down_blocks)
         return list(observed), "mid" in layers
 
+    def feature(self, output: Any) -> Tensor:
+        """Down blocks return (hidden, skips), up blocks the hidden tensor."""
+        return output[0] if isinstance(output, tuple) else output
+
+    def metric_fault(self, config: Mapping[str, Any]) -> str | None:
+        channels, predicted = config["in_channels"], config["out_channels"]
+        if channels == predicted:
+            return None
+        return (
+            f"it takes {channels} channels and predicts {predicted}; a metric gets noisy latents and nothing beside "
+            "them, so models for inpainting or image editing cannot be used"
+        )
+
     def conditioning_fault(self, config: Mapping[str, Any], conditioning: Mapping[str, Any]) -> str | None:
         added = conditioning.get("added_cond_kwargs") or {}
         missing = [name for name in ("text_embeds", "time_ids") if name not in added]

@@ -15,7 +15,6 @@ Not covered: double backward, gradients to the conditioning, forward-mode differ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_flatten, tree_map
 
 from fastsp.perceptual.network import PerceptualNetwork
 
@@ -46,13 +46,7 @@ class Kept:
 
     rows: int | None  # the first so many; None: it does not depend on the batch and is passed on as it is
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def of(self, value: Tensor) -> Tensor:
-        """The prefix, in the layout that the trace saw."""
-        if self.rows is None:
-            return value
-        return _dense_copy(value[: self.rows], self.shape, self.strides)
+    strides: tuple[int, ...]  # that the trace saw
 
 
 @dataclass(frozen=True)
@@ -67,11 +61,7 @@ class Program:
 
 
 class HalfBackward:
-    """Calls a perceptual network on both halves; see the module.
-
-    Args:
-        network: the frozen network.
-    """
+    """Calls a perceptual network on both halves; see the module."""
 
     def __init__(self, network: PerceptualNetwork) -> None:
         self.network = network
@@ -93,17 +83,14 @@ class HalfBackward:
         Raises:
             Misaligned: the network cannot be called this way.
         """
-        doubled = {name: torch.cat([value, value]) for name, value in _flat(conditioning).items()}
-        program = self._program(sample, doubled)
-        return _Function.apply(program, list(self.network.parameters()), sample, *doubled.values())
-
-    def _program(self, sample: Tensor, conditioning: dict[str, Tensor]) -> Program:
-        inputs = {"sample": sample, **conditioning}
-        layout, device = sample.stride(), sample.device
-        key = (*((n, v.shape, v.dtype) for n, v in inputs.items()), layout, device, _autocast_dtype(device.type))
+        given = {name: value for name, value in conditioning.items() if value is not None}
+        inputs = {"sample": sample, **tree_map(lambda value: torch.cat([value, value]), given)}
+        leaves, structure = tree_flatten(inputs)
+        shapes = tuple((value.shape, value.dtype) for value in leaves)
+        key = (structure, shapes, sample.stride(), sample.device, _autocast_dtype(sample.device.type))
         if key not in self._programs:
             self._programs[key] = build(self.network, inputs, self.compile_options)
-        return self._programs[key]
+        return _Function.apply(self._programs[key], list(self.network.parameters()), *leaves)
 
 
 class _Function(torch.autograd.Function):
@@ -111,7 +98,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, program: Program, parameters: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-        with _plain(inputs[0]):
+        with torch.autocast(inputs[0].device.type, enabled=False):  # the graphs hold its casts already
             outputs = program.forward(*parameters, *inputs)
         features, saved = outputs[: program.num_features], outputs[program.num_features :]
         ctx.program, ctx.sample_shape = program, inputs[0].shape
@@ -121,16 +108,23 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         program: Program = ctx.program
-        tangents = [kept.of(gradient) for kept, gradient in zip(program.tangents, gradients, strict=True)]
-        with _plain(gradients[0]):
+        tangents = [
+            _dense_copy(gradient[: kept.rows], kept.shape, kept.strides)
+            for kept, gradient in zip(program.tangents, gradients, strict=True)
+        ]
+        with torch.autocast(gradients[0].device.type, enabled=False):
             predicted = program.backward(*ctx.saved_tensors, *tangents)[program.gradient_index]
         gradient = predicted.new_zeros(ctx.sample_shape)  # the real half gets none
         gradient[: len(predicted)] = predicted
         return None, None, gradient, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
-def build(network: PerceptualNetwork, inputs: dict[str, Tensor], options: dict[str, Any] | None) -> Program:
+def build(network: PerceptualNetwork, inputs: dict[str, Any], options: dict[str, Any] | None) -> Program:
     """Trace the network at the batch of ``inputs`` (2B) and at half of it, and fit the two together.
+
+    Args:
+        inputs: the network's keywords, ``sample`` first.
+        options: of ``torch.compile``; None: the graphs run as they are.
 
     Raises:
         Misaligned: an odd batch, or traces that save different tensors.
@@ -167,9 +161,7 @@ class Trace:
     gradient_index: int
 
 
-def trace(
-    network: PerceptualNetwork, inputs: dict[str, Tensor], size: int, partition: Any = default_partition
-) -> Trace:
+def trace(network: PerceptualNetwork, inputs: dict[str, Any], size: int, partition: Any = default_partition) -> Trace:
     """AOTAutograd's graphs of ``network`` at batch ``size``; nothing is computed, no memory is taken."""
     graphs: dict[str, GraphModule] = {}
 
@@ -183,18 +175,17 @@ def trace(
     eager = _Eager(network)
     names, parameters = zip(*eager.named_parameters(), strict=True)
 
-    def function(parameters: list[Tensor], *values: Tensor) -> tuple[Tensor, ...]:
-        arguments = _arguments(dict(zip(inputs, values, strict=True)))
+    def function(parameters: list[Tensor], arguments: dict[str, Any]) -> tuple[Tensor, ...]:
         return functional_call(eager, dict(zip(names, parameters, strict=True)), (), arguments)
 
     mode = FakeTensorMode()
     fake_parameters = [mode.from_tensor(p.detach()) for p in parameters]
+    fakes = tree_map(lambda value: torch.empty_like(mode.from_tensor(value.detach())[:size]), inputs)
     with mode, torch.enable_grad():
-        fakes = [_fake(value, size) for value in inputs.values()]
-        fakes[0].requires_grad_()
+        sample = fakes["sample"].requires_grad_()
         traced = aot_function(function, keep("forward"), keep("backward"), partition_fn=partition)
-        features = traced(fake_parameters, *fakes)
-        torch.autograd.grad([feature.sum() for feature in features], fakes[0])
+        features = traced(fake_parameters, fakes)
+        torch.autograd.grad([feature.sum() for feature in features], sample)
     _refuse_constants(graphs)
     count = len(features)
     _read_only_what_counts(graphs["backward"])
@@ -249,7 +240,8 @@ def _save_only_what_is_used(forward: GraphModule, backward: GraphModule, num_fea
     results = _results(forward)
     features, saved = results[:num_features], results[num_features:]
     placeholders = _placeholders(backward)[: len(saved)]
-    _set_results(forward, [*features, *(value for value, node in zip(saved, placeholders, strict=True) if node.users)])
+    used = [value for value, node in zip(saved, placeholders, strict=True) if node.users]
+    forward.graph.output_node().args = ((*features, *used),)
     for node in placeholders:
         if not node.users:
             backward.graph.erase_node(node)
@@ -278,7 +270,7 @@ def _keep_prefixes(forward: GraphModule, num_features: int, kept: Sequence[Kept]
             prefix = graph.call_function(torch.ops.aten.slice.Tensor, (node, 0, 0, keep.rows))
         with graph.inserting_after(prefix):
             results[index] = graph.call_function(_dense_copy, (prefix, keep.shape, keep.strides))
-    _set_results(forward, results)
+    graph.output_node().args = (tuple(results),)
     graph.lint()
     forward.recompile()
 
@@ -302,20 +294,6 @@ def _fit(both: Tensor, half: Tensor) -> Kept:
     return Kept(shape[0], shape, strides)
 
 
-def _flat(conditioning: dict[str, Any]) -> dict[str, Tensor]:
-    """Its tensors alone; those of ``added_cond_kwargs`` as ``added.KEY``."""
-    added = conditioning.get("added_cond_kwargs") or {}
-    flat = {**conditioning, **{f"added.{key}": value for key, value in added.items()}}
-    return {name: value for name, value in flat.items() if isinstance(value, Tensor)}
-
-
-def _arguments(values: dict[str, Tensor]) -> dict[str, Any]:
-    """The reverse: the network's keywords."""
-    added = {name.removeprefix("added."): value for name, value in values.items() if name.startswith("added.")}
-    plain: dict[str, Any] = {name: value for name, value in values.items() if not name.startswith("added.")}
-    return {**plain, "added_cond_kwargs": added or None}
-
-
 class _Eager(nn.Module):
     """The network past what ``network.compile()`` puts in the way of a call."""
 
@@ -327,38 +305,18 @@ class _Eager(nn.Module):
         return self.network.forward(**arguments)
 
 
-def _fake(value: Tensor, size: int) -> Tensor:
-    """An empty tensor like ``value`` with ``size`` rows, in the layout that a dense tensor of its kind has."""
-    channels_last = value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
-    channels_last = channels_last and not value.is_contiguous()
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((size, *value.shape[1:]), dtype=value.dtype, device=value.device, memory_format=layout)
-
-
 def _autocast_dtype(device: str) -> torch.dtype | None:
     """What autocast casts to on this kind of device; None where it is off."""
     available = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if available else None
 
 
-def _plain(like: Tensor) -> Any:
-    """Without autocast: the graphs hold its casts already."""
-    on = _autocast_dtype(like.device.type) is not None
-    return torch.autocast(like.device.type, enabled=False) if on else nullcontext()
-
-
 def _results(graph: GraphModule) -> list[Any]:
-    (output,) = (node for node in graph.graph.nodes if node.op == "output")
-    return list(output.args[0])
-
-
-def _set_results(graph: GraphModule, results: Sequence[Any]) -> None:
-    (output,) = (node for node in graph.graph.nodes if node.op == "output")
-    output.args = (tuple(results),)
+    return list(graph.graph.output_node().args[0])  # type: ignore[arg-type]
 
 
 def _placeholders(graph: GraphModule) -> list[Node]:
-    return [node for node in graph.graph.nodes if node.op == "placeholder"]
+    return list(graph.graph.find_nodes(op="placeholder"))
 
 
 def _value(node: Any) -> Tensor:

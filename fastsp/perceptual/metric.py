@@ -9,15 +9,15 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, get_args
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastsp.options import Distance, Normalize, Teacher
+from fastsp.options import Distance, Normalize, Teacher, one_of
 from fastsp.perceptual.half_backward import HalfBackward, Misaligned
-from fastsp.perceptual.network import PerceptualNetwork
+from fastsp.perceptual.network import AlwaysEval, PerceptualNetwork
 
 Conditioning = dict[str, Any]  # the network's keywords beside sample and time: tensors (B, ...), dicts of them, None
 Features = tuple[Tensor, ...]  # one tensor per layer
@@ -25,18 +25,7 @@ Features = tuple[Tensor, ...]  # one tensor per layer
 _log = logging.getLogger(__name__)
 
 
-def one_of(name: str, value: Any, allowed: Any) -> Any:
-    """``value``, if the Literal type ``allowed`` has it.
-
-    Raises:
-        ValueError: it has not; the message names all three.
-    """
-    if value not in get_args(allowed):
-        raise ValueError(f"{name} {value!r} is unknown: use one of {', '.join(get_args(allowed))}")
-    return value
-
-
-class PerceptualMetric(nn.Module, ABC):
+class PerceptualMetric(AlwaysEval, ABC):
     """A frozen module that compares [x^_t' ; x_t']. Its ``state_dict`` is all its state; it stays in eval mode.
 
     Attributes:
@@ -67,11 +56,6 @@ class PerceptualMetric(nn.Module, ABC):
 
     def compile_network(self, **options: Any) -> None:
         """Hand what is expensive to ``torch.compile``, with its keywords. May be called at any time."""
-
-    def train(self, mode: bool = True) -> PerceptualMetric:
-        """Stays in eval mode: a metric must not change from call to call."""
-        del mode
-        return super().train(False)
 
 
 METRICS: dict[str, Callable[..., PerceptualMetric]] = {}
@@ -105,16 +89,8 @@ def build_metric(name: str, unet: nn.Module, **options: Any) -> PerceptualMetric
 class FrozenFeatures(PerceptualMetric):
     """Distance of hidden features of the frozen, truncated network: equation (11) of Lin & Yang (arXiv 2401.00110).
 
-    Args:
-        unet, layers, dtype, share_frozen: see :class:`PerceptualNetwork`.
-        distance: ``mse`` or ``mae`` (Table 5).
-        normalize: ``none``; or ``sample``: divide each layer's distance by the same mean over the real features alone,
-            so that the loss is relative to their size, whatever the network and t'. True and False stand for the two.
-        calls: ``batched``: predicted and real half in one call, whose backward costs the predicted half alone (traced
-            once per shape); ``split``: two calls, for the same FLOPs. What cannot be traced falls back to ``split``.
-
-    Raises:
-        ValueError: an unknown name, or a network that cannot be used.
+    The options are those of :class:`fastsp.loss.SelfPerceptualLoss`, where ``calls`` is ``teacher``. What cannot be
+    traced falls back from ``batched`` to ``split``.
     """
 
     def __init__(
@@ -149,7 +125,7 @@ class FrozenFeatures(PerceptualMetric):
         return self.network.memory_format
 
     def distance(self, inputs: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """Each layer's distance within a sample, then the plain mean over layers. (B,) float32."""
+        """(B,) float32: each layer's distance within a sample, then the plain mean over layers."""
         states = conditioning["encoder_hidden_states"].to(inputs.dtype)
         pred, real = self._features(inputs, {"timesteps": time, **conditioning, "encoder_hidden_states": states})
         return torch.stack([self._layer_distance(p, r) for p, r in zip(pred, real, strict=True)]).mean(0)
@@ -161,7 +137,8 @@ class FrozenFeatures(PerceptualMetric):
 
     def _features(self, inputs: Tensor, conditioning: Conditioning) -> tuple[Features, Features]:
         """Features of the predicted half, and of the real half without gradient."""
-        self.network.check_conditioning(conditioning)
+        if (fault := self.network.conditioning_fault(conditioning)) is not None:
+            raise ValueError(fault)
         if self.calls == "split" or not inputs.requires_grad or torch.compiler.is_compiling():
             return self._split(inputs, conditioning)
         try:
@@ -176,17 +153,12 @@ class FrozenFeatures(PerceptualMetric):
     def _split(self, inputs: Tensor, conditioning: Conditioning) -> tuple[Features, Features]:
         """Two calls: the real half without gradient, then the predicted one."""
         pred, real = inputs.chunk(2)
-        with self._compiled_or_refused():
+        is_compiled = self._half_backward.compile_options is not None and not torch.compiler.is_compiling()
+        # More shapes than torch.compile keeps versions for are an error; by default it goes on uncompiled.
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True) if is_compiled else nullcontext():
             with torch.no_grad():
                 real_features = self.network(real.detach(), **conditioning)
             return self.network(pred, **conditioning), real_features
-
-    def _compiled_or_refused(self) -> AbstractContextManager[None]:
-        """Around calls of a compiled network: more shapes than ``torch.compile`` keeps versions for are an error. By
-        default it would go on uncompiled, with only a warning."""
-        if self._half_backward.compile_options is None or torch.compiler.is_compiling():
-            return nullcontext()
-        return torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 
     def _layer_distance(self, pred: Tensor, real: Tensor) -> Tensor:
         """(B, ...) features -> (B,)."""

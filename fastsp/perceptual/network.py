@@ -7,16 +7,24 @@ forward returns the mid-block feature, and the decoder (514 of Stable Diffusion 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from fastsp.families import family_of, unwrapped
-from fastsp.options import LAYERS
+from fastsp.options import Layers, one_of
 
 
-class PerceptualNetwork(nn.Module):
+class AlwaysEval(nn.Module):
+    """Stays in eval mode: a metric must not change from call to call."""
+
+    def train(self, mode: bool = True) -> Self:
+        del mode
+        return super().train(False)
+
+
+class PerceptualNetwork(AlwaysEval):
     """Frozen features of a ``UNet2DConditionModel`` (SD 1.x, 2.x, XL or any other configuration of the class).
 
     Args:
@@ -36,10 +44,10 @@ class PerceptualNetwork(nn.Module):
         self, unet: Any, layers: str = "mid", dtype: torch.dtype | None = None, share_frozen: bool = False
     ) -> None:
         super().__init__()
-        if layers not in LAYERS:
-            raise ValueError(f"layers {layers!r} is unknown: use one of {', '.join(LAYERS)}")
+        one_of("layers", layers, Layers)
         unet = unwrap(unet)
-        allowed = family_of(unet).layers(unet.config)
+        self.family = family_of(unet)
+        allowed = self.family.layers(unet.config)
         if layers not in allowed:
             raise ValueError(f"layers {layers!r}: this network has no mid block; use one of {', '.join(allowed)}")
         if share_frozen and dtype not in (None, unet.dtype):
@@ -51,39 +59,25 @@ class PerceptualNetwork(nn.Module):
         if dtype is not None:
             cast(self.unet, dtype)
         self._collected: list[Tensor] = []
-        observed, self._ends_with_answer = family_of(self.unet).features(self.unet, layers)
+        observed, self._ends_with_answer = self.family.features(self.unet, layers)
         for block in observed:
             block.register_forward_hook(self._collect)
         self.train(False)
 
-    def train(self, mode: bool = True) -> PerceptualNetwork:
-        """Stays in eval mode: a metric must not change from call to call."""
-        del mode
-        return super().train(False)
-
-    @property
-    def _input_weight(self) -> Tensor:
-        return family_of(self.unet).input_weight(self.unet)
-
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that ``forward`` expects its sample in."""
-        return self._input_weight.dtype
+        return self.family.input_weight(self.unet).dtype
 
     @property
     def memory_format(self) -> torch.memory_format:
         """The memory format of its convolutions' weights, which its inputs should have too."""
-        weight = self._input_weight
+        weight = self.family.input_weight(self.unet)
         channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
         return torch.channels_last if channels_last else torch.contiguous_format
 
     def forward(
-        self,
-        sample: Tensor,
-        timesteps: Tensor,
-        encoder_hidden_states: Tensor,
-        added_cond_kwargs: dict[str, Tensor] | None = None,
-        class_labels: Tensor | None = None,
+        self, sample: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, **conditioning: Any
     ) -> tuple[Tensor, ...]:
         """Features ``p_l(x_t', t', c)``, one tensor for each layer, in the network's dtype.
 
@@ -91,34 +85,20 @@ class PerceptualNetwork(nn.Module):
             sample: x_t', (B, C, H, W).
             timesteps: t', (B,) integers.
             encoder_hidden_states: the text features c, (B, L, D).
-            added_cond_kwargs: SDXL's ``text_embeds`` and ``time_ids``.
-            class_labels: (B, ...) where the UNet takes them.
+            **conditioning: the other keywords of the network's own forward, such as ``added_cond_kwargs``.
         """
         self._collected.clear()
-        last = self.unet(
-            sample,
-            timesteps,
-            encoder_hidden_states,
-            class_labels=class_labels,
-            added_cond_kwargs=added_cond_kwargs,
-            return_dict=False,
-        )[0]
+        last = self.unet(sample, timesteps, encoder_hidden_states, **conditioning, return_dict=False)[0]
         features = tuple(self._collected)
         self._collected.clear()  # nothing outlives the call
         return (*features, last) if self._ends_with_answer else features
 
-    def check_conditioning(self, conditioning: dict[str, Any]) -> None:
-        """See that the network is told what its configuration asks for.
-
-        Raises:
-            ValueError: something is missing.
-        """
-        if (fault := family_of(self.unet).conditioning_fault(self.unet.config, conditioning)) is not None:
-            raise ValueError(fault)
+    def conditioning_fault(self, conditioning: dict[str, Any]) -> str | None:
+        """What the network's configuration asks for and ``conditioning`` lacks; None: nothing."""
+        return self.family.conditioning_fault(self.unet.config, conditioning)
 
     def _collect(self, _block: nn.Module, _args: Any, output: Any) -> None:
-        """Forward hook: down blocks answer (hidden, skips), up blocks the hidden tensor."""
-        self._collected.append(output[0] if isinstance(output, tuple) else output)
+        self._collected.append(self.family.feature(output))
 
 
 def unwrap(network: Any) -> Any:
@@ -135,14 +115,8 @@ def unwrap(network: Any) -> Any:
         raise ValueError(f"{kind} is no network{hint}")
     if any("FSDP" in cls.__name__ or "FullyShardedDataParallel" in cls.__name__ for cls in type(network).__mro__):
         raise ValueError("the UNet is sharded by FSDP: build the criterion before wrapping the UNet")
-    family_of(network)
-    config: Any = network.config
-    channels, predicted = config.in_channels, config.out_channels
-    if channels != predicted:
-        raise ValueError(
-            f"the UNet takes {channels} channels and predicts {predicted}: a perceptual network gets noisy latents and "
-            "nothing beside them, so models for inpainting or image editing cannot be used"
-        )
+    if (fault := family_of(network).metric_fault(network.config)) is not None:
+        raise ValueError(f"this network cannot be a perceptual network: {fault}")
     return network
 
 
@@ -157,7 +131,7 @@ def shared_copy(module: Any) -> Any:
 
 
 def _frozen_parameters(module: nn.Module) -> dict[int, Any]:
-    """deepcopy's memo that leaves them where they are."""
+    """deepcopy's memo that leaves the frozen ones where they are."""
     return {id(p): p for p in module.parameters() if not p.requires_grad}
 
 
@@ -169,18 +143,11 @@ def truncated_copy(unet: Any, layers: str, share_frozen: bool = False) -> Any:
     """
     memo: dict[int, Any] = _frozen_parameters(unet) if share_frozen else {}
     frozen = copy.deepcopy(unet, memo | family_of(unet).stand_ins(unet, layers))
-    _forget_training_state(frozen)
-    return frozen
-
-
-def _forget_training_state(unet: Any) -> None:
-    """Take off what belongs to somebody's training loop: hooks, checkpointing, an autocast wrapper of forward."""
-    for module in unet.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-        module._backward_hooks.clear()
-        module._backward_pre_hooks.clear()
-        module.__dict__.pop("forward", None)
-        module.__dict__.pop("_original_forward", None)
+    for module in frozen.modules():  # what belongs to somebody's training loop stays behind
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            getattr(module, hooks).clear()
+        for wrapper in ("forward", "_original_forward"):
+            module.__dict__.pop(wrapper, None)
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False
+    return frozen

@@ -7,13 +7,10 @@ The tables are built on the first step with a set of tensors and found again on 
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from fastsp_kernels import _checks as checks
 
 CHUNK = 16384  # elements per program
 ALIGNMENT = 16  # bytes: the widest load of one thread
@@ -40,9 +37,9 @@ def check_lists(lists: Sequence[list[Tensor]]) -> None:
     for name, tensors in zip(NAMES, lists, strict=True):
         if not isinstance(tensors, list | tuple):
             raise ValueError(f"{name} must be a list of tensors, got {type(tensors).__name__}")
-        if not all(isinstance(tensor, Tensor) for tensor in tensors):
-            for index, tensor in enumerate(tensors):
-                checks.check_tensor(f"{name}[{index}]", tensor)
+        for index, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{name}[{index}] must be a tensor, got {type(tensor).__name__}")
     masters = lists[0]
     if not masters:
         raise ValueError("masters must not be empty")
@@ -59,7 +56,8 @@ def check_lists(lists: Sequence[list[Tensor]]) -> None:
             raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensors[0].dtype}")
         dtype = tensors[0].dtype
         for index, (tensor, master, place) in enumerate(zip(tensors, masters, places, strict=True)):
-            if tensor.dtype != dtype or not (_place(tensor) == place or _walk_together(tensor, master)):
+            alike = _place(tensor) == place or _description(tensor)[1:] == _description(master)[1:]
+            if tensor.dtype != dtype or not alike:
                 raise ValueError(
                     f"{name}[{index}] must be {dtype} with the shape, strides and device of its master: "
                     f"{_description(master)[1:]}, got {_description(tensor)}"
@@ -86,7 +84,7 @@ class AddressTables:
     """The lists' addresses on the device, (lists, tensors) int64, remembered by what they hold."""
 
     def __init__(self) -> None:
-        self._recent: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+        self._recent: dict[tuple[object, ...], Tensor] = {}  # the one used last comes last
         self._spare: dict[int, Tensor] = {}
         self._captured: list[Tensor] = []
 
@@ -98,24 +96,22 @@ class AddressTables:
         """
         device = lists[0][0].device
         addresses = tuple(tensor.data_ptr() for tensors in lists for tensor in tensors)
-        capturing = _is_capturing(device)
-        table = self._recent.get((device, addresses))
-        if table is None:
-            table = self._upload_in_capture(addresses, device) if capturing else _upload(addresses, device)
-        if device.type == "cuda" and not capturing and len(addresses) not in self._spare:
-            self._spare[len(addresses)] = torch.empty(len(addresses), dtype=torch.int64, pin_memory=True)
-        if capturing:
+        table = self._recent.pop((device, addresses), None)
+        if not _is_capturing(device):
+            if table is None:  # without waiting for the device: memory that is not pinned is staged first
+                table = torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)
+            if device.type == "cuda" and len(addresses) not in self._spare:
+                self._spare[len(addresses)] = torch.empty(len(addresses), dtype=torch.int64, pin_memory=True)
+            self._recent[device, addresses] = table
+            if len(self._recent) > REMEMBERED:
+                del self._recent[next(iter(self._recent))]
+        else:
+            if table is None:  # not there before the replay, so that it is not remembered
+                table = self._upload_in_capture(addresses, device)
+            else:
+                self._recent[device, addresses] = table
             self._captured.append(table)  # the graph goes on reading it
-        else:  # what a capture uploads is not there before its replay
-            self._remember((device, addresses), table)
         return table.view(-1, len(lists[0]))
-
-    def _remember(self, key: tuple[object, ...], table: Tensor) -> None:
-        """Keep the tables used last."""
-        self._recent[key] = table
-        self._recent.move_to_end(key)
-        if len(self._recent) > REMEMBERED:
-            self._recent.popitem(last=False)
 
     def _upload_in_capture(self, addresses: tuple[int, ...], device: torch.device) -> Tensor:
         """Gradients first allocated inside a capture are met here. The copy is part of the graph, so that its source
@@ -131,11 +127,6 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _upload(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """Without waiting for what the device does: memory that is not pinned is staged before the call returns."""
-    return torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)
-
-
 def are_aligned(lists: Sequence[list[Tensor]]) -> bool:
     """Whether every tensor starts at a multiple of ALIGNMENT, as all do that the allocator hands out whole."""
     return all(tensor.data_ptr() % ALIGNMENT == 0 for tensors in lists for tensor in tensors)
@@ -146,11 +137,6 @@ def _place(tensor: Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.stride(), tensor.device
 
 
-def _walk_together(tensor: Tensor, master: Tensor) -> bool:
-    """Whether flat indices mean the same in both."""
-    return _description(tensor)[1:] == _description(master)[1:]
-
-
 def _description(tensor: Tensor) -> tuple[object, ...]:
     """What two tensors must share to be walked together; the stride of a dimension of one element means nothing."""
     strides = tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
@@ -159,11 +145,6 @@ def _description(tensor: Tensor) -> tuple[object, ...]:
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one run of memory, in some order of dimensions."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride != expected:
-            return False
-        expected *= max(size, 1)
-    return True
+    strides = tensor.stride()
+    by_stride = sorted(range(tensor.ndim), key=lambda dim: strides[dim], reverse=True)
+    return tensor.is_contiguous() or tensor.permute(by_stride).is_contiguous()

@@ -9,9 +9,8 @@ The environment variable TRITON_INTERPRET, where it is set, decides between the 
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,30 +81,30 @@ def autotune(shapes: tuple[tuple[int, int], ...], key: tuple[str, ...] = ()) -> 
 
     A kernel must be safe to repeat on its own output, since tuning runs it many times.
     """
-
-    def decorate(kernel: Any) -> Any:
-        if triton is None or INTERPRETED:
-            return _Fixed(kernel, shapes[0][0])
-        configs = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in shapes]
-        return triton.autotune(configs, key=list(key), do_bench=_time_outside_capture)(kernel)
-
-    return decorate
-
-
-class _Fixed:
-    """A kernel with its block size given: the interface of an autotuned one, without the tuning."""
-
-    def __init__(self, kernel: Any, block: int) -> None:
-        self.kernel, self.block = kernel, block
-
-    def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        return functools.partial(self.kernel[grid], BLOCK=self.block)
+    if triton is None:
+        return lambda kernel: kernel
+    configs = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in shapes]
+    return triton.autotune(configs[:1] if INTERPRETED else configs, key=list(key), do_bench=_time_outside_capture)
 
 
 def _time_outside_capture(call: Callable[[], Any], quantiles: Any) -> Any:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("block sizes are tuned at the first call: make one with these shapes before capturing")
     return triton.testing.do_bench(call, warmup=TUNING_WARMUP_MS, rep=TUNING_MS, quantiles=quantiles)
+
+
+def launch_on_latents(
+    kernel: Any, latents: Tensor, pointers: Sequence[Tensor | None], strided: Sequence[Tensor | None], **constants: int
+) -> None:
+    """A program for every BLOCK elements of each sample. After `pointers` a kernel takes the strides of `strided`
+    (anything for None), then the batch, the elements of a sample, their height and width."""
+    batch, channels, height, width = latents.shape
+    elements = channels * height * width
+    strides = [(latents if tensor is None else tensor).stride() for tensor in strided]
+    with torch.cuda.device_of(latents):
+        kernel[lambda meta: (batch * -(-elements // meta["BLOCK"]),)](
+            *pointers, *strides, batch, elements, height, width, **constants, **LAUNCH_OPTIONS
+        )
 
 
 @jit
@@ -115,12 +114,6 @@ def offsets_device(strides, sample, element, height, width):
     row = (element // width % height).to(tl.int64)
     channel = (element // (height * width)).to(tl.int64)
     return sample.to(tl.int64) * strides[0] + channel * strides[1] + row * strides[2] + column * strides[3]
-
-
-@jit
-def load_coefficient_device(pointer, row, batch, sample):
-    """A sample's value in one row of a contiguous (rows, B) tensor."""
-    return tl.load(pointer + row * batch + sample)
 
 
 @jit

@@ -16,7 +16,6 @@ Not covered: sparse or complex parameters, AMSGrad, float16 gradients with loss 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,41 +29,7 @@ CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 SCALAR_DTYPES = {"step": (torch.float32, torch.int64), "skipped": (torch.int64,)}  # the others are float32
 TUNING_ELEMENTS = 1 << 24  # well beyond the cache of any GPU
 
-Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
-
-
-@dataclass(frozen=True)
-class Scalars:
-    """What is the same for all parameters; see :func:`adamw_ema`. ``step`` counts this update already."""
-
-    learning_rate: Tensor
-    ema_decay: Tensor
-    gradient_norm: Tensor
-    step: Tensor
-    max_norm: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-
-    def clip(self) -> Tensor:
-        """What gradients are multiplied by, 0-d float64."""
-        return (self.max_norm / (self.gradient_norm.double() + CLIP_EPSILON)).clamp(max=1.0)
-
-    def factors(self) -> Tensor:
-        """Finite or not, clip, weight decay, step size, root of the second bias correction, weight of the average:
-        (6,) float64, on the device."""
-        learning_rate, step = self.learning_rate.double(), self.step.double()
-        return torch.stack(
-            (
-                torch.isfinite(self.gradient_norm).double(),
-                self.clip(),
-                1 - learning_rate * self.weight_decay,
-                learning_rate / (1 - self.beta1**step),
-                (1 - self.beta2**step).sqrt(),
-                1 - self.ema_decay.double(),
-            )
-        )
+Lists = tuple[list[Tensor], ...]  # masters, gradients, exp_avgs, exp_avg_sqs, emas, copies
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
@@ -177,9 +142,16 @@ def _update(
     finite = torch.isfinite(gradient_norm)
     step += finite
     skipped += ~finite
-    run = _update_triton if uses_triton(masters[0]) else _update_reference
-    scalars = Scalars(learning_rate, ema_decay, gradient_norm, step, max_norm, beta1, beta2, eps, weight_decay)
-    run((masters, gradients, exp_avgs, exp_avg_sqs, emas, copies), scalars)
+    lists = (masters, gradients, exp_avgs, exp_avg_sqs, emas, copies)
+    clip = (max_norm / (gradient_norm.double() + CLIP_EPSILON)).clamp(max=1.0)
+    if uses_triton(masters[0]):
+        rate, number, average = learning_rate.double(), step.double(), 1 - ema_decay.double()
+        step_size, root_correction = rate / (1 - beta1**number), (1 - beta2**number).sqrt()
+        factors = torch.stack((finite.double(), clip, 1 - rate * weight_decay, step_size, root_correction, average))
+        _update_triton(lists, factors, (1 - beta1, beta2, 1 - beta2, eps))
+    elif finite:  # read on the host, which on a CPU is nothing to wait for
+        options = {"beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps}
+        _update_reference(lists, step, clip, float(ema_decay), lr=float(learning_rate), **options)
 
 
 _adamw_ema = torch.library.custom_op(
@@ -193,12 +165,9 @@ def _adamw_ema_fake(*arguments: object) -> None:
     """Everything is in place: there is no output."""
 
 
-def _update_reference(lists: Lists, scalars: Scalars) -> None:
-    """torch's fused AdamW, then the average. Reads the scalars on the host, which on a CPU is nothing to wait for."""
-    if not torch.isfinite(scalars.gradient_norm):
-        return
+def _update_reference(lists: Lists, step: Tensor, clip: Tensor, ema_decay: float, **options: float) -> None:
+    """torch's fused AdamW with these options, then the average."""
     masters, gradients, exp_avgs, exp_avg_sqs, emas, copies = ([_flat(tensor) for tensor in group] for group in lists)
-    clip = scalars.clip()
     gradients = [gradient.float() for gradient in gradients]  # themselves where float32, as the next two
     first, second = [m.float() for m in exp_avgs], [v.float() for v in exp_avg_sqs]
     torch._fused_adamw_(
@@ -207,17 +176,13 @@ def _update_reference(lists: Lists, scalars: Scalars) -> None:
         first,
         second,
         [],
-        [scalars.step.float()] * len(masters),
-        lr=float(scalars.learning_rate),
-        beta1=scalars.beta1,
-        beta2=scalars.beta2,
-        weight_decay=scalars.weight_decay,
-        eps=scalars.eps,
+        [step.float()] * len(masters),
+        **options,
         amsgrad=False,
         maximize=False,
         grad_scale=None if clip == 1 else (1 / clip).float(),  # gradients are divided by it, in the same pass
     )
-    torch._foreach_lerp_(emas, masters, 1 - float(scalars.ema_decay))
+    torch._foreach_lerp_(emas, masters, 1 - ema_decay)
     for stored, values in ((exp_avgs, first), (exp_avg_sqs, second), (copies, masters)):
         if stored and stored[0].dtype != torch.float32:
             torch._foreach_copy_(stored, values)
@@ -228,13 +193,14 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _update_triton(lists: Lists, scalars: Scalars) -> None:
-    factors, aligned = scalars.factors(), are_aligned(lists)
+def _update_triton(lists: Lists, factors: Tensor, constants: tuple[float, ...]) -> None:
+    """`factors`: (6,) float64; the kernel takes both in the order of `_update_device`."""
+    aligned = are_aligned(lists)
     kind = (*(tensors[0].dtype for tensors in lists if tensors), aligned, factors.device)
     if kind not in _tuned and not INTERPRETED:
-        _launch(_scratch(lists), aligned, factors, scalars)
+        _launch(_scratch(lists), aligned, factors, constants)
         _tuned.add(kind)
-    _launch(lists, aligned, factors, scalars)
+    _launch(lists, aligned, factors, constants)
 
 
 _address_tables = AddressTables()
@@ -244,13 +210,10 @@ _tuned: set[tuple[object, ...]] = set()
 def _scratch(lists: Lists) -> Lists:
     """Lists of the same dtypes to tune on: tuning repeats the update, and an update in place must not be repeated."""
     elements = min(TUNING_ELEMENTS, sum(master.numel() for master in lists[0]))
-    masters, gradients, exp_avgs, exp_avg_sqs, emas, copies = (
-        [torch.ones(elements, dtype=tensors[0].dtype, device=tensors[0].device)] if tensors else [] for tensors in lists
-    )
-    return masters, gradients, exp_avgs, exp_avg_sqs, emas, copies
+    return tuple([tensors[0].new_ones(elements)] if tensors else [] for tensors in lists)
 
 
-def _launch(lists: Lists, aligned: bool, factors: Tensor, scalars: Scalars) -> None:
+def _launch(lists: Lists, aligned: bool, factors: Tensor, constants: tuple[float, ...]) -> None:
     masters, gradients, exp_avgs, exp_avg_sqs, _, copies = lists
     chunks = chunk_table(tuple(master.numel() for master in masters), factors.device)
     with torch.cuda.device_of(factors):
@@ -259,10 +222,7 @@ def _launch(lists: Lists, aligned: bool, factors: Tensor, scalars: Scalars) -> N
             chunks,
             factors,
             len(masters),
-            1 - scalars.beta1,
-            scalars.beta2,
-            1 - scalars.beta2,
-            scalars.eps,
+            *constants,
             GRADIENT=_triton_dtype(gradients),
             FIRST=_triton_dtype(exp_avgs),
             SECOND=_triton_dtype(exp_avg_sqs),

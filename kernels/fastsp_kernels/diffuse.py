@@ -20,10 +20,9 @@ from torch import Tensor
 from fastsp_kernels import _checks as checks
 from fastsp_kernels._triton import (
     LATENT_SHAPES,
-    LAUNCH_OPTIONS,
     autotune,
     jit,
-    load_coefficient_device,
+    launch_on_latents,
     load_device,
     store_device,
     tl,
@@ -85,8 +84,12 @@ def _diffuse(
 ) -> list[Tensor]:
     """[x_t], then f_t where it is wanted."""
     outputs = _empty_outputs(latents, with_target, dtype, memory_format)
-    run = _diffuse_triton if uses_triton(latents) else _diffuse_reference
-    run(outputs, latents, noise, seed, positions, marginal)
+    arguments = (latents, noise, seed, positions, marginal)
+    if uses_triton(latents):
+        pointers = (outputs[0], outputs[1] if with_target else None, *arguments)
+        launch_on_latents(_diffuse_kernel, latents, pointers, (outputs[0], latents, noise), NOISE=int(Stream.NOISE))
+    else:
+        _diffuse_reference(outputs, *arguments)
     return outputs
 
 
@@ -113,37 +116,6 @@ def _diffuse_reference(
     a, s, p, q = marginal.view(4, -1, 1, 1, 1)
     for output, (of_latents, of_noise) in zip(outputs, ((a, s), (p, q)), strict=False):
         output.copy_(of_latents * latents + of_noise * noise)
-
-
-def _diffuse_triton(
-    outputs: list[Tensor],
-    latents: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    positions: Tensor | None,
-    marginal: Tensor,
-) -> None:
-    batch, channels, height, width = latents.shape
-    elements = channels * height * width
-    with torch.cuda.device_of(latents):
-        _diffuse_kernel[lambda meta: (batch * -(-elements // meta["BLOCK"]),)](
-            outputs[0],
-            outputs[1] if len(outputs) == 2 else None,
-            latents,
-            noise,
-            seed,
-            positions,
-            marginal,
-            outputs[0].stride(),
-            latents.stride(),
-            (latents if noise is None else noise).stride(),
-            batch,
-            elements,
-            height,
-            width,
-            NOISE=int(Stream.NOISE),
-            **LAUNCH_OPTIONS,
-        )
 
 
 @autotune(LATENT_SHAPES)
@@ -178,10 +150,8 @@ def _diffuse_kernel(
     else:
         noise = load_device(noise_ptr, noise_strides, sample, element, height, width, mask)
 
-    a = load_coefficient_device(marginal_ptr, 0, batch, sample)
-    s = load_coefficient_device(marginal_ptr, 1, batch, sample)
+    a, s = tl.load(marginal_ptr + sample), tl.load(marginal_ptr + batch + sample)
     store_device(noisy_ptr, output_strides, sample, element, height, width, mask, a * latents + s * noise)
     if target_ptr is not None:
-        p = load_coefficient_device(marginal_ptr, 2, batch, sample)
-        q = load_coefficient_device(marginal_ptr, 3, batch, sample)
+        p, q = tl.load(marginal_ptr + 2 * batch + sample), tl.load(marginal_ptr + 3 * batch + sample)
         store_device(target_ptr, output_strides, sample, element, height, width, mask, p * latents + q * noise)

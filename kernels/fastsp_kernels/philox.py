@@ -88,37 +88,43 @@ def random_words(seed: Seed, stream: int, positions: Tensor, count: int) -> Tens
     Raises:
         ValueError: `positions` is not a 1-D int64 tensor, `seed` no 0-d one beside it, or `count` is out of range.
     """
-    return _random_words(_checked_seed(seed, positions, count), positions, int(stream), count)
+    return _draw(seed, stream, positions, count, torch.int64)
 
 
-def _checked_seed(seed: Seed, positions: Tensor, count: int) -> Tensor:
-    """The seed as a 0-d tensor beside the positions; the errors are those of `random_words`."""
+def _draw(seed: Seed, stream: int, positions: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """(B, count) words in int64, or normals in float32; arguments and errors are those of `random_words`."""
     checks.check_tensor("positions", positions)
     if positions.ndim != 1 or positions.dtype != torch.int64:
         raise ValueError(f"positions must be a 1-D int64 tensor, got {positions.dtype} of {tuple(positions.shape)}")
     if not 1 <= count <= 4 << 32:
         raise ValueError(f"count must be from 1 to 2^34, got {count}")
-    if isinstance(seed, Tensor):
-        checks.check_seed(seed, positions)
-        return seed
-    if not isinstance(seed, int):
+    if isinstance(seed, int):
+        if not -(1 << 63) <= seed < 1 << 63:
+            seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+        seed = torch.full((), seed, dtype=torch.int64, device=positions.device)  # no copy: a graph capture allows none
+    elif not isinstance(seed, Tensor):
         raise ValueError(f"seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
-    if not -(1 << 63) <= seed < 1 << 63:
-        seed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
-    return torch.full((), seed, dtype=torch.int64, device=positions.device)  # no copy: a graph capture allows none
+    checks.check_seed(seed, positions)
+    return _random(seed, positions, int(stream), count, dtype)
 
 
-@torch.library.custom_op("fastsp::random_words", mutates_args=())
-def _random_words(seed: Tensor, positions: Tensor, stream: int, count: int) -> Tensor:
-    """(B, count) int64 holding u32."""
-    if uses_triton(positions):
-        return _draw_triton(_empty_words(seed, positions, stream, count), seed, positions, stream)
-    return _random_words_reference(seed, positions, stream, count)
+@torch.library.custom_op("fastsp::random", mutates_args=())
+def _random(seed: Tensor, positions: Tensor, stream: int, count: int, dtype: torch.dtype) -> Tensor:
+    if not uses_triton(positions):
+        reference = _random_words_reference if dtype == torch.int64 else _random_normals_reference
+        return reference(seed, positions, stream, count)
+    output = _empty(seed, positions, stream, count, dtype)
+    if batch := len(positions):
+        with torch.cuda.device_of(positions):
+            _random_kernel[lambda meta: (batch * -(-count // meta["BLOCK"]),)](
+                output, seed, positions, positions.stride(0), count, STREAM=stream, **LAUNCH_OPTIONS
+            )
+    return output
 
 
-@_random_words.register_fake
-def _empty_words(seed: Tensor, positions: Tensor, stream: int, count: int) -> Tensor:
-    return torch.empty((positions.shape[0], count), dtype=torch.int64, device=positions.device)
+@_random.register_fake
+def _empty(seed: Tensor, positions: Tensor, stream: int, count: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty((positions.shape[0], count), dtype=dtype, device=positions.device)
 
 
 def _random_words_reference(seed: Tensor, positions: Tensor, stream: int, count: int) -> Tensor:
@@ -180,39 +186,14 @@ def random_normals(seed: Seed, stream: int, positions: Tensor, shape: Sequence[i
     Raises:
         ValueError: as `random_words`, with the number of elements of `shape` for `count`.
     """
-    count = math.prod(shape)
-    normals = _random_normals(_checked_seed(seed, positions, count), positions, int(stream), count)
+    normals = _draw(seed, stream, positions, math.prod(shape), torch.float32)
     return normals.view(positions.shape[0], *shape)
-
-
-@torch.library.custom_op("fastsp::random_normals", mutates_args=())
-def _random_normals(seed: Tensor, positions: Tensor, stream: int, count: int) -> Tensor:
-    """(B, count) float32."""
-    if uses_triton(positions):
-        return _draw_triton(_empty_normals(seed, positions, stream, count), seed, positions, stream)
-    return _random_normals_reference(seed, positions, stream, count)
-
-
-@_random_normals.register_fake
-def _empty_normals(seed: Tensor, positions: Tensor, stream: int, count: int) -> Tensor:
-    return torch.empty((positions.shape[0], count), dtype=torch.float32, device=positions.device)
 
 
 def _random_normals_reference(seed: Tensor, positions: Tensor, stream: int, count: int) -> Tensor:
     words = _random_words_reference(seed, positions, stream, count + count % 2)
     normals = torch.stack(box_muller(words[:, 0::2], words[:, 1::2]), dim=-1)
     return normals.flatten(1)[:, :count].contiguous()
-
-
-def _draw_triton(output: Tensor, seed: Tensor, positions: Tensor, stream: int) -> Tensor:
-    """Fill (B, count): int64 with words, float32 with normals."""
-    batch, count = output.shape
-    if batch:
-        with torch.cuda.device_of(positions):
-            _random_kernel[lambda meta: (batch * -(-count // meta["BLOCK"]),)](
-                output, seed, positions, positions.stride(0), count, STREAM=stream, **LAUNCH_OPTIONS
-            )
-    return output
 
 
 def box_muller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,14 +236,6 @@ def philox_words_device(seed, stream: tl.constexpr, position, blocks):
 
 
 @jit
-def random_words_device(seed, stream: tl.constexpr, position, first_block, COUNT: tl.constexpr):
-    """(COUNT,) uint32: words 4 first_block .. 4 first_block + COUNT - 1, in order."""
-    blocks = first_block + tl.arange(0, COUNT // 4)
-    w0, w1, w2, w3 = philox_words_device(seed, stream, position, blocks)
-    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (COUNT,))
-
-
-@jit
 def box_muller_device(first, second):
     """Two normals from two words: `random_normals`."""
     radius = tl.sqrt_rn(-2.0 * tl.log(((first >> 8).to(tl.float32) + 1.0) * 5.9604644775390625e-08))
@@ -293,6 +266,7 @@ def _random_kernel(
     if output_ptr.dtype.element_ty == tl.float32:
         values = random_normals_device(seed, STREAM, position, first // 4, BLOCK)
     else:
-        values = random_words_device(seed, STREAM, position, first // 4, BLOCK).to(tl.int64)
+        w0, w1, w2, w3 = philox_words_device(seed, STREAM, position, first // 4 + tl.arange(0, BLOCK // 4))
+        values = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,)).to(tl.int64)
     element = first + tl.arange(0, BLOCK)
     tl.store(output_ptr + sample * count + element, values, element < count)

@@ -20,10 +20,9 @@ from torch import Tensor
 from fastsp_kernels import _checks as checks
 from fastsp_kernels._triton import (
     LATENT_SHAPES,
-    LAUNCH_OPTIONS,
     autotune,
     jit,
-    load_coefficient_device,
+    launch_on_latents,
     load_device,
     store_device,
     tl,
@@ -95,8 +94,12 @@ def _reproject(
     memory_format: int,
 ) -> Tensor:
     output = _empty_pair(model_pred, dtype, memory_format)
-    run = _reproject_triton if uses_triton(latents) else _reproject_reference
-    run(output, model_pred, latents, noisy_latents, noise, seed, positions, marginal, transition)
+    arguments = (model_pred, latents, noisy_latents, noise, seed, positions, marginal, transition)
+    if uses_triton(latents):
+        strided = (output, model_pred, latents, noisy_latents, noise)
+        launch_on_latents(_reproject_kernel, latents, (output, *arguments), strided, NOISE=int(Stream.NOISE))
+    else:
+        _reproject_reference(output, *arguments)
     return output
 
 
@@ -159,44 +162,6 @@ def _reproject_reference(
         half.copy_(c_x * noisy + c_f * f)
 
 
-def _reproject_triton(
-    output: Tensor,
-    model_pred: Tensor,
-    latents: Tensor,
-    noisy: Tensor | None,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    positions: Tensor | None,
-    marginal: Tensor,
-    transition: Tensor,
-) -> None:
-    batch, channels, height, width = latents.shape
-    elements = channels * height * width
-    with torch.cuda.device_of(latents):
-        _reproject_kernel[lambda meta: (batch * -(-elements // meta["BLOCK"]),)](
-            output,
-            model_pred,
-            latents,
-            noisy,
-            noise,
-            seed,
-            positions,
-            marginal,
-            transition,
-            output.stride(),
-            model_pred.stride(),
-            latents.stride(),
-            (latents if noisy is None else noisy).stride(),
-            (latents if noise is None else noise).stride(),
-            batch,
-            elements,
-            height,
-            width,
-            NOISE=int(Stream.NOISE),
-            **LAUNCH_OPTIONS,
-        )
-
-
 @autotune(LATENT_SHAPES)
 @jit
 def _reproject_kernel(
@@ -235,16 +200,13 @@ def _reproject_kernel(
     else:
         noise = load_device(noise_ptr, noise_strides, sample, element, height, width, mask)
     if noisy_ptr is None:
-        a = load_coefficient_device(marginal_ptr, 0, batch, sample)
-        s = load_coefficient_device(marginal_ptr, 1, batch, sample)
+        a, s = tl.load(marginal_ptr + sample), tl.load(marginal_ptr + batch + sample)
         noisy = a * latents + s * noise
     else:
         noisy = load_device(noisy_ptr, noisy_strides, sample, element, height, width, mask)
 
-    p = load_coefficient_device(marginal_ptr, 2, batch, sample)
-    q = load_coefficient_device(marginal_ptr, 3, batch, sample)
-    c_x = load_coefficient_device(transition_ptr, 0, batch, sample)
-    c_f = load_coefficient_device(transition_ptr, 1, batch, sample)
+    p, q = tl.load(marginal_ptr + 2 * batch + sample), tl.load(marginal_ptr + 3 * batch + sample)
+    c_x, c_f = tl.load(transition_ptr + sample), tl.load(transition_ptr + batch + sample)
     predicted_half = c_x * noisy + c_f * predicted
     real_half = c_x * noisy + c_f * (p * latents + q * noise)
     store_device(output_ptr, output_strides, sample, element, height, width, mask, predicted_half)

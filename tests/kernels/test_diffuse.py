@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+import triton
 from fastsp_kernels import diffuse
 from fastsp_kernels.diffuse import _diffuse_kernel, _diffuse_reference
 from kernel_oracles import (
@@ -170,7 +171,7 @@ def test_block_sizes_do_not_matter(monkeypatch: pytest.MonkeyPatch, shape: tuple
     seed, positions = seeded_arguments(latents.device, shape[0])
     expected = diffuse(latents, marginal, seed=seed, positions=positions)
     for block in BLOCKS:
-        monkeypatch.setattr(_diffuse_kernel, "block", block)
+        monkeypatch.setattr(_diffuse_kernel, "configs", [triton.Config({"BLOCK": block})])
         actual = diffuse(latents, marginal, seed=seed, positions=positions)
         assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 

@@ -137,10 +137,10 @@ def test_normals_match_python(device: torch.device, shape: tuple[int, ...]) -> N
     assert (drawn - torch.tensor(expected, dtype=torch.float64)).abs().max() < 3e-6
 
 
-@pytest.mark.parametrize("op", ["random_words", "random_normals"])
-def test_opcheck(device: torch.device, op: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_opcheck(device: torch.device, dtype: torch.dtype) -> None:
     seed, positions = torch.tensor(-7, device=device), torch.tensor(POSITIONS, device=device)
-    torch.library.opcheck(getattr(torch.ops.fastsp, op).default, (seed, positions, int(Stream.NOISE), 11))
+    torch.library.opcheck(torch.ops.fastsp.random.default, (seed, positions, int(Stream.NOISE), 11, dtype))
 
 
 def test_one_compilation_for_all_batch_sizes(device: torch.device) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+import triton
 from fastsp_kernels import diffuse, reproject
 from fastsp_kernels.reproject import _reproject_kernel, _reproject_reference
 from kernel_oracles import (
@@ -209,7 +210,7 @@ def test_block_sizes_do_not_matter(monkeypatch: pytest.MonkeyPatch, shape: tuple
 
     expected = run()
     for block in BLOCKS:
-        monkeypatch.setattr(_reproject_kernel, "block", block)
+        monkeypatch.setattr(_reproject_kernel, "configs", [triton.Config({"BLOCK": block})])
         assert all(torch.equal(one, other) for one, other in zip(run(), expected, strict=True))
 
 

@@ -146,7 +146,7 @@ VIDEO = {
         (lambda: nn.Linear(1, 1), "Linear is no class of networks that fastsp knows"),
         (lambda: UNet2DModel(**SMALL, **UNCONDITIONAL), "UNet2DModel is no class"),
         (lambda: UNetMotionModel(**SMALL, **VIDEO), "UNetMotionModel is no class"),
-        (lambda: tiny_unet(in_channels=9), "takes 9 channels and predicts 4: .* inpainting"),
+        (lambda: tiny_unet(in_channels=9), "takes 9 channels and predicts 4; .* inpainting"),
         (lambda: SimpleNamespace(unet=tiny_unet()), "SimpleNamespace is no network, but it has one: give its unet"),
     ],
     ids=["other", "unconditional", "video", "inpainting", "pipeline"],
