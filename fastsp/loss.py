@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastsp.diffusion.draws import FromGenerator
 from fastsp.diffusion.process import process_of
+from fastsp.errors import UserError, install_command
 from fastsp.options import Displacement, Reduction, TimestepSampling, one_of
 from fastsp.perceptual.metric import build_metric
 from fastsp.perceptual.network import AlwaysEval
@@ -181,10 +182,13 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
             **kwargs: the constructor's other keywords.
 
         Raises:
-            ValueError: one of the two is not there, or cannot be loaded.
+            ValueError: one of the two is not there, or cannot be loaded; the extra is not installed.
         """
-        from fastsp.models import load_unet, load_unet_and_scheduler  # takes seconds to import
-
+        try:
+            from fastsp.models import load_unet, load_unet_and_scheduler  # takes seconds
+        except ModuleNotFoundError as error:
+            command = install_command("train")
+            raise UserError(f"SelfPerceptualLoss.from_pretrained needs {error.name}: {command}") from None
         folder = Path(folder_or_hub_id).expanduser()
         if scheduler is not None and folder.is_dir():
             return cls(load_unet(folder), scheduler, **kwargs)

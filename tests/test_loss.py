@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -444,3 +445,11 @@ def test_wrong_arguments_are_refused():
     ones = torch.ones(10)
     with pytest.raises(ValueError, match="alpha_bar = 1"):
         DenoisingLoss(ones, prediction_type="sample")
+
+
+def test_from_pretrained_in_the_light_install_names_the_command(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[:2] == ["fastsp", "models"]]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"from_pretrained needs transformers: pip install .*\[train\]"):
+        SelfPerceptualLoss.from_pretrained("stabilityai/stable-diffusion-2-1")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -165,12 +166,9 @@ def trace(network: PerceptualNetwork, inputs: dict[str, Any], size: int, partiti
     """AOTAutograd's graphs of ``network`` at batch ``size``; nothing is computed, no memory is taken."""
     graphs: dict[str, GraphModule] = {}
 
-    def keep(name: str) -> Callable[[GraphModule, Any], Any]:
-        def compiler(graph: GraphModule, _inputs: Any) -> Any:
-            graphs[name] = graph
-            return make_boxed_func(graph.forward)
-
-        return compiler
+    def keep(name: str, graph: GraphModule, _inputs: Any) -> Any:
+        graphs[name] = graph
+        return make_boxed_func(graph.forward)
 
     eager = _Eager(network)
     names, parameters = zip(*eager.named_parameters(), strict=True)
@@ -183,23 +181,17 @@ def trace(network: PerceptualNetwork, inputs: dict[str, Any], size: int, partiti
     fakes = tree_map(lambda value: torch.empty_like(mode.from_tensor(value.detach())[:size]), inputs)
     with mode, torch.enable_grad():
         sample = fakes["sample"].requires_grad_()
-        traced = aot_function(function, keep("forward"), keep("backward"), partition_fn=partition)
+        traced = aot_function(function, partial(keep, "forward"), partial(keep, "backward"), partition_fn=partition)
         features = traced(fake_parameters, fakes)
         torch.autograd.grad([feature.sum() for feature in features], sample)
     _refuse_constants(graphs)
     count = len(features)
     _read_only_what_counts(graphs["backward"])
     _save_only_what_is_used(graphs["forward"], graphs["backward"], count)
-    outputs = _results(graphs["forward"])
-    tangents = _placeholders(graphs["backward"])[-count:]
+    features = [_value(node) for node in _placeholders(graphs["backward"])[-count:]]
+    saved = {str(node): _value(node) for node in _results(graphs["forward"])[count:]}
     gradient_index = next(i for i, node in enumerate(_results(graphs["backward"])) if node is not None)
-    return Trace(
-        graphs["forward"],
-        graphs["backward"],
-        [_value(node) for node in tangents],
-        {str(node): _value(node) for node in outputs[count:]},
-        gradient_index,
-    )
+    return Trace(graphs["forward"], graphs["backward"], features, saved, gradient_index)
 
 
 def _read_only_what_counts(backward: GraphModule) -> None:
@@ -207,13 +199,10 @@ def _read_only_what_counts(backward: GraphModule) -> None:
     for node in list(backward.graph.nodes):
         for index in _unread(node):
             value = _value(node.args[index])
-            size, strides = list(value.shape), list(value.stride())
+            layout = list(value.shape), list(value.stride())
+            kind: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
             with backward.graph.inserting_before(node):
-                empty = backward.graph.call_function(
-                    torch.ops.aten.empty_strided.default,
-                    (size, strides),
-                    {"dtype": value.dtype, "device": value.device},
-                )
+                empty = backward.graph.call_function(torch.ops.aten.empty_strided.default, layout, kind)
             empty.meta["val"] = value
             node.update_arg(index, empty)
 

@@ -163,10 +163,8 @@ class FrozenFeatures(PerceptualMetric):
     def _layer_distance(self, pred: Tensor, real: Tensor) -> Tensor:
         """(B, ...) features -> (B,)."""
         pred, real = pred.float().flatten(1), real.float().flatten(1)
-        distance = self._mean(pred - real)
-        if self.normalize == "none":
-            return distance
-        return distance / self._mean(real).clamp_min(torch.finfo(torch.float32).tiny)
+        distance, tiny = self._mean(pred - real), torch.finfo(torch.float32).tiny
+        return distance if self.normalize == "none" else distance / self._mean(real).clamp_min(tiny)
 
     def _mean(self, features: Tensor) -> Tensor:
         """Mean square, or mean absolute value, of each sample: (B, N) -> (B,)."""

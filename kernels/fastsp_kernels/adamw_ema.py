@@ -165,7 +165,7 @@ def _adamw_ema_fake(*arguments: object) -> None:
     """Everything is in place: there is no output."""
 
 
-def _update_reference(lists: Lists, step: Tensor, clip: Tensor, ema_decay: float, **options: float) -> None:
+def _update_reference(lists: Lists, step: Tensor, clip: Tensor, ema_decay: float, **options: Any) -> None:
     """torch's fused AdamW with these options, then the average."""
     masters, gradients, exp_avgs, exp_avg_sqs, emas, copies = ([_flat(tensor) for tensor in group] for group in lists)
     gradients = [gradient.float() for gradient in gradients]  # themselves where float32, as the next two

@@ -46,16 +46,12 @@ def reproject(
 ) -> Tensor:
     """The perceptual network's input: [x^_t' ; x_t'] in one buffer, differentiable with respect to `model_pred` alone.
 
-    Give either `noise`, or `seed` and `positions`, from which the noise of `diffuse` is drawn again.
-
     Args:
         model_pred: the network's prediction f^, (B, C, H, W), float32, float16 or bfloat16, any strides.
         latents: x0, the same shape, any of these dtypes and any strides.
         marginal: the rows a, s, p, q of the process at t, (4, B) float32.
         transition: the rows c_x, c_f from t to t', (2, B) float32.
-        noise: eps, as `latents`.
-        seed: 0-d int64.
-        positions: int64, the samples' positions in the run, (B,); or 0-d: the first one's, the others following it.
+        noise, seed, positions: as for `diffuse`: eps itself, or what its noise is drawn from again.
         noisy_latents: x_t, as `latents`; None: a x0 + s eps.
         dtype: of the result; None: that of `model_pred`. One rounding to it from float32.
         memory_format: of the result, `torch.contiguous_format` or `torch.channels_last`.
