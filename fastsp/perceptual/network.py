@@ -115,8 +115,8 @@ def unwrap(network: Any) -> Any:
         raise ValueError(f"{kind} is no network{hint}")
     if any("FSDP" in cls.__name__ or "FullyShardedDataParallel" in cls.__name__ for cls in type(network).__mro__):
         raise ValueError("the UNet is sharded by FSDP: build the criterion before wrapping the UNet")
-    config: Any = network.config
-    if (fault := family_of(network).metric_fault(config)) is not None:
+    family, config = family_of(network), getattr(network, "config", {})
+    if (fault := family.metric_fault(config)) is not None:
         raise ValueError(f"this network cannot be a perceptual network: {fault}")
     return network
 
