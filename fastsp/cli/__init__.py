@@ -1,4 +1,4 @@
-"""The commands of `fastsp`, one file each. Heavy imports wait until a command runs: `--help` answers at once."""
+"""The commands of `fastsp`, one file each. Heavy imports are deferred to the command, so that `--help` is fast."""
 
 from typing import Annotated
 
@@ -36,7 +36,7 @@ def _say_version(wanted: bool) -> None:
 @app.callback()
 def _fastsp(
     version: Annotated[
-        bool, typer.Option("--version", help="Say which version this is.", callback=_say_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)
     ] = False,
 ) -> None:
     """Train diffusion models with the self-perceptual loss."""

@@ -1,4 +1,4 @@
-"""`fastsp bench`: the speed of a training step, side by side with other ways to write it."""
+"""`fastsp bench`: the speed of a training step, compared with other implementations."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
 
 def bench(
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the configuration's values.")
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Override values of the configuration.")
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", help="A run's YAML file; weights are random all the same.", metavar="FILE"),
+        typer.Option("--config", help="A run's YAML file; weights are still random.", metavar="FILE"),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows.", metavar="FILE")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results as JSON.", metavar="FILE")] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Turns of each provider; by default 20 of one step, on a GPU 6 of four.")
+        int | None, typer.Option(min=1, help="Rounds per provider. Default: 20 of one step; on a GPU, 6 of four steps.")
     ] = None,
-    only: Annotated[list[str] | None, typer.Option("--only", help="A provider; may be given several times.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the JSON file if it exists.")] = False,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Measure only this provider; repeatable.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing JSON file.")] = False,
 ) -> None:
-    """Measure fastsp's step beside the paper's Algorithm 1 and a plain MSE step: same model, batch and precision.
+    """Compare fastsp's step with the paper's Algorithm 1 and a plain MSE step: same model, batch and precision.
 
     Without --config: Stable Diffusion 2.1-base in bf16 on a GPU, the quickstart's digits model in float32 on a CPU,
-    with random weights, compiled. Compiling takes minutes; compile=false leaves it out. Keys of a stage, such as
-    stages.1.layers=encoder, change fastsp's steps alone: Algorithm 1 stays as printed.
+    with random weights, compiled. Compiling takes minutes; compile=false skips it. Keys of a stage, such as
+    stages.1.layers=encoder, change fastsp's steps only; Algorithm 1 stays as printed.
 
     Example: fastsp bench --json bench.json data.batch_size=16 attention=flash
     """

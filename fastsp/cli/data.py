@@ -1,4 +1,4 @@
-"""`fastsp data`: look at a data set before training on it."""
+"""`fastsp data`: inspect a data set before training on it."""
 
 from __future__ import annotations
 
@@ -10,35 +10,31 @@ import typer
 
 from fastsp.cli.paths import expanding
 
-app = typer.Typer(help="Look at a data set before training on it.", no_args_is_help=True)
+app = typer.Typer(help="Inspect a data set before training on it.", no_args_is_help=True)
 
 
 @app.callback()
 def data() -> None:
-    """Keeps `check` a command of its own: typer would run an only command without its name."""
+    """Keeps the name of `check`: typer runs the only command of a group without its name."""
 
 
 @app.command()
 @expanding
 def check(
-    source: Annotated[str, typer.Argument(help="digits, a folder of images, a tar, a folder of tars, or a pattern.")],
+    source: Annotated[str, typer.Argument(help="digits, a folder of images or of tars, a tar, or a pattern of tars.")],
     resolution: Annotated[int, typer.Option(min=1, help="Side of the crops, in pixels.")] = 512,
-    split: Annotated[
-        str | None, typer.Option(help="Of the digits alone: train, which is the default, or heldout.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read so many samples at most.")] = None,
-    max_bad_fraction: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Of the run, data.max_bad_fraction.")
-    ] = 0.01,
+    split: Annotated[str | None, typer.Option(help="For digits: train (the default) or heldout.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read at most this many samples.")] = None,
+    max_bad_fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="The run's data.max_bad_fraction.")] = 0.01,
     contact_sheet: Annotated[
         Path | None, typer.Option(help="Write the first 64 crops, with names and captions.", metavar="FILE.png")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report.", metavar="FILE")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.", metavar="FILE")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
 ) -> None:
-    """Read a source once, as training would: counts, sizes, captions, speed, and every bad sample by name and reason.
+    """Read a source once, as training would: counts, sizes, captions, speed, and every bad sample with the reason.
 
-    Exit code 1, and a last line that says why, where a run would stop because too many samples are bad; else 0.
+    The exit code is 1 if a run would stop because too many samples are bad; the last line then says why. Otherwise 0.
 
     Example: fastsp data check 'laion/{00000..00231}.tar' --contact-sheet sheet.png
     """

@@ -1,6 +1,6 @@
-"""`fastsp doctor`: what of this machine will be used, and what is missing.
+"""`fastsp doctor`: what fastsp will use on this machine, and what is missing.
 
-Every library is imported in a process of its own, so that one that crashes or hangs becomes a line like any other.
+Each library is imported in a separate process, so that one that crashes or hangs is reported like any other problem.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Finding:
     """One line of the report: what was examined and found, and what to do about it."""
 
     name: str
-    status: Literal["ok", "note", "missing"]  # note: a run works without it, less well; missing: no run works
+    status: Literal["ok", "note", "missing"]  # note: a run works without it, but less well; missing: no run works
     found: str
     advice: str = ""
 

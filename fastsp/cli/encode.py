@@ -1,4 +1,4 @@
-"""`fastsp encode`: compute latents, and text features, once."""
+"""`fastsp encode`: precompute latents and text features."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 def encode(
     config: Annotated[Path, typer.Option("--config", help="The run's YAML file: model and data.", metavar="FILE")],
-    out: Annotated[Path, typer.Option("--out", help="The folder to write, or to continue.", metavar="DIR")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write or to continue.", metavar="DIR")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the file's values.")
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Override values of the file.")
     ] = None,
-    text_features: Annotated[bool, typer.Option(help="Keep the text encoder's output too; it is large.")] = False,
-    dtype: Annotated[str, typer.Option(help="Of the latents: float16, bfloat16 or float32.")] = "float16",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 16,
+    text_features: Annotated[bool, typer.Option(help="Also store the text encoder's output, which is large.")] = False,
+    dtype: Annotated[str, typer.Option(help="Dtype of the latents: float16, bfloat16 or float32.")] = "float16",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 16,
 ) -> None:
-    """Encode a data set with the VAE, once. A stopped encoding is continued; under torchrun, processes share the work.
+    """Encode a data set with the VAE once. If interrupted, it continues; under torchrun, processes share the work.
 
     Then train with data.source=latents data.path=latents data.flip=false.
 

@@ -14,46 +14,54 @@ from fastsp.cli.sample import Base, ModelConfig, Resolution, short_names
 def evaluate(
     model: Annotated[
         list[str],
-        typer.Option("--model", help="A pipeline folder, or a run's stages/NAME; repeatable."),
+        typer.Option(
+            "--model", help="A run's final/ or stages/NAME, a pipeline, a hub id or a single file; repeatable."
+        ),
     ],
     captions: Annotated[
-        Path, typer.Option("--captions", help="COCO's captions_val2014.json, or one text a line.", metavar="FILE")
+        Path,
+        typer.Option(
+            "--captions", help="COCO's captions_val2014.json, or a file with one text per line.", metavar="FILE"
+        ),
     ],
-    json_file: Annotated[Path, typer.Option("--json", help="Where rows are added.", metavar="FILE")],
+    json_file: Annotated[Path, typer.Option("--json", help="The file that rows are added to.", metavar="FILE")],
     reference: Annotated[
         Path | None,
-        typer.Option("--reference", help="Real images: a folder, or saved statistics.", metavar="DIR|FILE"),
+        typer.Option("--reference", help="Real images: a folder, or saved statistics of one.", metavar="DIR|FILE"),
     ] = None,
     features: Annotated[
         str | None, typer.Option(help="Inception-v3's weights as a safetensors file; 'classifier' for the digits.")
     ] = None,
     save_reference: Annotated[
-        Path | None, typer.Option("--save-reference", help="Keep the statistics.", metavar="FILE.safetensors")
+        Path | None,
+        typer.Option("--save-reference", help="Save the statistics of the real images.", metavar="FILE.safetensors"),
     ] = None,
     num_samples: Annotated[
-        int | None, typer.Option(min=2, help="Captions to sample; by default 10000 of COCO's, all of a text file.")
+        int | None, typer.Option(min=2, help="Captions to sample. Default: 10000 of COCO's, all of a text file.")
     ] = None,
-    steps: Annotated[list[int] | None, typer.Option(min=1, help="DDIM steps; repeatable. Without it: 25.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="DDIM steps; repeatable. Default: 25.")] = None,
     guidance: Annotated[
-        list[float] | None, typer.Option(min=0.0, help="Classifier-free guidance; repeatable. Without it: 0.")
+        list[float] | None, typer.Option(min=0.0, help="Scale of classifier-free guidance; repeatable. Default: 0.")
     ] = None,
     rescale: Annotated[
-        list[float] | None, typer.Option(min=0.0, max=1.0, help="Rescale of guidance; repeatable. Without it: 0.")
+        list[float] | None, typer.Option(min=0.0, max=1.0, help="Guidance rescale (phi); repeatable. Default: 0.")
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(min=0, help="Of the noise; repeatable. Without it: 0.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Seed of the noise; repeatable. Default: 0.")] = None,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Sample the empty prompt (Table 2).")] = False,
     resolution: Resolution = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images sampled at once.")] = 16,
     model_config: ModelConfig = None,
     base: Base = None,
     work: Annotated[
-        Path | None, typer.Option("--work", help="Where features are kept; by default FILE.work.", metavar="DIR")
+        Path | None, typer.Option("--work", help="Folder for the samples' features. Default: FILE.work.", metavar="DIR")
     ] = None,
-    keep_pictures: Annotated[bool, typer.Option("--keep-pictures", help="Keep the samples as PNG in there.")] = False,
+    keep_pictures: Annotated[
+        bool, typer.Option("--keep-pictures", help="Also keep the samples there, as PNG.")
+    ] = False,
 ) -> None:
-    """Sample captions and compare with real images. Stopped at any moment, the same command goes on.
+    """Sample captions and compare the samples with real images. If interrupted, run the same command to continue.
 
-    Rows are added to the JSON file, one for each model, step count, guidance and seed, and one of the real images.
+    The JSON file gets one row per model, step count, guidance and seed, and one for the real images.
 
     Example: fastsp eval --model runs/sd21/stages/sp --captions captions_val2014.json --reference val2014
     --features inception.safetensors --steps 25 --steps 50 --json evaluation.json
@@ -74,7 +82,7 @@ def evaluate(
         )
     work = work or json_file.with_name(f"{json_file.name}.work")
     if not json_file.parent.is_dir() or json_file.is_dir():
-        raise UserError(f"--json {json_file}: a file in a folder that there is")
+        raise UserError(f"--json {json_file}: must be a file in an existing folder")
     check_writable(json_file, force=True, option="--json")
     check_folder_writable(work, "--work")
     if save_reference is not None:

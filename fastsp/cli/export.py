@@ -15,15 +15,17 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="The diffusers folder to write.", metavar="DIR")],
     single_file: Annotated[
         Path | None,
-        typer.Option("--single-file", help="Write one file in the original layout too.", metavar="FILE.safetensors"),
+        typer.Option(
+            "--single-file", help="Also write a single file in the original layout.", metavar="FILE.safetensors"
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, fp16 or bf16.")] = "fp32",
-    stage: Annotated[str | None, typer.Option(help="Whose weights; by default the run's final stage.")] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights: fp32, fp16 or bf16.")] = "fp32",
+    stage: Annotated[str | None, typer.Option(help="The stage to export. Default: the run's final stage.")] = None,
     base: Base = None,
     weights: Annotated[Weights, typer.Option(help="The moving average, or the raw weights.")] = Weights.AVERAGE,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
 ) -> None:
-    """Export the weights of a run: a diffusers folder with a model card, and one file for user interfaces.
+    """Export a run's model: a diffusers folder with a model card, and a single file for user interfaces.
 
     Example: fastsp export --run runs/sd21 --out exported --single-file exported.safetensors --dtype fp16
     """
@@ -44,7 +46,7 @@ def export(
 
 
 def _check_folder(out: Path, run: Path, force: bool) -> None:
-    """A folder is replaced only if it is a pipeline, and only if that is wished; what the run wrote, never."""
+    """A folder is replaced only if it is a pipeline and `force` is set; files of the run never are."""
     from fastsp.errors import UserError
     from fastsp.utils.files import check_folder_writable
 

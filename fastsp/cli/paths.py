@@ -1,4 +1,4 @@
-"""``~`` in the paths of the command line, which a shell leaves alone in ``--out=~/x``."""
+"""Expands ``~`` in paths of the command line: a shell does not in ``--out=~/x``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FOLDER_OR_NAME = ("model", "model_config", "features", "source", "base")  # par
 
 
 def expanding(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with ``~`` replaced by the home folder in its paths: what is a ``Path``, and the names above."""
+    """A command with ``~`` expanded in its paths: parameters of type ``Path``, and those named above."""
 
     @functools.wraps(command)
     def run(**arguments: Any) -> None:
@@ -21,7 +21,7 @@ def expanding(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def expanded(name: str, value: Any) -> Any:
-    """The value of a parameter, or the values of one that is given several times."""
+    """The value of a parameter, or the values of a repeatable one."""
     from fastsp.utils.files import expand_home
 
     if isinstance(value, list):

@@ -13,17 +13,17 @@ _PAPER, _SMALL = Path("configs/sd21-paper.yaml"), Path("configs/digits.yaml")
 def reproduce(
     table: Annotated[int, typer.Argument(help="Number of the table in the paper: 1 to 7.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the configuration.")
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Override values of the configuration.")
     ] = None,
-    small: Annotated[bool, typer.Option("--small", help=f"On the digits: {_SMALL}.")] = False,
+    small: Annotated[bool, typer.Option("--small", help=f"Use the digits: {_SMALL}.")] = False,
     config: Annotated[
-        Path | None, typer.Option("--config", help=f"By default {_PAPER}: model, data, steps.", metavar="FILE")
+        Path | None, typer.Option("--config", help=f"Model, data and steps. Default: {_PAPER}.", metavar="FILE")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print the configuration and stop.")] = False,
 ) -> None:
-    """Train and evaluate what a table of the paper compares, and print it beside the paper's figures.
+    """Train and evaluate what a table of the paper compares, and print the table beside the paper's figures.
 
-    Each table is one run: MSE, then its self-perceptual stages. The same command goes on with a run that was stopped.
+    Each table is one run: MSE, then its self-perceptual stages. If interrupted, run the same command to continue.
 
     Example: fastsp reproduce 3 --small
     """

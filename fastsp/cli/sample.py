@@ -1,4 +1,4 @@
-"""`fastsp sample`: pictures from trained models."""
+"""`fastsp sample`: samples from trained models."""
 
 from __future__ import annotations
 
@@ -23,45 +23,49 @@ class Weights(StrEnum):
 
 
 Files = list[list[Path]]  # for each model, one for every picture
-# Options that other commands have too
-Resolution = Annotated[int | None, typer.Option(min=1, help="Side in pixels; by default the model's own.")]
+# Options shared with other commands
+Resolution = Annotated[int | None, typer.Option(min=1, help="Side in pixels. Default: the model's own.")]
 ModelConfig = Annotated[
-    str | None, typer.Option("--model-config", help="For single files: a pipeline folder of their kind.", metavar="DIR")
+    str | None, typer.Option("--model-config", help="For a single file: a pipeline folder of its kind.", metavar="DIR")
 ]
 Base = Annotated[
-    str | None, typer.Option("--base", help="For LoRA adapters: their base model, instead of the one they name.")
+    str | None, typer.Option("--base", help="For LoRA adapters: use this base model instead of the one they name.")
 ]
 
 
 def sample(
     model: Annotated[
         list[str],
-        typer.Option("--model", help="A pipeline folder, such as a run's final/, or a run's stages/NAME; repeatable."),
+        typer.Option(
+            "--model", help="A run's final/ or stages/NAME, a pipeline, a hub id or a single file; repeatable."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The grid to write.", metavar="FILE.png")],
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A text; may be given several times.")] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="A file with one text in a line.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A text; repeatable.")] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="A file with one text per line.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="DDIM steps.")] = 25,
-    guidance: Annotated[float, typer.Option(min=0.0, help="Classifier-free guidance; 0: none.")] = 0.0,
-    rescale: Annotated[float, typer.Option(min=0.0, max=1.0, help="Rescale of the guidance (phi).")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the initial noise.")] = 0,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Scale of classifier-free guidance; 0: none.")] = 0.0,
+    rescale: Annotated[float, typer.Option(min=0.0, max=1.0, help="Guidance rescale (phi).")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the initial noise.")] = 0,
     resolution: Resolution = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once; changes memory and speed.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures sampled at once; affects memory and speed.")] = 16,
     model_config: ModelConfig = None,
     base: Base = None,
     weights: Annotated[
-        Weights, typer.Option(help="Of a run's final/ or stages/NAME: the moving average, or the raw weights.")
+        Weights, typer.Option(help="For a run's final/ or stages/NAME: the moving average, or the raw weights.")
     ] = Weights.AVERAGE,
-    trajectory: Annotated[bool, typer.Option("--trajectory", help="Show x0^ after up to 50 steps.")] = False,
+    trajectory: Annotated[
+        bool, typer.Option("--trajectory", help="Show x0^ along the way, at up to 50 steps.")
+    ] = False,
     singles: Annotated[
-        Path | None, typer.Option("--singles", help="Write each picture by itself too.", metavar="DIR")
+        Path | None, typer.Option("--singles", help="Also write each picture to its own file.", metavar="DIR")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
 ) -> None:
-    """Draw pictures and write them as one PNG grid. Equal seeds give equal initial noise, whatever the model.
+    """Sample pictures and write them as one PNG grid. Equal seeds give equal initial noise for every model.
 
-    Several models give one row each (the paper's Figure 1). The files carry prompt and settings in their metadata.
+    Several models give one row each, as in the paper's Figure 1. The PNG metadata hold prompt and settings.
 
     Example: fastsp sample --model runs/quickstart/final --prompt "a handwritten seven" --count 4 --out seven.png
 

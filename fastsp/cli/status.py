@@ -1,4 +1,4 @@
-"""`fastsp status`: where a run stands."""
+"""`fastsp status`: the state of a run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import typer
 
 def status(
     run: Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Read the newest checkpoint through: checksums.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the newest checkpoint's checksums.")] = False,
 ) -> None:
-    """Say where a run stands: running or not, step, losses, speed, checkpoint, and what to do next.
+    """Show the state of a run: running or not, step, losses, speed, checkpoint, and what to do next.
 
     Example: fastsp status runs/quickstart
     """

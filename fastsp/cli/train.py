@@ -12,14 +12,14 @@ import typer
 def train(
     config: Annotated[Path, typer.Option("--config", help="The run's YAML file.", metavar="FILE")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the file's values.")
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Override values of the file.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in run_dir.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in run_dir.")] = False,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="With --resume: go on with another configuration.")
+        bool, typer.Option("--allow-changes", help="With --resume: continue with a changed configuration.")
     ] = False,
 ) -> None:
-    """Train a model: MSE, then self-perceptual, or whatever stages the configuration names.
+    """Train a model through the stages of the configuration, such as MSE, then self-perceptual.
 
     Example: fastsp train --config configs/quickstart.yaml run_dir=runs/try stages.0.steps=500
     """
