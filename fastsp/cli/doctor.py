@@ -61,9 +61,9 @@ Answer = dict[str, Any]  # of a probe; {"problem": reason} if it failed
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False) -> None:
-    """Examine PyTorch, GPUs, decoders, Triton and disk, and say what to do about each.
+    """Check PyTorch, GPUs, Triton, decoders, caches and disk, and say how to fix what is missing.
 
-    Exit code 0 if a run would work here, else 1.
+    The exit code is 0 if a run would work here, otherwise 1.
 
     Example: fastsp doctor
     """

@@ -82,7 +82,7 @@ def evaluate(
         )
     work = work or json_file.with_name(f"{json_file.name}.work")
     if not json_file.parent.is_dir() or json_file.is_dir():
-        raise UserError(f"--json {json_file}: must be a file in an existing folder")
+        raise UserError(f"--json {json_file}: a file in a folder that exists")
     check_writable(json_file, force=True, option="--json")
     check_folder_writable(work, "--work")
     if save_reference is not None:
