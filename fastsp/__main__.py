@@ -49,6 +49,9 @@ def main() -> None:
         if reason := no_room(error):
             _fail(f"{reason}{f': {file}' if (file := getattr(error, 'filename', None)) else ''}")
             sys.exit(1)
+        if reason := _no_memory(error):
+            _fail(f"{reason}; do fewer samples at once: --batch-size, or evaluation.batch_size of a run's evaluation")
+            sys.exit(1)
         if (code := getattr(error, "exit_code", None)) is None:
             raise
         if hasattr(error, "format_message"):  # the command line's own mistakes, of whichever click typer uses
@@ -56,6 +59,15 @@ def main() -> None:
             command = context.command_path if context else "fastsp"
             _fail(f"{error.format_message()} See '{command} --help'.")
         sys.exit(code)
+
+
+def _no_memory(error: Exception) -> str | None:
+    """See :func:`fastsp.training.faults.no_memory`; without torch nothing of the kind can have happened."""
+    if "torch" not in sys.modules:
+        return None
+    from fastsp.training.faults import no_memory
+
+    return no_memory(error)
 
 
 def _fail(message: str) -> int:

@@ -22,7 +22,7 @@ def cache_folder() -> Path:
         UserError: no temporary folder can be written either.
     """
     with suppress(RuntimeError):  # no $HOME, and no passwd entry that names a home
-        folder = Path(os.environ.get("FASTSP_CACHE") or Path.home() / ".cache" / "fastsp")
+        folder = Path(os.environ.get("FASTSP_CACHE") or Path.home() / ".cache" / "fastsp").expanduser()
         if can_be_written(folder):
             return folder
     return temporary_folder()

@@ -78,8 +78,9 @@ def decode_text(content: bytes, name: str) -> str:
     Raises:
         UserError: it is in another encoding; the message says which is likely, and which byte of which line shows it.
     """
+    content = content.removeprefix(codecs.BOM_UTF8)
     try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        return content.decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             found = "it looks like UTF-16"

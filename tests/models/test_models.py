@@ -56,6 +56,14 @@ def test_preset_is_seeded_and_survives_its_folder(tmp_path):
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.pt"))
 
 
+def test_a_pixel_pipeline_takes_a_generator_of_the_cpu_on_any_device(monkeypatch):
+    """As diffusers' pipelines do; the device ``meta`` stands for a GPU."""
+    monkeypatch.setattr("fastsp.models.model.ddim", lambda denoise, process, latents, steps: [(latents, latents)])
+    pipeline = digits_model(8, seed=0).pipeline().to("meta")
+    images = pipeline(PROMPTS, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert images.device.type == "meta" and images.shape == (2, 1, 8, 8)
+
+
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
 @pytest.mark.parametrize("steps", [25, 50])
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,6 +22,9 @@ def test_a_cache_that_cannot_be_written_is_a_temporary_one(tmp_path, monkeypatch
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("FASTSP_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own" and not (tmp_path / "own").exists()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FASTSP_CACHE", "~/own")
+    assert cache_folder() == tmp_path / "own", "as a container's settings may have it, which no shell reads"
     monkeypatch.setenv("FASTSP_CACHE", "/proc/nobody")
     assert cache_folder() == cache_folder() == tmp_path / f"fastsp-{os.getuid()}"
     monkeypatch.delenv("FASTSP_CACHE")

@@ -161,6 +161,7 @@ def test_text_of_any_editor_is_read_without_its_byte_order_mark(tmp_path):
     ("content", "told"),
     [
         ("a\ncafé\n".encode("cp1252"), r"byte 0xe9 in line 2; it may be cp1252 \(Latin-1\)\): save it as UTF-8"),
+        (b"\xef\xbb\xbfa\n" + "café\n".encode("cp1252"), "byte 0xe9 in line 2; it may be cp1252"),
         ("a".encode("utf-16"), r"is not UTF-8 text \(it looks like UTF-16\)"),
         (None, "does not exist"),
     ],
