@@ -11,11 +11,11 @@ OUT ?= out
 .PHONY: quickstart results test test-all lint unit slow golden bench gpu-test gpu-bench clean
 
 quickstart: $(VENV)/.train
-	@echo "== training and evaluating: configs/quickstart.yaml (goes on where it stopped)"
+	@echo "== training and evaluating: configs/quickstart.yaml (continues if it was interrupted)"
 	$(BIN)/fastsp train --config configs/quickstart.yaml --resume
 
 results: $(VENV)/.train
-	@echo "== training and evaluating: configs/digits.yaml, under an hour (goes on where it stopped)"
+	@echo "== training and evaluating: configs/digits.yaml, under an hour (continues if it was interrupted)"
 	$(BIN)/fastsp train --config configs/digits.yaml --resume
 
 test: lint unit

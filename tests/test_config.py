@@ -93,7 +93,7 @@ def test_the_perceptual_network_of_a_first_stage_is_the_pretrained_model():
         ("resolution=512", "resolution: unknown key; here it is data.resolution"),
         ("train_batch_size=8", "train_batch_size: unknown key; here it is data.batch_size"),
         ("optimizer.max-train-steps=8", "optimizer.max-train-steps: unknown key; here it is stages.N.steps"),
-        ("noise_offset=0.1", "noise_offset: unknown key; none: zero terminal SNR mends"),
+        ("noise_offset=0.1", "noise_offset: unknown key; none: zero terminal SNR fixes"),
         ("batchsize=8", "batchsize: unknown key; did you mean data.batch_size?"),
     ],
 )

@@ -90,7 +90,7 @@ class BadSampleLog:
             raise UserError(
                 f"{bad} of {min(self._end, self.size)} samples are bad, more than data.max_bad_fraction = "
                 f"{self.max_fraction:g} allows; the latest is {name} ({reason}){named}; `fastsp data check` lists "
-                f"them: remove or mend them{again}, or set data.max_bad_fraction higher"
+                f"them: remove or fix them{again}, or set data.max_bad_fraction higher"
             )
 
     def _append(self, path: Path, record: dict) -> None:

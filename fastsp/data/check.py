@@ -182,4 +182,4 @@ def _stop(source: Source, read: int, limit: float) -> str | None:
         what = f"{bad} of {read} samples are bad ({bad / read:.1%})"
     else:
         return None
-    return f"{what}, more than data.max_bad_fraction = {limit:g} allows: mend or remove them, or set it higher"
+    return f"{what}, more than data.max_bad_fraction = {limit:g} allows: fix or remove them, or set it higher"

@@ -136,7 +136,7 @@ def _check_lost(reader: SampleReader, max_fraction: float) -> None:
         name, reason = reader.damaged[0]
         raise UserError(
             f"at least {reader.lost} of {samples} samples are lost in damaged files, more than data.max_bad_fraction "
-            f"= {max_fraction:g} allows; the first is {name} ({reason}); `fastsp data check` lists all: mend them, or "
+            f"= {max_fraction:g} allows; the first is {name} ({reason}); `fastsp data check` lists all: fix them, or "
             "set data.max_bad_fraction higher"
         )
 

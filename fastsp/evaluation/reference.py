@@ -264,7 +264,7 @@ def see_files(files: Sequence[Path], model: FeatureModel, advance: Callable[[], 
                 advance()
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise UserError(f"{faults[0]}{more}; mend or replace it")
+        raise UserError(f"{faults[0]}{more}; fix or replace it")
     return Features(*map(torch.cat, zip(*seen, strict=True)))
 
 

@@ -16,10 +16,10 @@ from fastsp.training.checkpoint_folder import damage, newest_first, progress_of
 from fastsp.training.run_directory import RunDirectory
 from fastsp.utils.files import no_room
 
-_AFTER_A_FULL_DISK = "make room and go on with --resume"
+_AFTER_A_FULL_DISK = "make room and continue with --resume"
 _NO_GPU_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _AFTER_DIVERGING = (
-    "look at these samples, or go on with --resume --allow-changes and a lower learning rate or precision=fp32"
+    "look at these samples, or continue with --resume --allow-changes and a lower learning rate or precision=fp32"
 )
 
 
@@ -44,7 +44,7 @@ def explained(run: RunDirectory) -> Iterator[None]:
         elif full := no_room(error):
             reason, advice = full, _AFTER_A_FULL_DISK
         elif full := no_memory(error):
-            reason, advice = full, f"{less_memory(run.config)}, and go on with --resume --allow-changes"
+            reason, advice = full, f"{less_memory(run.config)}, and continue with --resume --allow-changes"
         else:
             raise
         raise RunFailed(f"{run.root}: {reason}; {_last_good(run)}; {advice}") from error

@@ -396,7 +396,7 @@ class Trainer:
 
     def _stop_if_asked(self, done: str, signal_number: int | None) -> None:
         if signal_number:
-            self.console.print(f"stopped after {done}; go on with --resume")
+            self.console.print(f"stopped after {done}; continue with --resume")
             raise Interrupted(signal_number)
 
     def _refresh_report(self) -> None:

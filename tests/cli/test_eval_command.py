@@ -176,7 +176,7 @@ def test_a_broken_real_picture_is_named_before_any_is_looked_at(
     (reference / "001.png").write_bytes((reference / "001.png").read_bytes()[:60])
     arguments = ("eval", "--model", models[0], "--captions", captions, "--json", tmp_path / "out.json", *COMMON)
     assert "real/001.png cannot be read: " in (message := fails(*arguments, "--reference", reference))
-    assert "; mend or replace it" in message
+    assert "; fix or replace it" in message
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ def test_command(shard, tmp_path):
     assert "sheet.png: the first 9 crops" in result.output and "a run would stop" not in result.output
     result = CliRunner().invoke(app, [*arguments, "--max-bad-fraction", "0", "--force"], catch_exceptions=False)
     assert result.exit_code == 1
-    stop = "1 of 10 samples are bad (10.0%), more than data.max_bad_fraction = 0 allows: mend or remove them, or set it"
+    stop = "1 of 10 samples are bad (10.0%), more than data.max_bad_fraction = 0 allows: fix or remove them, or set it"
     assert result.output.splitlines()[-1] == f"a run would stop: {stop} higher"
     assert json.loads(report.read_text())["stop"] == f"{stop} higher"
 

@@ -96,7 +96,7 @@ def test_all_broken_images_are_found_at_once(tmp_path: Path) -> None:
     assert len(seen) == 4
     (tmp_path / "b.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:600])
     (tmp_path / "c.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"b\.jpg cannot be read: .* \(and 1 more\); mend or replace it$"):
+    with pytest.raises(UserError, match=r"b\.jpg cannot be read: .* \(and 1 more\); fix or replace it$"):
         see_files(image_files(tmp_path), Corners())
 
 

@@ -138,7 +138,7 @@ def test_out_of_gpu_memory_is_one_line(tmp_path):
     assert complaint(run) == (
         f"fastsp: {tmp_path / 'run'}: out of GPU memory, 2.50 GiB more were wanted; there is no checkpoint yet; "
         "set data.microbatch below 4 (samples of one forward), or set precision: bf16, "
-        "and go on with --resume --allow-changes"
+        "and continue with --resume --allow-changes"
     )
 
 
