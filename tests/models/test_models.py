@@ -57,7 +57,14 @@ def test_preset_is_seeded_and_survives_its_folder(tmp_path):
 
 
 def test_a_pixel_pipeline_takes_a_generator_of_the_cpu_on_any_device(monkeypatch):
-    """As diffusers' pipelines do; the device ``meta`` stands for a GPU."""
+    """As diffusers' pipelines do; the device ``meta`` stands for a GPU, whose kernels refuse such a generator."""
+    randn = torch.randn
+
+    def strict(*shape, generator=None, device=None, **options):
+        assert generator is None or generator.device.type == torch.device(device or "cpu").type
+        return randn(*shape, generator=generator, device=device, **options)
+
+    monkeypatch.setattr(torch, "randn", strict)
     monkeypatch.setattr("fastsp.models.model.ddim", lambda denoise, process, latents, steps: [(latents, latents)])
     pipeline = digits_model(8, seed=0).pipeline().to("meta")
     images = pipeline(PROMPTS, generator=torch.Generator().manual_seed(0), output_type="pt").images
