@@ -132,7 +132,7 @@ class GuidanceConfig(Section):
 class EvaluationConfig(Section):
     """What the finished run is measured by; see :mod:`fastsp.evaluation`."""
 
-    enabled: Auto = "auto"  # auto: of the digits, and where heldout or captions is given; `config.yaml` has the outcome
+    enabled: Auto = "auto"  # auto: for the digits, and if heldout or captions is set; `config.yaml` has the outcome
     num_samples: Positive = 500  # of one row
     seeds: Annotated[list[NonNegative], Field(min_length=1)] = [0, 1, 2]  # of the initial noise
     steps: Annotated[list[Positive], Field(min_length=1)] = [25, 50]  # DDIM steps of the rows without guidance

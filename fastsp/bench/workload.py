@@ -42,7 +42,7 @@ class Workload:
     """Shapes and settings. Weights and data are random, seeded, and the same at every call.
 
     Attributes:
-        name: for people.
+        name: shown in tables.
         config: gives batch size, precision, compilation, optimizer and EMA.
         unet_config: of a ``UNet2DConditionModel``.
         latent_shape: (C, H, W).

@@ -102,7 +102,7 @@ def examine() -> list[Finding]:
 
 
 def probe(code: str, seconds: float = PROBE_SECONDS) -> Answer:
-    """Run Python code in a process of its own. Returns the JSON on the last line it prints, or why there is none."""
+    """Run Python code in a separate process. Returns the JSON on the last line that it prints, or why there is none."""
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     try:
         done = subprocess.run(

@@ -73,7 +73,7 @@ class Batch:
         return replace(self, **moved)
 
     def copy_to(self, device: torch.device | str) -> Batch:
-        """A copy with every tensor on `device`, in memory of its own."""
+        """A copy with every tensor on `device`, in separate memory."""
         copies: dict[str, Any] = {name: tensor.to(device, copy=True) for name, tensor in self.tensors().items()}
         return replace(self, **copies)
 

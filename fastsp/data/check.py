@@ -126,7 +126,7 @@ def check_source(config: DataConfig, limit: int | None = None) -> tuple[dict[str
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """The report of `check_source` for people."""
+    """The report of `check_source` as text."""
     spreads = [
         f"{of['smallest']:g} to {of['largest']:g}, median {of['median']:g}" if (of := report[name]) else "no"
         for name in ("heights", "widths", "caption_characters")

@@ -12,7 +12,7 @@ class DataConfig(Section):
 
     source: Literal["digits", "images", "shards", "latents"]
     path: PathText | list[PathText] | None = None  # a folder, or shard patterns; not for digits
-    split: Literal["train", "heldout"] = "train"  # of the digits
+    split: Literal["train", "heldout"] = "train"  # for digits
     resolution: Positive  # side of the square images, pixels
     crop: Literal["center", "random"] = "center"
     flip: bool = False  # mirror half of the samples

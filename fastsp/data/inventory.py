@@ -68,7 +68,7 @@ class Inventory:
         return cls.load(folder / FILE) if (folder / FILE).exists() else None
 
     def difference(self, now: Inventory) -> str | None:
-        """What is different now, for people; None: the samples and their order are the same."""
+        """What has changed, as a message; None: the samples and their order are the same."""
         if self.parts == now.parts:
             return None
         before, after = ([part.name for part in data.parts] for data in (self, now))

@@ -154,7 +154,7 @@ def load_inception(path: Path) -> InceptionV3:
     """Inception-v3 with a safetensors file's weights, see the module's text; `UserError` if it holds something else."""
     if not path.is_file():
         raise UserError(
-            f"features {path}: no such file; allowed: classifier (of the digits), or a safetensors file with "
+            f"features {path}: no such file; allowed: classifier (for the digits), or a safetensors file with "
             "Inception-v3's weights (docs/tools.md says how to make it)"
         )
     try:

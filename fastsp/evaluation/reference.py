@@ -126,13 +126,13 @@ def open_reference(
     """The feature model on its device, and the real images that a user names; `UserError` if something is amiss.
 
     Args:
-        features: a file of Inception-v3's weights; or "classifier", that of the digits.
+        features: a file of Inception-v3's weights; or "classifier", for the digits.
         reference: saved statistics, or a folder of images, of which those are taken that the captions name, or all if
             they name none. None, for the digits alone: those held out.
         captions: that will be sampled.
         work: where the statistics of a folder are kept.
         bar: shows the progress.
-        resolution: of the digits; None: 8 pixels.
+        resolution: for the digits; None: 8 pixels.
     """
     if features == "classifier":
         data = DataConfig(source="digits", resolution=resolution or _DIGITS_SIDE, batch_size=1)
@@ -176,7 +176,7 @@ def heldout_of(config: Config) -> DataConfig:
         return data.model_copy(update={"split": "heldout"})
     if path is None:
         raise UserError(
-            f"evaluation.heldout is missing; data.source={data.source} has no held-out split of its own: give a path "
+            f"evaluation.heldout is missing; data.source={data.source} has no held-out split: give a path "
             "of the same kind as data.path, or evaluation.captions, or set evaluation.enabled=false"
         )
     return data.model_copy(update={"path": path})

@@ -52,7 +52,7 @@ class RunFiles:
 
     @property
     def why_no_rows(self) -> str:
-        """Why there may be no rows, for people."""
+        """Why there may be no rows, as a sentence."""
         if (self.config.get("evaluation") or {}).get("enabled") is False:
             return "The evaluation is off (evaluation.enabled: false), so there are no scores."
         return "There are no scores yet: the evaluation follows the training."

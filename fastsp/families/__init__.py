@@ -30,7 +30,7 @@ class NetworkFamily(Protocol):
         """The class itself, with diffusers' ``from_config`` and ``from_pretrained``."""
 
     def fault(self, config: Config) -> str | None:
-        """Why such a network cannot be trained from latents and captions, for people; None: it can."""
+        """Why such a network cannot be trained from latents and captions, as a message; None: it can."""
 
     def layers(self, config: Config) -> tuple[str, ...]:
         """The choices of ``layers`` that its perceptual network can answer with."""
@@ -45,10 +45,10 @@ class NetworkFamily(Protocol):
         """The feature in what such a block returns."""
 
     def metric_fault(self, config: Config) -> str | None:
-        """Why such a network cannot be a perceptual network, for people; None: it can."""
+        """Why such a network cannot be a perceptual network, as a message; None: it can."""
 
     def conditioning_fault(self, config: Config, conditioning: Mapping[str, Any]) -> str | None:
-        """What ``conditioning``, keywords of its forward, lacks, for people; None: nothing."""
+        """What ``conditioning``, keywords of its forward, lacks, as a message; None: nothing."""
 
     def side(self, config: Config) -> int:
         """Side of the square latents that it was made for."""

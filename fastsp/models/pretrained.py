@@ -307,7 +307,7 @@ def _read_index(root: Path, name: str) -> tuple[dict[str, Any], set[str]]:
         raise UserError(f"{name} is of the kind {kind!r}: fastsp loads {', '.join(PIPELINES)}")
     for part, value in index.items():
         if isinstance(value, list) and value[0] is not None and value[0] not in _LIBRARIES:
-            raise UserError(f"{name}: its {part} is code of its own ({value[0]}), which fastsp does not run")
+            raise UserError(f"{name}: its {part} is custom code ({value[0]}), which fastsp does not run")
     parts = [*_PARTS, *(part for part in _OPTIONAL_PARTS if (index.get(part) or [None])[0] is not None)]
     if missing := [part for part in parts if not (root / part).is_dir()]:
         raise UserError(f"{name} lacks {', '.join(missing)}: a pipeline folder holds one folder for each part")

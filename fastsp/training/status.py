@@ -44,7 +44,7 @@ class RunStatus:
     next: str  # what to do
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """The state as text, line by line."""
         state = f"running ({self.running})" if self.running else "finished" if self.finished else "not running"
         if self.perhaps_running and not self.finished:
             state = f"not known whether {self.perhaps_running} still runs: the file system has no locks"
@@ -111,13 +111,13 @@ def run_status(root: Path, verify: bool = False) -> RunStatus:
 def _next(root: Path, config: dict[str, Any], running: bool, perhaps: str | None, finished: bool) -> str:
     report = f"{root / 'report.html'}" if (root / "report.html").exists() else ""
     if running:
-        return "nothing: it trains" + (f"; {report} shows what it has made so far" if report else "")
+        return "wait: it is training" + (f"; {report} shows the results so far" if report else "")
     moved = "" if Path(config["run_dir"]) == root else f" run_dir={root}"
     go_on = f"fastsp train --config {root / 'config.yaml'} --resume{moved}"
     if not finished:
         return f"make sure that {perhaps} has ended; then {go_on}" if perhaps else go_on
     if (config.get("evaluation") or {}).get("enabled") and not (root / "evaluation.json").exists():
-        return f"{go_on}   (what is missing is the evaluation)"
+        return f"{go_on}   (to run the missing evaluation)"
     look = f"look at {report}; " if report else ""
     return f"{look}fastsp sample --model {root / 'final'} --prompt TEXT --out FILE.png"
 

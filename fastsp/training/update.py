@@ -1,6 +1,6 @@
 """How gradients change weights: the arithmetic of an optimizer, chosen by `optimizer.kind`.
 
-To add one, subclass :class:`Update` in a file of its own and :func:`register` it under a name.
+To add one, subclass :class:`Update` in a new file and :func:`register` it under a name.
 """
 
 from __future__ import annotations

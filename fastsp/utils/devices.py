@@ -1,4 +1,4 @@
-"""Which device to compute on, and its name for people."""
+"""Which device to compute on, and its name for display."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_training(fails, tmp_path, overrides, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.source=images"], "evaluation.heldout is missing; data.source=images has no held-out split of its own"),
+        (["data.source=images"], "evaluation.heldout is missing; data.source=images has no held-out split"),
         (["data.source=images", "evaluation.heldout=/nowhere"], "evaluation.heldout is '/nowhere'"),
         (["data.source=latents"], "evaluation.captions is missing: with data.source=latents there are no images"),
         (["evaluation.captions=captions.txt", "evaluation.features=captions.txt"], "evaluation.reference is missing"),

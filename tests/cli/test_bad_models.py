@@ -190,7 +190,7 @@ def change(file, **values):
         (with_a_smaller_tensor, "text_encoder lacks weights: 1 tensors have another shape"),
         (cut_short("unet"), "unet cannot be loaded (is it complete?)"),
         (cut_short("text_encoder"), "text_encoder cannot be loaded"),
-        (with_code, "its unet is code of its own (my_unet), which fastsp does not run"),
+        (with_code, "its unet is custom code (my_unet), which fastsp does not run"),
         (of_another_kind, "is of the kind 'FluxPipeline': fastsp loads StableDiffusionPipeline"),
         (with_a_pipeline_of_its_own, "is of the kind ['pipeline', 'MyPipeline']"),
         (for_inpainting, "the UNet takes 9 channels, the VAE's latents have 4"),

@@ -73,7 +73,7 @@ def test_code_beside_the_weights(cache, folder):
     index = snapshot / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"unet": ["my_unet", "MyUNet"]}))
     (snapshot / "unet" / "my_unet.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(UserError, match="its unet is code of its own"):
+    with pytest.raises(UserError, match="its unet is custom code"):
         load_pipeline("tiny/code")
 
 

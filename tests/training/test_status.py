@@ -40,7 +40,7 @@ def test_a_run_from_its_start_to_its_end(tmp_path):
     assert "config.yaml" in report or "stages" in report, "refreshed at the sampling interval"
     status = run_status(run_dir)
     assert status.running and f"process {run.process.pid} on " in status.running and not status.finished
-    assert status.next.startswith("nothing: it trains")
+    assert status.next.startswith("wait: it is training")
     run.signal(signal.SIGKILL)
     run.wait()
 

@@ -61,7 +61,7 @@ class ImagePipeline:
         self.device = torch.device(device)
         self.channels, self.resolution, self.seed = channels, resolution, seed
         self.random_crop, self.flip = random_crop, flip
-        # On a GPU a stream of its own: on the default one it would queue up behind the training.
+        # On a GPU a separate stream: on the default one it would queue behind the training.
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         threads = threads or default_threads()
         self.decoder = ImageDecoder(channels, self.device, threads)

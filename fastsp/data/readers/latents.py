@@ -54,7 +54,7 @@ class LatentsHeader:
     """What a data set of latents holds. Pins the VAE, the pixels' resolution and the dtype."""
 
     vae: str
-    """Where the VAE came from, for people."""
+    """Where the VAE came from, for messages."""
     vae_sha256: str
     """Its `fingerprint`."""
     resolution: int
