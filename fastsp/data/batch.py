@@ -18,28 +18,17 @@ class Batch:
     order; its weight is 0, its pixels are those of a black image and its caption is empty.
     """
 
-    positions: Tensor
-    """(B,) int64 on the CPU: positions of the samples in the run, the counters of every random draw."""
-    weights: Tensor
-    """(B,) float32: 1, or 0 for a sample that was rejected."""
-    captions: tuple[str, ...]
-    """The B captions as text."""
-    input_ids: Tensor | None = None
-    """(B, L) int64: token ids of the captions, padded and truncated; None without a tokenizer."""
-    input_ids_2: Tensor | None = None
-    """(B, L) int64: those of Stable Diffusion XL's second tokenizer."""
-    pixel_values: Tensor | None = None
-    """(B, C, H, W) float32 in [-1, 1] on the source's device, channels_last; None for a source of latents."""
-    moments: Tensor | None = None
-    """(B, 2 C, H, W): mean and log variance of the VAE's posterior; None for a source of pixels."""
-    text_features: Tensor | None = None
-    """(B, L, D): the text encoders' features, where they were computed beforehand; None: encode `input_ids`."""
-    pooled_text_features: Tensor | None = None
-    """(B, P): Stable Diffusion XL's pooled ones beside them."""
-    original_sizes: Tensor | None = None
-    """(B, 2) int64: height and width in pixels before resizing, upright (SDXL's micro-conditioning)."""
-    crop_offsets: Tensor | None = None
-    """(B, 2) int64: top and left of the crop, in pixels of the resized (and, where it is, mirrored) image."""
+    positions: Tensor  # (B,) int64 on the CPU: positions of the samples in the run, the counters of every random draw
+    weights: Tensor  # (B,) float32: 1, or 0 for a sample that was rejected
+    captions: tuple[str, ...]  # the B captions as text
+    input_ids: Tensor | None = None  # (B, L) int64: token ids of the captions, padded; None without a tokenizer
+    input_ids_2: Tensor | None = None  # (B, L) int64: those of Stable Diffusion XL's second tokenizer
+    pixel_values: Tensor | None = None  # (B, C, H, W) float32 in [-1, 1] on the source's device, channels_last
+    moments: Tensor | None = None  # (B, 2 C, H, W): mean and log variance of the VAE's posterior; of latents
+    text_features: Tensor | None = None  # (B, L, D) of the text encoders, computed beforehand; else encode `input_ids`
+    pooled_text_features: Tensor | None = None  # (B, P): Stable Diffusion XL's pooled ones beside them
+    original_sizes: Tensor | None = None  # (B, 2) int64: height and width before resizing, upright, for SDXL
+    crop_offsets: Tensor | None = None  # (B, 2) int64: top and left of the crop in the resized, perhaps mirrored image
 
     def __len__(self) -> int:
         return len(self.positions)

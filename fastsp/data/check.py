@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,10 @@ def check_source(config: DataConfig, limit: int | None = None) -> tuple[dict[str
         [-1, 1] with N up to 64 and S at most 128, and their labels: file names, or keys in a shard, and captions.
 
         Keys of the report: `samples` in an epoch, bad ones included, of which `read` were read; `bad`, names and
-        reasons; `lost`, samples that damaged shards have lost, at least; `notes` by file, what may surprise though
-        nothing is lost; of the good images `heights` and `widths` in pixels, upright, and `smaller_than_resolution`,
-        how many are enlarged; `caption_characters`; `images_per_second` read, decoded and cropped in this process;
-        `seconds`; `stop`, why a run would stop, or None. Sizes and lengths are `smallest`, `median` and `largest`.
+        reasons; `lost`, samples that damaged shards have lost, at least; `notes`, pairs of a file and what may surprise
+        though nothing is lost; of the good images `heights` and `widths` in pixels, upright; `smaller_than_resolution`,
+        how many are enlarged; `caption_characters`; `images_per_second`, decoded in this process; `seconds`; `stop`,
+        why a run would stop, or None. Sizes and lengths are `smallest`, `median` and `largest`.
 
     Raises:
         UserError: there is nothing to read.
@@ -92,6 +92,7 @@ def check_source(config: DataConfig, limit: int | None = None) -> tuple[dict[str
     lengths: list[int] = []
     images: list[Tensor] = []
     labels: list[str] = []
+    side = min(THUMBNAIL, config.resolution)
     start = time.perf_counter()
     batches = source.batches(batch_size=BATCH_SIZE, last_position=count)
     with closing(batches), steps_bar("read", count) as advance:
@@ -102,7 +103,7 @@ def check_source(config: DataConfig, limit: int | None = None) -> tuple[dict[str
             captions = [batch.captions[row] for row in good.tolist()]
             lengths += map(len, captions)
             if len(labels) < SHEET_IMAGES:
-                images.append(_thumbnails(batch.pixel_values[good]))
+                images.append(F.interpolate(batch.pixel_values[good], (side, side), mode="bilinear", antialias=True))
                 names = map(source.reader.name, source.order(batch.positions[good]).tolist())
                 labels += [f"{re.split('[/#]', name)[-1]}: {text}" for name, text in zip(names, captions, strict=True)]
             advance(len(batch))
@@ -140,24 +141,22 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         f"captions          {spreads[2]} characters",
         f"speed             {report['images_per_second']:.0f} images/s ({report['seconds']:.1f} s)",
     ]
-    for what in ("bad", "notes") if report["notes"] else ("bad",):
-        lines.append(f"{what:18}{len(report[what])}")
-        lines += [f"  {name}: {text}" for name, text in sorted(report[what].items())]
-    return lines
+    lines += [f"bad               {len(report['bad'])}", *_named(report["bad"].items())]
+    return [*lines, f"notes             {len(report['notes'])}", *_named(report["notes"])] if report["notes"] else lines
 
 
-def _notes(config: DataConfig, source: Source, lengths: list[int]) -> dict[str, str]:
+def _named(found: Iterable[tuple[str, str]]) -> list[str]:
+    return [f"  {name}: {what}" for name, what in sorted(found)]
+
+
+def _notes(config: DataConfig, source: Source, lengths: list[int]) -> list[tuple[str, str]]:
     """What the reader notes, and what may be wrong with the source as a whole."""
-    found = list(source.reader.notes)
+    notes = list(source.reader.notes)
     if long := sum(length > LONG_CAPTION for length in lengths):
         limit = f"more than {LONG_CAPTION} characters: Stable Diffusion's text encoders read 77 tokens, no more"
-        found.append(("captions", f"{long} of {limit}"))
+        notes.append(("captions", f"{long} of {limit}"))
     if config.source == "images" and (tars := len(list(Path(str(config.path)).glob("*.tar")))):
-        folder = str(Path(str(config.path)))
-        found.append((folder, f"read as a folder of images; the {tars} tars in it are '{folder}/*.tar'"))
-    notes: dict[str, str] = {}
-    for name, what in found:
-        notes[name] = f"{notes[name]}; {what}" if name in notes else what
+        notes.append((str(config.path), f"read as a folder of images; the {tars} tars in it are '{config.path}/*.tar'"))
     return notes
 
 
@@ -165,11 +164,6 @@ def _spread(numbers: Sequence[float]) -> dict[str, float] | None:
     if not numbers:
         return None
     return {"smallest": min(numbers), "median": statistics.median(numbers), "largest": max(numbers)}
-
-
-def _thumbnails(images: Tensor) -> Tensor:
-    size = min(THUMBNAIL, images.shape[-1])
-    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
 
 
 def _stop(source: Source, read: int, limit: float) -> str | None:

@@ -23,11 +23,9 @@ MAX_NAMES = 100_000  # kept one by one up to so many; above, a difference is tol
 class Part(NamedTuple):
     """A tar, or a folder without those in it."""
 
-    name: str
-    """Of a tar the file's name, of a folder its path below the source; so a source may be moved."""
+    name: str  # of a tar the file's name, of a folder its path below the source; so a source may be moved
     samples: int
-    sha256: str
-    """Of the samples' names in their order."""
+    sha256: str  # of the samples' names in their order
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,7 @@ class Inventory:
     """The samples of a source."""
 
     parts: tuple[Part, ...]
-    names: tuple[str, ...] = ()
-    """Of the samples of a folder, unless there are very many."""
+    names: tuple[str, ...] = ()  # of the samples of a folder, unless there are very many
 
     @property
     def samples(self) -> int:

@@ -21,8 +21,7 @@ MAX_FILE_BYTES = 2_000_000_000  # an uncompressed image of the largest size, of 
 class EncodedSample:
     """One sample as it lies in the data set."""
 
-    content: bytes
-    """The image file (JPEG, PNG, WebP, ...), or the latents' safetensors."""
+    content: bytes  # the image file (JPEG, PNG, WebP, ...), or the latents' safetensors
     caption: str
 
 
@@ -60,24 +59,18 @@ def _or_bad(function: Callable[[Item], T], item: Item) -> T | BadSample:
 class ReadStep:
     """One rank's samples of one optimizer step as they were read, in the order of their positions."""
 
-    positions: Tensor
-    """(B,) int64: positions in the run."""
-    indices: list[int]
-    """The samples' indices in the data set."""
+    positions: Tensor  # (B,) int64: positions in the run
+    indices: list[int]  # the samples' indices in the data set
     samples: list[EncodedSample | BadSample]
 
 
 class SampleReader(Protocol):
     """Random access to the samples of one data set, in a fixed order. Safe to call from many threads at once."""
 
-    captioned: bool
-    """Whether captions are read; else they are empty."""
-    damaged: list[tuple[str, str]]
-    """Files that could not be used, or only in part, with the reason."""
-    notes: list[tuple[str, str]]
-    """Files in which something may surprise, though nothing is lost, and what."""
-    lost: int
-    """Samples that the damage cost and that therefore have no index, at least."""
+    captioned: bool  # whether captions are read; else they are empty
+    damaged: list[tuple[str, str]]  # files that could not be used, or only in part, with the reason
+    notes: list[tuple[str, str]]  # files in which something may surprise, though nothing is lost, and what
+    lost: int  # samples that the damage cost and that therefore have no index, at least
 
     def __len__(self) -> int: ...
 

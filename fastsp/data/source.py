@@ -171,16 +171,11 @@ class Source:
     """A data set as a sequence of samples by position in the run. Made by `open_source`."""
 
     reader: SampleReader
-    order: Callable[[Tensor], Tensor]
-    """(B,) int64 positions in the run -> (B,) int64 indices of samples."""
-    open_collator: Callable[[int], Collator]
-    """Makes the collator for batches up to a size, in the thread that uses it."""
-    bad_samples: BadSampleLog
-    """Where rejected samples are named and counted."""
-    workers: int
-    """Threads that read."""
-    prefetch: int
-    """Batches ready ahead of their use."""
+    order: Callable[[Tensor], Tensor]  # (B,) int64 positions in the run -> (B,) int64 indices of samples
+    open_collator: Callable[[int], Collator]  # makes the collator for batches up to a size, in the thread that uses it
+    bad_samples: BadSampleLog  # where rejected samples are named and counted
+    workers: int  # threads that read
+    prefetch: int  # batches ready ahead of their use
 
     def __len__(self) -> int:
         """Samples in one epoch, bad ones included."""

@@ -63,7 +63,7 @@ def test_a_folder_with_images_is_one_of_images(shard, tmp_path):
     assert report["samples"] == 1
     named = 'pictures without a caption of their own, which take their folder\'s name: 1, as "sub" (1 of them)'
     tars = f"read as a folder of images; the 1 tars in it are '{shard.parent}/*.tar'"
-    assert report["notes"] == {str(shard.parent): f"{named}; {tars}"}
+    assert report["notes"] == [(str(shard.parent), named), (str(shard.parent), tars)]
     assert f"  {shard.parent}: {named}" in "\n".join(report_lines(report))
 
 
@@ -73,7 +73,7 @@ def test_captions_that_will_be_cut_are_noted(tmp_path):
         (tmp_path / f"{number}.txt").write_text("red circle " * (100 if number else 1))
     report, *_ = check_source(config_for(str(tmp_path), 8))
     what = "2 of more than 300 characters: Stable Diffusion's text encoders read 77 tokens, no more"
-    assert report["notes"] == {"captions": what}
+    assert report["notes"] == [("captions", what)]
 
 
 def test_a_folder_of_latents_is_refused_as_what_it_is(tmp_path):
@@ -90,7 +90,7 @@ def test_damage_and_notes(shard):
     report, *_ = check_source(config_for(str(shard), resolution=32))
     assert (report["samples"], report["lost"]) == (9, 1)
     assert "damaged tar header" in report["bad"][str(shard)] and report["stop"] is None
-    assert report["notes"][str(shard)] == "7.txt is not used: a text file that captions no picture"
+    assert dict(report["notes"])[str(shard)] == "7.txt is not used: a text file that captions no picture"
     options = config_for(str(shard), resolution=32).model_copy(update={"max_bad_fraction": 0.0})
     stop = check_source(options)[0]["stop"]
     assert stop.startswith("at least 1 of 10 samples are lost in damaged files, more than data.max_bad_fraction = 0 ")

@@ -272,10 +272,9 @@ def jpeg_that_says(height, width):
         (save(Image.new("L", (1, 10_001)), "PNG"), "a line: 1 x 10001 pixels"),
         (jpeg_that_says(65_000, 65_000), "too large: 65000 x 65000"),
         (png((100, 100, 8, 2, 0, 0, 0), bytes(1000)), "truncated"),
-        (save(Image.fromarray(RGB), "AVIF"), "^an AVIF file, which is not read"),
+        (save(Image.fromarray(RGB), "AVIF"), "not an image of a known kind"),
         (save(Image.fromarray(RGB), "JPEG2000"), "not an image of a known kind"),
         (save(Image.fromarray(RGB), "PPM"), "not an image of a known kind"),
-        (b"\0\0\0\x18ftypheic" + bytes(200), "^a HEIC file, which is not read"),
         (save(Image.fromarray(RGB[..., 0].astype(np.float32)), "TIFF"), "floating-point"),
     ],
 )

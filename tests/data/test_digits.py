@@ -9,7 +9,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from fastsp.data.readers.digits import NAMES, digits_shards, write_shards
-from fastsp.errors import UserError
 
 
 def members(paths):
@@ -60,8 +59,3 @@ def test_a_kill_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert not (tmp_path / "train").exists()
     assert len(list(members(digits_shards("train", tmp_path)))) == 2 * 1348
-
-
-def test_unknown_split(tmp_path):
-    with pytest.raises(UserError, match=r"'test'.*train, heldout"):
-        digits_shards("test", tmp_path)

@@ -13,15 +13,10 @@ from torch import Tensor
 class Geometry:
     """How B images of any size become B images of one size. All tensors on the CPU."""
 
-    resized_sizes: Tensor
-    """(B, 2) int64: height and width after resizing, the shortest side being the resolution."""
-    crop_offsets: Tensor
-    """(B, 2) int64: top and left of the crop in the resized image."""
-    flips: Tensor
-    """(B,) bool: mirrored left to right, after the crop."""
-    seen_offsets: Tensor
-    """(B, 2) int64: `crop_offsets` in the image as it is seen, mirrored or not: what was cut off above and on the left
-    (SDXL's micro-conditioning)."""
+    resized_sizes: Tensor  # (B, 2) int64: height and width after resizing, the shortest side being the resolution
+    crop_offsets: Tensor  # (B, 2) int64: top and left of the crop in the resized image
+    flips: Tensor  # (B,) bool: mirrored left to right, after the crop
+    seen_offsets: Tensor  # (B, 2) int64: what was cut off above and on the left of the image as it is seen, for SDXL
 
 
 def crop_geometry(

@@ -30,20 +30,14 @@ UNKNOWN_SAMPLING = "Could not determine subsampling level"  # by TurboJPEG's int
 class JpegFile:
     """A JPEG file whose header has been read, up to the data of the first scan. Made by `read_jpeg`."""
 
-    content: bytes
-    """The whole file."""
-    height: int
-    """In pixels, as stored: before the orientation is applied."""
+    content: bytes  # the whole file
+    height: int  # in pixels, as stored: before the orientation is applied
     width: int
-    components: bytes
-    """Their identifiers: one for grey, three for colour, four for print."""
-    adobe_transform: int | None
-    """Of an Adobe marker: 0 says that the components are RGB or CMYK, not YCbCr or YCCK."""
+    components: bytes  # their identifiers: one for grey, three for colour, four for print
+    adobe_transform: int | None  # of an Adobe marker: 0 says that the components are RGB or CMYK, not YCbCr or YCCK
     progressive: bool
-    orientation: int
-    """Of EXIF, 1 .. 8: see `fastsp.data.images.decode.upright`."""
-    scan: int
-    """Offset of the first scan's data."""
+    orientation: int  # of EXIF, 1 .. 8: see `fastsp.data.images.decode.upright`.
+    scan: int  # offset of the first scan's data
 
     @property
     def is_common(self) -> bool:

@@ -22,14 +22,10 @@ CHUNK_PIXELS = 2**27
 class Pixels:
     """A batch of images, ready for the network."""
 
-    values: Tensor
-    """(B, C, H, W) float32 in [-1, 1] on the pipeline's device, channels_last; a rejected image is black (-1)."""
-    original_sizes: Tensor
-    """(B, 2) int64: height and width before resizing, upright."""
-    crop_offsets: Tensor
-    """(B, 2) int64: top and left, in pixels of the resized image, which is mirrored where the sample is."""
-    rejections: dict[int, BadSample]
-    """The images that could not be decoded, by index in the batch."""
+    values: Tensor  # (B, C, H, W) float32 in [-1, 1] on the device, channels_last; a rejected image is black (-1)
+    original_sizes: Tensor  # (B, 2) int64: height and width before resizing, upright
+    crop_offsets: Tensor  # (B, 2) int64: top and left in the resized image, mirrored where the sample is
+    rejections: dict[int, BadSample]  # the images that could not be decoded, by index in the batch
 
 
 class ImagePipeline:

@@ -61,20 +61,16 @@ class FolderReader:
     def __init__(self, folder: str | Path, captioned: bool = True, progress: bool = False):
         self.root = image_folder(folder)
         self.captioned = captioned
-        self.damaged: list[tuple[str, str]] = []
-        """What could not be used, with the reason."""
-        self.notes: list[tuple[str, str]] = []
-        """What may surprise, though nothing is lost."""
+        self.damaged: list[tuple[str, str]] = []  # what could not be used, with the reason
+        self.notes: list[tuple[str, str]] = []  # what may surprise, though nothing is lost
         self.lost = 0
         """Folders that could not be read: samples, at least."""
         self.paths: list[str] = []
         self._records: dict[str, Any] = {}
         self._sidecars: dict[str, list[str]] = {}
         """The names of the texts beside an image, most preferred first, where it is not just `KEY.txt`."""
-        self._named_by_folder: Counter[str] = Counter()
-        """Of the folders without captions, how many images they hold."""
-        self._unread: Counter[str] = Counter()
-        """Pictures of kinds that are not read, by suffix."""
+        self._named_by_folder: Counter[str] = Counter()  # of the folders without captions, how many images they hold
+        self._unread: Counter[str] = Counter()  # pictures of kinds that are not read, by suffix
         self._unused_texts: list[str] = []
         with late_bar("listing pictures", None, progress) as advance:
             self._walk(advance)

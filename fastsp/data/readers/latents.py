@@ -53,30 +53,18 @@ class LatentReader(ShardReader):
 class LatentsHeader:
     """What a data set of latents holds. Pins the VAE, the pixels' resolution and the dtype."""
 
-    vae: str
-    """Where the VAE came from, for messages."""
-    vae_sha256: str
-    """Its `fingerprint`."""
-    resolution: int
-    """Side of the encoded images, in pixels."""
-    dtype: str
-    """Of moments and text features: "float16", "bfloat16" or "float32"."""
-    moments_shape: tuple[int, ...]
-    """(2 C, H, W)."""
-    text_shape: tuple[int, ...] | None
-    """(L, D) of the text features; None: there are none."""
-    source_samples: int
-    """Samples that were to be encoded, bad ones included."""
+    vae: str  # where the VAE came from, for messages
+    vae_sha256: str  # its `fingerprint`
+    resolution: int  # side of the encoded images, in pixels
+    dtype: str  # of moments and text features: "float16", "bfloat16" or "float32"
+    moments_shape: tuple[int, ...]  # (2 C, H, W)
+    text_shape: tuple[int, ...] | None  # (L, D) of the text features; None: there are none
+    source_samples: int  # samples that were to be encoded, bad ones included
     samples_per_shard: int
-    pooled_text_shape: tuple[int, ...] | None = None
-    """(P,) of Stable Diffusion XL's pooled text features."""
-    text_sha256: str | None = None
-    """`fingerprint` of the text encoders, where there are text features."""
-    captioned: bool | None = None
-    """Whether samples have captions, and text features are of these, not of the empty prompt; None: of before this was
-    kept."""
-    names_sha256: str | None = None
-    """`Source.names_sha256` of what was encoded, so that no other pictures are added to it."""
+    pooled_text_shape: tuple[int, ...] | None = None  # (P,) of Stable Diffusion XL's pooled text features
+    text_sha256: str | None = None  # `fingerprint` of the text encoders, where there are text features
+    captioned: bool | None = None  # whether samples, and text features, have captions; None: of an earlier version
+    names_sha256: str | None = None  # `Source.names_sha256` of what was encoded: no other pictures are added to it
     version: int = VERSION
 
     @property

@@ -39,10 +39,8 @@ class TarIndex:
     after the other; `key_ends` (N,) int64."""
     damaged: list[tuple[str, str]]
     """Tars that are broken, and members that cannot be read (`TAR#MEMBER`), with the reason."""
-    notes: list[tuple[str, str]]
-    """Tars in which something may surprise, though nothing is lost."""
-    lost: int
-    """Samples that the damage cost, at least."""
+    notes: list[tuple[str, str]]  # tars in which something may surprise, though nothing is lost
+    lost: int  # samples that the damage cost, at least
 
     def __len__(self) -> int:
         return len(self.columns["locations"])

@@ -30,16 +30,11 @@ class TarScan:
         self.suffixes = suffixes
         self.samples: list[tuple[str, tuple[Span, Span, Span]]] = []
         """By key, in the order of the tar: image, text and JSON."""
-        self.damages: list[str] = []
-        """What is broken in the tar itself. Each of these has cost a sample, at least."""
-        self.unusable: list[tuple[str, str]] = []
-        """Members of samples that cannot be read in place, with the reason."""
-        self.unused: list[str] = []
-        """Members of which another one has the name or the key."""
-        self.texts: list[str] = []
-        """Text files that caption no picture."""
-        self.unread: list[str] = []
-        """Pictures of kinds that are not read."""
+        self.damages: list[str] = []  # what is broken in the tar itself. Each of these has cost a sample, at least.
+        self.unusable: list[tuple[str, str]] = []  # members of samples that cannot be read in place, with the reason
+        self.unused: list[str] = []  # members of which another one has the name or the key
+        self.texts: list[str] = []  # text files that caption no picture
+        self.unread: list[str] = []  # pictures of kinds that are not read
         self._spans: dict[str, Span] = {}  # by member's name, in the order of the tar
 
     def notes(self) -> list[str]:
