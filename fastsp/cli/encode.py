@@ -56,8 +56,7 @@ def encode(
     check_path(data)
     process = launched()
     rank, world_size = process.rank, process.world_size
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", process.local_rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", process.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     model = _frozen_parts(settings, device)
     out.mkdir(parents=True, exist_ok=True)
     source = open_source(

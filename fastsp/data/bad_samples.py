@@ -24,6 +24,15 @@ def too_many(bad: int, size: int, max_fraction: float) -> bool:
     return bad > min(max(max_fraction * size, few), size - 1)
 
 
+def too_many_lost(lost: int, left: int, max_fraction: float) -> str | None:
+    """Why a run stops that has `left` samples and lost others in damaged files; None: it does not. They count as bad
+    samples do, though they have no positions."""
+    if not too_many(lost, left + lost, max_fraction):
+        return None
+    samples = f"at least {lost} of {left + lost} samples are lost in damaged files"
+    return f"{samples}, more than data.max_bad_fraction = {max_fraction:g} allows"
+
+
 class BadSampleLog:
     """Names bad samples, in `bad_samples.jsonl` and in `reasons`, and stops the run when there are too many.
 
@@ -75,12 +84,8 @@ class BadSampleLog:
                 self._append(self.path, {"sample": sample, "reason": reason, "position": position})
 
     def check(self) -> None:
-        """See whether there are too many, after the bad samples of a batch were named.
-
-        Raises:
-            UserError: too many of the whole source (see `too_many`), or more than half of the samples so far (and of
-                `EARLY`).
-        """
+        """Raise UserError if there are too many of the whole source (see `too_many`), or more than half of the samples
+        so far (and of `EARLY`). Called after the bad samples of a batch were named."""
         bad = self.met_before(self._end) - self.met_before(0)
         early = bad > max(0.5, self.max_fraction) * max(self._end, EARLY)
         if early or too_many(bad, self.size, self.max_fraction):

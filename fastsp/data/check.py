@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsp.data.bad_samples import too_many
+from fastsp.data.bad_samples import too_many, too_many_lost
 from fastsp.data.config import DataConfig
 from fastsp.data.readers.digits import SPLITS
 from fastsp.data.readers.latents import HEADER
@@ -168,12 +168,9 @@ def _spread(numbers: Sequence[float]) -> dict[str, float] | None:
 
 def _stop(source: Source, read: int, limit: float) -> str | None:
     """Why a run would stop that finds in all of the source what was found in the samples read; None: it would not."""
-    size, lost = len(source), source.reader.lost
+    size = len(source)
     bad = source.bad_samples.met_before(read) - source.bad_samples.met_before(0)
-    if too_many(lost, size + lost, limit):
-        what = f"at least {lost} of {size + lost} samples are lost in damaged files"
-    elif too_many(bad * size // read, size, limit):
-        what = f"{bad} of {read} samples are bad ({bad / read:.1%})"
-    else:
-        return None
-    return f"{what}, more than data.max_bad_fraction = {limit:g} allows: fix or remove them, or set it higher"
+    why = too_many_lost(source.reader.lost, size, limit)
+    if why is None and too_many(bad * size // read, size, limit):
+        why = f"{bad} of {read} samples are bad ({bad / read:.1%}), more than data.max_bad_fraction = {limit:g} allows"
+    return why and f"{why}: fix or remove them, or set it higher"

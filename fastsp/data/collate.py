@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,22 +16,9 @@ from fastsp.data.readers.latents import TEXT_TENSORS, LatentsHeader
 from fastsp.data.samples import BadSample, EncodedSample, ReadStep
 
 
-class Collator(Protocol):
-    """Makes the batch of a step, and says which rows were rejected and why."""
-
-    def __call__(self, step: ReadStep) -> tuple[Batch, dict[int, BadSample]]: ...
-
-    def close(self) -> None:
-        """End its threads."""
-
-
 class ImageCollator:
-    """Batches of pixels; for a GPU everything that is not there yet is pinned.
-
-    Args:
-        pipeline: from image files to pixels.
-        tokenizers: of transformers, by the batch's field that their ids go to.
-    """
+    """Batches of pixels, and which rows were rejected and why. For a GPU everything that is not there yet is pinned.
+    The tokenizers are named by the batch's fields that their ids go to."""
 
     def __init__(self, pipeline: ImagePipeline, tokenizers: Mapping[str, Any]):
         self.pipeline, self.tokenizers = pipeline, tokenizers
@@ -55,13 +42,8 @@ class ImageCollator:
 
 
 class LatentCollator:
-    """Batches of the VAE's moments, and of text features where the data set has them. Nothing goes through DALI.
-
-    Args:
-        header: of the data set: every sample must have its shapes and dtype.
-        tokenizers: of transformers, by the batch's field that their ids go to.
-        device: of the training; for a GPU the batches are in page-locked memory, so that copies do not wait.
-    """
+    """The same of the VAE's moments, and of text features where the data set has them. Every sample must have the
+    shapes and dtypes of the header. Nothing goes through DALI."""
 
     def __init__(self, header: LatentsHeader, tokenizers: Mapping[str, Any], device: torch.device):
         self.placeholder = header.placeholder()
@@ -71,12 +53,13 @@ class LatentCollator:
         rows = [self._row(sample) for sample in step.samples]
         bad = {index: row for index, row in enumerate(rows) if isinstance(row, BadSample)}
         tensors = [self.placeholder if isinstance(row, BadSample) else row for row in rows]
+        text: dict[str, Any] = {name: self._stack(tensors, name) for name in TEXT_TENSORS if name in self.placeholder}
         batch = Batch(
             **_common(step, bad, self.tokenizers),
+            **text,
             moments=self._stack(tensors, "moments"),
             original_sizes=self._stack(tensors, "original_size"),
             crop_offsets=self._stack(tensors, "crop_offset"),
-            **{name: self._stack(tensors, name) for name in TEXT_TENSORS if name in self.placeholder},
         )
         return _pinned_for(self.device, batch), bad
 
@@ -98,6 +81,9 @@ class LatentCollator:
 
     def _stack(self, rows: list[dict[str, Tensor]], name: str) -> Tensor:
         return torch.stack([row[name] for row in rows]) if rows else self.placeholder[name][None][:0]
+
+
+Collator = ImageCollator | LatentCollator
 
 
 def _common(step: ReadStep, bad: Mapping[int, BadSample], tokenizers: Mapping[str, Any]) -> dict[str, Any]:

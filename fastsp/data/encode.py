@@ -42,11 +42,8 @@ class LatentEncoder:
         encode_text: `TextToImageModel.encode_ids`, to keep the text features too; None: captions alone.
         text_sha256: `fingerprint` of the text encoders, for the header.
         dtype: of what is written: "float16" (moments fit it, unlike the VAE's activations), "bfloat16" or "float32".
-        batch_size: images at once; it must divide `samples_per_shard`.
+        batch_size: images at once; UserError where it does not divide `samples_per_shard`.
         samples_per_shard: of the source, bad ones included.
-
-    Raises:
-        UserError: `batch_size` does not divide `samples_per_shard`.
     """
 
     def __init__(
@@ -103,13 +100,7 @@ class LatentEncoder:
     ) -> Iterator[int]:
         """Write this process's shards that are not there yet; yields the number of each when it is finished.
 
-        Args:
-            folder: to write, or to continue.
-            rank, world_size: of this process.
-            after_batch: called with the number of samples that were encoded.
-
-        Raises:
-            UserError: the folder holds other latents.
+        Calls `after_batch` with the number of samples that were encoded. UserError if the folder holds other latents.
         """
         self.header.save(folder)
         size = self.header.samples_per_shard

@@ -47,11 +47,7 @@ class Inventory:
 
     @classmethod
     def load(cls, path: Path) -> Inventory:
-        """What `save` wrote.
-
-        Raises:
-            UserError: it cannot be read.
-        """
+        """What `save` wrote; raises UserError where it cannot be read."""
         try:
             fields = json.loads(read_text(path))
             parts = tuple(Part(*part) for part in fields["parts"])

@@ -65,12 +65,7 @@ def _round_function(half: Tensor, r: int, seed: int, epochs: Tensor) -> Tensor:
 
 class SampleOrder:
     """Which sample stands at which position of the run: position p of epoch `p // size` is sample
-    `permute(p % size)` of the source, so each sample comes exactly once an epoch.
-
-    Args:
-        size: of the source.
-        seed: of the run.
-    """
+    `permute(p % size)` of the source, so each sample comes exactly once an epoch. The seed is that of the run."""
 
     def __init__(self, size: int, seed: int):
         self.size = size

@@ -81,8 +81,4 @@ class SampleReader(Protocol):
         """What the data set consists of: the same as long as the samples and their order are."""
 
     def read(self, index: int) -> EncodedSample:
-        """The sample's bytes and caption.
-
-        Raises:
-            BadSample: they cannot be read.
-        """
+        """The sample's bytes and caption; raises BadSample where they cannot be read."""

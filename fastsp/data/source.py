@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsp.data.bad_samples import BadSampleLog, too_many
+from fastsp.data.bad_samples import BadSampleLog, too_many_lost
 from fastsp.data.batch import Batch
 from fastsp.data.collate import Collator, ImageCollator, LatentCollator
 from fastsp.data.config import DataConfig
@@ -73,7 +73,10 @@ def open_source(
     _check_settings(config)
     device = torch.device(device)
     reader = _open_reader(config, progress)
-    _check_lost(reader, config.max_bad_fraction)
+    if (why := too_many_lost(reader.lost, len(reader), config.max_bad_fraction)) is not None:
+        name, reason = reader.damaged[0]
+        what_to_do = "`fastsp data check` lists all: mend them, or set data.max_bad_fraction higher"
+        raise UserError(f"{why}; the first is {name} ({reason}); {what_to_do}")
     named = {"input_ids": tokenizer, "input_ids_2": tokenizer_2}
     tokenizers = {name: tokenizer for name, tokenizer in named.items() if tokenizer is not None}
     header = LatentsHeader.load(str(config.path)) if config.source == "latents" else None
@@ -90,11 +93,7 @@ def open_source(
 
 
 def check_path(config: DataConfig) -> None:
-    """See that `open_source` would find what a configuration names, without reading samples.
-
-    Raises:
-        UserError: a path that is missing or of another kind, and what else can be told at once.
-    """
+    """See that `open_source` would find what a configuration names, without reading samples; UserError if not."""
     _check_settings(config)
     if config.source == "images":
         image_folder(str(config.path))
@@ -127,18 +126,6 @@ def _open_reader(config: DataConfig, progress: bool) -> SampleReader:
         return LatentReader(latent_shards(str(config.path)), captioned, LATENT_SUFFIXES, progress)
     shards = digits_shards(config.split) if config.source == "digits" else config.path or ()
     return ShardReader(shards, captioned, progress=progress)
-
-
-def _check_lost(reader: SampleReader, max_fraction: float) -> None:
-    """What damaged files have lost counts as bad samples do, though it has no positions."""
-    samples = len(reader) + reader.lost
-    if too_many(reader.lost, samples, max_fraction):
-        name, reason = reader.damaged[0]
-        raise UserError(
-            f"at least {reader.lost} of {samples} samples are lost in damaged files, more than data.max_bad_fraction "
-            f"= {max_fraction:g} allows; the first is {name} ({reason}); `fastsp data check` lists all: fix them, or "
-            "set data.max_bad_fraction higher"
-        )
 
 
 def _collator(
@@ -208,11 +195,8 @@ class Source:
             batch_size: of one optimizer step, over all ranks.
             rank, world_size: of this process.
 
-        Returns:
-            An iterator of `Batch`, one per optimizer step. It raises UserError where too many samples are bad.
-
         Raises:
-            UserError: fewer samples in a batch than ranks.
+            UserError: fewer samples in a batch than ranks; from the iterator, too many bad samples.
         """
         for name, reason in self.reader.damaged:  # not before: only now is there a place to write to
             self.bad_samples.add(name, reason)

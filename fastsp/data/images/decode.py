@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from PIL import Image
@@ -59,11 +59,7 @@ class ImageDecoder:
         Image.init()  # loads Pillow's plugins: here, not in several threads at once
 
     def __call__(self, files: Sequence[bytes]) -> list[Tensor | BadSample]:
-        """Decode the files.
-
-        Returns:
-            For each file (H, W, channels) uint8 on the device, or a `BadSample` with the reason why not.
-        """
+        """For each file (H, W, channels) uint8 on the device, or a `BadSample` with the reason why not."""
         return self.decode(self.open(files))
 
     def close(self) -> None:
@@ -76,7 +72,8 @@ class ImageDecoder:
 
     def decode(self, images: Sequence[OpenedImage | BadSample]) -> list[Tensor | BadSample]:
         """Decode what `open` gave; a `BadSample` stays one."""
-        for_gpu = {row: image for row, image in enumerate(images) if self.gpu is not None and _is_for_gpu(image)}
+        common = {row: image for row, image in enumerate(images) if isinstance(image, JpegFile) and image.is_common}
+        for_gpu = common if self.gpu is not None else {}
         # Started in the pool at once, waited for one by one.
         running = self._map(self._decode_on_cpu, [image for row, image in enumerate(images) if row not in for_gpu])
         found: dict[int, Tensor | BadSample | None] = {}
@@ -102,14 +99,8 @@ class ImageDecoder:
 
 
 class JpegsOnGpu:
-    """nvImageCodec: the hardware decoder where there is one, else nvJPEG.
-
-    Args:
-        channels: 1 for luminance, 3 for RGB.
-        device: a CUDA device.
-        threads: of the CPU, for the Huffman codes of what the hardware does not decode.
-        options: more keywords for its `Decoder`.
-    """
+    """nvImageCodec: the hardware decoder where there is one, else nvJPEG, with CPU threads for its Huffman codes.
+    `options` are more keywords for its `Decoder`."""
 
     def __init__(self, channels: int, device: torch.device, threads: int, **options: Any):
         # It prints a line for every file that it rejects; fastsp names them itself. Read when the library is loaded.
@@ -154,15 +145,7 @@ class JpegsOnGpu:
 
 
 def upright(image: Tensor, orientation: int) -> Tensor:
-    """Turn and mirror an image as its EXIF orientation says.
-
-    Args:
-        image: (H, W, C), on any device.
-        orientation: 1 .. 8; 1 is upright.
-
-    Returns:
-        (H, W, C) or (W, H, C), contiguous; the image itself where it is upright.
-    """
+    """Turn and mirror an (H, W, C) image as its EXIF orientation, 1 .. 8, says; 1 is upright. Contiguous."""
     turned = image.transpose(0, 1) if orientation > 4 else image
     mirrored = MIRRORED[(orientation - 1) % 4]
     return (turned.flip(mirrored) if mirrored else turned).contiguous()
@@ -179,7 +162,3 @@ def _open(file: bytes) -> OpenedImage:
     image = read_jpeg(file) if kind == "JPEG" else open_image(file, kind)
     check_size(image.height, image.width)
     return image
-
-
-def _is_for_gpu(image: OpenedImage | BadSample) -> TypeGuard[JpegFile]:
-    return isinstance(image, JpegFile) and image.is_common

@@ -36,7 +36,7 @@ class JpegFile:
     components: bytes  # their identifiers: one for grey, three for colour, four for print
     adobe_transform: int | None  # of an Adobe marker: 0 says that the components are RGB or CMYK, not YCbCr or YCCK
     progressive: bool
-    orientation: int  # of EXIF, 1 .. 8: see `fastsp.data.images.decode.upright`.
+    orientation: int  # of EXIF, 1 .. 8: see `fastsp.data.images.decode.upright`
     scan: int  # offset of the first scan's data
 
     @property
@@ -63,11 +63,7 @@ class JpegFile:
 
 
 def read_jpeg(file: bytes) -> JpegFile:
-    """Read the header.
-
-    Raises:
-        BadSample: it is cut off or damaged.
-    """
+    """Read the header. BadSample: it is cut off or damaged."""
     try:
         with JpegImageFile(io.BytesIO(file)) as image:
             assert image.fp is not None
@@ -87,14 +83,8 @@ def read_jpeg(file: bytes) -> JpegFile:
 
 
 def decode_jpeg(jpeg: JpegFile, channels: int) -> np.ndarray:
-    """Decode strictly, without turning the image upright. Other Python threads run meanwhile.
-
-    Args:
-        jpeg: the file.
-        channels: 1 for luminance, 3 for RGB.
-
-    Returns:
-        (H, W, channels) uint8.
+    """Decode strictly, without turning the image upright: (H, W, channels) uint8, 1 channel for luminance, 3 for RGB.
+    Other Python threads run meanwhile.
 
     Raises:
         BadSample: libjpeg-turbo has an error or a warning to report, other than of a header field.

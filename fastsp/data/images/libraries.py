@@ -18,14 +18,7 @@ PACKAGES = {
 
 
 def library(module: str) -> Any:
-    """Import one of them.
-
-    Args:
-        module: its import name, a key of `PACKAGES`.
-
-    Raises:
-        UserError: it is not installed, or cannot be imported.
-    """
+    """Import one of `PACKAGES` by its import name; raises UserError where that cannot be done."""
     try:
         return import_module(module)
     except ImportError as error:

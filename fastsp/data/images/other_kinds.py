@@ -37,11 +37,7 @@ READ = {
 
 
 def kind_of(file: bytes) -> str:
-    """Pillow's name of the kind: a key of `READ`, or "WEBP".
-
-    Raises:
-        BadSample: it is something else, or empty.
-    """
+    """Pillow's name of the kind: a key of `READ`, or "WEBP". BadSample: it is something else, or empty."""
     if not file:
         raise BadSample("the image file is empty")
     for kind, magic in READ.items():
@@ -61,11 +57,7 @@ def check_size(height: int, width: int) -> None:
 
 
 def open_image(file: bytes, kind: str) -> Image.Image:
-    """Read the header; `decode_image` does the rest.
-
-    Raises:
-        BadSample: the header cannot be read, or the image is too large.
-    """
+    """Read the header; `decode_image` does the rest. BadSample: it cannot be read, or the image is too large."""
     try:
         if kind == "PNG":  # its checksums and its end, which Pillow does not look at while it decodes
             Image.open(io.BytesIO(file), formats=[kind]).verify()
@@ -79,13 +71,9 @@ def open_image(file: bytes, kind: str) -> Image.Image:
 def decode_image(image: Image.Image, channels: int) -> tuple[np.ndarray, int]:
     """Decode an image that `open_image` opened, the first one of an animation. Other Python threads run meanwhile.
 
-    Args:
-        image: closed by this.
-        channels: 1 for luminance, 3 for RGB.
-
     Returns:
-        (H, W, channels) uint8, transparency laid over white, 16 bits cut to the upper eight; and the EXIF orientation
-        that is still to be applied, 1 .. 8.
+        (H, W, channels) uint8, 1 channel for luminance, 3 for RGB, transparency laid over white, 16 bits cut to the
+        upper eight; and the EXIF orientation that is still to be applied, 1 .. 8.
 
     Raises:
         BadSample: it is truncated or damaged.

@@ -72,12 +72,7 @@ class ImagePipeline:
         )
 
     def __call__(self, files: Sequence[bytes], positions: Tensor) -> Pixels:
-        """Images from encoded files.
-
-        Args:
-            files: B image files, perhaps none.
-            positions: (B,) int64, positions of the samples in the run.
-        """
+        """Images from B files, perhaps none, and the (B,) int64 positions of the samples in the run."""
         if not files:
             nothing = torch.zeros(0, 2, dtype=torch.int64)
             shape = (0, self.channels, self.resolution, self.resolution)

@@ -14,11 +14,8 @@ JSON_KEYS = ("caption", "text")
 
 
 def caption_of(text: bytes, as_json: bytes) -> str:
-    """The caption of a sample from its text file, or, where that is missing or blank, from its JSON.
-
-    Raises:
-        BadSample: there is none.
-    """
+    """The caption of a sample from its text file, or, where that is missing or blank, from its JSON; raises BadSample
+    where there is none."""
     if as_json and not text.strip():
         return caption_from_json(as_json)
     caption = _decoded(text, "the caption").strip()
@@ -28,11 +25,7 @@ def caption_of(text: bytes, as_json: bytes) -> str:
 
 
 def caption_from_json(content: bytes) -> str:
-    """The caption in a JSON object, under "caption" or "text".
-
-    Raises:
-        BadSample: not such an object, or no caption in it.
-    """
+    """The caption in a JSON object, under "caption" or "text"; raises BadSample where there is none."""
     try:
         record = json.loads(_decoded(content, "the caption's JSON"))
     except (ValueError, RecursionError) as error:

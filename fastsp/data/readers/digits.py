@@ -22,12 +22,8 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def digits_shards(split: str = "train", folder: Path | None = None) -> list[Path]:
-    """Paths of the split's shards, which are written if they are not there yet.
-
-    Args:
-        split: "train" (three quarters) or "heldout" (every fourth scan).
-        folder: holds the splits; None: in the cache folder.
-    """
+    """Paths of the shards of a split: "train" (three quarters) or "heldout" (every fourth scan). Where they are not
+    there yet, they are written, by default to the cache folder."""
     shards = (folder or cache_folder() / f"digits-v{VERSION}") / split
     if not shards.is_dir():
         write_shards(shards, split)

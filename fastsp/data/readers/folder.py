@@ -35,11 +35,7 @@ from fastsp.utils.progress import late_bar
 
 
 def image_folder(folder: str | Path) -> Path:
-    """The folder that a `data.path` names.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The folder that a `data.path` names; raises UserError where there is none."""
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise UserError(f"data.path is {str(folder)!r}; it must be a folder of images")
@@ -54,8 +50,7 @@ class FolderReader:
         captioned: whether a sample needs a caption; if not, captions are not read and are empty.
         progress: show it where listing takes long.
 
-    Raises:
-        UserError: the folder is missing or holds no images, or of its metadata nothing can be read.
+    UserError: the folder is missing or holds no images, or of its metadata nothing can be read.
     """
 
     def __init__(self, folder: str | Path, captioned: bool = True, progress: bool = False):
@@ -63,8 +58,7 @@ class FolderReader:
         self.captioned = captioned
         self.damaged: list[tuple[str, str]] = []  # what could not be used, with the reason
         self.notes: list[tuple[str, str]] = []  # what may surprise, though nothing is lost
-        self.lost = 0
-        """Folders that could not be read: samples, at least."""
+        self.lost = 0  # folders that could not be read: samples, at least
         self.paths: list[str] = []
         self._records: dict[str, Any] = {}
         self._sidecars: dict[str, list[str]] = {}

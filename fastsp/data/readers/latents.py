@@ -80,11 +80,7 @@ class LatentsHeader:
         return tensors | {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes if shape is not None}
 
     def check(self, config: DataConfig, vae_sha256: str | None, text_sha256: str | None) -> None:
-        """Refuse a configuration that these latents do not fit.
-
-        Raises:
-            UserError: names the key, its value and the header's.
-        """
+        """Refuse a configuration that these latents do not fit: UserError names the key, its value and the header's."""
         if config.resolution != self.resolution:
             raise UserError(
                 f"data.resolution is {config.resolution}; the latents in {config.path} are of {self.resolution}"
@@ -105,11 +101,8 @@ class LatentsHeader:
             raise UserError(f"the text features in {config.path} come from other text encoders than the model's")
 
     def save(self, folder: Path) -> None:
-        """Write it, or see that the folder already has the same.
-
-        Raises:
-            UserError: the folder has another header, of which the first key that differs is named, or other files.
-        """
+        """Write it, or see that the folder already has the same; UserError where it has another one, of which the first
+        key that differs is named, or other files."""
         folder.mkdir(parents=True, exist_ok=True)
         others = [path for path in folder.iterdir() if path.name != "bad_samples.jsonl" and path.name[0] != "."]
         if others and not (folder / HEADER).exists():  # asked afterwards: another process writes it before its shards
@@ -126,11 +119,7 @@ class LatentsHeader:
 
     @classmethod
     def load(cls, folder: str | Path) -> LatentsHeader:
-        """The header of a folder of latents.
-
-        Raises:
-            UserError: there is none, or it cannot be read.
-        """
+        """The header of a folder of latents; UserError where there is none, or it cannot be read."""
         path = Path(folder).expanduser() / HEADER
         if not path.is_file():
             raise UserError(
@@ -154,11 +143,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def latent_shards(folder: str | Path) -> list[Path]:
-    """The tars of a whole data set of latents.
-
-    Raises:
-        UserError: no header, or some tars are missing: the encoding was stopped.
-    """
+    """The tars of a data set of latents; UserError where some are missing, since the encoding was stopped."""
     header = LatentsHeader.load(folder)
     shards = [shard_path(Path(folder).expanduser(), shard) for shard in range(header.shards)]
     missing = [shard for shard in shards if not shard.is_file()]

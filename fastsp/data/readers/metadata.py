@@ -26,11 +26,8 @@ Line = tuple[int, tuple[str, Any] | str]
 
 
 def read_metadata(path: Path) -> Iterator[Line] | None:
-    """What a file of metadata says; None for a CSV without a column file_name, which is of something else.
-
-    Raises:
-        UserError: the file cannot be read, or is not UTF-8.
-    """
+    """What a file of metadata says; None for a CSV without a column file_name, which is of something else. UserError
+    where it cannot be read."""
     if not path.is_file():
         raise UserError(f"{path} is not a file that can be read")
     text = read_text(path)

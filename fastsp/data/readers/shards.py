@@ -1,8 +1,7 @@
 """Random access to tar shards in WebDataset layout, through an index that is made once.
 
-A sample is the members of one tar that share a key, the name up to its last dot: an image, and a caption as `.txt`, or
-as `.json` with the caption under "caption" or "text" as img2dataset writes it. The index holds where they lie, so that
-any sample is one seek away and the order of an epoch is free.
+The index holds where the members of every sample lie, so that any is one seek away and the order of an epoch is free.
+`tar_scan` says which members make a sample.
 """
 
 from __future__ import annotations
@@ -94,8 +93,7 @@ class ShardReader:
         suffixes: of the members that make a sample; images by default.
         progress: show it where indexing takes long.
 
-    Raises:
-        UserError: no shards, or none that holds a sample.
+    UserError: no shards, or none that holds a sample.
     """
 
     def __init__(
@@ -107,12 +105,7 @@ class ShardReader:
     ):
         self.index = load_or_build_index(expand_shards(patterns), suffixes, progress)
         self.captioned = captioned
-        self.damaged = self.index.damaged
-        """Tars and members that could not be read, with the reason; everything else is used."""
-        self.notes = self.index.notes
-        """Tars in which something may surprise, though nothing is lost."""
-        self.lost = self.index.lost
-        """Samples that the damage cost, at least."""
+        self.damaged, self.notes, self.lost = self.index.damaged, self.index.notes, self.index.lost
         self._open = lru_cache(_max_open())(_OpenFile)
         if len(self.index) == 0:
             kinds, shards = ", ".join(suffixes), self.index.shards

@@ -49,13 +49,7 @@ class TarIndex:
 def load_or_build_index(
     shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES, progress: bool = False
 ) -> TarIndex:
-    """The index of these tars, from its file if that is up to date, else made and kept.
-
-    Args:
-        shards: the tars.
-        suffixes: of the members that make a sample, in order of preference; its caption has the same key.
-        progress: show it where making it takes long.
-    """
+    """The index of these tars, from its file if that is up to date, else made and kept. Suffixes: see `scan_tar`."""
     # Links are not followed: their names say more than those that a hub's cache gives what they lead to.
     paths = [Path(os.path.abspath(shard)) for shard in shards]
     # Looked at before the tars are read: one that is still being written is indexed anew the next time.

@@ -123,12 +123,8 @@ class TarScan:
 
 
 def scan_tar(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarScan:
-    """Read one tar's headers, seeking over the contents.
-
-    Args:
-        path: of the tar.
-        suffixes: of the members that make a sample, in order of preference where several share a key.
-    """
+    """Read one tar's headers, seeking over the contents. The suffixes are those of the members that make a sample, in
+    order of preference where several share a key."""
     scan = TarScan(suffixes)
     try:
         with path.open("rb") as file:
@@ -145,5 +141,5 @@ def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int]]:
     with suppress(tarfile.TarError, ValueError, OverflowError):
         tar = tarfile.TarFile(fileobj=file, ignore_zeros=True, encoding="utf-8", errors="surrogateescape")
         while (member := tar.next()) is not None and member.size >= 0:
-            tar.members.clear()  # the whole list would fill the memory
+            tar.members.clear()  # type: ignore[attr-defined]  # the whole list would fill the memory
             yield member, tar.offset
