@@ -75,7 +75,7 @@ def open_source(
     reader = _open_reader(config, progress)
     if (why := too_many_lost(reader.lost, len(reader), config.max_bad_fraction)) is not None:
         name, reason = reader.damaged[0]
-        what_to_do = "`fastsp data check` lists all: mend them, or set data.max_bad_fraction higher"
+        what_to_do = "`fastsp data check` lists all: fix them, or set data.max_bad_fraction higher"
         raise UserError(f"{why}; the first is {name} ({reason}); {what_to_do}")
     named = {"input_ids": tokenizer, "input_ids_2": tokenizer_2}
     tokenizers = {name: tokenizer for name, tokenizer in named.items() if tokenizer is not None}
