@@ -43,7 +43,7 @@ def bench(
     from fastsp.errors import UserError
     from fastsp.training.compilation import keep_compiled_code
     from fastsp.utils.devices import best_device
-    from fastsp.utils.files import check_writable
+    from fastsp.utils.files import check_writable, write_file
 
     if json_file is not None:
         if not json_file.parent.is_dir():
@@ -62,7 +62,7 @@ def bench(
 
     def keep(rows: list[dict[str, Any]]) -> None:
         if json_file is not None:
-            json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+            write_file(json_file, json.dumps(rows, indent=2) + "\n")
 
     rows = run(workload, names, rounds, say, keep)
     if not rows:

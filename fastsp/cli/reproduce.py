@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 _PAPER, _SMALL = Path("configs/sd21-paper.yaml"), Path("configs/digits.yaml")
+_MARK = "# Written by fastsp reproduce, which replaces it at the next call.\n"
 
 
 def reproduce(
@@ -31,9 +32,10 @@ def reproduce(
     from rich.table import Table as Drawn
 
     from fastsp.cli.train import train
+    from fastsp.errors import UserError
     from fastsp.evaluation.reproduction import TABLES, compared, own_config, table_config
     from fastsp.evaluation.run_files import read_run
-    from fastsp.utils.files import check_writable, write_file
+    from fastsp.utils.files import check_writable, read_text, write_file
 
     chosen = table_config(table, config or own_config(_SMALL if small else _PAPER), overrides or [])
     if plan:
@@ -41,9 +43,11 @@ def reproduce(
         return
     run_dir = Path(chosen.run_dir)
     file = run_dir.with_name(f"{run_dir.name}.yaml")
+    if file.is_file() and not read_text(file).startswith(_MARK):
+        raise UserError(f"{file} is there already, and fastsp reproduce did not write it: choose another run_dir")
     check_writable(file, force=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_file(file, chosen.dump())
+    write_file(file, _MARK + chosen.dump())
     train(config=file, overrides=[], resume=True)
     drawn = Drawn(
         "row", "steps", "FID", "IS", "paper's FID", "paper's IS", title=f"Table {table}: {TABLES[table].title}"

@@ -48,8 +48,11 @@ class Conditioning:
         """``[conditional ; unconditional]``, 2B samples: both halves of a guided batch."""
         everything = torch.ones(len(self), dtype=torch.bool, device=self.encoder_hidden_states.device)
         unconditional = vars(self.where(everything, empty))
-        pairs = ((name, getattr(self, name), half) for name, half in unconditional.items())
-        return Conditioning(**{name: None if half is None else torch.cat([own, half]) for name, own, half in pairs})
+        both: dict[str, Any] = {
+            name: None if half is None else torch.cat([getattr(self, name), half])
+            for name, half in unconditional.items()
+        }
+        return Conditioning(**both)
 
 
 def time_ids(original_sizes: Tensor, crop_offsets: Tensor, target_sizes: Tensor) -> Tensor:

@@ -25,7 +25,12 @@ class UNetFamily:
 
     class_name = "UNet2DConditionModel"
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    input_keys = ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
+    input_keys: tuple[str, ...] = (
+        "in_channels",
+        "cross_attention_dim",
+        "addition_embed_type",
+        "projection_class_embeddings_input_dim",
+    )
 
     def network_class(self) -> type[Any]:
         from diffusers import UNet2DConditionModel  # takes seconds

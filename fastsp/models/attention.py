@@ -180,7 +180,8 @@ def _milliseconds(name: str, query: Shape, key: Shape, dtype: torch.dtype, devic
             torch.autograd.grad(_attend(name, q, k, v), (q, k, v), gradient)
 
     call()
-    calls, timed = 1, call
+    calls = 1
+    timed: Callable[[], None] = call
     if device.type == "cuda":
         calls = CALLS_PER_GRAPH
         (timed,) = record_cuda_graphs([partial(call, calls)])

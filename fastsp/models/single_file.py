@@ -58,7 +58,7 @@ def load_single_file(file: Path, config: str | None) -> TextToImageModel:
         if missing:
             raise UserError(f"{file} lacks {len(missing)} tensors of the {part}, such as {missing[0]}")
     # The empty tensors by which user interfaces tell v-prediction and zero terminal SNR.
-    marked = {"prediction_type": "v_prediction"} if "v_pred" in keys else {}
+    marked: dict[str, Any] = {"prediction_type": "v_prediction"} if "v_pred" in keys else {}
     marked |= {"rescale_betas_zero_snr": True} if "ztsnr" in keys else {}
     return TextToImageModel(
         unet=pipeline.unet,

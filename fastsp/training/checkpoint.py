@@ -146,6 +146,7 @@ class CheckpointWriter:
             return unfinished
 
         def commit(files: Files) -> None:
+            assert unfinished is not None
             write_manifest(unfinished, {"progress": asdict(progress), **self.facts}, files)
             commit_folder(unfinished, final)
             remove_old(final, self.settings.keep, self.settings.keep_every)

@@ -55,6 +55,15 @@ def test_mistakes(fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "run this in a clone of the repository, install from one with pip install -e, or" in message
 
 
+def test_no_configuration_of_the_user_is_replaced(fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "mine.yaml"
+    file.write_text("run_dir: precious")
+    message = fails("reproduce", 4, "--config", ROOT / "configs" / "digits.yaml", "run_dir=mine")
+    assert "mine.yaml is there already, and fastsp reproduce did not write it" in message
+    assert file.read_text() == "run_dir: precious"
+
+
 def test_it_works_in_any_folder(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the repository's configuration; one that lies here comes first."""
     monkeypatch.chdir(tmp_path)

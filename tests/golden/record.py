@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -91,9 +92,9 @@ def trained(name: str, folder: Path) -> list[Step]:
     return [(row["stage"], row["step"], row["loss"], row["grad_norm"]) for row in rows]
 
 
-def read() -> tuple[str, dict[str, list[Step]]]:
-    """The machine of the record, and its steps by run."""
-    header, *lines = FILE.read_text().splitlines()
+def read(file: Path = FILE) -> tuple[str, dict[str, list[Step]]]:
+    """The machine of a record, and its steps by run."""
+    header, *lines = file.read_text().splitlines()
     record: dict[str, list[Step]] = {name: [] for name in RUNS}
     for line in lines:
         run, stage, step, loss, grad_norm = line.split()
@@ -101,7 +102,7 @@ def read() -> tuple[str, dict[str, list[Step]]]:
     return header.removeprefix("# "), record
 
 
-def renew() -> None:
+def renew(file: Path = FILE) -> None:
     """Train all of ``RUNS`` and write the record: a line for each step, floats to the last bit."""
     lines = [f"# {machine()}"]
     for name in RUNS:
@@ -109,8 +110,8 @@ def renew() -> None:
             steps = trained(name, Path(folder))
         lines += [f"{name} {stage} {step} {loss!r} {norm!r}" for stage, step, loss, norm in steps]
         print(f"{name}: {len(steps)} steps")
-    FILE.write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    renew()
+    renew(*map(Path, sys.argv[1:]))
