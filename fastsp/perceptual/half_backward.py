@@ -15,6 +15,7 @@ Not covered: double backward, gradients to the conditioning, forward-mode differ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -99,7 +100,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, program: Program, parameters: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(inputs[0].device.type, enabled=False):  # the graphs hold its casts already
+        with _without_autocast(inputs[0].device.type):
             outputs = program.forward(*parameters, *inputs)
         features, saved = outputs[: program.num_features], outputs[program.num_features :]
         ctx.program, ctx.sample_shape = program, inputs[0].shape
@@ -113,7 +114,7 @@ class _Function(torch.autograd.Function):
             _dense_copy(gradient[: kept.rows], kept.shape, kept.strides)
             for kept, gradient in zip(program.tangents, gradients, strict=True)
         ]
-        with torch.autocast(gradients[0].device.type, enabled=False):
+        with _without_autocast(gradients[0].device.type):
             predicted = program.backward(*ctx.saved_tensors, *tangents)[program.gradient_index]
         gradient = predicted.new_zeros(ctx.sample_shape)  # the real half gets none
         gradient[: len(predicted)] = predicted
@@ -298,6 +299,11 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
     """What autocast casts to on this kind of device; None where it is off."""
     available = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if available else None
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """The graphs hold its casts already. The meta device knows no autocast."""
+    return nullcontext() if _autocast_dtype(device) is None else torch.autocast(device, enabled=False)
 
 
 def _results(graph: GraphModule) -> list[Any]:

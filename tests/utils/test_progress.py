@@ -59,7 +59,7 @@ def test_a_late_bar_is_drawn_for_what_takes_longer(capsys: pytest.CaptureFixture
 def test_opening_a_large_source_shows_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shown
 ) -> None:
-    for place, name in ((folder, "_list"), (tar_index, "scan_tar")):
+    for place, name in ((folder.FolderReader, "_add"), (tar_index, "scan_tar")):
         monkeypatch.setattr(place, name, slow(getattr(place, name)))
     write_tar(tmp_path / "0.tar", [("0.jpg", encode(photo(0, 8, 8))), ("0.txt", b"x")])
     picture_folder(tmp_path / "pictures", 2)
@@ -79,7 +79,7 @@ def test_opening_a_large_source_shows_how_far_it_is(
 def test_data_check_shows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(folder, "_list", slow(folder._list))
+    monkeypatch.setattr(folder.FolderReader, "_add", slow(folder.FolderReader._add))
     check_source(config_for(str(picture_folder(tmp_path / "pictures", 2)), 8))
     assert "listing pictures" in capsys.readouterr().err
 
