@@ -130,4 +130,5 @@ def test_two_processes_give_the_gradients_of_one(two_processes, kind):
     found = load_file(two_processes / f"{kind}.safetensors")
     assert found.keys() == plain.keys()
     for name, grad in plain.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6 * float(grad.norm()))
+        # Half the batch each: sums in another order, within a few units of rounding of the gradient as a whole.
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=3e-6 * float(grad.norm()))
