@@ -29,7 +29,7 @@ main()
 
 @pytest.mark.parametrize(
     ("variables", "expected"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")],
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")],
 )
 def test_threads_spin_for_a_short_time_unless_the_user_says_otherwise(variables, expected):
     """OpenMP reads its variables when torch is imported."""
