@@ -14,8 +14,8 @@ def limit_spinning() -> None:
     """Let OpenMP's threads wait for each other awake for a short time only; call it before torch is imported.
 
     torch's GNU OpenMP spins 300,000 times at a barrier, some 14 ms, before a thread sleeps. Beside other programs the
-    thread that is waited for may have no core, and spinning takes one from it. With far fewer spins threads sleep between
-    the operators of a quiet machine too. What the user has set stays. No result depends on it.
+    thread that is waited for may have no core, and spinning takes one from it. With far fewer spins threads
+    sleep between the operators of a quiet machine too. What the user has set stays. No result depends on it.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
