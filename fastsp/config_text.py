@@ -119,4 +119,6 @@ def _value(text: str, where: str) -> Any:
         closed = text.count("[") == text.count("]") and text.count("{") == text.count("}")
         if closed and not text.endswith(("]", "}", "'", '"')):
             return text
+        if "broken YAML" not in str(error):
+            raise
         raise UserError(f"{error}; quote what is text, as in data.path='[\"a {{0..9}}.tar\", b.tar]'") from None

@@ -164,6 +164,11 @@ def test_an_override_is_text_as_it_stands(text):
     assert load_config(QUICKSTART, [f"data.path={json.dumps([text])}"]).data.path == [text]
 
 
+def test_a_key_given_twice_in_an_override_is_no_matter_of_quotes():
+    with pytest.raises(UserError, match=r"the key 'decay' is in line 1 already$"):
+        load_config(QUICKSTART, ["ema={decay: 0.9, decay: 0.8}"])
+
+
 def test_text_that_looks_like_a_number_stays_text_in_the_run_s_own_file(tmp_path):
     texts = ["1e5", "12e4", "-3e2", ".5e3", "1e-4", "010", "0x1f", "1.5", "1:30", "2026-01-31", "yes", "null", ""]
     overrides = [f"samples.prompts={json.dumps(texts)}", 'stages.2.name="1e5"']
