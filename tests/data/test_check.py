@@ -90,7 +90,7 @@ def test_damage_and_notes(shard):
     report, *_ = check_source(config_for(str(shard), resolution=32))
     assert (report["samples"], report["lost"]) == (9, 1)
     assert "damaged tar header" in report["bad"][str(shard)] and report["stop"] is None
-    assert dict(report["notes"])[str(shard)] == "7.txt is not used: a text file that captions no picture"
+    assert dict(report["notes"])[str(shard)] == "7.txt captions no picture"
     options = config_for(str(shard), resolution=32).model_copy(update={"max_bad_fraction": 0.0})
     stop = check_source(options)[0]["stop"]
     assert stop.startswith("at least 1 of 10 samples are lost in damaged files, more than data.max_bad_fraction = 0 ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from fastsp.data.readers.names import printable
@@ -13,15 +14,14 @@ from fastsp.utils.files import decode_text
 JSON_KEYS = ("caption", "text")
 
 
-def caption_of(text: bytes, as_json: bytes) -> str:
-    """The caption of a sample from its text file, or, where that is missing or blank, from its JSON; raises BadSample
-    where there is none."""
-    if as_json and not text.strip():
-        return caption_from_json(as_json)
-    caption = _decoded(text, "the caption").strip()
-    if not caption:
-        raise BadSample("no caption")
-    return caption
+def caption_of(texts: Iterable[tuple[str, bytes]]) -> str:
+    """The caption in the first of some files (suffix, content) that is not blank; raises BadSample without one."""
+    for suffix, content in texts:
+        if suffix == "json" and content.strip():
+            return caption_from_json(content)
+        if caption := _decoded(content, "the caption").strip():
+            return caption
+    raise BadSample("no caption")
 
 
 def caption_from_json(content: bytes) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -19,15 +18,17 @@ from typing import Any
 
 from fastsp.data.inventory import MAX_NAMES, Inventory, Part
 from fastsp.data.readers.captions import caption_from_json, caption_from_record, caption_of
-from fastsp.data.readers.metadata import METADATA, UNREAD_METADATA, Line, read_metadata
+from fastsp.data.readers.metadata import METADATA, Line, read_metadata
 from fastsp.data.readers.names import (
-    CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
+    UNREAD,
     UNREAD_SUFFIXES,
-    and_more,
+    UNUSED,
     nfc,
+    notes_on,
     printable,
     split_name,
+    texts_by_image,
 )
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size
 from fastsp.errors import UserError
@@ -62,18 +63,24 @@ class FolderReader:
         self.paths: list[str] = []
         self._records: dict[str, Any] = {}
         self._sidecars: dict[str, list[str]] = {}
-        """The names of the texts beside an image, most preferred first, where it is not just `KEY.txt`."""
+        """The texts beside an image, most preferred first, where it is not just `KEY.txt`."""
         self._named_by_folder: Counter[str] = Counter()  # of the folders without captions, how many images they hold
-        self._unread: Counter[str] = Counter()  # pictures of kinds that are not read, by suffix
+        self._unread: list[str] = []  # pictures of kinds that are not read
         self._unused_texts: list[str] = []
         with late_bar("listing pictures", None, progress) as advance:
-            self._walk(advance)
+            self._walk("", frozenset(), advance)
         self.paths.sort(key=lambda path: path.replace("/", "\0"))  # folder by folder: before any other character
+        notes = notes_on({UNREAD: self._unread, UNUSED: self._unused_texts if captioned else ()})
         if not self.paths:
-            but = f", but {self._unread_kinds()}" if self._unread else ""
-            raise UserError(f"data.path is {str(folder)!r}; it holds no images ({', '.join(IMAGE_SUFFIXES)}){but}")
+            what = "; ".join([f"no images ({', '.join(IMAGE_SUFFIXES)})", *notes])
+            raise UserError(f"data.path is {str(folder)!r}; it holds {what}")
         self._match_metadata()
-        self._note()
+        self.notes += [(self._name(""), what) for what in notes]
+        if captioned and self._named_by_folder and not self._records:
+            (directory, count), total = self._named_by_folder.most_common(1)[0], self._named_by_folder.total()
+            example = f'"{self._name_as_caption(directory)}" ({count} of them)'
+            what = f"pictures without a caption of their own, which take their folder's name: {total}, as {example}"
+            self.notes.append((self._name(""), what))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -100,21 +107,22 @@ class FolderReader:
         image = _read_file(self.root / path, "image")
         return EncodedSample(image, self._caption(path) if self.captioned else "")
 
-    def _walk(self, advance: Callable[[int], object]) -> None:
-        """Every directory below the root. One that is reached from within itself, by a link, would lead round and
+    def _walk(self, directory: str, above: frozenset[tuple[int, int]], advance: Callable[[int], object]) -> None:
+        """A directory and those below it. One that is reached from within itself, by a link, would lead round and
         round."""
-        root, above = str(self.root), dict[str, frozenset[tuple[int, int]]]()
-        for place, folders, files in os.walk(root, onerror=self._unreadable, followlinks=True):
-            status = os.stat(place)
-            lies_in, identity = above.pop(place, frozenset()), (status.st_dev, status.st_ino)
-            folders[:] = sorted(name for name in folders if not name.startswith(".") and identity not in lies_in)
-            if identity in lies_in:
-                self.notes.append((printable(place), "a link to a folder that it lies in, not followed"))
-                continue
-            above |= {os.path.join(place, name): lies_in | {identity} for name in folders}
-            found = len(self.paths)
-            self._add(place.removeprefix(root).lstrip("/"), sorted(name for name in files if not name.startswith(".")))
-            advance(len(self.paths) - found)
+        place = self.root / directory
+        status = place.stat()
+        identity = status.st_dev, status.st_ino
+        if identity in above:
+            self.notes.append((self._name(directory), "a link to a folder that it lies in, not followed"))
+            return
+        _, folders, files = next(os.walk(place, onerror=self._unreadable), ("", [], []))
+        found = len(self.paths)
+        self._add(directory, sorted(name for name in files if not name.startswith(".")))
+        advance(len(self.paths) - found)
+        for name in sorted(folders):
+            if not name.startswith("."):
+                self._walk(os.path.join(directory, name), above | {identity}, advance)
 
     def _unreadable(self, error: OSError) -> None:
         self.damaged.append((printable(str(error.filename)), f"cannot read the folder: {error.strerror}"))
@@ -123,41 +131,28 @@ class FolderReader:
     def _add(self, directory: str, files: list[str]) -> None:
         """Take the images of one directory, and where its captions are."""
         prefix = f"{directory}/" if directory else ""
-        parts = {name: split_name(name) for name in files}
-        images = [name for name, (_, suffix) in parts.items() if suffix in IMAGE_SUFFIXES]
-        self.paths += [prefix + name for name in images]
-        self._unread.update(suffix for _, suffix in parts.values() if suffix in UNREAD_SUFFIXES)
+        beside, unused = texts_by_image(files)
+        self.paths += [prefix + image for image in beside]
+        self._unread += [prefix + name for name in files if split_name(name)[1] in UNREAD_SUFFIXES]
+        self._unused_texts += [prefix + name for name in unused]
         has_metadata = self.captioned and self._find_metadata(directory, set(files))
-        texts = {(nfc(key), suffix): name for name, (key, suffix) in sorted(parts.items())}
-        unused = {name for name, (_, suffix) in parts.items() if suffix in ("txt", "caption")}
-        beside: dict[str, list[str]] = {}
-        for image in images:
-            keys = nfc(parts[image][0]), nfc(image)
-            found = [texts[key, suffix] for suffix in CAPTION_SUFFIXES for key in keys if (key, suffix) in texts]
-            beside |= {image: found} if found else {}
-            unused.difference_update(found)
-        suffixes = {split_name(name)[1] for found in beside.values() for name in found}
-        if suffixes == {"json"} and not has_metadata:
-            first = next(iter(beside.values()))[0]
-            beside = beside if _holds_caption(self.root / prefix / first) else {}  # or of something else
-        unusual = {image: found for image, found in beside.items() if found != [f"{parts[image][0]}.txt"]}
-        self._sidecars |= {prefix + image: found for image, found in unusual.items()}
-        self._unused_texts += [prefix + name for name in sorted(unused)]
-        if images and not beside:
-            self._named_by_folder[directory] = len(images)
+        texts = [text for found in beside.values() for text in found]
+        only_json = bool(texts) and all(split_name(text)[1] == "json" for text in texts)
+        if only_json and not has_metadata and not _holds_caption(self.root / prefix / texts[0]):  # but something else
+            beside, texts = {image: [] for image in beside}, []
+        if beside and not texts:
+            self._named_by_folder[directory] = len(beside)
+        for image, found in beside.items():
+            if found and found != [f"{split_name(image)[0]}.txt"]:
+                self._sidecars[prefix + image] = found
 
     def _find_metadata(self, directory: str, there: set[str]) -> bool:
-        """Read the file that has the captions of a directory, if any; note those that are not read."""
-        for name in (name for name in (*METADATA, UNREAD_METADATA) if name in there):
-            file = os.path.join(directory, name)
-            if name == UNREAD_METADATA:
-                why = f"captions of this kind go into {METADATA[0]}"
-            elif (lines := read_metadata(self.root / file)) is None:
-                why = "it has no column file_name"
-            else:
+        """Read the file that has the captions of a directory, if any."""
+        for file in (os.path.join(directory, name) for name in METADATA if name in there):
+            if (lines := read_metadata(self.root / file)) is not None:
                 self._add_metadata(directory, file, lines)
                 return True
-            self.notes.append((self._name(file), f"is not read: {why}"))
+            self.notes.append((self._name(file), "is not read: it has no column file_name"))
         return False
 
     def _add_metadata(self, directory: str, file: str, lines: Iterable[Line]) -> None:
@@ -187,57 +182,22 @@ class FolderReader:
             else:
                 self.damaged.append((self._name(name), "is in the metadata, but there is no such image"))
 
-    def _note(self) -> None:
-        """What a person may not expect of the folder as a whole."""
-        root = self._name("")
-        if self._unread:
-            self.notes.append((root, f"holds besides {self._unread_kinds()}"))
-        if not self.captioned:
-            return
-        for path in self._records:  # which come before the texts beside their images
-            texts = [file for file in self._texts_beside(path) if not file.endswith(".json")]
-            self._unused_texts += [file for file in texts if (self.root / file).is_file()]
-        if count := len(self._unused_texts):
-            files = "text file that captions" if count == 1 else "text files that caption"
-            self.notes.append((root, f"{count} {files} no picture: {printable(and_more(self._unused_texts))}"))
-        if self._named_by_folder and not self._records:
-            (directory, count), total = self._named_by_folder.most_common(1)[0], self._named_by_folder.total()
-            example = f'"{self._name_as_caption(directory)}" ({count} of them)'
-            kohya = any(re.match(r"\d+[_ ]", Path(one).name) for one in self._named_by_folder)
-            repeats = "; a number before it is part of it, and repeats nothing" if kohya else ""
-            what = f"pictures without a caption of their own, which take their folder's name: {total}, as {example}"
-            self.notes.append((root, what + repeats))
-
     def _name_as_caption(self, directory: str) -> str:
         name = Path(directory).name or self.root.resolve().name
         return printable(name).replace("_", " ").replace("-", " ").strip()
-
-    def _unread_kinds(self) -> str:
-        kinds = ", ".join(f"{count} .{suffix}" for suffix, count in sorted(self._unread.items()))
-        return f"pictures of kinds that are not read: {kinds}"
 
     def _name(self, path: str) -> str:
         return printable(str(self.root / path))
 
     def _caption(self, path: str) -> str:
-        directory = path.rpartition("/")[0]
+        directory, _, image = path.rpartition("/")
         if path in self._records:
             return caption_from_record(self._records[path])
         if not self._records and directory in self._named_by_folder:
             return self._name_as_caption(directory)
-        found: dict[str, bytes] = {}
-        for file in self._texts_beside(path):
-            suffix = split_name(file)[1]
-            if not found.get(suffix, b"").strip() and (self.root / file).is_file():
-                found[suffix] = _read_file(self.root / file, "caption")
-        text = found.get("txt", b"") or (b"" if "json" in found else found.get("caption", b""))
-        return caption_of(text, found.get("json", b""))
-
-    def _texts_beside(self, path: str) -> list[str]:
-        """Where captions of an image may be."""
-        directory, slash, image = path.rpartition("/")
         names = self._sidecars.get(path, [f"{split_name(image)[0]}.txt"])
-        return [directory + slash + name for name in names]
+        files = [self.root / directory / name for name in names]
+        return caption_of((split_name(file.name)[1], _read_file(file, "caption")) for file in files if file.is_file())
 
 
 def _holds_caption(file: Path) -> bool:

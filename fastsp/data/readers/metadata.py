@@ -18,7 +18,6 @@ from fastsp.errors import UserError
 from fastsp.utils.files import read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv", "meta_cap.json")  # the first that is there
-UNREAD_METADATA = "metadata.parquet"  # which Hugging Face's imagefolder takes too
 _TOO_LONG = "more columns than the first line: quote what has commas"
 
 Line = tuple[int, tuple[str, Any] | str]

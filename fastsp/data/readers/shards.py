@@ -26,6 +26,7 @@ from fastsp.data.samples import BadSample, EncodedSample, check_file_size
 from fastsp.errors import UserError
 
 Patterns = str | Path | Iterable[str | Path]
+_ALLOWED = "allowed: tar files, folders of them, brace and glob patterns, such as FOLDER/**/*.tar for folders in it"
 
 
 def expand_shards(patterns: Patterns) -> list[Path]:
@@ -43,7 +44,7 @@ def expand_shards(patterns: Patterns) -> list[Path]:
     names = [[name] if os.path.exists(os.path.expanduser(name)) else expand_braces(name) for name in map(str, patterns)]
     shards = [shard for expanded in names for name in expanded for shard in _matches(name)]
     if not shards:
-        raise UserError("data.path names no shards; allowed: tar files, folders of them, brace and glob patterns")
+        raise UserError(f"data.path names no shards; {_ALLOWED}")
     once: dict[Path, Path] = {}
     for shard in shards:  # a file counts under the first of its names
         once.setdefault(shard.resolve(), shard)
@@ -68,19 +69,12 @@ def _matches(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_file():
         return [path]
-    folder = path if path.is_dir() else path.parent
-    pattern = "*" if path.is_dir() else path.name
-    if folder.is_dir():  # by that very name, which may have brackets in it
-        found = glob(f"{escape(str(folder))}/{pattern}", recursive=True)
-    else:
-        found = glob(str(path), recursive=True)
+    folder, pattern = (path, "*") if path.is_dir() else (path.parent, path.name)
+    place = escape(str(folder)) if folder.is_dir() else str(folder)  # by that very name, which may have brackets in it
+    found = glob(f"{place}/{pattern}", recursive=True)
     shards = sorted(Path(match) for match in found if match.lower().endswith(".tar"))
     if not shards:
-        deeper = path.is_dir() and next(path.glob("*/*.tar"), None)
-        hint = f"; there are in the folders in it: {name}/**/*.tar" if deeper else ""
-        raise UserError(
-            f"data.path: no shard at {name!r}; allowed: tar files, their folders, brace and glob patterns{hint}"
-        )
+        raise UserError(f"data.path: no shard at {name!r}; {_ALLOWED}")
     return shards
 
 
@@ -154,12 +148,11 @@ class ShardReader:
             self.check(image)
             if not self.captioned:
                 return EncodedSample(image, "")
-            text = tar.read(*spans[2:4])
-            as_json = b"" if text.strip() else tar.read(*spans[4:6])
+            caption = caption_of((kind, tar.read(*span)) for kind, span in (("txt", spans[2:4]), ("json", spans[4:6])))
         except OSError as error:
             self._open.cache_clear()  # a stale handle may be replaced by a new one the next time
             raise BadSample(f"cannot read the shard: {error.strerror or error}") from error
-        return EncodedSample(image, caption_of(text, as_json))
+        return EncodedSample(image, caption)
 
 
 class _OpenFile:

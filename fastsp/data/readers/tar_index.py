@@ -12,7 +12,8 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from fastsp.utils.cache import cache_folder
 from fastsp.utils.files import new_file
 from fastsp.utils.progress import late_bar
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -67,24 +68,23 @@ def load_or_build_index(
 def build_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES, progress: bool = False) -> TarIndex:
     """Read the headers of the tars, several at a time. A tar that is damaged gives what can be read of it."""
     parts: list[dict[str, Tensor]] = []
-    damaged: list[tuple[str, str]] = []
-    notes: list[tuple[str, str]] = []
+    index = TarIndex([str(shard) for shard in shards], {}, [], [], 0)
     lost = 0
     with (
         late_bar("indexing tars", len(shards), progress) as advance,
         ThreadPoolExecutor(min(16, len(shards))) as pool,
     ):
-        for columns, scan in pool.map(lambda number: _indexed(number, shards[number], suffixes), range(len(shards))):
-            shard = printable(str(shards[len(parts)]))
+        found = pool.map(lambda number: _indexed(number, shards[number], suffixes), range(len(shards)))
+        for shard, (columns, scan) in zip(map(printable, index.shards), found, strict=True):
             parts.append(columns)
-            damaged += [(shard, printable(and_more(scan.damages)))] if scan.damages else []
-            damaged += [(f"{shard}#{printable(member)}", reason) for member, reason in scan.unusable]
-            notes += [(shard, printable("; ".join(scan.notes())))] if scan.notes() else []
+            index.damaged.extend([(shard, and_more(scan.damages))] if scan.damages else [])
+            index.damaged.extend((f"{shard}#{printable(member)}", reason) for member, reason in scan.unusable)
+            index.notes.extend([(shard, "; ".join(scan.notes))] if scan.notes else [])
             lost += len(scan.damages)
             advance(1)
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     columns["key_ends"] = columns.pop("key_sizes").cumsum(0)
-    return TarIndex([str(shard) for shard in shards], columns, damaged, notes, lost)
+    return replace(index, columns=columns, lost=lost)
 
 
 def _indexed(number: int, shard: Path, suffixes: Sequence[str]) -> tuple[dict[str, Tensor], TarScan]:
@@ -93,13 +93,12 @@ def _indexed(number: int, shard: Path, suffixes: Sequence[str]) -> tuple[dict[st
     scan = scan_tar(shard, suffixes)
     keys = [key.encode(errors="surrogateescape") for key, _ in scan.samples]
     rows = [(number, *image, *text, *as_json) for _, (image, text, as_json) in scan.samples]
-    columns = {
+    scan.samples.clear()
+    return {
         "locations": torch.tensor(rows, dtype=torch.int64).view(-1, 7),
         "keys": torch.tensor(list(b"".join(keys)), dtype=torch.uint8),
         "key_sizes": torch.tensor([len(key) for key in keys], dtype=torch.int64),
-    }
-    scan.samples.clear()
-    return columns, scan
+    }, scan
 
 
 def _signature(path: Path) -> list | None:
@@ -112,30 +111,23 @@ def _signature(path: Path) -> list | None:
 
 
 def _load(place: Path, shards: Sequence[Path], signature: str) -> TarIndex | None:
-    try:
-        with safe_open(place, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("signature") != signature:
-                return None
+    """The index in a file; None where there is none, or one of other tars."""
+    with suppress(OSError, SafetensorError, ValueError, TypeError, LookupError), safe_open(place, "pt") as file:
+        metadata = file.metadata()
+        if metadata["signature"] == signature:
             columns = {name: file.get_tensor(name) for name in ("locations", "keys", "key_ends")}
-        damaged, notes = ([(path, what) for path, what in json.loads(metadata[name])] for name in ("damaged", "notes"))
-        return TarIndex([str(shard) for shard in shards], columns, damaged, notes, int(metadata["lost"]))
-    except (OSError, SafetensorError, ValueError, TypeError, LookupError):
-        return None
+            damaged, notes, lost = json.loads(metadata["found"])
+            return TarIndex([str(path) for path in shards], columns, [*map(tuple, damaged)], [*map(tuple, notes)], lost)
+    return None
 
 
 def _save(index: TarIndex, signature: str, place: Path) -> bool:
     """Write the index; false where that cannot be."""
-    metadata = {
-        "signature": signature,
-        "damaged": json.dumps(index.damaged),
-        "notes": json.dumps(index.notes),
-        "lost": str(index.lost),
-    }
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
+        found = json.dumps([index.damaged, index.notes, index.lost])
         with new_file(place) as unfinished:
-            save_file(index.columns, unfinished, metadata=metadata)
+            save_file(index.columns, unfinished, metadata={"signature": signature, "found": found})
     except (OSError, SafetensorError):
         return False
     return True
