@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 Auto = Literal["auto", True, False]
+Width = Annotated[int, Field(ge=16, multiple_of=16)]  # whole attention heads
 
 
 class LoRAConfig(Section):
@@ -45,18 +46,28 @@ class LoRAConfig(Section):
         return self
 
 
+class UNetConfig(Section):
+    """The size of a preset's UNet."""
+
+    block_out_channels: Annotated[list[Width], Field(min_length=1)] = [32, 64]  # of each block, from the image down
+    layers_per_block: Positive = 1
+
+
 class ModelConfig(Section):
     """Where the model comes from: exactly one of the first two."""
 
-    preset: Literal["digits"] | None = None
+    preset: Literal["digits", "photographs"] | None = None
     pretrained: PathText | None = None  # a diffusers folder, a hub id, or a file in Stable Diffusion's layout
     config: PathText | None = None  # of such a file: a folder or hub id with its tokenizer; None: diffusers' choice
+    unet: UNetConfig | None = None  # of a preset; None: its own size
     lora: LoRAConfig | None = None  # None: all weights of the UNet are trained
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
         if (self.preset is None) == (self.pretrained is None):
             raise ValueError("give either preset or pretrained")
+        if self.unet is not None and self.preset is None:
+            raise ValueError("unet goes with preset")
         if self.config is not None and self.pretrained is None:
             raise ValueError("config goes with pretrained")
         if self.lora is not None and self.pretrained is None:
@@ -245,11 +256,14 @@ class Config(Section):
             )
 
     def first_position(self, stage: StageConfig) -> int:
-        """Where in the run's samples a stage starts: where its `init` stopped, so SP and its control see the same."""
-        steps = 0
+        """Where in the run's samples a stage starts: where its `init` stopped, so SP and its control see the same.
+
+        A repetition starts as many of its own lengths later: it has samples, noise and timesteps of its own.
+        """
+        steps = stage.repetition * stage.steps
         while stage.init is not None:
             stage = self.stage(stage.init)
-            steps += stage.steps
+            steps += (stage.repetition + 1) * stage.steps
         return steps * self.data.batch_size
 
     def compiles_on(self, device: torch.device) -> bool:

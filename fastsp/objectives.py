@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from fastsp.options import Displacement, Distance, Layers, Teacher, TimestepSampling
-from fastsp.utils.section import AboveZero, Name, PathText, Positive, Section, is_reading
+from fastsp.utils.section import AboveZero, Name, NonNegative, PathText, Positive, Section, is_reading
 
 OBJECTIVES: dict[str, type[StageConfig]] = {}
 S = TypeVar("S", bound="StageConfig")
@@ -55,6 +55,7 @@ class StageConfig(Section):
     steps: Positive  # optimizer steps
     learning_rate: AboveZero
     init: str | None = None  # a stage whose EMA weights it starts from; None: the stage before
+    repetition: NonNegative = 0  # the n-th one sees the samples, noise and timesteps after those of the one before
 
     @property
     def title(self) -> str:

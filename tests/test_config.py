@@ -38,6 +38,14 @@ def test_self_perceptual_and_control_see_the_same_samples():
     assert [config.first_position(stage) for stage in config.stages] == [0, start, start]
 
 
+def test_repetitions_see_samples_of_their_own():
+    config = load_config(QUICKSTART, ["stages.1.repetition=2", "stages.2.repetition=1"])
+    batch, (base, sp, control) = config.data.batch_size, config.stages
+    assert sp.steps == control.steps
+    expected = [0, base.steps + 2 * sp.steps, base.steps + control.steps]
+    assert [config.first_position(stage) for stage in config.stages] == [steps * batch for steps in expected]
+
+
 def test_the_perceptual_network_of_a_first_stage_is_the_pretrained_model():
     """Whatever names it: a folder, a hub id or a single file."""
     overrides = ["model={pretrained: owner/model}", "stages.0.objective=self_perceptual"]
@@ -70,7 +78,7 @@ def test_the_perceptual_network_of_a_first_stage_is_the_pretrained_model():
         ("stages.1.name=../up", "stages.1.name: '../up' is not allowed"),
         ("stages.1.perceptual_network=/nowhere", "'/nowhere' is neither an earlier stage nor a folder"),
         ("model.pretrained=somewhere", "give either preset or pretrained"),
-        ("model.preset=large", "model.preset: 'large' is not allowed: input should be 'digits'"),
+        ("model.preset=large", "model.preset: 'large' is not allowed: input should be 'digits' or 'photographs'"),
         ("stages=[]", "stages: [] is not allowed"),
         ("stages.0.learning_rate=.nan", "stages.0.learning_rate: nan is not allowed"),
         ("ema.decay=1.0", "ema.decay: 1.0 is not allowed: input should be less than 1"),
@@ -82,6 +90,8 @@ def test_the_perceptual_network_of_a_first_stage_is_the_pretrained_model():
         ("stages.0.objective=gan", "stages.0.objective: 'gan' is not allowed: input should be 'mse' or 'self_perc"),
         ("stages.0.objective=null", "stages.0.objective: is missing"),
         ("stages.1.perceptual_network=mse_longer", "'mse_longer' is no earlier stage; earlier stages are mse"),
+        ("model={pretrained: a, unet: {}}", "unet goes with preset"),
+        ("model.unet={block_out_channels: [32, 40]}", "model.unet.block_out_channels.1: 40 is not allowed"),
         ("model=digits", "model: 'digits' is no section: keys such as preset, pretrained"),
         ("data.path=3", "data.path: 3 is not allowed: input should be a valid string (quote it where text is meant)"),
         ("run_dir=~nobody-of-that-name/x", "run_dir: '~nobody-of-that-name/x' is not allowed: '~nobody-of-that-name"),

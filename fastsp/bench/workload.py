@@ -155,7 +155,8 @@ def workload_of(file: Path, device: torch.device, overrides: Sequence[str] = ())
     if config.model.lora is not None:
         raise UserError(f"{file}: fastsp bench measures the training of whole UNets: remove model.lora")
     data = config.data
-    model = load_model(config.model.preset, config.model.pretrained, data.resolution, config.seed, config.model.config)
+    start, sizes = config.model, config.model.unet.model_dump() if config.model.unet else None
+    model = load_model(start.preset, start.pretrained, data.resolution, config.seed, start.config, unet=sizes)
     if model.text_encoder_2 is not None:
         raise UserError(f"{file}: fastsp bench measures Stable Diffusion 1.x, 2.x and the digits, not XL yet")
     return _workload(str(file), config, model, device)

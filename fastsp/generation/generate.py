@@ -58,7 +58,9 @@ def load_for_sampling(name: str, config: str | None = None, base: str | None = N
         else:
             of_run = read_config(run / "config.yaml")
             start = of_run.model
-            model = load_model(start.preset, start.pretrained, of_run.data.resolution, of_run.seed, start.config)
+            sizes = start.unet.model_dump() if start.unet else None
+            side, seed = of_run.data.resolution, of_run.seed
+            model = load_model(start.preset, start.pretrained, side, seed, start.config, unet=sizes)
         model.unet = load_unet(folder)
     device = best_device()
     model.place(device)

@@ -1,7 +1,7 @@
 """Text-to-image models in diffusers' and transformers' classes: from a preset, from a folder, to a folder."""
 
-from fastsp.models.digits import digits_model, digits_tokenizer
 from fastsp.models.model import PixelTextToImagePipeline, TextToImageModel, tokenize
+from fastsp.models.presets import PRESETS, digits_model, digits_tokenizer, preset_model, preset_tokenizer
 from fastsp.models.pretrained import (
     check_perceptual_network,
     check_pipeline,
@@ -15,6 +15,7 @@ from fastsp.models.pretrained import (
 from fastsp.models.schedulers import ddim_scheduler
 
 __all__ = [
+    "PRESETS",
     "PixelTextToImagePipeline",
     "TextToImageModel",
     "check_perceptual_network",
@@ -28,5 +29,7 @@ __all__ = [
     "load_pipeline",
     "load_unet",
     "load_unet_and_scheduler",
+    "preset_model",
+    "preset_tokenizer",
     "tokenize",
 ]

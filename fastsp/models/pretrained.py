@@ -20,16 +20,15 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from fastsp.errors import UserError
 from fastsp.families import NetworkFamily, family_named, family_of
 from fastsp.families.unet import pooled_width
-from fastsp.models.digits import digits_model
 from fastsp.models.hub import VARIANTS, download_pipeline, is_hub_id
 from fastsp.models.lora import DIFFUSERS_FILE, Base, add_adapters, base_of, fingerprint, fuse_adapters, load_adapters
 from fastsp.models.lora import header as adapters_header
 from fastsp.models.model import TextToImageModel
+from fastsp.models.presets import PRESETS, preset_model
 from fastsp.models.quiet import quiet_libraries
 from fastsp.models.schedulers import ddim_scheduler, loaded_scheduler, trained_scheduler
 from fastsp.models.single_file import load_single_file, tensor_names
 
-PRESETS = ("digits",)
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixelTextToImagePipeline")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _PARTS = ("unet", "text_encoder", "tokenizer", "scheduler")
@@ -77,9 +76,11 @@ def load_model(
     seed: int,
     config: str | None = None,
     lora: Mapping[str, Any] | None = None,
+    unet: Mapping[str, Any] | None = None,
 ) -> TextToImageModel:
     """The model that a configuration trains: a preset with seeded random weights, or what ``load_pipeline`` takes.
 
+    ``unet`` has the sizes of a preset's UNet, see :func:`fastsp.models.presets.preset_model`.
     With ``lora`` (rank, alpha, target_modules) its UNet has adapters, which alone are trainable. Those of a folder of
     adapters are trained further; without ``lora`` they are fused, and all weights are trained.
 
@@ -90,7 +91,7 @@ def load_model(
     if pretrained is None:
         if preset not in PRESETS:
             raise UserError(f"model.preset {preset!r} is unknown: use one of {', '.join(PRESETS)}")
-        return digits_model(resolution, seed)
+        return preset_model(preset, resolution, seed, **(unet or {}))
     if lora is None:
         return load_pipeline(pretrained, config).for_training()
     path = _find(pretrained)

@@ -117,7 +117,8 @@ class Trainer:
         update_of(config)  # raises for an unknown optimizer, or one that cannot work on shards
         check_path(config.data)  # before a model is downloaded
         model, lora = config.model, config.model.lora.model_dump() if config.model.lora else None
-        self.model = load_model(model.preset, model.pretrained, config.data.resolution, config.seed, model.config, lora)
+        sizes, side = model.unet.model_dump() if model.unet else None, config.data.resolution
+        self.model = load_model(model.preset, model.pretrained, side, config.seed, model.config, lora, sizes)
         self.model.latent_shape(config.data.resolution)  # raises for a resolution that the VAE cannot encode
         for number, stage in enumerate(config.stages):
             if (frozen := stage.frozen_network) is not None:

@@ -21,6 +21,7 @@ from fastsp.models import (
     load_model,
     load_pipeline,
     load_unet_and_scheduler,
+    preset_tokenizer,
     tokenize,
 )
 
@@ -54,6 +55,23 @@ def test_preset_is_seeded_and_survives_its_folder(tmp_path):
     assert scheduler.config.rescale_betas_zero_snr and scheduler.config.set_alpha_to_one
     assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.timestep_spacing == "trailing"
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.pt"))
+
+
+def test_the_preset_of_photographs_is_in_colour_and_of_any_size(tmp_path):
+    caption = "a photo of an automobile"
+    ids = tokenize(preset_tokenizer("photographs"), [caption, "a photo of a zebra crossing a street in the rain"])
+    assert ids.shape == (2, 32) and (ids[0] != ids[0, -1]).sum() == 6, "start and five words"
+    sizes = {"block_out_channels": [16, 32, 48], "layers_per_block": 2}
+    model = load_model("photographs", None, 8, seed=0, unet=sizes)
+    assert model.channels == 3 and model.latent_shape(8) == (3, 8, 8)
+    assert list(model.unet.config.block_out_channels) == [16, 32, 48] and model.unet.config.layers_per_block == 2
+    assert model.unet.config.attention_head_dim == (1, 2, 3), "heads of 16 channels"
+    noise = torch.randn(1, 3, 8, 8)
+    images = model.generate([caption], noise, 2)
+    model.save(tmp_path)
+    assert torch.allclose(load_pipeline(str(tmp_path)).generate([caption], noise, 2), images, atol=1e-5)
+    with pytest.raises(UserError, match=r"data.resolution 10 must be a multiple of 4: 3 blocks halve it"):
+        load_model("photographs", None, 10, seed=0, unet=sizes)
 
 
 def test_a_pixel_pipeline_takes_a_generator_of_the_cpu_on_any_device(monkeypatch):
@@ -124,7 +142,7 @@ def test_what_is_refused(pipelines, tmp_path):
 
     with pytest.raises(UserError, match="no diffusers pipeline folder"):
         load_pipeline(str(tmp_path))
-    with pytest.raises(UserError, match=r"model.preset 'huge' is unknown: use one of digits"):
+    with pytest.raises(UserError, match=r"model.preset 'huge' is unknown: use one of digits, photographs"):
         load_model("huge", None, 8, 0)
     with pytest.raises(UserError, match=r"resolution 18 must be a multiple of 4"):
         load_pipeline(str(stable_diffusion)).latent_shape(18)
