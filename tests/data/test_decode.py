@@ -15,7 +15,8 @@ from data.helpers import encode, photo
 from PIL import Image, ImageOps
 
 from fastsp.data.images.decode import ImageDecoder, JpegsOnGpu, default_threads
-from fastsp.data.images.jpeg import read_jpeg
+from fastsp.data.images.files import open_image
+from fastsp.data.images.jpeg import is_whole
 from fastsp.data.samples import BadSample
 
 H, W = 60, 90
@@ -309,7 +310,7 @@ def damaged_inside(count):
         options = [{}, {"progressive": True}, {"subsampling": "4:4:4"}, {"restart_marker_blocks": 4}][index % 4]
         file = bytearray(encode(photo(index, 64, 80, channels=1 + 2 * (index % 3 > 0)), "JPEG", quality=90, **options))
         length = rnd.choice([1, 1, 16, 300])
-        at = rnd.randrange(read_jpeg(bytes(file)).scan + 20, len(file) - 2 - length)
+        at = rnd.randrange(open_image(bytes(file)).scan + 20, len(file) - 2 - length)
         file[at : at + length] = rnd.randbytes(length)
         yield bytes(file)
 
@@ -378,13 +379,13 @@ def test_a_jpeg_that_was_cut_off_has_no_end(options):
     """What is looked for before a GPU decodes: at any length, and with anything behind it."""
     thumbnail = b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0" + encode(RGB[:20, :20], "JPEG")
     file = encode(RGB, "JPEG", quality=90, exif=thumbnail, **options)
-    scan = read_jpeg(file).scan
-    assert all(read_jpeg(whole).is_whole() for whole in (file, file + bytes(100), file + file))
+    scan = open_image(file).scan
+    assert all(is_whole(open_image(whole)) for whole in (file, file + bytes(100), file + file))
     for length in range(scan + 20, len(file)):
-        assert not read_jpeg(file[:length]).is_whole()
-    assert not any(read_jpeg(file[:-2] + junk).is_whole() for junk in (bytes(1000), b"\xff" * 9, b"\xff\0"))
+        assert not is_whole(open_image(file[:length]))
+    assert not any(is_whole(open_image(file[:-2] + junk)) for junk in (bytes(1000), b"\xff" * 9, b"\xff\0"))
     erased = file[:-2] + b"\xff" * 2_000_000 + b"\0"  # as flash memory is; looked at once, not from every byte anew
-    assert not read_jpeg(erased).is_whole() and read_jpeg(erased + b"\xff\xff\xd9" + bytes(9)).is_whole()
+    assert not is_whole(open_image(erased)) and is_whole(open_image(erased + b"\xff\xff\xd9" + bytes(9)))
 
 
 class GpuThatFailsBatches(JpegsOnGpu):
@@ -416,7 +417,7 @@ def test_what_a_gpu_rejects_is_decoded_alone_and_then_by_the_cpu():
     assert difference(np.asarray(images[3]), RGB) == 0 == difference(np.asarray(images[5]), with_pillow(cmyk))
     reasons = {row: str(image) for row, image in enumerate(images) if isinstance(image, BadSample)}
     assert list(reasons) == [2, 4, 6]
-    assert "no end" in reasons[2] and "is damaged: " in reasons[4] and "empty" in reasons[6]
+    assert "no end" in reasons[2] and "truncated, damaged or of" in reasons[4] and "empty" in reasons[6]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF

@@ -2,7 +2,7 @@
 
 DALI's own decoder raises for the whole batch where one file is broken. So the files are decoded here, strictly and
 once, each for itself, and DALI does the rest. On the CPU, JPEG is decoded by libjpeg-turbo (`jpeg`); the other kinds
-are read by Pillow, on either device (`other_kinds`).
+are read by Pillow, on either device (`files`).
 """
 
 from __future__ import annotations
@@ -10,23 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fastsp.data.images.jpeg import JpegFile, decode_jpeg, read_jpeg
+from fastsp.data.images.files import ImageFile, decode_image, open_image, orientation_of
+from fastsp.data.images.jpeg import decode_jpeg, is_common, is_whole
 from fastsp.data.images.libraries import library
-from fastsp.data.images.other_kinds import check_size, decode_image, kind_of, open_image
 from fastsp.data.samples import BadSample, Item, T, in_shares
 
 MIRRORED: tuple[tuple[int, ...], ...] = ((), (1,), (0, 1), (0,))  # axes, by EXIF orientation: 1 .. 4, and 5 .. 8 again
 SHARES_PER_THREAD = 4  # of a batch: images take unequally long
-
-
-OpenedImage = JpegFile | Image.Image
-"""A file of which the header has been read, and nothing else; of the other kinds than JPEG by Pillow."""
 
 
 class ImageDecoder:
@@ -66,14 +63,17 @@ class ImageDecoder:
         """End the threads."""
         self.pool.shutdown()
 
-    def open(self, files: Sequence[bytes]) -> list[OpenedImage | BadSample]:
+    def open(self, files: Sequence[bytes]) -> list[ImageFile | BadSample]:
         """Read the files' headers: sizes, at little cost, and files that are not images."""
-        return list(self._map(_open, files))
+        return list(self._map(open_image, files))
 
-    def decode(self, images: Sequence[OpenedImage | BadSample]) -> list[Tensor | BadSample]:
+    def decode(self, images: Sequence[ImageFile | BadSample]) -> list[Tensor | BadSample]:
         """Decode what `open` gave; a `BadSample` stays one."""
-        common = {row: image for row, image in enumerate(images) if isinstance(image, JpegFile) and image.is_common}
-        for_gpu = common if self.gpu is not None else {}
+        for_gpu = {
+            row: image
+            for row, image in enumerate(images)
+            if self.gpu is not None and isinstance(image, ImageFile) and is_common(image)
+        }
         # Started in the pool at once, waited for one by one.
         running = self._map(self._decode_on_cpu, [image for row, image in enumerate(images) if row not in for_gpu])
         found: dict[int, Tensor | BadSample | None] = {}
@@ -88,14 +88,13 @@ class ImageDecoder:
     def _map(self, function: Callable[[Item], T], items: Sequence[Item]) -> Iterator[T | BadSample]:
         return in_shares(self.pool, SHARES_PER_THREAD * self.threads, function, items)
 
-    def _decode_on_cpu(self, image: OpenedImage | BadSample) -> Tensor:
+    def _decode_on_cpu(self, image: ImageFile | BadSample) -> Tensor:
         """(H, W, channels) uint8 in the CPU's memory."""
         if isinstance(image, BadSample):
             raise image
-        if isinstance(image, JpegFile):
-            return upright(torch.from_numpy(decode_jpeg(image, self.channels)), image.orientation)
-        pixels, orientation = decode_image(image, self.channels)
-        return upright(torch.from_numpy(pixels), orientation)
+        with closing(image.image) as opened:  # frees the pixels, which whoever holds the image would keep
+            pixels = decode_jpeg(image, self.channels) if image.is_jpeg else decode_image(opened, self.channels)
+            return upright(torch.from_numpy(pixels), orientation_of(opened))
 
 
 class JpegsOnGpu:
@@ -114,18 +113,18 @@ class JpegsOnGpu:
         # Its own turning gave images with alpha with their sides exchanged: see `upright`.
         self.params = nvimgcodec.DecodeParams(color_spec=color, apply_exif_orientation=False)
 
-    def __call__(self, images: Sequence[JpegFile]) -> list[Tensor | BadSample | None]:
+    def __call__(self, images: Sequence[ImageFile]) -> list[Tensor | BadSample | None]:
         """(H, W, channels) uint8 on the GPU, upright, for each image. None where it was rejected for what may be
         a reason of the decoder's own, such as a kind of JPEG that it does not know."""
         # A hardware decoder may say of a whole batch what is true of one file: most bad ones are kept from it.
         cut_off = BadSample("the image is truncated: the JPEG file has no end")
-        decoded: list[Tensor | BadSample | None] = [None if image.is_whole() else cut_off for image in images]
+        decoded: list[Tensor | BadSample | None] = [None if is_whole(image) else cut_off for image in images]
         whole = [row for row, image in enumerate(decoded) if image is None]
         for row, pixels in zip(whole, self._decode([images[row] for row in whole]), strict=True):
             decoded[row] = self._decode([images[row]])[0] if pixels is None else pixels  # again, alone
         return decoded
 
-    def _decode(self, images: Sequence[JpegFile]) -> list[Tensor | None]:
+    def _decode(self, images: Sequence[ImageFile]) -> list[Tensor | None]:
         streams = {row: stream for row, image in enumerate(images) if (stream := self._parse(image)) is not None}
         if not streams:
             return [None] * len(images)
@@ -134,10 +133,10 @@ class JpegsOnGpu:
         decoded: list[Tensor | None] = [None] * len(images)
         for row, pixels in zip(streams, found, strict=True):
             if pixels is not None:
-                decoded[row] = upright(torch.as_tensor(pixels, device=self.device), images[row].orientation)
+                decoded[row] = upright(torch.as_tensor(pixels, device=self.device), orientation_of(images[row].image))
         return decoded
 
-    def _parse(self, image: JpegFile) -> Any:
+    def _parse(self, image: ImageFile) -> Any:
         try:
             return self.stream(image.content)
         except RuntimeError:  # a header that it cannot read
@@ -155,10 +154,3 @@ def default_threads() -> int:
     """The cores that this process may use, shared among the processes that torchrun started on this machine."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     return max(1, len(os.sched_getaffinity(0)) // processes)
-
-
-def _open(file: bytes) -> OpenedImage:
-    kind = kind_of(file)
-    image = read_jpeg(file) if kind == "JPEG" else open_image(file, kind)
-    check_size(image.height, image.width)
-    return image

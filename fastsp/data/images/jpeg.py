@@ -1,4 +1,4 @@
-"""JPEG files: their header (read by Pillow), whether they are whole, and strict decoding on the CPU by libjpeg-turbo.
+"""JPEG files: whether they are whole, and strict decoding on the CPU by libjpeg-turbo.
 
 Most decoders take a JPEG that is damaged inside, and make up the pixels from the damage on. libjpeg-turbo often notices
 (codes and lengths stop fitting) and says so in a warning; here a warning is an error. Warnings about header fields that
@@ -10,14 +10,13 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
+from fastsp.data.images.files import ImageFile, decode_image
 from fastsp.data.images.libraries import library
-from fastsp.data.images.other_kinds import damaged, decode_image, orientation_of
 from fastsp.data.samples import BadSample
 
 END, SOS = 0xD9, 0xDA
@@ -26,70 +25,41 @@ HEADER_WARNINGS = ("JFIF revision", "SOS parameters", "Adobe color transform")
 UNKNOWN_SAMPLING = "Could not determine subsampling level"  # by TurboJPEG's interface, unlike the library below it
 
 
-@dataclass(frozen=True)
-class JpegFile:
-    """A JPEG file whose header has been read, up to the data of the first scan. Made by `read_jpeg`."""
-
-    content: bytes  # the whole file
-    height: int  # in pixels, as stored: before the orientation is applied
-    width: int
-    components: bytes  # their identifiers: one for grey, three for colour, four for print
-    adobe_transform: int | None  # of an Adobe marker: 0 says that the components are RGB or CMYK, not YCbCr or YCCK
-    progressive: bool
-    orientation: int  # of EXIF, 1 .. 8: see `fastsp.data.images.decode.upright`
-    scan: int  # offset of the first scan's data
-
-    @property
-    def is_common(self) -> bool:
-        """Whether every decoder knows its colours: grey or YCbCr."""
-        stored_as_rgb = self.adobe_transform == 0 or self.components == b"RGB"
-        return len(self.components) in (1, 3) and not stored_as_rgb
-
-    def is_whole(self) -> bool:
-        """Whether the picture's end marker is there. Cheaper than decoding, this finds what was cut off, not what was
-        damaged."""
-        if self.content.endswith(bytes([0xFF, END])):
-            return True
-        return any(marker == END for marker, _ in self.markers())  # something lies behind the end, or there is none
-
-    def markers(self) -> Iterator[tuple[int, int]]:
-        """Behind the first scan's header: markers of tables, scans and the end, and the offset after each. None can be
-        mistaken for a scan's data."""
-        at = self.scan
-        while (found := NEXT_MARKER.search(self.content, at)) is not None:
-            at = found.end()
-            yield self.content[at - 1], at
-            at += int.from_bytes(self.content[at : at + 2], "big")
+def is_common(file: ImageFile) -> bool:
+    """Whether it is a JPEG whose colours every decoder knows: grey or YCbCr."""
+    if not isinstance(file.image, JpegImageFile):
+        return False
+    components = bytes(layer[0] for layer in file.image.layer)  # their identifiers
+    stored_as_rgb = file.image.info.get("adobe_transform") == 0 or components == b"RGB"
+    return len(components) in (1, 3) and not stored_as_rgb
 
 
-def read_jpeg(file: bytes) -> JpegFile:
-    """Read the header. BadSample: it is cut off or damaged."""
-    try:
-        with JpegImageFile(io.BytesIO(file)) as image:
-            assert image.fp is not None
-            scan = image.fp.tell()  # before anything else moves it
-            return JpegFile(
-                content=file,
-                height=image.height,
-                width=image.width,
-                components=bytes(layer[0] for layer in image.layer),
-                adobe_transform=image.info.get("adobe_transform"),
-                progressive="progressive" in image.info,
-                orientation=orientation_of(image) if "exif" in image.info else 1,
-                scan=scan,
-            )
-    except Exception as error:  # Pillow raises anything from OSError to struct.error at damaged files
-        raise damaged("JPEG", error) from None
+def is_whole(jpeg: ImageFile) -> bool:
+    """Whether the picture's end marker is there. Cheaper than decoding, this finds what was cut off, not what was
+    damaged."""
+    if jpeg.content.endswith(bytes([0xFF, END])):
+        return True
+    return any(marker == END for marker, _ in _markers(jpeg))  # something lies behind the end, or there is none
 
 
-def decode_jpeg(jpeg: JpegFile, channels: int) -> np.ndarray:
+def _markers(jpeg: ImageFile) -> Iterator[tuple[int, int]]:
+    """Behind the first scan's header: markers of tables, scans and the end, and the offset after each. None can be
+    mistaken for a scan's data."""
+    at = jpeg.scan
+    while (found := NEXT_MARKER.search(jpeg.content, at)) is not None:
+        at = found.end()
+        yield jpeg.content[at - 1], at
+        at += int.from_bytes(jpeg.content[at : at + 2], "big")
+
+
+def decode_jpeg(jpeg: ImageFile, channels: int) -> np.ndarray:
     """Decode strictly, without turning the image upright: (H, W, channels) uint8, 1 channel for luminance, 3 for RGB.
     Other Python threads run meanwhile.
 
     Raises:
         BadSample: libjpeg-turbo has an error or a warning to report, other than of a header field.
     """
-    components = len(jpeg.components)
+    components = len(jpeg.image.getbands())
     try:
         try:
             return _strictly(jpeg.content, components, channels)
@@ -98,10 +68,7 @@ def decode_jpeg(jpeg: JpegFile, channels: int) -> np.ndarray:
                 raise
             return _strictly(_with_valid_header(jpeg), components, channels)
     except ValueError as error:
-        if "Unsupported JPEG" in str(error):
-            raise BadSample(f"a kind of JPEG that is not read: {error}") from None
-        kind = "truncated" if "Premature end" in str(error) else "damaged"
-        raise BadSample(f"the image is {kind}: {error}") from None
+        raise BadSample(f"the image is truncated, damaged or of a kind of JPEG that is not read: {error}") from None
 
 
 def _strictly(file: bytes, components: int, channels: int) -> np.ndarray:
@@ -116,23 +83,23 @@ def _strictly(file: bytes, components: int, channels: int) -> np.ndarray:
         return simplejpeg.decode_jpeg(file, "GRAY" if channels == 1 else "RGB")
     except ValueError as error:
         if UNKNOWN_SAMPLING in str(error):
-            return decode_image(JpegImageFile(io.BytesIO(file)), channels)[0]  # which is not strict
+            return decode_image(JpegImageFile(io.BytesIO(file)), channels)  # which is not strict
         raise
 
 
-def _with_valid_header(jpeg: JpegFile) -> bytes:
+def _with_valid_header(jpeg: ImageFile) -> bytes:
     """The file with those fields set right that only make libjpeg-turbo warn, and so hide the warnings that count.
 
     JFIF's major version (some programs write 2); a code of Adobe's that stands for no colour transform; and a scan's
     range of coefficients, which sequential JPEGs do not use (Samsung's phones write 0 to 0 for 0 to 63).
     """
-    content = bytearray(jpeg.content)
+    content, info = bytearray(jpeg.content), jpeg.image.info
     if (jfif := content.find(b"JFIF\0", 0, jpeg.scan)) >= 0:
         content[jfif + 5] = 1
-    if jpeg.adobe_transform is not None and (adobe := content.find(b"Adobe", 0, jpeg.scan)) >= 0:
-        content[adobe + 11] = min(content[adobe + 11], 1 if len(jpeg.components) == 3 else 2)
-    if not jpeg.progressive:
-        scans = [at + int.from_bytes(content[at : at + 2], "big") for marker, at in jpeg.markers() if marker == SOS]
+    if "adobe_transform" in info and (adobe := content.find(b"Adobe", 0, jpeg.scan)) >= 0:
+        content[adobe + 11] = min(content[adobe + 11], 1 if len(jpeg.image.getbands()) == 3 else 2)
+    if "progressive" not in info:
+        scans = [at + int.from_bytes(content[at : at + 2], "big") for marker, at in _markers(jpeg) if marker == SOS]
         for end in (jpeg.scan, *scans):
             content[end - 3 : end] = b"\0\x3f\0"
     return bytes(content)

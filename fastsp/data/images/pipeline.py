@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsp.data.images.decode import ImageDecoder, OpenedImage, default_threads
+from fastsp.data.images.decode import ImageDecoder, default_threads
+from fastsp.data.images.files import ImageFile
 from fastsp.data.images.geometry import crop_geometry
 from fastsp.data.images.libraries import library
 from fastsp.data.samples import BadSample
@@ -55,8 +57,8 @@ class ImagePipeline:
         threads: int = 0,
     ):
         self.device = torch.device(device)
-        self.channels, self.resolution, self.seed = channels, resolution, seed
-        self.random_crop, self.flip = random_crop, flip
+        self.channels, self.resolution = channels, resolution
+        self.geometry = partial(crop_geometry, seed=seed, resolution=resolution, random_crop=random_crop, flip=flip)
         # On a GPU a separate stream: on the default one it would queue behind the training.
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         threads = threads or default_threads()
@@ -102,9 +104,7 @@ class ImagePipeline:
     def _cropped(self, images: list[Tensor], positions: Tensor) -> tuple[Tensor, ...]:
         """Values, sizes and offsets of some images of a batch, see `Pixels`."""
         sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.int64)
-        geometry = crop_geometry(
-            sizes, positions, self.seed, resolution=self.resolution, random_crop=self.random_crop, flip=self.flip
-        )
+        geometry = self.geometry(sizes, positions)
         slack = (geometry.resized_sizes - self.resolution).clamp(min=1)
         places = (geometry.crop_offsets / slack).float()  # DALI's crop position: 0 .. 1
         (output,) = self.dali.run(
@@ -121,11 +121,11 @@ class ImagePipeline:
         return values, sizes, geometry.seen_offsets
 
 
-def chunks(images: Sequence[OpenedImage | BadSample]) -> Iterator[slice]:
+def chunks(images: Sequence[ImageFile | BadSample]) -> Iterator[slice]:
     """Consecutive rows of at most `CHUNK_PIXELS` together, or a single larger image."""
     start, total = 0, 0
     for row, image in enumerate(images):
-        pixels = 0 if isinstance(image, BadSample) else image.height * image.width
+        pixels = 0 if isinstance(image, BadSample) else image.pixels
         if row > start and total + pixels > CHUNK_PIXELS:
             yield slice(start, row)
             start, total = row, 0
@@ -156,8 +156,7 @@ def _dali_pipeline(*, channels: int, resolution: int, on_gpu: bool, **settings: 
             antialias=True,
         )
         middle = [127.5] * channels
-        pipeline.set_outputs(
-            fn.crop_mirror_normalize(images, mean=middle, std=middle, dtype=types.FLOAT, output_layout="HWC")
-        )
+        output = fn.crop_mirror_normalize(images, mean=middle, std=middle, dtype=types.FLOAT, output_layout="HWC")
+        pipeline.set_outputs(output)
     pipeline.build()
     return pipeline

@@ -1,4 +1,4 @@
-"""Image files other than JPEG: PNG, WebP, GIF, BMP and TIFF, read by Pillow; and what all the others are.
+"""Image files: their headers, and decoding by Pillow of what is not a JPEG: PNG, WebP, GIF, BMP and TIFF.
 
 No parser sees a file whose first bytes are not of one of these kinds. Pillow itself would open many more: its EPS
 reader runs Ghostscript.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, PngImagePlugin
+from PIL.JpegImagePlugin import JpegImageFile
 
 from fastsp.data.samples import BadSample
 
@@ -27,7 +29,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # By their first bytes.
-READ = {
+KINDS = {
     "JPEG": (b"\xff\xd8\xff",),
     "PNG": (b"\x89PNG\r\n\x1a\n",),
     "GIF": (b"GIF87a", b"GIF89a"),
@@ -36,63 +38,76 @@ READ = {
 }
 
 
-def kind_of(file: bytes) -> str:
-    """Pillow's name of the kind: a key of `READ`, or "WEBP". BadSample: it is something else, or empty."""
+@dataclass(frozen=True)
+class ImageFile:
+    """A file of which the header has been read, and nothing else. Made by `open_image`."""
+
+    content: bytes  # the whole file
+    image: Image.Image  # Pillow's
+    scan: int  # of a JPEG, the offset of the first scan's data
+
+    @property
+    def is_jpeg(self) -> bool:
+        """Else Pillow decodes it."""
+        return isinstance(self.image, JpegImageFile)
+
+    @property
+    def pixels(self) -> int:
+        """Height times width."""
+        return self.image.height * self.image.width
+
+
+def open_image(file: bytes) -> ImageFile:
+    """Read the header. BadSample: it is of no known kind, cut off or damaged, or the image is too large."""
     if not file:
         raise BadSample("the image file is empty")
-    for kind, magic in READ.items():
-        if file.startswith(magic):
-            return kind
-    if file.startswith(b"WEBP", 8):
-        return "WEBP"
-    raise BadSample("not an image of a known kind")
+    kind = next((kind for kind, magic in KINDS.items() if file.startswith(magic)), None)
+    if kind is None and not file.startswith(b"WEBP", 8):
+        raise BadSample("not an image of a known kind")
+    try:
+        if kind == "JPEG":  # asked for by its class: Pillow's `open` takes some for animations of several
+            image: Image.Image = JpegImageFile(io.BytesIO(file))
+            scan = image.fp.tell()  # before anything else moves it
+        else:
+            if kind == "PNG":  # its checksums and its end, which Pillow does not look at while it decodes
+                Image.open(io.BytesIO(file), formats=[kind]).verify()
+            image, scan = Image.open(io.BytesIO(file), formats=[kind or "WEBP"]), 0
+    except Exception as error:  # Pillow raises anything from OSError to struct.error at damaged files
+        raise _damaged(kind or "WEBP", error) from None
+    _check_size(image.height, image.width)
+    return ImageFile(file, image, scan)
 
 
-def check_size(height: int, width: int) -> None:
-    """Raises `BadSample` for a decompression bomb, and for what is too long and narrow to be a picture."""
+def _check_size(height: int, width: int) -> None:
     if height * width > MAX_PIXELS:
         raise BadSample(f"the image is too large: {width} x {height} pixels")
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise BadSample(f"the image is a line: {width} x {height} pixels")
 
 
-def open_image(file: bytes, kind: str) -> Image.Image:
-    """Read the header; `decode_image` does the rest. BadSample: it cannot be read, or the image is too large."""
-    try:
-        if kind == "PNG":  # its checksums and its end, which Pillow does not look at while it decodes
-            Image.open(io.BytesIO(file), formats=[kind]).verify()
-        return Image.open(io.BytesIO(file), formats=[kind])
-    except Image.DecompressionBombError as error:
-        raise BadSample(f"the image is too large: {error}") from None
-    except Exception as error:  # Pillow raises anything from OSError to struct.error at damaged files
-        raise damaged(kind, error) from None
-
-
-def decode_image(image: Image.Image, channels: int) -> tuple[np.ndarray, int]:
-    """Decode an image that `open_image` opened, the first one of an animation. Other Python threads run meanwhile.
+def decode_image(image: Image.Image, channels: int) -> np.ndarray:
+    """Decode an opened image, the first one of an animation, not turned. Other Python threads run meanwhile.
 
     Returns:
         (H, W, channels) uint8, 1 channel for luminance, 3 for RGB, transparency laid over white, 16 bits cut to the
-        upper eight; and the EXIF orientation that is still to be applied, 1 .. 8.
+        upper eight.
 
     Raises:
         BadSample: it is truncated or damaged.
     """
-    kind = image.format or "image"
     try:
         image.load()
-        orientation = orientation_of(image)
-        return _as_array(image, channels), orientation
+        return _as_array(image, channels)
     except BadSample:
         raise
     except Exception as error:  # see above
-        raise damaged(kind, error) from None
-    finally:
-        image.close()  # frees the pixels, which whoever holds the opened image would keep
+        raise _damaged(image.format or "image", error) from None
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Of EXIF, 1 .. 8; 1 is upright, and stands for none."""
+    """Of EXIF, 1 .. 8; 1 is upright, and stands for none. Of a loaded image, unless it is a JPEG."""
+    if image.format == "JPEG" and "exif" not in image.info:
+        return 1
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # damaged EXIF is no reason to lose the picture
@@ -122,8 +137,10 @@ def _over_white(image: Image.Image, channels: int) -> np.ndarray:
     return np.array(opaque).reshape(rgba.height, rgba.width, channels)
 
 
-def damaged(kind: str, error: Exception) -> BadSample:
-    """What Pillow says of a damaged file, in one line."""
+def _damaged(kind: str, error: Exception) -> BadSample:
+    """What Pillow says of a file, in one line."""
+    if isinstance(error, Image.DecompressionBombError):
+        return BadSample(f"the image is too large: {error}")
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, Image.UnidentifiedImageError) or "not identified" in reason:
         return BadSample(f"the {kind} file is truncated or damaged in its header")
