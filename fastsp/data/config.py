@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import AfterValidator
+
+from fastsp.errors import UserError
 from fastsp.utils.section import Fraction, NonNegative, PathText, Positive, Section
+
+SOURCES = {
+    "digits": "fastsp.data.readers.digits:find",
+    "images": "fastsp.data.readers.folder:find",
+    "shards": "fastsp.data.readers.shards:find",
+    "latents": "fastsp.data.readers.latents:find",
+}
+
+
+def register(name: str, find: str) -> None:
+    """Let `data.source` be `name`.
+
+    Args:
+        name: of the source.
+        find: "MODULE:FUNCTION", imported when it is needed. It takes a `DataConfig`, raises UserError where there is
+            nothing to read, and returns a function `progress -> SampleReader`, which may take long. `progress` says
+            whether to show it. See `fastsp.data.samples.SampleReader`.
+    """
+    SOURCES[name] = find
+
+
+def _known(source: str) -> str:
+    if source not in SOURCES:
+        raise ValueError(f"input should be {' or '.join(map(repr, SOURCES))}")
+    return source
 
 
 class DataConfig(Section):
     """What the run is trained on."""
 
-    source: Literal["digits", "images", "shards", "latents"]
+    source: Annotated[str, AfterValidator(_known)]
     path: PathText | list[PathText] | None = None  # a folder, or shard patterns; not for digits
     split: Literal["train", "heldout"] = "train"  # for digits
     resolution: Positive  # side of the square images, pixels
@@ -24,3 +52,18 @@ class DataConfig(Section):
     workers: Positive = 8  # threads that read files
     threads: NonNegative = 0  # CPU threads of the decoder; 0: one per core
     prefetch: Positive = 2  # batches ready ahead of the training
+
+    def given_path(self) -> str | list[str]:
+        """`path`, of a source that needs one and has no splits; else UserError."""
+        if self.split != "train":
+            raise UserError(f"data.split is {self.split!r}, but only the digits have splits: give a path")
+        if self.path is None:
+            raise UserError(f"data.path is missing; data.source {self.source!r} needs one")
+        return self.path
+
+    def folder(self) -> str:
+        """The one folder that `path` is; else UserError."""
+        path = self.given_path()
+        if not isinstance(path, str):
+            raise UserError(f"data.path is {path!r}; data.source {self.source!r} needs one folder")
+        return path

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -16,15 +17,12 @@ from torch import Tensor
 from fastsp.data.bad_samples import BadSampleLog, too_many_lost
 from fastsp.data.batch import Batch
 from fastsp.data.collate import Collator, ImageCollator, LatentCollator
-from fastsp.data.config import DataConfig
+from fastsp.data.config import SOURCES, DataConfig
 from fastsp.data.images.libraries import library
 from fastsp.data.images.pipeline import ImagePipeline
 from fastsp.data.order import SampleOrder
 from fastsp.data.prefetch import Prefetcher
-from fastsp.data.readers.digits import digits_shards
-from fastsp.data.readers.folder import FolderReader, image_folder
-from fastsp.data.readers.latents import LATENT_SUFFIXES, LatentReader, LatentsHeader, latent_shards
-from fastsp.data.readers.shards import ShardReader, expand_shards
+from fastsp.data.readers.latents import LatentReader
 from fastsp.data.samples import ReadStep, SampleReader, in_shares
 from fastsp.errors import UserError
 
@@ -70,76 +68,18 @@ def open_source(
         UserError: a path that is missing or holds nothing, latents that do not fit, too many samples lost in damaged
             files, a package that is not installed.
     """
-    _check_settings(config)
-    device = torch.device(device)
-    reader = _open_reader(config, progress)
+    reader = check_path(config)(progress)
     if (why := too_many_lost(reader.lost, len(reader), config.max_bad_fraction)) is not None:
         name, reason = reader.damaged[0]
         what_to_do = "`fastsp data check` lists all: fix them, or set data.max_bad_fraction higher"
         raise UserError(f"{why}; the first is {name} ({reason}); {what_to_do}")
     named = {"input_ids": tokenizer, "input_ids_2": tokenizer_2}
     tokenizers = {name: tokenizer for name, tokenizer in named.items() if tokenizer is not None}
-    header = LatentsHeader.load(str(config.path)) if config.source == "latents" else None
-    if header is not None:
-        header.check(config, vae_sha256, text_sha256)
-    return Source(
-        reader,
-        order=SampleOrder(len(reader), seed) if shuffle else (lambda positions: positions % len(reader)),
-        open_collator=_collator(config, tokenizers, channels, seed, device, header),
-        bad_samples=BadSampleLog(bad_samples_file, config.max_bad_fraction, len(reader)),
-        workers=config.workers,
-        prefetch=config.prefetch,
-    )
 
-
-def check_path(config: DataConfig) -> None:
-    """See that `open_source` would find what a configuration names, without reading samples; UserError if not."""
-    _check_settings(config)
-    if config.source == "images":
-        image_folder(str(config.path))
-    elif config.source == "latents":
-        LatentsHeader.load(str(config.path)).check(config, None, None)
-        latent_shards(str(config.path))
-    elif config.source == "shards":
-        expand_shards(config.path or ())
-
-
-def _check_settings(config: DataConfig) -> None:
-    source, path = config.source, config.path
-    if source != "latents":
-        library("nvidia.dali"), library("simplejpeg")  # at once, not when the first batch is made
-    if source == "digits" and path is not None:
-        raise UserError(f"data.path is {path!r}, but data.source 'digits' has none")
-    if source != "digits" and config.split != "train":
-        raise UserError(f"data.split is {config.split!r}, but only the digits have splits: give a path")
-    if source != "digits" and path is None:
-        raise UserError(f"data.path is missing; data.source {source!r} needs one")
-    if source in ("images", "latents") and not isinstance(path, str):
-        raise UserError(f"data.path is {path!r}; data.source {source!r} needs one folder")
-
-
-def _open_reader(config: DataConfig, progress: bool) -> SampleReader:
-    captioned = not config.unconditional
-    if config.source == "images":
-        return FolderReader(str(config.path), captioned, progress)
-    if config.source == "latents":
-        return LatentReader(latent_shards(str(config.path)), captioned, LATENT_SUFFIXES, progress)
-    shards = digits_shards(config.split) if config.source == "digits" else config.path or ()
-    return ShardReader(shards, captioned, progress=progress)
-
-
-def _collator(
-    config: DataConfig,
-    tokenizers: dict[str, Any],
-    channels: int,
-    seed: int,
-    device: torch.device,
-    header: LatentsHeader | None,
-) -> Callable[[int], Collator]:
-    if header is not None:
-        return lambda _: LatentCollator(header, tokenizers, device)
-    return lambda batch_size: ImageCollator(
-        ImagePipeline(
+    def open_collator(batch_size: int) -> Collator:
+        if isinstance(reader, LatentReader):
+            return LatentCollator(reader.header, tokenizers, torch.device(device))
+        pipeline = ImagePipeline(
             batch_size=batch_size,
             channels=channels,
             resolution=config.resolution,
@@ -148,9 +88,30 @@ def _collator(
             flip=config.flip,
             device=device,
             threads=config.threads,
-        ),
-        tokenizers,
+        )
+        return ImageCollator(pipeline, tokenizers)
+
+    if isinstance(reader, LatentReader):
+        reader.header.check(config, vae_sha256, text_sha256)
+    return Source(
+        reader,
+        order=SampleOrder(len(reader), seed) if shuffle else (lambda positions: positions % len(reader)),
+        open_collator=open_collator,
+        bad_samples=BadSampleLog(bad_samples_file, config.max_bad_fraction, len(reader)),
+        workers=config.workers,
+        prefetch=config.prefetch,
     )
+
+
+def check_path(config: DataConfig) -> Callable[[bool], SampleReader]:
+    """See that `open_source` would find what a configuration names, without reading samples; UserError if not.
+
+    Returns:
+        What opens it, and shows the progress of that if it is told so.
+    """
+    if config.source != "latents":
+        library("nvidia.dali"), library("simplejpeg")  # at once, not when the first batch is made
+    return resolve_name(SOURCES[config.source])(config)
 
 
 @dataclass(eq=False)

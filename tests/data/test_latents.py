@@ -184,7 +184,7 @@ def test_headers_that_do_not_fit_are_refused_by_name(images, vae, tmp_path):
     with pytest.raises(UserError, match="another VAE"):
         open_latents(folder, vae_sha256="0" * 64)
     for option, message in [
-        ({"resolution": 64}, "resolution is 64.*of 32"),
+        ({"resolution": 64}, r"data\.resolution is 64; .* it is 32: add data\.resolution=32"),
         ({"flip": True}, r"data\.flip is true; .* it is false: add data\.flip=false"),
         ({"crop": "random"}, r"data\.crop is random; .* it is center: add data\.crop=center"),
     ]:

@@ -1,16 +1,23 @@
 """The source as the trainer uses it: positions, ranks, resuming, bad samples, threads."""
 
 import json
+import sys
 import threading
 from contextlib import closing
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from data.helpers import ByteTokenizer, Config, encode, photo, write_tar
+from pydantic import ValidationError
 
 from fastsp.data.batch import Batch
+from fastsp.data.config import SOURCES, register
+from fastsp.data.inventory import Inventory, Part
 from fastsp.data.order import SampleOrder
-from fastsp.data.source import open_source
+from fastsp.data.samples import BadSample, EncodedSample
+from fastsp.data.source import check_path, open_source
 from fastsp.errors import UserError
 
 
@@ -215,3 +222,52 @@ def test_mistakes(tmp_path):
             open_source(wrong, tokenizer=None, channels=1, seed=0)
     with pytest.raises(UserError, match="number of ranks, 4"):
         open_digits().batches(batch_size=3, world_size=4)
+
+
+class Toy:
+    """A reader from outside of the package: every sample is one grey level."""
+
+    captioned, damaged, notes, lost = True, [], [], 0
+
+    def __init__(self, levels):
+        self.levels = levels
+
+    def __len__(self):
+        return len(self.levels)
+
+    def name(self, index):
+        return f"level {self.levels[index]}"
+
+    def inventory(self):
+        return Inventory((Part("toy", len(self), "0"),))
+
+    def read(self, index):
+        level = self.levels[index]
+        if level > 255:
+            raise BadSample("too bright")
+        return EncodedSample(encode(np.full((8, 8, 3), level, np.uint8), "PNG"), self.name(index))
+
+
+def find_toy(config):
+    levels = [int(level) for level in config.given_path()]
+    if min(levels) < 0:
+        raise UserError(f"data.path is {config.path}; a level is not below 0")
+    return lambda progress: Toy(levels)
+
+
+def test_a_source_from_outside_is_one_registration(monkeypatch):
+    with pytest.raises(ValidationError, match="input should be 'digits' or 'images' or 'shards' or 'latents'"):
+        Config(source="toy")
+    monkeypatch.setitem(sys.modules, "toys", SimpleNamespace(find=find_toy))
+    monkeypatch.setitem(SOURCES, "toy", "")  # is gone again after the test
+    register("toy", "toys:find")
+    with pytest.raises(UserError, match="a level is not below 0"):
+        check_path(Config(source="toy", path=["-1"]))
+    config = Config(source="toy", path=["0", "51", "999", "255"], max_bad_fraction=0.5)
+    source = open_source(config, tokenizer=ByteTokenizer(), channels=3, seed=7)
+    (batch,) = collect(source, batch_size=4, last_position=4)
+    expected = [config.path[index] for index in source.order(batch.positions).tolist()]
+    levels = ((batch.pixel_values.amax((1, 2, 3)) + 1) * 127.5).round().int().tolist()
+    assert levels == [int(level) if level != "999" else 0 for level in expected]
+    assert batch.captions == tuple(f"level {level}" if level != "999" else "" for level in expected)
+    assert source.bad_samples.reasons == {"level 999": "too bright"}

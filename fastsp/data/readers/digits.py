@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fastsp.data.config import DataConfig
+from fastsp.data.readers.shards import ShardReader
+from fastsp.errors import UserError
 from fastsp.utils.cache import cache_folder
 from fastsp.utils.files import new_folder
 
@@ -19,6 +22,13 @@ SPLITS = ("train", "heldout")
 VERSION = 1  # part of the folder's name; raise it when the bytes of the shards change
 SAMPLES_PER_SHARD = 512
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def find(config: DataConfig) -> Callable[[bool], ShardReader]:
+    """See `fastsp.data.config.register`."""
+    if config.path is not None:
+        raise UserError(f"data.path is {config.path!r}, but data.source 'digits' has none")
+    return lambda progress: ShardReader(digits_shards(config.split), not config.unconditional, progress=progress)
 
 
 def digits_shards(split: str = "train", folder: Path | None = None) -> list[Path]:

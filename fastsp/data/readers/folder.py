@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from fastsp.data.config import DataConfig
 from fastsp.data.inventory import MAX_NAMES, Inventory, Part
 from fastsp.data.readers.captions import caption_from_json, caption_from_record, caption_of
 from fastsp.data.readers.metadata import METADATA, Line, read_metadata
@@ -35,8 +36,13 @@ from fastsp.errors import UserError
 from fastsp.utils.progress import late_bar
 
 
-def image_folder(folder: str | Path) -> Path:
-    """The folder that a `data.path` names; raises UserError where there is none."""
+def find(config: DataConfig) -> Callable[[bool], FolderReader]:
+    """The folder that a `data.path` names, see `fastsp.data.config.register`."""
+    folder = _image_folder(config.folder())
+    return lambda progress: FolderReader(folder, not config.unconditional, progress)
+
+
+def _image_folder(folder: str | Path) -> Path:
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise UserError(f"data.path is {str(folder)!r}; it must be a folder of images")
@@ -55,7 +61,7 @@ class FolderReader:
     """
 
     def __init__(self, folder: str | Path, captioned: bool = True, progress: bool = False):
-        self.root = image_folder(folder)
+        self.root = _image_folder(folder)
         self.captioned = captioned
         self.damaged: list[tuple[str, str]] = []  # what could not be used, with the reason
         self.notes: list[tuple[str, str]] = []  # what may surprise, though nothing is lost

@@ -11,6 +11,7 @@ that of the pictures: its `KEY.safetensors` holds no tensors, and the reason und
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,6 @@ from fastsp.data.samples import BadSample
 from fastsp.errors import UserError
 from fastsp.utils.files import read_text, write_file
 
-LATENT_SUFFIXES = ("safetensors",)
 TEXT_TENSORS = ("text_features", "pooled_text_features")
 HEADER = "latents.json"
 VERSION = 1
@@ -38,8 +38,26 @@ def bad_sample(reason: str) -> bytes:
     return save({}, metadata={"bad": reason})
 
 
+def find(config: DataConfig) -> Callable[[bool], LatentReader]:
+    """A folder of latents that fit a configuration and are whole, see `fastsp.data.config.register`."""
+    folder = Path(config.folder()).expanduser()
+    header = LatentsHeader.load(folder)
+    header.check(config)
+    shards = [shard_path(folder, shard) for shard in range(header.shards)]
+    if missing := [shard for shard in shards if not shard.is_file()]:
+        raise UserError(
+            f"data.path is {config.path!r}; {len(missing)} of {len(shards)} shards are missing, such as "
+            f"{missing[0].name}: put back what was there, or let fastsp encode make it"
+        )
+    return lambda progress: LatentReader(header, shards, not config.unconditional, progress)
+
+
 class LatentReader(ShardReader):
-    """The samples of `latent_shards`, in the order of the pictures that they were made of."""
+    """The samples of a folder of latents, in the order of the pictures that they were made of."""
+
+    def __init__(self, header: LatentsHeader, shards: Sequence[Path], captioned: bool, progress: bool):
+        super().__init__(shards, captioned, ("safetensors",), progress)
+        self.header = header
 
     def check(self, content: bytes) -> None:
         """Refuse what stands in the place of a bad sample."""
@@ -79,18 +97,13 @@ class LatentsHeader:
         shapes = zip(TEXT_TENSORS, (self.text_shape, self.pooled_text_shape), strict=True)
         return tensors | {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes if shape is not None}
 
-    def check(self, config: DataConfig, vae_sha256: str | None, text_sha256: str | None) -> None:
+    def check(self, config: DataConfig, vae_sha256: str | None = None, text_sha256: str | None = None) -> None:
         """Refuse a configuration that these latents do not fit: UserError names the key, its value and the header's."""
-        if config.resolution != self.resolution:
-            raise UserError(
-                f"data.resolution is {config.resolution}; the latents in {config.path} are of {self.resolution}"
-            )
-        for key, value, fixed in (("crop", config.crop, "center"), ("flip", config.flip, False)):
-            if value != fixed:
-                raise UserError(
-                    f"data.{key} is {str(value).lower()}; of latents, which were cropped when they were encoded, it is "
-                    f"{str(fixed).lower()}: add data.{key}={str(fixed).lower()}"
-                )
+        for key, value in {"resolution": self.resolution, "crop": "center", "flip": False}.items():
+            given, fixed = str(getattr(config, key)).lower(), str(value).lower()
+            if given != fixed:
+                of_the_latents = f"of the latents in {config.path} it is {fixed}"
+                raise UserError(f"data.{key} is {given}; {of_the_latents}: add data.{key}={fixed}")
         if vae_sha256 is not None and vae_sha256 != self.vae_sha256:
             raise UserError(f"the latents in {config.path} come from another VAE than the model's: {self.vae}")
         if self.captioned is False and not config.unconditional:
@@ -122,15 +135,11 @@ class LatentsHeader:
         """The header of a folder of latents; UserError where there is none, or it cannot be read."""
         path = Path(folder).expanduser() / HEADER
         if not path.is_file():
-            raise UserError(
-                f"data.path is {str(folder)!r}; it must be a folder written by fastsp encode, with {HEADER}"
-            )
+            raise UserError(f"data.path is {str(folder)!r}; it must be written by fastsp encode, with {HEADER}")
         try:
             fields = json.loads(read_text(path))
             fields.pop("contents_sha256", None)  # of earlier versions
-            for name, value in fields.items():
-                fields[name] = tuple(value) if isinstance(value, list) else value
-            header = cls(**fields)
+            header = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
         if header.version != VERSION:
@@ -140,16 +149,3 @@ class LatentsHeader:
 
 def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05d}.tar"
-
-
-def latent_shards(folder: str | Path) -> list[Path]:
-    """The tars of a data set of latents; UserError where some are missing, since the encoding was stopped."""
-    header = LatentsHeader.load(folder)
-    shards = [shard_path(Path(folder).expanduser(), shard) for shard in range(header.shards)]
-    missing = [shard for shard in shards if not shard.is_file()]
-    if missing:
-        raise UserError(
-            f"data.path is {str(folder)!r}; {len(missing)} of {len(shards)} shards are missing, such as "
-            f"{missing[0].name}: put back what was there, or let fastsp encode make it"
-        )
-    return shards

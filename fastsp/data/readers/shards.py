@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import resource
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from glob import escape, glob
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastsp.data.config import DataConfig
 from fastsp.data.inventory import Inventory, Part
 from fastsp.data.readers.captions import caption_of
 from fastsp.data.readers.names import IMAGE_SUFFIXES, printable
@@ -27,6 +28,12 @@ from fastsp.errors import UserError
 
 Patterns = str | Path | Iterable[str | Path]
 _ALLOWED = "allowed: tar files, folders of them, brace and glob patterns, such as FOLDER/**/*.tar for folders in it"
+
+
+def find(config: DataConfig) -> Callable[[bool], ShardReader]:
+    """The tars that a `data.path` names, see `fastsp.data.config.register`."""
+    shards = expand_shards(config.given_path())
+    return lambda progress: ShardReader(shards, not config.unconditional, progress=progress)
 
 
 def expand_shards(patterns: Patterns) -> list[Path]:
