@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastsp.bench.measure import measure_peak, prepare, quantiles, synchronize, take_turns
+from fastsp.bench.measure import mfu, prepare, quantiles, synchronize, take_turns
 from fastsp.bench.providers import PROVIDERS
 from fastsp.bench.workload import Workload, default_workload
 from fastsp.evaluation.environment import environment
 from fastsp.training.compilation import compiler_settings
-from fastsp.utils.devices import best_device
+from fastsp.utils.devices import best_device, device_name
 from fastsp.utils.gpu_settings import gpu_settings
 
 ROUNDS = 10
@@ -61,6 +61,6 @@ def test_step(benchmark: Any, workload: Workload, name: str) -> None:
         first_step_s=entry.first_step_s,
         peak_memory_bytes=entry.peak_bytes,
         gflop_per_sample=entry.flops / 1e9,
-        **measure_peak(workload.device, workload.dtype).utilisation(entry.flops * rate),
+        mfu=mfu(entry.flops * rate, device_name(workload.device), workload.dtype),
     )
     entry.release()

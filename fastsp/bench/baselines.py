@@ -30,14 +30,9 @@ class TorchUpdate:
         self.masters: list[Any] = [p.detach().float() for p in self.params] if self.half_precision else self.params
         self.emas = [master.detach().clone() for master in self.masters]
         self.ema_decay, self.grad_clip = config.ema.decay, config.optimizer.grad_clip
-        self.optimizer = torch.optim.AdamW(
-            self.masters,
-            lr=learning_rate,
-            betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
-            fused=self.params[0].device.type != "meta",
-        )
+        settings = {key: getattr(config.optimizer, key) for key in ("betas", "eps", "weight_decay")}
+        fused = self.params[0].device.type != "meta"
+        self.optimizer = torch.optim.AdamW(self.masters, lr=learning_rate, fused=fused, **settings)
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -56,10 +51,7 @@ class TorchUpdate:
 class Algorithm1:
     """Algorithm 1 as printed: the whole frozen UNet runs twice, and a forward hook takes the mid feature.
 
-    Args:
-        workload: what to train.
-        compiled: pass the online UNet and the teacher to ``torch.compile``, each as one module, as a user would, with
-            the options of fastsp's own step.
+    ``compiled``: online UNet and teacher each under ``torch.compile``, with the options of fastsp's own step.
     """
 
     def __init__(self, workload: Workload, compiled: bool = False) -> None:

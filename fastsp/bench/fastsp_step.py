@@ -21,12 +21,8 @@ from fastsp.training.step import TrainingStep, build_step
 class FastspStep:
     """A :class:`fastsp.training.step.TrainingStep` on one batch, whose positions move on with every step.
 
-    The text features are precomputed, as for the other providers; captions are dropped as the configuration says.
-
-    Args:
-        workload: what to train.
-        objective: ``self_perceptual`` or ``mse``.
-        teacher: how the perceptual network is called; None: as configured.
+    The text features are precomputed, as for the other providers; captions are dropped as the configuration says. The
+    objective is ``self_perceptual`` or ``mse``; ``teacher`` None: as configured.
     """
 
     def __init__(self, workload: Workload, objective: str = "self_perceptual", teacher: str | None = None) -> None:
@@ -52,8 +48,7 @@ class FastspStep:
     def step(self) -> None:
         """One optimizer step."""
         number = next(self.numbers)
-        positions = self.batch.positions + number * len(self.batch)
-        self.take_step(replace(self.batch, positions=positions), number)
+        self.take_step(replace(self.batch, positions=self.batch.positions + number * len(self.batch)), number)
 
     def draws(self) -> tuple[()]:
         """Nothing to hand over: the draws follow from the seed and the positions."""

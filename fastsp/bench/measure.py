@@ -1,4 +1,4 @@
-"""Operations counted, clocks, the device's peak rate, and providers that take turns."""
+"""Operations counted, clocks, and providers that take turns."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -20,15 +21,21 @@ from fastsp.bench.workload import Workload
 STEPS_PER_TURN = {"cuda": 4, "cpu": 1}  # back to back on a GPU, so that the host may run ahead as it does in training
 WARM_UP_STEPS = 2
 
-# Dense matrix products, TFLOP/s, from NVIDIA's data sheets: bfloat16 on tensor cores, float32 without TF32. The first
+# Dense matrix products, FLOP/s, from NVIDIA's data sheets: bfloat16 on tensor cores, float32 without TF32. The first
 # key that the device's name contains is used.
-DATASHEET_TFLOPS: dict[str, dict[torch.dtype, float]] = {
-    "H200": {torch.bfloat16: 989.0, torch.float32: 67.0},
-    "H100 PCIe": {torch.bfloat16: 756.0, torch.float32: 51.0},
-    "H100": {torch.bfloat16: 989.0, torch.float32: 67.0},
-    "A100": {torch.bfloat16: 312.0, torch.float32: 19.5},
-    "L40S": {torch.bfloat16: 362.0, torch.float32: 91.6},
+_DATASHEET: dict[str, dict[torch.dtype, float]] = {
+    "H200": {torch.bfloat16: 989e12, torch.float32: 67e12},
+    "H100 PCIe": {torch.bfloat16: 756e12, torch.float32: 51e12},
+    "H100": {torch.bfloat16: 989e12, torch.float32: 67e12},
+    "A100": {torch.bfloat16: 312e12, torch.float32: 19.5e12},
+    "L40S": {torch.bfloat16: 362e12, torch.float32: 91.6e12},
 }
+
+
+def mfu(flops_per_s: float, device: str, dtype: torch.dtype) -> float | None:
+    """A rate's share of the peak in the data sheet of the device of that name; None for devices not in the table."""
+    peaks = next((peaks for known, peaks in _DATASHEET.items() if known in device), {})
+    return flops_per_s / peaks[dtype] if dtype in peaks else None
 
 
 def flops_per_sample(provider: Provider, workload: Workload) -> float:
@@ -81,57 +88,22 @@ def seconds_per_call(call: Callable[[], Any], device: torch.device, calls: int =
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     """p20, p50 and p80."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return deciles[1], deciles[4], deciles[7]
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The highest rate of matrix products, FLOP/s: as measured here, and by the data sheet (None: not in the table)."""
-
-    measured: float
-    datasheet: float | None
-
-    def utilisation(self, flops_per_s: float) -> dict[str, float | None]:
-        """A rate, and its share of the two peaks."""
-        return {
-            "tflops_per_s": flops_per_s / 1e12,
-            "mfu": None if self.datasheet is None else flops_per_s / self.datasheet,
-            "mfu_of_measured_matmul": flops_per_s / self.measured,
-        }
-
-
-def measure_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The best of ten turns of four large products. Takes less than a second."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = min(seconds_per_call(lambda: a @ b, device, calls=4) for _ in range(10))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peaks = next((peaks for known, peaks in DATASHEET_TFLOPS.items() if known in name), {})
-    return Peak(2 * size**3 / seconds, 1e12 * peaks[dtype] if dtype in peaks else None)
+    p20, p50, p80 = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
+    return p20, p50, p80
 
 
 @dataclass
 class Entry:
-    """A provider that is ready to run, and what has been measured of it.
-
-    Attributes:
-        flops: per sample, forward and backward.
-        first_step_s: compiling and autotuning included, as far as no cache had the code.
-        how: what the provider says of itself, such as whether it was captured.
-        peak_bytes: of device memory, as if the provider had the device to itself; None on a CPU.
-        seconds: of one step, a value for each turn.
-    """
+    """A provider that is ready to run, and what has been measured of it."""
 
     name: str
     steps: Any  # what the provider has built; None once it is released
-    flops: float
-    first_step_s: float
-    how: dict[str, Any]
-    peak_bytes: int | None
-    seconds: list[float] = field(default_factory=list)
+    flops: float  # per sample, forward and backward
+    first_step_s: float  # compiling and autotuning included, as far as no cache had the code
+    how: dict[str, Any]  # what the provider says of itself, such as whether it was captured
+    peak_bytes: int | None  # of device memory, as if the provider had the device to itself; None on a CPU
+    seconds: list[float] = field(default_factory=list)  # of one step, a value for each turn
+    speed: float | None = None  # relative to the reference's; None where it took no turns with it
 
     def release(self) -> None:
         """Free its memory; the figures stay."""
@@ -145,8 +117,7 @@ def prepare(name: str, provider: Provider, workload: Workload) -> Entry:
     Raises:
         torch.OutOfMemoryError: it does not fit.
     """
-    flops = flops_per_sample(provider, workload)
-    device = workload.device
+    flops, device = flops_per_sample(provider, workload), workload.device
     on_gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
     steps = provider.build(workload)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,8 +15,7 @@ REFERENCE = "fastsp_sp"
 ON_GPU = torch.cuda.is_available()
 
 
-@dataclass(frozen=True)
-class Provider:
+class Provider(NamedTuple):
     """One way to write a training step.
 
     Attributes:
@@ -32,9 +30,6 @@ class Provider:
     says: str
     compiled: bool | None = None
     by_default: bool = True
-
-    def is_compiled(self, workload: Workload) -> bool:
-        return workload.compiles and self.compiled is not False
 
 
 # In the order in which they are measured: what is interrupted lacks the last ones.

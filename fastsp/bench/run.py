@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
-from fastsp.bench.measure import Entry, empty_caches, measure_peak, prepare, quantiles, relative_speed, take_turns
+from fastsp.bench.measure import Entry, empty_caches, mfu, prepare, quantiles, relative_speed, take_turns
 from fastsp.bench.providers import PROVIDERS, REFERENCE
 from fastsp.bench.workload import Workload
 from fastsp.evaluation.environment import environment
@@ -41,88 +41,78 @@ def run(
     Returns:
         One row for each provider. ``say`` names those that do not fit.
     """
+    batch, precision = workload.batch_size, workload.config.precision
+    rows: list[Row] = []
+    say(f"{workload.name}, batch {batch}, {precision}, on {device_name(workload.device)}")
     with compiler_settings(), gpu_settings(tf32=False):
-        bench = Bench(workload, rounds, say)
-        reference = bench.prepare(REFERENCE) if REFERENCE in names else None
-        for name in names:
-            if name != REFERENCE and (entry := bench.prepare(name)):
-                bench.measure(entry, reference)
-                entry.release()
-                keep(bench.rows(names))
-        if reference and not reference.seconds:
-            bench.measure(reference)
-            keep(bench.rows(names))
-    return bench.rows(names)
-
-
-class Bench:
-    """The state of one run. Made and used by :func:`run`."""
-
-    def __init__(self, workload: Workload, rounds: int, say: Say) -> None:
-        self.rounds, self.say = rounds, say
-        self.entries: dict[str, Entry] = {}
-        self.speeds = {REFERENCE: 1.0}  # relative to the reference
-        batch, precision = workload.batch_size, workload.config.precision
-        say(f"{workload.name}, batch {batch}, {precision}, on {device_name(workload.device)}")
-        self.peak = measure_peak(workload.device, workload.dtype)
         attention = workload.choose_attention()
         say(str(attention))
-        self.workload = workload.with_settings(attention=attention.name)
-        self.facts = {
+        workload = workload.with_settings(attention=attention.name)
+        facts = {
             "batch_size": batch,
             "precision": precision,
             "model": workload.name,
             "threads": torch.get_num_threads(),
-            "matmul_tflops_per_s": self.peak.measured / 1e12,
-            "datasheet_tflops_per_s": None if self.peak.datasheet is None else self.peak.datasheet / 1e12,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "environment": environment(),
             "attention": attention.name,
             "attention_ms": attention.milliseconds,
         }
+        for entries in _measured(workload, names, rounds, say):
+            made = {entry.name: _row(entry, workload) | facts for entry in entries}
+            say(f"{entries[-1].name}: {made[entries[-1].name]['samples_per_s']:.4g} samples/s")
+            rows = [made[name] for name in names if name in made]
+            keep(rows)
+    return rows
 
-    def prepare(self, name: str) -> Entry | None:
-        """A provider ready to run; None if it does not fit."""
-        self.say(f"{name}: preparing ({PROVIDERS[name].says})")
-        try:
-            entry = self.entries[name] = prepare(name, PROVIDERS[name], self.workload)
-            self.say(f"{name}: first step {entry.first_step_s:.1f} s")
-            return entry
-        except torch.OutOfMemoryError:
-            self.say(f"{name}: skipped, batch {self.workload.batch_size} does not fit; give a smaller data.batch_size")
-            return None
-        finally:
-            empty_caches()
 
-    def measure(self, entry: Entry, reference: Entry | None = None) -> None:
-        """Let a provider take its turns, with the reference if there is one."""
-        take_turns([reference, entry] if reference else [entry], self.workload.device, self.rounds)
-        if reference:
-            self.speeds[entry.name] = relative_speed(entry, reference)
-        self.say(f"{entry.name}: {self.workload.batch_size / quantiles(entry.seconds)[1]:.4g} samples/s")
+def _measured(workload: Workload, names: Sequence[str], rounds: int, say: Say) -> Iterator[list[Entry]]:
+    """All entries so far, whenever one more has been measured."""
+    reference = _prepared(REFERENCE, workload, say) if REFERENCE in names else None
+    together = [] if reference is None else [reference]
+    entries = [*together]
+    for name in names:
+        if name != REFERENCE and (entry := _prepared(name, workload, say)):
+            take_turns([*together, entry], workload.device, rounds)
+            entry.speed = relative_speed(entry, reference) if reference else None
+            entry.release()
+            entries.append(entry)
+            yield entries
+    if reference and not reference.seconds:
+        take_turns(together, workload.device, rounds)
+        yield entries
 
-    def rows(self, names: Sequence[str]) -> list[Row]:
-        """A row for each provider that has been measured."""
-        ready = (self.entries[name] for name in names if name in self.entries)
-        return [self._row(entry) for entry in ready if entry.seconds]
 
-    def _row(self, entry: Entry) -> Row:
-        """Rates and times of one provider, then what all rows have in common."""
-        p20, p50, p80 = quantiles(entry.seconds)
-        samples_per_s = self.workload.batch_size / p50
-        return {
-            "name": entry.name,
-            "samples_per_s": samples_per_s,
-            "ms_p20": 1e3 * p20,
-            "ms_p50": 1e3 * p50,
-            "ms_p80": 1e3 * p80,
-            "peak_memory_gb": None if entry.peak_bytes is None else entry.peak_bytes / 1e9,
-            "gflop_per_sample": entry.flops / 1e9,
-            **self.peak.utilisation(entry.flops * samples_per_s),
-            "speed_relative_to_fastsp_sp": self.speeds.get(entry.name),
-            "first_step_s": entry.first_step_s,
-            "compiled": PROVIDERS[entry.name].is_compiled(self.workload),
-            "rounds": len(entry.seconds),
-            **entry.how,
-            **self.facts,
-        }
+def _prepared(name: str, workload: Workload, say: Say) -> Entry | None:
+    """A provider ready to run; None if it does not fit."""
+    say(f"{name}: preparing ({PROVIDERS[name].says})")
+    try:
+        entry = prepare(name, PROVIDERS[name], workload)
+        say(f"{name}: first step {entry.first_step_s:.1f} s")
+        return entry
+    except torch.OutOfMemoryError:
+        say(f"{name}: skipped, batch {workload.batch_size} does not fit; give a smaller data.batch_size")
+        return None
+    finally:
+        empty_caches()
+
+
+def _row(entry: Entry, workload: Workload) -> Row:
+    """Rates and times of one provider."""
+    p20, p50, p80 = quantiles(entry.seconds)
+    samples_per_s = workload.batch_size / p50
+    return {
+        "name": entry.name,
+        "samples_per_s": samples_per_s,
+        "ms_p20": 1e3 * p20,
+        "ms_p50": 1e3 * p50,
+        "ms_p80": 1e3 * p80,
+        "peak_memory_gb": None if entry.peak_bytes is None else entry.peak_bytes / 1e9,
+        "gflop_per_sample": entry.flops / 1e9,
+        "mfu": mfu(entry.flops * samples_per_s, device_name(workload.device), workload.dtype),
+        "speed_relative_to_fastsp_sp": 1.0 if entry.name == REFERENCE else entry.speed,
+        "first_step_s": entry.first_step_s,
+        "compiled": workload.compiles and PROVIDERS[entry.name].compiled is not False,
+        "rounds": len(entry.seconds),
+        **entry.how,
+    }

@@ -18,7 +18,7 @@ from fastsp.models.attention import Choice, choose_attention
 from fastsp.objectives import StageConfig, stage_config
 from fastsp.training.step import COMPUTE_DTYPES
 
-# Stable Diffusion 2.1-base's `unet/config.json`: 865.9 M parameters.
+# Stable Diffusion 2.1-base's `unet/config.json`: 865.9 M parameters
 SD21_BASE_UNET: dict[str, Any] = {
     "sample_size": 64,
     "in_channels": 4,
@@ -39,23 +39,14 @@ _MANY_STEPS = 1_000_000
 
 @dataclass(frozen=True)
 class Workload:
-    """Shapes and settings. Weights and data are random, seeded, and the same at every call.
+    """Shapes and settings. Weights and data are random, seeded, and the same at every call."""
 
-    Attributes:
-        name: shown in tables.
-        config: gives batch size, precision, compilation, optimizer and EMA.
-        unet_config: of a ``UNet2DConditionModel``.
-        latent_shape: (C, H, W).
-        text_shape: (L, D) of the text features.
-        device: where it runs; ``meta`` to count operations.
-    """
-
-    name: str
-    config: Config
-    unet_config: dict[str, Any]
-    latent_shape: tuple[int, ...]
-    text_shape: tuple[int, int]
-    device: torch.device
+    name: str  # shown in tables
+    config: Config  # gives batch size, precision, compilation, optimizer and EMA
+    unet_config: dict[str, Any]  # of a ``UNet2DConditionModel``
+    latent_shape: tuple[int, ...]  # (C, H, W)
+    text_shape: tuple[int, int]  # (L, D) of the text features
+    device: torch.device  # ``meta`` to count operations
 
     @property
     def batch_size(self) -> int:
@@ -63,7 +54,6 @@ class Workload:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype of the networks."""
         return COMPUTE_DTYPES[self.config.precision]
 
     @property
@@ -132,14 +122,14 @@ def default_workload(device: torch.device, overrides: Sequence[str] = ()) -> Wor
     }
     if on_gpu:
         tree["data"] |= {"resolution": 512, "batch_size": _sd21_batch_size(device)}
-    config = config_of(tree, overrides, "fastsp bench")
-    side, left_over = divmod(config.data.resolution, SD21_VAE_SCALE_FACTOR)
+    config = _one_microbatch(config_of(tree, overrides, "fastsp bench"))
+    resolution = config.data.resolution
     if not on_gpu:
-        return _workload("the quickstart's digits model", config, digits_model(config.data.resolution, seed=0), device)
+        return _workload("the quickstart's digits model", config, digits_model(resolution, seed=0), device)
+    side, left_over = divmod(resolution, SD21_VAE_SCALE_FACTOR)
     if left_over:
-        raise UserError(f"data.resolution {config.data.resolution} must be a multiple of {SD21_VAE_SCALE_FACTOR}")
-    name = "SD2.1-base, random weights"
-    return Workload(name, _one_microbatch(config), SD21_BASE_UNET, (4, side, side), SD21_TEXT_SHAPE, device)
+        raise UserError(f"data.resolution {resolution} must be a multiple of {SD21_VAE_SCALE_FACTOR}")
+    return Workload("SD2.1-base, random weights", config, SD21_BASE_UNET, (4, side, side), SD21_TEXT_SHAPE, device)
 
 
 def workload_of(file: Path, device: torch.device, overrides: Sequence[str] = ()) -> Workload:
@@ -151,12 +141,12 @@ def workload_of(file: Path, device: torch.device, overrides: Sequence[str] = ())
         UserError: what :func:`fastsp.config.load_config` and :func:`fastsp.models.load_model` refuse; adapters;
             Stable Diffusion XL.
     """
-    config = load_config(file, overrides)
-    if config.model.lora is not None:
+    config = _one_microbatch(load_config(file, overrides))
+    start, resolution = config.model, config.data.resolution
+    if start.lora is not None:
         raise UserError(f"{file}: fastsp bench measures the training of whole UNets: remove model.lora")
-    data = config.data
-    start, sizes = config.model, config.model.unet.model_dump() if config.model.unet else None
-    model = load_model(start.preset, start.pretrained, data.resolution, config.seed, start.config, unet=sizes)
+    sizes = start.unet.model_dump() if start.unet else None
+    model = load_model(start.preset, start.pretrained, resolution, config.seed, start.config, unet=sizes)
     if model.text_encoder_2 is not None:
         raise UserError(f"{file}: fastsp bench measures Stable Diffusion 1.x, 2.x and the digits, not XL yet")
     return _workload(str(file), config, model, device)
@@ -165,7 +155,7 @@ def workload_of(file: Path, device: torch.device, overrides: Sequence[str] = ())
 def _workload(name: str, config: Config, model: Any, device: torch.device) -> Workload:
     text_shape = (model.tokenizer.model_max_length, model.unet.config.cross_attention_dim)
     latent_shape = model.latent_shape(config.data.resolution)
-    return Workload(name, _one_microbatch(config), dict(model.unet.config), latent_shape, text_shape, device)
+    return Workload(name, config, dict(model.unet.config), latent_shape, text_shape, device)
 
 
 def _one_microbatch(config: Config) -> Config:

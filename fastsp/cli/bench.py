@@ -93,7 +93,7 @@ def _names(only: list[str] | None, compiles: bool) -> tuple[str, ...]:
 def _table(rows: list[dict[str, Any]]) -> Table:
     """One provider a line: speed relative to fastsp_sp, GFLOP per sample, seconds of the first step.
 
-    MFU is relative to the data sheet where the GPU is known, else to the rate of one large product ("of matmul").
+    MFU is relative to the data sheet, where the GPU is known.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -104,16 +104,14 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
     first = rows[0]
-    share, heading = ("mfu_of_measured_matmul", "of matmul") if first["mfu"] is None else ("mfu", "MFU")
     title = f"{first['model']}, batch {first['batch_size']}, {first['precision']}"
     table = Table("provider", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("samples/s", "ms p20/p50/p80", "speed", "GFLOP", heading, "first, s", "GB"):
+    for column in ("samples/s", "ms p20/p50/p80", "speed", "GFLOP", "MFU", "first, s", "GB"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         times = "/".join(short(row[key]) for key in ("ms_p20", "ms_p50", "ms_p80"))
         speed, gflop = short(row["speed_relative_to_fastsp_sp"]), short(row["gflop_per_sample"])
         first_step, memory = short(row["first_step_s"]), short(row["peak_memory_gb"])
-        table.add_row(
-            row["name"], short(row["samples_per_s"]), times, speed, gflop, f"{row[share]:.0%}", first_step, memory
-        )
+        mfu = "-" if row["mfu"] is None else f"{row['mfu']:.0%}"
+        table.add_row(row["name"], short(row["samples_per_s"]), times, speed, gflop, mfu, first_step, memory)
     return table

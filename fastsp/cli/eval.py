@@ -98,7 +98,7 @@ def evaluate(
         if save_reference.exists():  # of the same command, stopped; anything else of the user's stays
             load_reference(save_reference, extractor.identity)
         real.save(save_reference)
-    sizes = len(found), resolution, batch_size
+    sizes = len(found.texts), resolution, batch_size
     evaluation = Evaluation(
         lambda _: found, extractor, real, rows, work, *sizes, keep_pictures, model_config=model_config, base=base
     )

@@ -22,9 +22,6 @@ class CaptionSet:
     images: Sequence[str] = ()  # file names of the images that they describe; empty where none are named
     annotations: Sequence[int] = ()  # COCO's ids of the captions; empty for other files
 
-    def __len__(self) -> int:
-        return len(self.texts)
-
     def facts(self) -> dict[str, str]:
         """For a row of the evaluation: the choice, and a digest of the captions themselves."""
         return {"captions": self.choice, "captions_sha256": hashlib.sha256("\n".join(self.texts).encode()).hexdigest()}

@@ -12,8 +12,9 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from fastsp.evaluation.captions import CaptionSet
 from fastsp.evaluation.features import FeatureModel, Features
 from fastsp.evaluation.metrics import of_few_images
 from fastsp.evaluation.reference import HELD_OUT_DIGITS, Reference
-from fastsp.evaluation.rows import REAL, Job, Row, RowFile, described
+from fastsp.evaluation.rows import REAL, Job, Row, RowFile
 from fastsp.generation.generate import Sampling, generate, load_for_sampling, num_batches
 from fastsp.generation.grids import save_png, to_pil
 from fastsp.models import TextToImageModel
@@ -104,7 +105,7 @@ class Evaluation:
         return {
             **job.setting._asdict(),
             "seed": job.seed,
-            "num_samples": len(captions),
+            "num_samples": len(captions.texts),
             "resolution": self.resolution or model.default_resolution,
             "model_sha256": identity,
             "dtype": str(model.unet.dtype).removeprefix("torch."),
@@ -114,17 +115,14 @@ class Evaluation:
         }
 
     def _row(self, row: Row, job: Job, captions: CaptionSet, model: TextToImageModel, folder: Path, bar: Bar) -> Row:
-        setting, batch_size = job.setting, row["batch_size"]
-        texts = captions.texts if setting.conditional else [""] * len(captions)
+        setting = job.setting
+        texts = captions.texts if setting.conditional else [""] * len(captions.texts)
         guidance = Guidance(setting.guidance, setting.rescale)
-        sampling = Sampling(setting.steps, guidance, job.seed, row["resolution"], batch_size)
-        samples = SampledFeatures(folder, texts, sampling, self.extractor, self.keep_images)
+        sampling = Sampling(setting.steps, guidance, job.seed, row["resolution"], row["batch_size"])
         if self.keep_features:
             write_file(self.work / "captions.jsonl", captions.lines())
-        batches = num_batches(len(texts) - samples.missing(), batch_size)
-        with bar(described(setting, job.seed), batches * setting.steps) as advance:
-            samples.draw(model, advance)
-        seen, seconds = samples.load()
+        steps_bar = partial(bar, job.words())
+        seen, seconds = sample_features(model, texts, sampling, self.extractor, folder, steps_bar, self.keep_images)
         figures = self.reference.scores(seen, self.extractor.class_names, texts if setting.conditional else ())
         return {**row, **figures, "seconds": round(seconds, 2)}
 
@@ -148,7 +146,7 @@ class Evaluation:
     def _add(self, row: Row, job: Job, say: Callable[[str], Any]) -> None:
         if self.rows.add(row):
             figures = f"FID {row['fid']:.2f}  IS {row['inception_score']:.2f}  ({row['num_samples']} images)"
-            say(f"{'real images' if job.setting.stage == REAL else described(job.setting, job.seed)}: {figures}")
+            say(f"{'real images' if job.setting.stage == REAL else job.words()}: {figures}")
 
 
 # What of a row the samples do not depend on: the name of the model, words, and what they are compared with.
@@ -160,43 +158,36 @@ def seeded_order(size: int, seed: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
-@dataclass
-class SampledFeatures:
-    """What a feature model sees in a model's samples, kept batch by batch: a killed evaluation goes on from there."""
+def sample_features(
+    model: TextToImageModel,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    extractor: FeatureModel,
+    folder: Path,
+    bar: Callable[[int], AbstractContextManager[Callable[[], Any]]],
+    keep_images: bool = False,
+) -> tuple[Features, float]:
+    """What a feature model sees in a model's samples, and the seconds that drawing them took, over all attempts.
 
-    folder: Path  # where a file for every batch goes; its name has to stand for the model, prompts and settings
-    prompts: Sequence[str]  # one for each image
-    sampling: Sampling
-    extractor: FeatureModel
-    keep_images: bool = False  # write them as PNG too, under `pictures/`
-
-    def missing(self) -> int:
-        """The index of the first image that has still to be sampled; the number of prompts when all are there."""
-        return next((start for start in self._starts() if not self._file(start).is_file()), len(self.prompts))
-
-    def draw(self, model: TextToImageModel, after_step: Callable[[], Any] = lambda: None) -> None:
-        """Sample what is missing. Batches begin where they would have begun, so that the images are the same."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(self.folder)
+    Each batch is kept as a file in `folder`, whose name has to stand for model, prompts and settings: a killed
+    evaluation continues from there. `bar` is given the number of steps. `keep_images`: as PNG, under `pictures/`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
+    files = {start: folder / f"{start:06d}.safetensors" for start in range(0, len(prompts), sampling.batch_size)}
+    # Batches begin where they would have begun, so that the images are the same.
+    first = next((start for start, file in files.items() if not file.is_file()), len(prompts))
+    with bar(num_batches(len(prompts) - first, sampling.batch_size) * sampling.steps) as advance:
         before = time.monotonic()
-        for indices, images in generate(model, self.prompts, self.sampling, self.missing(), after_step):
-            seen = self.extractor.extract(images)
-            if self.keep_images:
+        for indices, images in generate(model, prompts, sampling, first, advance):
+            seen = extractor.extract(images)
+            if keep_images:
                 for index, image in zip(indices, to_pil(images), strict=True):
-                    save_png(image, self.folder / "pictures" / f"{index:05d}.png", prompt=self.prompts[index])
-            tensors = {**seen._asdict(), "seconds": torch.tensor(time.monotonic() - before)}
+                    save_png(image, folder / "pictures" / f"{index:05d}.png", prompt=prompts[index])
+            with new_file(files[indices.start]) as unfinished:
+                seconds = torch.tensor(time.monotonic() - before)
+                save_file({**seen._asdict(), "seconds": seconds}, unfinished)
             before = time.monotonic()
-            with new_file(self._file(indices.start)) as unfinished:
-                save_file(tensors, unfinished)
-
-    def load(self) -> tuple[Features, float]:
-        """Features of all images, and the seconds that sampling them took, over all processes that did."""
-        parts = [load_file(self._file(start)) for start in self._starts()]
-        seen = Features(*(torch.cat([part[name] for part in parts]) for name in Features._fields))
-        return seen, sum(float(part["seconds"]) for part in parts)
-
-    def _starts(self) -> range:
-        return range(0, len(self.prompts), self.sampling.batch_size)
-
-    def _file(self, start: int) -> Path:
-        return self.folder / f"{start:06d}.safetensors"
+    parts = [load_file(file) for file in files.values()]
+    seen = Features.joined((part["features"], part["logits"]) for part in parts)
+    return seen, sum(float(part["seconds"]) for part in parts)

@@ -1,7 +1,9 @@
 """The one interface through which every metric looks at pictures."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,11 @@ class Features(NamedTuple):
 
     features: Tensor  # float64 (N, D), the space of FID and of precision and recall
     logits: Tensor  # float64 (N, K), the class scores of the Inception Score and of validity
+
+    @classmethod
+    def joined(cls, parts: Iterable[tuple[Tensor, Tensor]]) -> Features:
+        """Those of several batches as one."""
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
 
 
 class FeatureModel(nn.Module, ABC):
@@ -30,5 +37,5 @@ class FeatureModel(nn.Module, ABC):
         """Features of all `images`, float (N, C, H, W) in [-1, 1], computed `batch_size` at a time."""
         self.eval()
         device = next(self.parameters()).device
-        parts = [self(batch.to(device)) for batch in images.split(batch_size)]
-        return Features(*(torch.cat(part).double().cpu() for part in zip(*parts, strict=True)))
+        features, logits = Features.joined(self(batch.to(device)) for batch in images.split(batch_size))
+        return Features(features.double().cpu(), logits.double().cpu())

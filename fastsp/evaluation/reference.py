@@ -61,13 +61,16 @@ class Reference:
     copy_distance: float = 0.0  # a sample nearer to the training set than 99 % of the held-out images is a copy
 
     @classmethod
-    def of(cls, seen: Features, features: str, source: str, **own: Any) -> Reference:
-        """Statistics of images that were looked at, two at least, else `UserError`."""
-        if len(seen.features) < 2:
-            raise UserError(f"reference {source}: {len(seen.features)} images; allowed: at least 2")
-        mean, covariance = seen.features.mean(0), torch.cov(seen.features.T)
+    def of(cls, seen: Features, features: str, source: str, train: Features | None = None, **own: Any) -> Reference:
+        """Statistics of images; they are a run's held-out ones if `train` is given. `UserError` if they are too few."""
+        count, least = len(seen.features), 2 if train is None else NEIGHBOURS + 1
+        if count < least:
+            raise UserError(f"reference {source}: {count} images; allowed: at least {least}")
+        if train is not None:
+            copies = metrics.nearest_distance(seen.features, train.features).quantile(0.01).item()
+            own |= {"heldout": seen, "train": train, "copy_distance": copies}
         score = metrics.inception_score(seen.logits)
-        return cls(mean, covariance, len(seen.features), score, features, source, **own)
+        return cls(seen.features.mean(0), torch.cov(seen.features.T), count, score, features, source, **own)
 
     def scores(self, seen: Features, class_names: Sequence[str], captions: Sequence[str]) -> dict[str, float]:
         """All figures that can be computed for one set of images; `UserError` if they are too few.
@@ -85,10 +88,9 @@ class Reference:
             row["inception_score_10_splits"] = metrics.inception_score(seen.logits, splits=10)
         if class_names:
             row["validity"] = metrics.validity(seen.logits)
-        if self.heldout is not None:
+        if self.heldout is not None and self.train is not None:
             row["precision"], row["recall"] = metrics.precision_recall(self.heldout.features, seen.features)
             row["coverage"] = metrics.coverage(self.heldout.features, seen.features)
-        if self.train is not None:
             nearest = metrics.nearest_distance(seen.features, self.train.features)
             row["nearest_train"] = nearest.mean().item()
             row["memorised"] = (nearest < self.copy_distance).double().mean().item()
@@ -99,9 +101,9 @@ class Reference:
     def save(self, file: Path) -> None:
         """Write the statistics as safetensors: mean, covariance, count, inception_score; the words in its metadata."""
         numbers = {"count": torch.tensor(self.count), "inception_score": torch.tensor(self.score, dtype=torch.float64)}
+        facts = {"features": self.features, "source": self.source}
         file.parent.mkdir(parents=True, exist_ok=True)
         with new_file(file) as unfinished:
-            facts = {"features": self.features, "source": self.source}
             save_file({"mean": self.mean, "covariance": self.covariance, **numbers}, unfinished, metadata=facts)
 
 
@@ -126,22 +128,18 @@ def open_reference(
     """The feature model on its device, and the real images that a user names; `UserError` if something is amiss.
 
     Args:
-        features: a file of Inception-v3's weights; or "classifier", for the digits.
-        reference: saved statistics, or a folder of images, of which those are taken that the captions name, or all if
-            they name none. None, for the digits alone: those held out.
-        captions: that will be sampled.
-        work: where the statistics of a folder are kept.
-        bar: shows the progress.
-        resolution: for the digits; None: 8 pixels.
+        features: a file of Inception-v3's weights; or "classifier", for the digits, in `resolution` or 8 pixels.
+        reference: saved statistics; a folder of images, all of them or those that the captions to be sampled name,
+            whose statistics are kept in `work`; None, for the digits alone: those held out.
     """
-    if features == "classifier":
+    if features != "classifier":
+        model: FeatureModel = load_inception(Path(features)).to(best_device())
+    else:
         data = DataConfig(source="digits", resolution=resolution or _DIGITS_SIDE, batch_size=1)
-        model: FeatureModel = caption_classifier(_captioned(data, 1, bar), bar=bar)
+        model = caption_classifier(_captioned(data, 1, bar), bar=bar)
         if reference is None:
             heldout = _captioned(data.model_copy(update={"split": "heldout"}), 1, bar)
             return model, Reference.of(model.extract(heldout.images), model.identity, HELD_OUT_DIGITS)
-    else:
-        model = load_inception(Path(features)).to(best_device())
     if reference is None:
         raise UserError("the reference is missing: a folder of real images, or statistics kept by --save-reference")
     if reference.is_file():
@@ -155,18 +153,14 @@ def own_reference(config: Config, channels: int, bar: Bar) -> tuple[FeatureModel
     if config.evaluation.features == "classifier":
         images = [_captioned(data, channels, bar) for data in sections]
         model: FeatureModel = caption_classifier(images[0], bar=bar).to(best_device())
-        train, heldout = (model.extract(found.images) for found in images)
-        captions = [found.captions for found in images]
+        looked = [(model.extract(found.images), found.captions) for found in images]
     else:
         model = load_inception(Path(config.evaluation.features)).to(best_device())
-        looked = [_look(data, channels, bar, model.extract) for data in sections]
-        train, heldout = (Features(*map(torch.cat, zip(*parts, strict=True))) for parts, _ in looked)
-        captions = [found for _, found in looked]
-    if len(heldout.features) <= NEIGHBOURS:
-        raise UserError(f"evaluation: {len(heldout.features)} held-out images; allowed: at least {NEIGHBOURS + 1}")
-    copy_distance = metrics.nearest_distance(heldout.features, train.features).quantile(0.01).item()
-    own = {"heldout": heldout, "heldout_captions": captions[1], "train": train, "train_captions": captions[0]}
-    return model, Reference.of(heldout, model.identity, OWN, copy_distance=copy_distance, **own)
+        streamed = [_look(data, channels, bar, model.extract) for data in sections]
+        looked = [(Features.joined(parts), captions) for parts, captions in streamed]
+    (train, of_train), (heldout, of_heldout) = looked
+    captions = {"train_captions": of_train, "heldout_captions": of_heldout}
+    return model, Reference.of(heldout, model.identity, OWN, train, **captions)
 
 
 def heldout_of(config: Config) -> DataConfig:
@@ -255,17 +249,16 @@ def see_files(files: Sequence[Path], model: FeatureModel, advance: Callable[[], 
         for start in range(0, len(files), _CHUNK):
             images = list(pool.map(_square, files[start : start + _CHUNK]))
             faults += [image for image in images if isinstance(image, str)]
-            squares = [image for image in images if isinstance(image, Tensor)]
+            squares = [image for image in images if isinstance(image, Tensor) and not faults]  # else only decoded
             for side, group in groupby(squares, lambda image: image.shape[1]):
-                if not faults:  # once one is broken, the others are only decoded
-                    parts = torch.stack(list(group)).split(batch_size_of(side, 3))
-                    seen += [model.extract(part.float() / 127.5 - 1) for part in parts]
+                parts = torch.stack(list(group)).split(batch_size_of(side, 3))
+                seen += [model.extract(part.float() / 127.5 - 1) for part in parts]
             for _ in images:
                 advance()
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise UserError(f"{faults[0]}{more}; fix or replace it")
-    return Features(*map(torch.cat, zip(*seen, strict=True)))
+    return Features.joined(seen)
 
 
 def _square(file: Path) -> Tensor | str:
@@ -277,5 +270,4 @@ def _square(file: Path) -> Tensor | str:
         return f"reference {file} cannot be read: {error}"
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    pixels = np.asarray(image.crop((left, top, left + side, top + side)))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image.crop((left, top, left + side, top + side)))).permute(2, 0, 1)

@@ -43,19 +43,15 @@ class Setting(NamedTuple):
     rescale: float
     steps: int
 
-
-def described(setting: Setting, seed: int) -> str:
-    """A row in words, for progress and messages."""
-    return ", ".join(part for part in (setting.stage, sampling_words(setting), f"seed {seed}") if part)
-
-
-def sampling_words(setting: Setting, with_condition: bool = True) -> str:
-    """How the images were sampled, as in ``25 steps, guidance 7.5, rescale 0.7, unconditional``."""
-    parts = [f"{setting.steps} steps"] if setting.steps else []
-    parts += [f"guidance {setting.guidance:g}"] if setting.guidance else []
-    parts += [f"rescale {setting.rescale:g}"] if setting.rescale else []
-    parts += ["unconditional"] if with_condition and not setting.conditional else []
-    return ", ".join(parts)
+    def words(self, with_condition: bool = True) -> str:
+        """How the images were sampled, as in ``25 steps, guidance 7.5, rescale 0.7, unconditional``."""
+        parts = {
+            f"{self.steps} steps": self.steps,
+            f"guidance {self.guidance:g}": self.guidance,
+            f"rescale {self.rescale:g}": self.rescale,
+            "unconditional": with_condition and not self.conditional,
+        }
+        return ", ".join(part for part, said in parts.items() if said)
 
 
 def setting_of(row: Row) -> Setting:
@@ -77,6 +73,10 @@ class Job(NamedTuple):
     model: str  # what :func:`fastsp.generation.generate.load_for_sampling` takes; empty for the real images
     setting: Setting  # its `stage` names the model in the row
     seed: int  # of the initial noise
+
+    def words(self) -> str:
+        """For progress and messages."""
+        return ", ".join(part for part in (self.setting.stage, self.setting.words(), f"seed {self.seed}") if part)
 
 
 def plan(config: Config) -> list[Job]:

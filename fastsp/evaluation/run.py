@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
@@ -56,21 +56,19 @@ def evaluate_run(config: Config, console: Console | None = None) -> list[Row]:
             say(what)
         return steps_bar(what, total)
 
-    captions: Callable[[int], CaptionSet]
-    rows: RowFile
+    side = config.data.resolution
+    sizes = settings.num_samples, side, settings.batch_size
     if settings.captions is None:
         extractor, real = reference.own_reference(config, load_for_sampling(jobs[-1].model).channels, first)
-        captions, rows = partial(_captions_of, real, settings.num_samples), OwnRows(file, jobs)
+        captions = partial(_captions_of, real, settings.num_samples)
+        evaluation = Evaluation(captions, extractor, real, OwnRows(file, jobs), work, *sizes, keep_features=False)
     else:
         given = read_captions(Path(settings.captions), settings.num_samples)
         named = None if settings.reference is None else Path(settings.reference)
-        side = config.data.resolution
         extractor, real = reference.open_reference(settings.features, named, given, work, first, side)
-        captions, rows = lambda seed: given, RowFile(file)
+        evaluation = Evaluation(lambda _: given, extractor, real, RowFile(file), work, *sizes)
         jobs = [job for job in jobs if job.model or job.seed == jobs[0].seed]  # the reference is scored once
-    sizes = settings.num_samples, config.data.resolution, settings.batch_size
-    keep = settings.captions is not None
-    return Evaluation(captions, extractor, real, rows, work, *sizes, keep_features=keep).run(jobs, steps_bar, say)
+    return evaluation.run(jobs, steps_bar, say)
 
 
 class OwnRows(RowFile):
@@ -81,31 +79,27 @@ class OwnRows(RowFile):
 
     def __init__(self, path: Path, jobs: list[Job]) -> None:
         super().__init__(path)
-        self._place = {(job.setting, job.seed): place for place, job in enumerate(jobs)}
+        self._places = {(job.setting, job.seed): place for place, job in enumerate(jobs)}
 
     def with_row(self, row: Row) -> list[Row]:
-        rows = [old for old in self.rows if not (_is_own(old) and _goes(old, row))] + [row]
-        return sorted(rows, key=self._place_of)
-
-    def _place_of(self, row: Row) -> int:
-        last = len(self._place)
-        return self._place.get((setting_of(row), row["seed"]), last) if _is_own(row) else last + 1
+        added = [old for old in self.rows if not _is_own(old)]
+        own = [row, *(old for old in self.rows if _is_own(old) and _stays(old, row))]
+        return sorted(own, key=lambda row: self._places.get((setting_of(row), row["seed"]), len(self._places))) + added
 
 
 def _is_own(row: Row) -> bool:
     return row.get("reference", OWN) == OWN and "features" in row  # rows of older versions do not name the reference
 
 
-def _goes(old: Row, new: Row) -> bool:
-    """Whether a run's row is out of date, now that there is a new one."""
+def _stays(old: Row, new: Row) -> bool:
+    """Whether a run's row can be compared with a new one, and is not replaced by it."""
     if old["features"] != new["features"] or "reference" not in old:
-        return True
-    if old["stage"] == new["stage"] and (
-        (setting_of(old), old["seed"]) == (setting_of(new), new["seed"])
-        or old.get("model_sha256") != new.get("model_sha256")
-    ):
-        return True
-    return REAL not in (old["stage"], new["stage"]) and old["num_samples"] != new["num_samples"]
+        return False
+    if old["stage"] == new["stage"] and old.get("model_sha256") != new.get("model_sha256"):
+        return False
+    if (setting_of(old), old["seed"]) == (setting_of(new), new["seed"]):
+        return False
+    return REAL in (old["stage"], new["stage"]) or old["num_samples"] == new["num_samples"]
 
 
 def _captions_of(real: Reference, count: int, seed: int) -> CaptionSet:
@@ -166,15 +160,20 @@ def _check_own_data(config: Config) -> None:
         raise UserError(str(error).replace("data.path", "evaluation.heldout")) from None
     if len(source) <= NEIGHBOURS:
         raise UserError(f"evaluation.heldout: {len(source)} images; allowed: at least {NEIGHBOURS + 1}")
-    if not data.unconditional and not any(_distinct_captions(source, heldout, any)):
+    if not data.unconditional and not any(_captions(source, heldout)):
         raise UserError(f"evaluation.heldout: its images have no captions to sample; {_OR_NONE}")
     if settings.features == "classifier":
         check_path(data)
-        check_classes(_distinct_captions(still_source(data, 3), data, lambda found: len(found) > MAX_CLASSES))
+        distinct: set[str] = set()
+        for caption in _captions(still_source(data, 3), data):
+            distinct.add(caption)
+            if len(distinct) > MAX_CLASSES:
+                break
+        check_classes(distinct)
 
 
-def _distinct_captions(source: Source, data: DataConfig, enough: Callable[[set[str]], bool]) -> set[str]:
-    """Of the samples that the evaluation will look at, until there are enough."""
+def _captions(source: Source, data: DataConfig) -> Iterator[str]:
+    """Those of the samples that the evaluation will look at."""
 
     def caption(index: int) -> str | None:
         try:
@@ -182,12 +181,8 @@ def _distinct_captions(source: Source, data: DataConfig, enough: Callable[[set[s
         except BadSample:
             return None
 
-    found: set[str] = set()
     count = min(len(source), MAX_IMAGES)
     with ThreadPoolExecutor(data.workers) as pool, steps_bar("captions", count, late=True) as advance:
         for indices in source.order(torch.arange(count)).split(256):
-            found |= {text for text in pool.map(caption, indices.tolist()) if text is not None}
+            yield from (text for text in pool.map(caption, indices.tolist()) if text is not None)
             advance(len(indices))
-            if enough(found):
-                break
-    return found

@@ -23,8 +23,6 @@ from PIL import Image
 
 from fastsp.errors import UserError
 
-_PICTURE = re.compile(r"(?P<comparison>comparison)|trajectory_(?P<way>.+)|(?P<end>.+)_final|(?P<stage>.+)_step_(\d+)")
-
 
 @dataclass
 class RunFiles:
@@ -43,12 +41,8 @@ class RunFiles:
 
     @property
     def stages(self) -> list[dict[str, Any]]:
-        """The configured stages in order of training; `init` defaults to the stage before."""
-        stages: list[dict[str, Any]] = []
-        for stage in self.config.get("stages") or []:
-            before = stages[-1]["name"] if stages else None
-            stages.append({**stage, "init": stage.get("init") or before})
-        return stages
+        """The configured stages in order of training."""
+        return [{"init": None, **stage} for stage in self.config.get("stages") or []]
 
     @property
     def why_no_rows(self) -> str:
@@ -68,17 +62,15 @@ def read_run(directory: Path) -> RunFiles:
     run.environment = _read(directory / "environment.json", {})
     run.metrics = _read_metrics(directory / "metrics.jsonl", [stage["name"] for stage in run.stages])
     for path in sorted((directory / "samples").glob("*.png")):
-        found = _PICTURE.fullmatch(path.stem)
-        if found is None:
-            continue
-        if found["comparison"]:
+        name = path.stem
+        if name == "comparison":
             run.comparison = path
-        elif found["way"]:
-            run.trajectories[found["way"]] = path
-        elif found["end"]:
-            run.final_grids[found["end"]] = path
-        else:
-            run.step_grids.setdefault(found["stage"], []).append((int(found[5]), path))
+        elif name.startswith("trajectory_"):
+            run.trajectories[name.removeprefix("trajectory_")] = path
+        elif name.endswith("_final"):
+            run.final_grids[name.removesuffix("_final")] = path
+        elif found := re.fullmatch(r"(.+)_step_(\d+)", name):
+            run.step_grids.setdefault(found[1], []).append((int(found[2]), path))
     for grids in run.step_grids.values():
         grids.sort()
     for path in list(run.final_grids.values())[:1]:
@@ -103,9 +95,9 @@ def _read(path: Path, missing: Any, parse: Callable[[str], Any] = json.loads) ->
     if not path.exists():
         return missing
     try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        content = parse(path.read_text(encoding="utf-8")) or missing
+        if not isinstance(content, type(missing)):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} is broken: {str(error).splitlines()[0]}; delete it or repair it") from None
-    if content is not None and not isinstance(content, type(missing)):
-        raise UserError(f"{path} holds a {type(content).__name__}; allowed: a {type(missing).__name__}")
-    return content or missing
+    return content

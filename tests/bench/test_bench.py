@@ -17,9 +17,8 @@ from fastsp.bench.baselines import Algorithm1
 from fastsp.bench.fastsp_step import FastspStep
 from fastsp.bench.measure import (
     Entry,
-    Peak,
     flops_per_sample,
-    measure_peak,
+    mfu,
     prepare,
     quantiles,
     relative_speed,
@@ -145,11 +144,9 @@ def test_a_ratio_is_that_of_the_rounds_taken_together():
 
 
 def test_utilisation():
-    shares = Peak(measured=8e14, datasheet=1e15).utilisation(4e14)
-    assert shares == {"tflops_per_s": 400.0, "mfu": 0.4, "mfu_of_measured_matmul": 0.5}
-    assert Peak(8e14, None).utilisation(4e14)["mfu"] is None
-    on_cpu = measure_peak(CPU, torch.float32)
-    assert on_cpu.datasheet is None and on_cpu.measured > 1e9
+    assert mfu(494.5e12, "NVIDIA H200", torch.bfloat16) == 0.5
+    assert mfu(25.5e12, "NVIDIA H100 PCIe", torch.float32) == 0.5, "not that of the H100 with more power"
+    assert mfu(1e12, "the CPU (2 threads)", torch.float32) is None and mfu(1e12, "H200", torch.float64) is None
 
 
 def test_overrides_without_a_file():
@@ -179,7 +176,7 @@ def test_rows_have_the_contract_s_keys():
     assert tuple(row["name"] for row in rows) == MANY and kept == [list(MANY[:2]), list(MANY)]
     for row in rows:
         assert row.keys() >= CONTRACT | {"environment", "date", "model", "batch_size"}
-        assert row["mfu"] is None and row["peak_memory_gb"] is None and row["mfu_of_measured_matmul"] > 0
+        assert row["mfu"] is None and row["peak_memory_gb"] is None
         assert row["samples_per_s"] == pytest.approx(3e3 / row["ms_p50"]) and row["first_step_s"] > 0
     assert [row["rounds"] for row in rows] == [4, 2, 2], "the reference takes turns with each of the others"
     ours, eager, mse = rows
@@ -195,7 +192,7 @@ def test_what_does_not_fit_is_left_out_and_named(monkeypatch):
             raise torch.OutOfMemoryError
 
     said: list[str] = []
-    monkeypatch.setitem(PROVIDERS, "fastsp_sp", replace(PROVIDERS["fastsp_sp"], build=TooLarge))
+    monkeypatch.setitem(PROVIDERS, "fastsp_sp", PROVIDERS["fastsp_sp"]._replace(build=TooLarge))
     (row,) = run(tiny_workload(), ("fastsp_sp", "fastsp_mse"), 1, said.append)
     assert row["name"] == "fastsp_mse" and row["speed_relative_to_fastsp_sp"] is None
     assert any("fastsp_sp: skipped, batch 3 does not fit" in line for line in said)

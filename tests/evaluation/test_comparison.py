@@ -5,8 +5,8 @@ import math
 import pytest
 from evaluation.runs import row, rows, write_run
 
-from fastsp.evaluation.report.tables import compare, confidence_interval, find_roles, verdict
-from fastsp.evaluation.rows import Setting, described, sampling_words
+from fastsp.evaluation.report.tables import METRICS, compare, confidence_interval, find_roles, verdict
+from fastsp.evaluation.rows import Job, Setting
 from fastsp.evaluation.run_files import read_run
 
 
@@ -19,7 +19,7 @@ def test_interval_by_hand() -> None:
 
 def test_one_seed_has_no_interval() -> None:
     interval = confidence_interval([1.0])
-    assert math.isnan(interval.low) and not interval.excludes_zero
+    assert math.isnan(interval.low) and math.isnan(interval.high)
 
 
 def paired(ours: list[float], theirs: list[float]) -> list[dict]:
@@ -50,7 +50,7 @@ def test_seeds_are_paired() -> None:
 
 
 def test_larger_is_better_for_the_inception_score() -> None:
-    fewer, more = compare(rows(sp=5, control=6), "sp", "mse_longer", "inception_score", smaller_is_better=False)[:2]
+    fewer, more = compare(rows(sp=5, control=6), "sp", "mse_longer", METRICS[1])[:2]
     assert fewer.outcome == more.outcome == "better" and fewer.setting.steps < more.setting.steps
 
 
@@ -65,7 +65,7 @@ def test_guided_rows_are_compared_where_the_control_has_them() -> None:
 
 def sentence(directory, evaluation: list[dict]) -> str:
     run = read_run(write_run(directory, evaluation=evaluation))
-    return verdict(run, find_roles(run)).sentence
+    return verdict(run, find_roles(run))[0]
 
 
 def test_the_words_turn_with_the_numbers(tmp_path) -> None:
@@ -79,14 +79,14 @@ def test_the_words_turn_with_the_numbers(tmp_path) -> None:
 
 def test_the_control_is_as_long_and_from_the_same_start(tmp_path) -> None:
     run = read_run(write_run(tmp_path / "run"))
-    assert find_roles(run).control == "mse_longer"
+    assert find_roles(run) == {"real": "real", "mse": "base", "sp": "self_perceptual", "mse_longer": "control"}
     run.config = {**run.config, "stages": [*run.config["stages"][:2], {**run.config["stages"][2], "steps": 999}]}
-    assert find_roles(run).control is None
-    assert "no fair comparison" in verdict(run, find_roles(run)).sentence
+    assert "control" not in find_roles(run).values()
+    assert "no fair comparison" in verdict(run, find_roles(run))[0]
 
 
 def test_rows_in_words() -> None:
     setting = Setting("sp", conditional=False, guidance=7.5, rescale=0.7, steps=25)
-    assert sampling_words(setting) == "25 steps, guidance 7.5, rescale 0.7, unconditional"
-    assert described(setting, 3) == "sp, 25 steps, guidance 7.5, rescale 0.7, unconditional, seed 3"
-    assert described(Setting("real", True, 0.0, 0.0, 0), 0) == "real, seed 0"
+    assert setting.words() == "25 steps, guidance 7.5, rescale 0.7, unconditional"
+    assert Job("", setting, 3).words() == "sp, 25 steps, guidance 7.5, rescale 0.7, unconditional, seed 3"
+    assert Job("", Setting("real", True, 0.0, 0.0, 0), 0).words() == "real, seed 0"

@@ -99,9 +99,8 @@ class Scorer:
 
     def __init__(self, model: CaptionClassifier, heldout: Captioned, train: Captioned) -> None:
         seen, trained = model.extract(heldout.images), model.extract(train.images)
-        copies = nearest_distance(seen.features, trained.features).quantile(0.01).item()
         self.model = model
-        self.reference = Reference.of(seen, model.identity, OWN, heldout=seen, train=trained, copy_distance=copies)
+        self.reference = Reference.of(seen, model.identity, OWN, trained)
 
     def score(self, images: Captioned) -> dict[str, float]:
         return self.reference.scores(self.model.extract(images.images), self.model.class_names, images.captions)

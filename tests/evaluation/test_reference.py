@@ -181,5 +181,5 @@ def test_of_a_runs_own_images_only_what_is_seen_is_kept(
 
 def test_too_few_held_out_images_are_refused(config: Config, tmp_path: Path) -> None:
     config.evaluation.heldout = str(picture_folder(tmp_path / "three", 3))
-    with pytest.raises(UserError, match="3 held-out images; allowed: at least 4"):
+    with pytest.raises(UserError, match="the run's held-out images: 3 images; allowed: at least 4"):
         own_reference(config, 3, no_bar)

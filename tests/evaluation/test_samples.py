@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastsp.evaluation.engine import SampledFeatures
-from fastsp.evaluation.features import FeatureModel
+from fastsp.evaluation.engine import sample_features
+from fastsp.evaluation.features import FeatureModel, Features
 from fastsp.generation.generate import Sampling
 from fastsp.models import TextToImageModel, digits_model
 
@@ -35,35 +37,44 @@ def model() -> TextToImageModel:
     return made
 
 
-def samples(folder: Path) -> SampledFeatures:
+class Steps:
+    """A bar that counts, and stops the sampling after so many steps."""
+
+    def __init__(self, stop_after: int = 1000) -> None:
+        self.stop_after, self.total, self.done = stop_after, 0, 0
+
+    @contextmanager
+    def __call__(self, total: int) -> Iterator[Callable[[], None]]:
+        self.total = total
+        yield self.advance
+
+    def advance(self) -> None:
+        self.done += 1
+        if self.done == self.stop_after:
+            raise KeyboardInterrupt
+
+
+def sampled(model: TextToImageModel, folder: Path, steps: Steps) -> tuple[Features, float]:
     prompts = [f"a handwritten {word}" for word in ("one", "two", "three", "four", "five", "six", "seven")]
-    return SampledFeatures(folder, prompts, Sampling(STEPS, batch_size=2), Pixels())
+    return sample_features(model, prompts, Sampling(STEPS, batch_size=2), Pixels(), folder, steps)
 
 
 def test_stopped_and_gone_on(model: TextToImageModel, tmp_path: Path) -> None:
-    whole, stopped = samples(tmp_path / "whole"), samples(tmp_path / "stopped")
-    assert whole.missing() == 0
-    whole.draw(model)
-    assert whole.missing() == 7
-    steps_done = 0
-
-    def stop() -> None:
-        nonlocal steps_done
-        steps_done += 1
-        if steps_done == 2 * STEPS + 1:  # in the third batch
-            raise KeyboardInterrupt
-
+    whole, stopped, rest, nothing = Steps(), Steps(2 * STEPS + 1), Steps(), Steps()  # stopped in the third batch
+    theirs, _ = sampled(model, tmp_path / "whole", whole)
+    assert whole.done == whole.total == 4 * STEPS
+    folder = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        stopped.draw(model, stop)
-    assert stopped.missing() == 4
-    (tmp_path / "stopped" / ".000004.safetensors.0123abcd.tmp").write_bytes(b"torn by a kill")
-    kept = [file.stat().st_mtime_ns for file in sorted((tmp_path / "stopped").glob("*.safetensors"))]
-    steps_done = -1000
-    stopped.draw(model, stop)
-    assert steps_done == -1000 + 2 * STEPS, "two batches were left"
-    files = sorted((tmp_path / "stopped").iterdir())
+        sampled(model, folder, stopped)
+    kept = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert sorted(kept) == ["000000.safetensors", "000002.safetensors"]
+    (folder / ".000004.safetensors.0123abcd.tmp").write_bytes(b"torn by a kill")
+    ours, seconds = sampled(model, folder, rest)
+    assert rest.done == rest.total == 2 * STEPS, "two batches were left"
+    files = sorted(folder.iterdir())
     assert [file.name for file in files] == [f"{start:06d}.safetensors" for start in (0, 2, 4, 6)]
-    assert [file.stat().st_mtime_ns for file in files][:2] == kept
-    (ours, seconds), (theirs, _) = stopped.load(), whole.load()
+    assert [file.stat().st_mtime_ns for file in files][:2] == [kept[name] for name in sorted(kept)]
     assert torch.equal(ours.features, theirs.features) and torch.equal(ours.logits, theirs.logits)
     assert ours.features.shape == (7, 64) and seconds > 0
+    sampled(model, folder, nothing)
+    assert nothing.done == nothing.total == 0

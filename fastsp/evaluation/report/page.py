@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from fastsp.evaluation.report.tables import Roles, find_roles, score_tables, verdict
+from fastsp.evaluation.report.tables import find_roles, label, score_tables, verdict
 from fastsp.evaluation.run_files import RunFiles, read_run
 from fastsp.utils.files import write_file
 from fastsp.utils.progress import duration
@@ -47,21 +47,19 @@ class Embedded(NamedTuple):
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir / "report.html"` and return its path; `UserError` if a file of the run is broken."""
     run, path = read_run(run_dir), run_dir / "report.html"
-    roles, loader = find_roles(run), jinja2.PackageLoader("fastsp.evaluation.report", ".")
-    jinja = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = jinja.get_template("report.html.jinja").render(
+    roles, text = find_roles(run), Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    strict = {"autoescape": True, "undefined": jinja2.StrictUndefined}
+    page = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, **strict).render(
         title=run.directory.resolve().name,
         verdict=verdict(run, roles),
         no_scores=run.why_no_rows,
         tables=list(score_tables(run, roles)),
-        grids=[(roles.label(name), name, embedded(path)) for name, path in _in_order(run, run.final_grids)],
-        progress=[(roles.label(name), _chosen(grids)) for name, grids in _in_order(run, run.step_grids)],
+        grids=[(label(roles, name), name, embedded(path)) for name, path in _in_order(run, run.final_grids)],
+        progress=[(label(roles, name), _chosen(grids)) for name, grids in _in_order(run, run.step_grids)],
         comparison=embedded(run.comparison, WIDE) if run.comparison else None,
         captions=run.captions,
-        trajectories=[(roles.label(name), embedded(path, WIDE)) for name, path in _in_order(run, run.trajectories)],
-        curves=[(roles.label(name), name, loss_curve(lines)) for name, lines in run.metrics.items()],
+        trajectories=[(label(roles, name), embedded(path, WIDE)) for name, path in _in_order(run, run.trajectories)],
+        curves=[(label(roles, name), name, loss_curve(lines)) for name, lines in run.metrics.items()],
         features=sorted({row["features"] for row in run.rows if "features" in row}),
         times=list(_times(run, roles)),
         environment=list(run.environment.items()),
@@ -97,8 +95,8 @@ def _uri(kind: str, content: bytes) -> str:
 
 def _in_order(run: RunFiles, by_stage: dict[str, T]) -> list[tuple[str, T]]:
     """By order of training, then the unknown ones by name."""
-    order = [stage["name"] for stage in run.stages]
-    return sorted(by_stage.items(), key=lambda item: (order.index(item[0]) if item[0] in order else 99, item[0]))
+    order = {stage["name"]: place for place, stage in enumerate(run.stages)}
+    return sorted(by_stage.items(), key=lambda item: (order.get(item[0], 99), item[0]))
 
 
 def _chosen(grids: list[tuple[int, Path]]) -> list[tuple[int, Embedded]]:
@@ -139,16 +137,15 @@ def loss_curve(lines: Sequence[dict[str, Any]]) -> str | None:
     return _uri("png", png.getvalue())
 
 
-def _times(run: RunFiles, roles: Roles) -> Iterator[tuple[str, str]]:
+def _times(run: RunFiles, roles: dict[str, str]) -> Iterator[tuple[str, str]]:
     """What took how long, in words. Training by the logged rate, which leaves out the start."""
-    batch_size = (run.config.get("data") or {}).get("batch_size")
+    batch_size = (run.config.get("data") or {}).get("batch_size", 0)
     for name, lines in run.metrics.items():
-        steps = [0] + [line["step"] for line in lines]
-        taken = zip(lines, steps, strict=False)
-        rates = [(line["step"] - before, line["samples_per_s"]) for line, before in taken if line["samples_per_s"]]
-        if batch_size and rates:
-            seconds = sum(count * batch_size / rate for count, rate in rates)
-            yield f"Training, {roles.label(name)}", f"{duration(seconds)} ({steps[-1]:,} steps)"
+        steps = [line["step"] for line in lines]
+        counts = np.diff(steps, prepend=0)
+        taken = [n / line["samples_per_s"] for n, line in zip(counts, lines, strict=True) if line["samples_per_s"]]
+        if batch_size and taken:
+            yield f"Training, {label(roles, name)}", f"{duration(batch_size * sum(taken))} ({steps[-1]:,} steps)"
     timed = [row["seconds"] for row in run.rows if "seconds" in row]
     if timed:
         yield "Evaluation", f"{duration(sum(timed))} ({len(timed)} rows)"
