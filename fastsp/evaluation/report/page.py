@@ -120,7 +120,7 @@ def loss_curve(lines: Sequence[dict[str, Any]]) -> str | None:
     shown = slice(None, None, max(1, len(loss) // MAX_POINTS))
     narrow = loss.max() < 8 * loss.min()  # less than a decade: its powers of ten alone would leave the axis bare
     figure = Figure(figsize=(4.8, 2.9), dpi=160, layout="constrained")
-    axes = figure.add_subplot(yscale="log", xlim=(0, step[-1]))
+    axes = figure.add_subplot(yscale="log", xlim=(0, step[-1]), ylim=(0.9 * loss.min(), 1.1 * loss.max()))
     axes.plot(step[shown], loss[shown], color=_RAW, linewidth=0.8)
     axes.plot(
         step[window - 1 :][shown], smooth[shown], color=_SMOOTH, linewidth=1.6, marker="o" if len(loss) == 1 else ""
