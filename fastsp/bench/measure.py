@@ -21,21 +21,14 @@ from fastsp.bench.workload import Workload
 STEPS_PER_TURN = {"cuda": 4, "cpu": 1}  # back to back on a GPU, so that the host may run ahead as it does in training
 WARM_UP_STEPS = 2
 
-# Dense matrix products, FLOP/s, from NVIDIA's data sheets: bfloat16 on tensor cores, float32 without TF32. The first
-# key that the device's name contains is used.
-_DATASHEET: dict[str, dict[torch.dtype, float]] = {
-    "H200": {torch.bfloat16: 989e12, torch.float32: 67e12},
-    "H100 PCIe": {torch.bfloat16: 756e12, torch.float32: 51e12},
-    "H100": {torch.bfloat16: 989e12, torch.float32: 67e12},
-    "A100": {torch.bfloat16: 312e12, torch.float32: 19.5e12},
-    "L40S": {torch.bfloat16: 362e12, torch.float32: 91.6e12},
-}
+# FLOP/s of dense bfloat16 products, from NVIDIA's data sheets. The first key that the device's name contains is used.
+_DATASHEET = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 def mfu(flops_per_s: float, device: str, dtype: torch.dtype) -> float | None:
-    """A rate's share of the peak in the data sheet of the device of that name; None for devices not in the table."""
-    peaks = next((peaks for known, peaks in _DATASHEET.items() if known in device), {})
-    return flops_per_s / peaks[dtype] if dtype in peaks else None
+    """A bfloat16 rate's share of the peak in the device's data sheet; None in other dtypes and for other devices."""
+    peak = next((peak for known, peak in _DATASHEET.items() if known in device), None)
+    return None if peak is None or dtype != torch.bfloat16 else flops_per_s / peak
 
 
 def flops_per_sample(provider: Provider, workload: Workload) -> float:

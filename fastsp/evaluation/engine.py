@@ -27,7 +27,6 @@ from fastsp.diffusion.sampling import Guidance
 from fastsp.errors import UserError
 from fastsp.evaluation.captions import CaptionSet
 from fastsp.evaluation.features import FeatureModel, Features
-from fastsp.evaluation.metrics import of_few_images
 from fastsp.evaluation.reference import HELD_OUT_DIGITS, Reference
 from fastsp.evaluation.rows import REAL, Job, Row, RowFile
 from fastsp.generation.generate import Sampling, generate, load_for_sampling, num_batches
@@ -74,8 +73,9 @@ class Evaluation:
             with suppress(OSError):
                 self.work.rmdir()  # what was kept of unfinished rows is gone
         count, width = min(self.num_samples, self.reference.count), len(self.reference.mean)
-        if (note := of_few_images(count, width)) is not None and len(self.rows.rows) > before:
-            say(note)
+        if count < width and len(self.rows.rows) > before:
+            few = f"{count} images are fewer than the {width} features: FID comes out too high, the more so the fewer"
+            say(f"{few} they are; compare it only between rows of equally many")
         return self.rows.rows
 
     def _sampled(self, name: str, jobs: Sequence[Job], bar: Bar, say: Callable[[str], Any]) -> None:

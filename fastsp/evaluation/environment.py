@@ -21,12 +21,11 @@ def environment() -> dict[str, str]:
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             facts[package] = version(package)
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        facts["cuda"], facts["cudnn"] = str(torch.version.cuda), str(torch.backends.cudnn.version())
+    facts |= {"device": f"CPU, {os.cpu_count()} cores", "platform": platform.platform(terse=True)}
+    if torch.cuda.is_available():
+        facts |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+        facts["device"] = torch.cuda.get_device_name()
         facts["device_memory_gb"] = f"{torch.cuda.get_device_properties(0).total_memory / 1e9:.1f}"
-    facts["device"] = torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores"
-    facts["platform"] = platform.platform(terse=True)
     return facts
 
 

@@ -2,13 +2,8 @@
 
 The network of Szegedy et al. 2015 (arXiv 1512.00567) in the variant of TensorFlow's 2015-12-05 graph, from which every
 published FID is computed: average pools that leave out the padding, a max pool in the last block, 1008 classes, logits
-without their bias. Its names are those of the converted weights that pytorch-fid and torch-fidelity distribute, so
-their file needs one conversion, done once and outside this tool, which loads no pickles:
-
-    import torch
-    from safetensors.torch import save_file
-    weights = torch.load("pt_inception-2015-12-05-6726825d.pth", weights_only=True, map_location="cpu")
-    save_file({name: w.contiguous() for name, w in weights.items()}, "inception.safetensors")
+without their bias. Its names are those of the converted weights that pytorch-fid and torch-fidelity distribute;
+docs/tools.md says how their file becomes one of safetensors, outside this tool, which loads no pickles.
 
 Pictures are resized as clean-fid does (Parmar et al. 2022, arXiv 2104.11222): rounded to 8 bits, then PIL's antialiased
 bicubic filter on float channels. Figures differ a little from those of TensorFlow's own, aliasing resize.
@@ -35,7 +30,7 @@ FEATURES, CLASSES = 2048, 1008
 
 Kernel = int | tuple[int, int]
 Layer = tuple[str, int, Kernel]  # name, channels out, kernel; stride 1 and padded so that the size stays
-Branch = Sequence[list[Layer]]  # a chain of layers, or of several side by side on the same input
+Branch = list[list[Layer]]  # a chain of layers, or of several side by side on the same input
 
 
 def convolution(inputs: int, outputs: int, kernel: Kernel, stride: int = 1, padded: bool = True) -> nn.Sequential:
@@ -47,11 +42,8 @@ def convolution(inputs: int, outputs: int, kernel: Kernel, stride: int = 1, padd
 class Mixed(nn.Module):
     """Branches side by side, concatenated over channels.
 
-    Args:
-        inputs: channels in.
-        branches: of layers.
-        pool: "average" or "max" before the last branch. "halving": the last layer of each branch has stride 2 and no
-            padding, and a max pool of the input, likewise, is one more branch.
+    `pool` is "average" or "max", before the last branch; or "halving": the last layer of each branch has stride 2 and
+    no padding, and a max pool of the input, likewise, is one more branch.
     """
 
     def __init__(self, inputs: int, branches: Sequence[Branch], pool: str = "average") -> None:
@@ -87,6 +79,7 @@ def _chain(name: str, *layers: tuple[int, Kernel]) -> Branch:
 
 _ACROSS, _DOWN = (1, 7), (7, 1)
 _DOUBLE = _chain("branch3x3dbl", (64, 1), (96, 3), (96, 3))
+_SEVEN = _chain("branch7x7x3", (192, 1), (192, _ACROSS), (192, _DOWN), (192, 3))
 
 
 def _mixed_a(inputs: int, pooled: int) -> Mixed:
@@ -100,17 +93,10 @@ def _mixed_c(inner: int) -> Mixed:
     return Mixed(768, [[[("branch1x1", 192, 1)]], seven, double, [[("branch_pool", 192, 1)]]])
 
 
-def _mixed_d() -> Mixed:
-    seven = _chain("branch7x7x3", (192, 1), (192, _ACROSS), (192, _DOWN), (192, 3))
-    return Mixed(768, [_chain("branch3x3", (192, 1), (320, 3)), seven], "halving")
-
-
 def _mixed_e(inputs: int, pool: str) -> Mixed:
-    def fork(name: str) -> list[Layer]:
-        return [(f"{name}a", 384, (1, 3)), (f"{name}b", 384, (3, 1))]
-
-    three = [*_chain("branch3x3", (384, 1)), fork("branch3x3_2")]
-    double = [*_chain("branch3x3dbl", (448, 1), (384, 3)), fork("branch3x3dbl_3")]
+    three, double = _chain("branch3x3", (384, 1)), _chain("branch3x3dbl", (448, 1), (384, 3))
+    for branch, name in ((three, "branch3x3_2"), (double, "branch3x3dbl_3")):
+        branch.append([(f"{name}a", 384, (1, 3)), (f"{name}b", 384, (3, 1))])
     return Mixed(inputs, [[[("branch1x1", 320, 1)]], three, double, [[("branch_pool", 192, 1)]]], pool)
 
 
@@ -137,7 +123,7 @@ class InceptionV3(FeatureModel):
                 Mixed_6c=_mixed_c(160),
                 Mixed_6d=_mixed_c(160),
                 Mixed_6e=_mixed_c(192),
-                Mixed_7a=_mixed_d(),
+                Mixed_7a=Mixed(768, [_chain("branch3x3", (192, 1), (320, 3)), _SEVEN], "halving"),
                 Mixed_7b=_mixed_e(1280, "average"),
                 Mixed_7c=_mixed_e(2048, "max"),
             )

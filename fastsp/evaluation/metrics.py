@@ -22,16 +22,6 @@ TEN_SPLITS = 5_000  # samples from which on the Inception Score of ten splits, a
 _ROWS = 1024  # of a matrix of distances held at once
 
 
-def of_few_images(count: int, width: int) -> str | None:
-    """What to know of an FID of so many images in so many features; None: nothing."""
-    if count >= width:
-        return None
-    return (
-        f"{count} images are fewer than the {width} features: FID comes out too high, the more so the fewer they are; "
-        "compare it only between rows of equally many"
-    )
-
-
 def frechet_distance(mean: Tensor, covariance: Tensor, generated: Tensor) -> float:
     """FID of generated images against real ones, in squared feature units.
 
@@ -75,13 +65,13 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = NEIGHBOU
     Kynkäänniemi et al. 2019, arXiv 1904.06991. The manifold of a set is the union of balls around its members, each
     reaching to the member's k-th nearest neighbour. Features are float (N, D) and (M, D), more than k of each.
     """
-    return _share_inside(generated, real, neighbours), _share_inside(real, generated, neighbours)
 
+    def share_inside(points: Tensor, centres: Tensor) -> float:
+        radii = _radii(centres, neighbours)
+        inside = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(_ROWS)]
+        return torch.cat(inside).double().mean().item()
 
-def _share_inside(points: Tensor, centres: Tensor, neighbours: int) -> float:
-    radii = _radii(centres, neighbours)
-    inside = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(_ROWS)]
-    return torch.cat(inside).double().mean().item()
+    return share_inside(generated, real), share_inside(real, generated)
 
 
 def coverage(real: Tensor, generated: Tensor, neighbours: int = NEIGHBOURS) -> float:

@@ -42,28 +42,12 @@ class Table(NamedTuple):
     unconditional: bool = False  # trained and sampled with the empty prompt
 
 
-def _variants(key: str, rows: dict[str, tuple[str, float, float]]) -> dict[str, Any]:
-    """Stages that differ in one key, and a row for each: label -> (the key's value, FID, IS)."""
-    names = {label: f"{SP}_{value.replace('+', '_')}" for label, (value, _, _) in rows.items()}
-    return {
-        "stages": {names[label]: {key: value} for label, (value, _, _) in rows.items()},
-        "entries": tuple(Entry(label, names[label], fid, score) for label, (_, fid, score) in rows.items()),
-    }
+def _variants(title: str, key: str, *rows: tuple[str, str, float, float]) -> Table:
+    """Stages that differ in one key, and a row for each: label, the key's value, FID, IS."""
+    names = [f"{SP}_{value.replace('+', '_')}" for _, value, _, _ in rows]
+    entries = tuple(Entry(label, name, *scores) for name, (label, _, *scores) in zip(names, rows, strict=True))
+    return Table(title, entries, {name: {key: row[1]} for name, row in zip(names, rows, strict=True)})
 
-
-_LAYERS = {
-    "encoder": ("encoder", 26.64, 26.89),
-    "decoder": ("decoder", 42.42, 19.98),
-    "encoder + mid": ("encoder+mid", 26.96, 27.24),
-    "mid": ("mid", 25.89, 27.76),
-}
-_TIMESTEPS = {
-    "t + 40 or t - 40": ("offset", 27.24, 23.31),
-    "N(t, 100)": ("normal", 24.54, 25.42),
-    "U(1, T)": ("uniform", 25.89, 27.76),
-}
-_DISTANCES = {"MAE": ("mae", 25.28, 27.41), "MSE": ("mse", 25.89, 27.76)}
-_GUIDED = ((2, 21.19, 32.22), (3, 20.65, 33.49), (4, 20.67, 33.34), (7.5, 23.49, 31.64))
 
 TABLES: dict[int, Table] = {
     1: Table(
@@ -82,9 +66,22 @@ TABLES: dict[int, Table] = {
         (Entry("MSE", BASE, 62.32, 11.18), Entry("self-perceptual", SP, 59.12, 12.04)),
         unconditional=True,
     ),
-    3: Table("layers of the perceptual network", **_variants("layers", _LAYERS)),
-    4: Table("the timestep t'", **_variants("timestep_sampling", _TIMESTEPS)),
-    5: Table("the distance", **_variants("distance", _DISTANCES)),
+    3: _variants(
+        "layers of the perceptual network",
+        "layers",
+        ("encoder", "encoder", 26.64, 26.89),
+        ("decoder", "decoder", 42.42, 19.98),
+        ("encoder + mid", "encoder+mid", 26.96, 27.24),
+        ("mid", "mid", 25.89, 27.76),
+    ),
+    4: _variants(
+        "the timestep t'",
+        "timestep_sampling",
+        ("t + 40 or t - 40", "offset", 27.24, 23.31),
+        ("N(t, 100)", "normal", 24.54, 25.42),
+        ("U(1, T)", "uniform", 25.89, 27.76),
+    ),
+    5: _variants("the distance", "distance", ("MAE", "mae", 25.28, 27.41), ("MSE", "mse", 25.89, 27.76)),
     6: Table(
         "the perceptual network",
         (Entry("MSE model", SP, 25.89, 27.76), Entry("SP model", "sp_repeat", 26.61, 26.41)),
@@ -92,8 +89,11 @@ TABLES: dict[int, Table] = {
     ),
     7: Table(
         "self-perceptual with guidance",
-        tuple(
-            Entry(f"SP + CFG {scale:g}", SP, fid, score, guidance=scale, rescale=0.7) for scale, fid, score in _GUIDED
+        (
+            Entry("SP + CFG 2", SP, 21.19, 32.22, guidance=2, rescale=0.7),
+            Entry("SP + CFG 3", SP, 20.65, 33.49, guidance=3, rescale=0.7),
+            Entry("SP + CFG 4", SP, 20.67, 33.34, guidance=4, rescale=0.7),
+            Entry("SP + CFG 7.5", SP, 23.49, 31.64, guidance=7.5, rescale=0.7),
         ),
     ),
 }
@@ -106,18 +106,16 @@ def own_config(file: Path) -> Path:
         if path.is_file():
             return path
     raise UserError(
-        f"configuration file {file} is neither here nor beside the package, in {beside.parent}: run this in a clone of "
-        "the repository, install from one with pip install -e, or give another file by --config"
+        f"configuration file {file} is neither here nor in {beside.parent}: run this in a clone of the "
+        "repository, install from one with pip install -e, or give another file by --config"
     )
 
 
 def table_config(number: int, base: Path, overrides: Sequence[str] = ()) -> Config:
-    """The run of a table, 1 to 7, in ``reproduce/tableN`` beside the base's own; `UserError` if the base lacks a stage.
+    """The run of a table, 1 to 7, in ``reproduce/tableN`` beside the base's own.
 
-    Args:
-        base: a configuration whose first stage is MSE and that has a self-perceptual one: their settings are taken,
-            as are model, data and all else.
-        overrides: as on the command line; they have the last word.
+    `base` is a configuration whose first stage is MSE and that has a self-perceptual one, else `UserError`: their
+    settings are taken, as are model, data and all else. `overrides`, as on the command line, have the last word.
     """
     if number not in TABLES:
         raise UserError(f"table {number}: the paper has tables 1 to {max(TABLES)}")
@@ -125,13 +123,9 @@ def table_config(number: int, base: Path, overrides: Sequence[str] = ()) -> Conf
     template = next((stage for stage in config.stages if stage.objective == "self_perceptual"), None)
     if config.stages[0].objective != "mse" or template is None:
         raise UserError(
-            f"{base}: a table needs a first stage of MSE and a self-perceptual one, whose settings it takes"
+            f"{base}: a table needs a first stage of MSE and a self-perceptual one: it takes their settings"
         )
     own = {**template.model_dump(), "init": BASE, "perceptual_network": BASE}
-    guided: dict[tuple[float, float], list[str]] = {}
-    for entry in table.entries:
-        if entry.guidance:
-            guided.setdefault((entry.guidance, entry.rescale), []).append(entry.stage)
     changes = {
         "run_dir": str(Path(config.run_dir).parent / "reproduce" / f"table{number}"),
         "stages": [
@@ -143,7 +137,9 @@ def table_config(number: int, base: Path, overrides: Sequence[str] = ()) -> Conf
         "evaluation.enabled": True,
         "evaluation.steps": sorted({entry.steps for entry in table.entries}),
         "evaluation.guidance": [
-            {"stages": names, "scale": scale, "rescale": phi} for (scale, phi), names in guided.items()
+            {"stages": [entry.stage], "scale": entry.guidance, "rescale": entry.rescale}
+            for entry in table.entries
+            if entry.guidance
         ],
         "evaluation.unconditional": table.unconditional,
     }
@@ -160,14 +156,14 @@ def compared(number: int, rows: list[dict[str, Any]]) -> Iterator[tuple[Entry, f
         yield entry, fid, score
 
 
-def counterpart(role: str, setting: Setting) -> tuple[float, float, str] | None:
+def counterpart(role: str | None, setting: Setting) -> tuple[float, float, str] | None:
     """The paper's FID, Inception Score and table for a row of a run's report; None where it has none.
 
     A guided row is matched to the paper's with the nearest scale. The paper has no equally long control.
     """
     if role == "real":
         return 0.00, 35.28, "Table 1"
-    stage, guided = {"base": BASE, "self_perceptual": SP}.get(role), setting.guidance > 0
+    stage, guided = {"base": BASE, "self_perceptual": SP}.get(role or ""), setting.guidance > 0
     number = 2 if not setting.conditional else 7 if guided and stage == SP else 1
     matching = [
         entry

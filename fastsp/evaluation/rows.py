@@ -21,7 +21,6 @@ A row is one set of samples, one seed:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,36 +82,29 @@ def plan(config: Config) -> list[Job]:
     """All rows of a run, in the order of the report: the real images; every stage without guidance at each step count;
     guided, at the first one; with the empty prompt, at the first one (the only kind of a model without captions).
     """
-    folder = Path(config.run_dir) / "stages"
-    return [
-        Job("" if setting.stage == REAL else str(folder / setting.stage), setting, seed)
-        for setting in _settings(config)
-        for seed in config.evaluation.seeds
-    ]
-
-
-def _settings(config: Config) -> Iterator[Setting]:
     evaluation, captioned = config.evaluation, not config.data.unconditional
-    stages = [stage.name for stage in config.stages]
-    first = evaluation.steps[0]
-    yield Setting(REAL, captioned, 0.0, 0.0, 0)
+    stages, first = [stage.name for stage in config.stages], evaluation.steps[0]
+    settings = [Setting(REAL, captioned, 0.0, 0.0, 0)]
     if captioned:
-        yield from (Setting(stage, True, 0.0, 0.0, steps) for steps in evaluation.steps for stage in stages)
+        settings += [Setting(stage, True, 0.0, 0.0, steps) for steps in evaluation.steps for stage in stages]
         for guided in evaluation.guidance:
             chosen = stages if guided.stages is None else guided.stages
-            yield from (Setting(stage, True, guided.scale, guided.rescale, first) for stage in chosen)
+            settings += [Setting(stage, True, guided.scale, guided.rescale, first) for stage in chosen]
     if evaluation.unconditional or not captioned:
-        yield from (Setting(stage, False, 0.0, 0.0, first) for stage in stages)
+        settings += [Setting(stage, False, 0.0, 0.0, first) for stage in stages]
+    folders = {REAL: "", **{stage: str(Path(config.run_dir) / "stages" / stage) for stage in stages}}
+    return [Job(folders[setting.stage], setting, seed) for setting in settings for seed in evaluation.seeds]
+
+
+# Figures, and the batch size, on which none depends: rows that differ in nothing else are of the same samples.
+_FIGURES = (
+    *("fid", "inception_score", "inception_score_10_splits", "validity", "caption_agreement", "precision", "recall"),
+    *("coverage", "nearest_train", "memorised", "seconds", "batch_size"),
+)
 
 
 class RowFile:
     """A JSON file with rows, else `UserError`. Several processes may add to it, and whatever is in it stays."""
-
-    # Figures, and the batch size, on which none depends: rows that differ in nothing else are of the same samples.
-    NOT_ASKED = (
-        *("fid", "inception_score", "inception_score_10_splits", "validity", "caption_agreement", "precision"),
-        *("recall", "coverage", "nearest_train", "memorised", "seconds", "batch_size"),
-    )
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -125,8 +117,8 @@ class RowFile:
     def has(self, row: Row) -> bool:
         """Whether the file, read again, holds a row that was computed from the same, whatever came out."""
         self.rows = self._read()
-        questions = [{key: found[key] for key in found if key not in self.NOT_ASKED} for found in [row, *self.rows]]
-        return questions[0] in questions[1:]
+        asked, *there = ({key: row[key] for key in row if key not in _FIGURES} for row in [row, *self.rows])
+        return asked in there
 
     def add(self, row: Row) -> bool:
         """Write the row, unless one is there that says the same; true if there was none."""

@@ -9,11 +9,10 @@ import torch
 
 from fastsp.errors import UserError
 from fastsp.evaluation.run_files import RunFiles, read_run
-from fastsp.export.layout import layout_of
+from fastsp.export.layout import layout_of, save_single_file
 from fastsp.export.model_card import model_card
-from fastsp.export.single_file import save_single_file
-from fastsp.generation.generate import raw_weights
-from fastsp.models import load_pipeline, load_unet
+from fastsp.generation.generate import load_trained, raw_weights
+from fastsp.models import TextToImageModel
 from fastsp.models.saving import save_pipeline
 from fastsp.utils.files import new_folder, write_file
 
@@ -30,34 +29,29 @@ def export_run(
     base: str | None = None,
     raw: bool = False,
 ) -> list[Path]:
-    """Write the weights of a run's final stage, or of another one, where other programs can read them.
-
-    What is there under these names is replaced; the caller asks first.
+    """Write the weights of a run's stage where other programs can read them, in place of what is there.
 
     Args:
         run_dir: of a finished run.
         out: the folder to write: a diffusers pipeline and the model card.
         single_file: a `.safetensors` file in the original layout, and beside it the `.yaml` that A1111 reads.
         dtype: of the weights, a name of :data:`DTYPES`; fp32 loses nothing.
-        stage: whose weights; None: the one the run's configuration calls final.
+        stage: None: the one the run's configuration calls final.
         base: of a LoRA run, the model to merge the adapters into; None: the one they name.
         raw: write the raw weights, not their moving average.
 
     Returns:
-        What was written, folders and files.
-
-    Raises:
-        UserError: no finished run, no such stage, or a model that has no original layout.
+        What was written, folders and files. `UserError`: no finished run, no such stage, or no original layout.
     """
     run = read_run(run_dir)
-    pipeline, chosen = _pipeline(run, stage, base, raw)
+    model, chosen = _model(run, stage, base, raw)
+    pipeline = model.pipeline()
     if single_file is not None:
         layout_of(pipeline)  # refuses before anything is written
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(DTYPES[dtype])
-    kind = type(pipeline).__name__
-    card = model_card(run, chosen, kind, single_file is not None, dtype, raw)
+    card = model_card(run, chosen, type(pipeline).__name__, single_file is not None, dtype, raw)
     written = [out]
     with new_folder(out) as unfinished:
         save_pipeline(pipeline, unfinished)
@@ -66,8 +60,8 @@ def export_run(
         save_single_file(pipeline, single_file, DTYPES[dtype], single_file.stem)
         written.append(single_file)
         if (description := original_config(pipeline)) is not None:
-            write_file(single_file.with_suffix(".yaml"), description.read_text(encoding="utf-8"))
             written.append(single_file.with_suffix(".yaml"))
+            write_file(written[-1], description.read_bytes())
     return written
 
 
@@ -79,21 +73,18 @@ def original_config(pipeline: Any) -> Path | None:
     return file if is_published and file.is_file() else None
 
 
-def _pipeline(run: RunFiles, stage: str | None, base: str | None, raw: bool) -> tuple[Any, str]:
-    """The diffusers pipeline of a stage, and the stage's name."""
-    final = run.directory / "final"
+def _model(run: RunFiles, stage: str | None, base: str | None, raw: bool) -> tuple[TextToImageModel, str]:
+    """The model of a stage, and the stage's name."""
+    final, names = run.directory / "final", [entry["name"] for entry in run.stages]
     if not final.is_dir():
         raise UserError(f"--run {run.directory} holds no finished run: it has no final/; train it first")
-    if not run.stages:
+    if not names:
         raise UserError(f"--run {run.directory} has no config.yaml, or none that names stages")
-    names = [entry["name"] for entry in run.stages]
-    last = run.config.get("final") or names[-1]
     if stage is not None and stage not in names:
         raise UserError(f"--stage {stage!r} is no stage of {run.directory}; allowed: {', '.join(names)}")
-    model, chosen = load_pipeline(str(final), base=base), stage or last
+    last = run.config.get("final") or names[-1]
+    chosen = stage or last
     folder = run.directory / "stages" / chosen
-    if chosen != last and not folder.is_dir():
-        raise UserError(f"--run {run.directory} lacks stages/{chosen}: that stage has not been finished")
-    if raw or chosen != last:
-        model.unet = load_unet(Path(raw_weights(str(folder))) if raw else folder, base)
-    return model.pipeline(), chosen
+    if raw:
+        return load_trained(raw_weights(str(folder)), base=base), chosen
+    return load_trained(str(final if chosen == last else folder), base=base), chosen

@@ -1,4 +1,5 @@
-"""The original layout of Stable Diffusion checkpoints: diffusers' weights under the names of CompVis' and Stability's.
+"""One `.safetensors` file with a whole pipeline in the original layout, as ComfyUI, A1111, Forge and InvokeAI open it:
+diffusers' weights under the names of CompVis' and Stability's.
 
 The names of the UNet are its family's. The VAE counts its `up` from the output. A text encoder lies in OpenAI's layout
 (Stable Diffusion 1, the first of XL) or in OpenCLIP's (2, the second of XL), where query, key and value are one matrix.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from fastsp.errors import UserError
 from fastsp.families import family_of
+from fastsp.utils.files import new_file, save_tensors
 
 Layout = Literal["sd1", "sd2", "sdxl"]
 State = dict[str, Tensor]
@@ -24,6 +27,12 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 OPENCLIP_H_LAYERS = 24  # of which Stable Diffusion 2 uses all but the last
 _LOGIT_SCALE = math.log(100)  # CLIP's, where its training clips it
 
+# Architecture and implementation, by https://github.com/Stability-AI/ModelSpec, 1.0.0
+_MODEL_SPEC: dict[Layout, tuple[str, str]] = {
+    "sd1": ("stable-diffusion-v1", "CompVis/stable-diffusion"),
+    "sd2": ("stable-diffusion-v2-768-v", "Stability-AI/stablediffusion"),
+    "sdxl": ("stable-diffusion-xl-v1-base", "Stability-AI/generative-models"),
+}
 # Parts of names in diffusers and transformers, and in the original layout.
 _VAE_NAMES = {
     "down_blocks": "down",
@@ -52,13 +61,36 @@ _OPENCLIP_NAMES = {
 }
 
 
+def save_single_file(pipeline: Any, path: Path, dtype: torch.dtype, title: str) -> None:
+    """Write the weights of a diffusers pipeline of Stable Diffusion 1.x, 2.x or XL in a dtype, whole or not at all.
+
+    `title` is for the programs' lists of models. `UserError`: the pipeline has no original layout.
+    """
+    state = {key: weight.to(dtype).contiguous() for key, weight in original_layout(pipeline).items()}
+    # ComfyUI, A1111 and Forge look for these empty tensors in files of Stable Diffusion XL, Forge for `ztsnr` in all.
+    noise, prediction = pipeline.scheduler.config, {"v_prediction": "v", "epsilon": "epsilon"}
+    state |= {"v_pred": torch.empty(0)} if noise.prediction_type == "v_prediction" else {}
+    state |= {"ztsnr": torch.empty(0)} if noise.rescale_betas_zero_snr else {}
+    architecture, repository = _MODEL_SPEC[layout_of(pipeline)]
+    side = family_of(pipeline.unet).side(pipeline.unet.config) * pipeline.vae_scale_factor
+    metadata = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": f"https://github.com/{repository}",
+        "modelspec.title": title,
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": prediction.get(noise.prediction_type, ""),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as unfinished:
+        save_tensors(state, unfinished, metadata)
+
+
 def layout_of(pipeline: Any) -> Layout:
-    """Which of the three layouts a diffusers pipeline has.
+    """Which of the three layouts a diffusers pipeline has; `UserError` if it has no VAE, and so none of them.
 
     The files say nothing of activations: OpenAI's text layout means quick GELU, OpenCLIP's GELU, so that decides.
-
-    Raises:
-        UserError: it has no VAE, so there is no original layout.
     """
     if getattr(pipeline, "vae", None) is None:
         raise UserError("--single-file: the model works on pixels; the original layout has a VAE")
@@ -68,10 +100,8 @@ def layout_of(pipeline: Any) -> Layout:
 
 
 def original_layout(pipeline: Any) -> State:
-    """All weights of a Stable Diffusion pipeline under their original names; views where nothing has to be joined.
-
-    Raises:
-        UserError: a module for which the layout has no place.
+    """All weights of a Stable Diffusion pipeline under their original names, views where nothing has to be joined;
+    `UserError` for a module for which the layout has no place.
     """
     unet, first = pipeline.unet, pipeline.text_encoder
     parts = {UNET: renamed(unet, family_of(unet).original_names(unet)), VAE: vae_state(pipeline.vae)}
@@ -87,10 +117,8 @@ def original_layout(pipeline: Any) -> State:
 
 
 def vae_state(vae: Any) -> State:
-    """The weights of diffusers' ``AutoencoderKL``; its attention is made of 1x1 convolutions there.
-
-    Raises:
-        UserError: attention elsewhere than in the middle.
+    """The weights of diffusers' ``AutoencoderKL``, its attention as 1x1 convolutions; `UserError` for more of it than
+    in the middle.
     """
     last, state = len(vae.decoder.up_blocks) - 1, {}
     for key, weight in vae.state_dict().items():
@@ -126,27 +154,20 @@ def openclip_state(text_encoder: Any) -> State:
             state[_with_parts(key, _OPENCLIP_NAMES)] = weight
     if layers == OPENCLIP_H_LAYERS - 1:
         last, filler = (f"transformer.resblocks.{layer}." for layer in (layers - 1, layers))
-        copies = {key.replace(last, filler): weight.clone() for key, weight in state.items() if key.startswith(last)}
-        state |= copies  # copies, for safetensors holds no weight twice
+        # Copies, for safetensors holds no weight twice
+        state |= {key.replace(last, filler): weight.clone() for key, weight in state.items() if key.startswith(last)}
     return state
 
 
 def renamed(module: Any, pairs: Iterable[tuple[str, str]]) -> State:
-    """The module's weights under the original names of the modules that hold them.
-
-    Raises:
-        UserError: a weight in none of the modules named by ``pairs``.
-    """
+    """A module's weights, the modules that hold them renamed as in ``pairs``; `UserError` for a weight in no such."""
     names, state, unknown = dict(pairs), {}, []
     for key, weight in module.state_dict().items():
-        holder, rest = key, ""
-        while holder and holder not in names:
-            holder, _, last = holder.rpartition(".")
-            rest = f".{last}{rest}"
-        if holder:
-            state[names[holder] + rest] = weight
-        else:
+        holder = max((name for name in names if key.startswith(f"{name}.")), key=len, default=None)
+        if holder is None:
             unknown.append(key)
+        else:
+            state[names[holder] + key.removeprefix(holder)] = weight
     _refuse(unknown)
     return state
 

@@ -13,7 +13,6 @@ from fastsp.evaluation.rows import by_setting
 from fastsp.evaluation.run_files import RunFiles
 from fastsp.models.hub import is_hub_id
 
-_TEMPLATE = Path(__file__).with_name("model_card.md")
 _TORCH_DTYPES = {"fp32": None, "fp16": "torch.float16", "bf16": "torch.bfloat16"}  # None: diffusers' own
 
 
@@ -22,17 +21,11 @@ def model_card(
 ) -> str:
     """The card as Markdown with the front matter of Hugging Face's hub.
 
-    Args:
-        run: with its configuration; rows of the evaluation and the environment may be empty.
-        stage: whose weights these are.
-        pipeline_class: diffusers' (or our) class that loads the folder.
-        with_single_file: whether a single file goes with the folder.
-        dtype: of the weights, "fp32", "fp16" or "bf16".
-        raw: these are not the averaged weights.
+    The weights are those of a stage, raw or averaged, in a dtype "fp32", "fp16" or "bf16"; `pipeline_class` loads them,
+    and a single file may go with them.
     """
-    config = run.config
+    config, way = run.config, _way_to(run.stages, stage)
     base = config["model"].get("pretrained")
-    way = _way_to(run.stages, stage)
     perceptual = any(entry["objective"] == "self_perceptual" for entry in way)
     front = {  # a path says nothing to others; it may say too much
         "library_name": "diffusers",
@@ -40,14 +33,13 @@ def model_card(
         "tags": ["text-to-image", "diffusion", *(["self-perceptual"] if perceptual else []), "fastsp"],
         **({"base_model": base} if base and is_hub_id(base) else {}),
     }
-    groups = [(setting, group) for setting, group in by_setting(run.rows).items() if setting.stage == stage]
+    rows = [row for row in run.rows if row["stage"] == stage]
     scores = [
         (setting, *(mean(row[key] for row in group) for key in ("fid", "inception_score")), len(group))
-        for setting, group in groups
+        for setting, group in by_setting(rows).items()
     ]
-    template = jinja2.Template(
-        _TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
+    text = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    template = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return template.render(
         front=yaml.safe_dump(front, sort_keys=False),
         run=config["run_dir"].rstrip("/").rpartition("/")[2],
@@ -64,7 +56,7 @@ def model_card(
         raw=raw,
         environment=run.environment,
         scores=scores,
-        first=groups[0][1][0] if groups else None,
+        first=rows[0] if rows else None,
     )
 
 

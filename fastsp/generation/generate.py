@@ -37,32 +37,33 @@ class Sampling:
     batch_size: int = 16  # images in a batch of the UNet, twice as many with guidance
 
 
-def load_for_sampling(name: str, config: str | None = None, base: str | None = None) -> TextToImageModel:
-    """A model to sample: on a GPU with its UNet in bfloat16, else on the CPU in float32.
+def load_trained(name: str, config: str | None = None, base: str | None = None) -> TextToImageModel:
+    """A model in float32 on the CPU; `UserError` if there is no such one, or it cannot be loaded.
 
     Args:
         name: what :func:`fastsp.models.load_pipeline` takes, or a stage of a run, as in ``runs/quickstart/stages/mse``:
             that UNet, the run's other parts. The run need not be finished. ``raw/`` in there has the raw weights.
         config, base: of a single file, of adapters; see there.
-
-    Raises:
-        UserError: there is no such model, or it cannot be loaded.
     """
     folder = Path(name).expanduser()
     run = _run_of_stage(folder, name)
     if run is None:
-        model = load_pipeline(name, config, base=base)
+        return load_pipeline(name, config, base=base)
+    if (run / "final").is_dir():
+        model = load_pipeline(str(run / "final"), with_unet=False)
     else:
-        if (run / "final").is_dir():
-            model = load_pipeline(str(run / "final"), with_unet=False)
-        else:
-            of_run = read_config(run / "config.yaml")
-            start = of_run.model
-            sizes = start.unet.model_dump() if start.unet else None
-            side, seed = of_run.data.resolution, of_run.seed
-            model = load_model(start.preset, start.pretrained, side, seed, start.config, unet=sizes)
-        model.unet = load_unet(folder)
-    device = best_device()
+        of_run = read_config(run / "config.yaml")
+        start = of_run.model
+        sizes = start.unet.model_dump() if start.unet else None
+        side, seed = of_run.data.resolution, of_run.seed
+        model = load_model(start.preset, start.pretrained, side, seed, start.config, unet=sizes)
+    model.unet = load_unet(folder)
+    return model
+
+
+def load_for_sampling(name: str, config: str | None = None, base: str | None = None) -> TextToImageModel:
+    """As :func:`load_trained`, to be sampled: on a GPU with its UNet in bfloat16, else on the CPU in float32."""
+    model, device = load_trained(name, config, base), best_device()
     model.place(device)
     model.unet.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     if device.type == "cuda":
@@ -104,8 +105,8 @@ def _run_of_stage(folder: Path, name: str) -> Path | None:
         )
     stage = folder.parent if folder.name == RAW else folder
     run = stage.parent.parent
-    of_run = stage.parent.name == "stages" and ((run / "final").is_dir() or (run / "config.yaml").is_file())
-    if not of_run or (folder / DIFFUSERS_FILE).is_file():
+    is_run = (run / "final").is_dir() or (run / "config.yaml").is_file()
+    if stage.parent.name != "stages" or not is_run or (folder / DIFFUSERS_FILE).is_file():
         return None
     if not folder.is_dir():
         there = ", ".join(sorted(path.name for path in stage.parent.glob("[!.]*"))) or "none"
@@ -126,14 +127,11 @@ def generate(
     Args:
         first: index of the first image to sample, the start of a batch.
         after_step: called after every DDIM step of a batch.
-        frames: x0^ is yielded after so many steps of a batch, at most all, evenly spaced (the paper's Figure 6). The
-            last one is the finished image.
+        frames: how often x0^ is yielded for a batch, see :func:`frame_steps`. The last one is the finished image.
 
     Yields:
-        For each frame of each batch the indices, and images on the CPU: (B, C, H, W) float32 in [-1, 1].
-
-    Raises:
-        UserError: more steps than the model's schedule has, or a resolution that its VAE cannot encode.
+        For each frame of each batch the indices, and images on the CPU: (B, C, H, W) float32 in [-1, 1]. `UserError`:
+        more steps than the model's schedule has, or a resolution that its VAE cannot encode.
     """
     num_timesteps = model.scheduler.config.num_train_timesteps
     if sampling.steps > num_timesteps:
@@ -160,10 +158,8 @@ def generate_pictures(
 ) -> list[Image.Image]:
     """The images of :func:`generate` as PIL images for a grid: in the order of the prompts, each with all its frames.
 
-    Args:
-        model, prompts, sampling, more: see there.
-        side: pixels; larger images are shrunk as they come, see :func:`fastsp.generation.grids.cell_side`.
-        each: called with index and image, in full size.
+    They are shrunk to `side` pixels as they come, see :func:`fastsp.generation.grids.cell_side`; `each` is called with
+    index and image in full size.
     """
     rows: list[list[Image.Image]] = [[] for _ in prompts]
     for indices, images in generate(model, prompts, sampling, **more):
@@ -174,7 +170,7 @@ def generate_pictures(
 
 
 def frame_steps(steps: int, frames: int) -> list[int]:
-    """Which of a sampler's steps, from 1, are shown: at most ``frames``, evenly spaced, the last one among them."""
+    """Which of a sampler's steps, from 1, are shown (the paper's Figure 6): at most ``frames``, with the last one."""
     frames = min(frames, steps)
     return [round(frame * steps / frames) for frame in range(1, frames + 1)]
 

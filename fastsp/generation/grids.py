@@ -40,9 +40,7 @@ def cell_side(side: int, count: int, max_pixels: int = MAX_PIXELS) -> int:
 
 def shrunk(picture: Image.Image, side: int) -> Image.Image:
     """An image of at most ``side`` pixels in width and height."""
-    if max(picture.size) <= side:
-        return picture
-    return ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
+    return picture if max(picture.size) <= side else ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
 
 
 def grid(

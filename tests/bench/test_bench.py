@@ -145,8 +145,8 @@ def test_a_ratio_is_that_of_the_rounds_taken_together():
 
 def test_utilisation():
     assert mfu(494.5e12, "NVIDIA H200", torch.bfloat16) == 0.5
-    assert mfu(25.5e12, "NVIDIA H100 PCIe", torch.float32) == 0.5, "not that of the H100 with more power"
-    assert mfu(1e12, "the CPU (2 threads)", torch.float32) is None and mfu(1e12, "H200", torch.float64) is None
+    assert mfu(378e12, "NVIDIA H100 PCIe", torch.bfloat16) == 0.5, "not that of the H100 with more power"
+    assert mfu(1e12, "the CPU (2 threads)", torch.bfloat16) is None and mfu(1e12, "H200", torch.float32) is None
 
 
 def test_overrides_without_a_file():

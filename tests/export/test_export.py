@@ -17,7 +17,7 @@ from fastsp.config import Config
 from fastsp.diffusion import draws
 from fastsp.errors import UserError
 from fastsp.export.export import DTYPES, export_run
-from fastsp.export.single_file import save_single_file
+from fastsp.export.layout import save_single_file
 from fastsp.models import digits_model, load_pipeline
 
 STAGES = ["mse", "sp", "mse_longer"]

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from fastsp.errors import UserError
 from fastsp.export import layout
 from fastsp.export.export import original_config
-from fastsp.export.single_file import save_single_file
+from fastsp.export.layout import save_single_file
 from fastsp.families import family_of
 from fastsp.models import ddim_scheduler
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fastsp.diffusion.sampling import Guidance
 from fastsp.errors import UserError
-from fastsp.export.single_file import save_single_file
+from fastsp.export.layout import save_single_file
 from fastsp.models import load_pipeline
 
 PROMPTS = ["a handwritten seven", "a blank"]

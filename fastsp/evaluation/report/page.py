@@ -36,10 +36,10 @@ AS_IT_IS = 200_000  # bytes: a file up to this size is embedded unchanged
 
 
 class Embedded(NamedTuple):
-    """An image of the page: itself, and where the file lies from which it was made."""
+    """An image of the page."""
 
     uri: str
-    link: str
+    link: str  # to the file
     shrunk: str  # the file's size where the page shows a smaller copy, such as "12800 x 2048"; else empty
     enlarged: bool  # few pixels: the browser is to show them as squares
 
@@ -101,8 +101,7 @@ def _in_order(run: RunFiles, by_stage: dict[str, T]) -> list[tuple[str, T]]:
 
 def _chosen(grids: list[tuple[int, Path]]) -> list[tuple[int, Embedded]]:
     """A few of the grids made on the way, evenly chosen."""
-    count = min(MAX_STEP_GRIDS, len(grids))
-    places = (round(i * (len(grids) - 1) / max(1, count - 1)) for i in range(count))
+    places = np.linspace(0, len(grids) - 1, min(MAX_STEP_GRIDS, len(grids))).round().astype(int)
     return [(step, embedded(path)) for step, path in (grids[place] for place in places)]
 
 
@@ -122,9 +121,8 @@ def loss_curve(lines: Sequence[dict[str, Any]]) -> str | None:
     figure = Figure(figsize=(4.8, 2.9), dpi=160, layout="constrained")
     axes = figure.add_subplot(yscale="log", xlim=(0, step[-1]), ylim=(0.9 * loss.min(), 1.1 * loss.max()))
     axes.plot(step[shown], loss[shown], color=_RAW, linewidth=0.8)
-    axes.plot(
-        step[window - 1 :][shown], smooth[shown], color=_SMOOTH, linewidth=1.6, marker="o" if len(loss) == 1 else ""
-    )
+    marker = "o" if len(loss) == 1 else ""
+    axes.plot(step[window - 1 :][shown], smooth[shown], color=_SMOOTH, linewidth=1.6, marker=marker)
     axes.grid(which="both" if narrow else "major", axis="y", color="#e4e6ea", linewidth=0.6)
     axes.tick_params(which="both", colors=_INK, labelsize=8, length=0)
     axes.spines[:].set_visible(False)

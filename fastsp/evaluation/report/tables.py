@@ -18,49 +18,31 @@ CONFIDENCE = 0.95
 _LABELS = {"real": "Real images", "base": "MSE", "self_perceptual": "Self-perceptual", "control": "MSE, as long"}
 
 
-class Interval(NamedTuple):
-    """A mean over seeds with its confidence interval; `low` and `high` are nan for a single seed."""
-
-    mean: float
-    low: float
-    high: float
-    seeds: int
-
-
 class Metric(NamedTuple):
     """How a key of a row is shown: `factor` and `decimals` apply to value, spread and difference alike."""
 
     key: str
     heading: str
+    better: str  # an arrow to the better end; empty: neither is
     decimals: int
-    smaller_is_better: bool | None  # None: neither is
     factor: float = 1.0
     unit: str = ""
-
-    @property
-    def title(self) -> str:
-        """The heading, and an arrow that points to the better end."""
-        return f"{self.heading} { {True: '↓', False: '↑', None: ''}[self.smaller_is_better] }"
 
     def show(self, value: float, sign: str = "") -> str:
         """The value with its unit and a true minus sign; `sign` "+" shows that of positive ones too."""
         return f"{value * self.factor:{sign}.{self.decimals}f}{self.unit}".replace("-", "−")  # noqa: RUF001
 
-    def show_interval(self, found: Interval) -> str:
-        """Its ends; "one seed" where there is none."""
-        return f"{self.show(found.low, '+')} to {self.show(found.high, '+')}" if found.seeds > 1 else "one seed"
-
 
 METRICS = (
-    Metric("fid", "FID", 2, True),
-    Metric("inception_score", "IS", 2, False),
-    Metric("validity", "Valid", 1, False, 100, "%"),
-    Metric("caption_agreement", "Caption", 1, False, 100, "%"),
-    Metric("precision", "Precision", 2, False),
-    Metric("recall", "Recall", 2, False),
-    Metric("coverage", "Coverage", 2, False),
-    Metric("nearest_train", "Nearest", 3, None),
-    Metric("memorised", "Copied", 1, None, 100, "%"),
+    Metric("fid", "FID", "↓", 2),
+    Metric("inception_score", "IS", "↑", 2),
+    Metric("validity", "Valid", "↑", 1, 100, "%"),
+    Metric("caption_agreement", "Caption", "↑", 1, 100, "%"),
+    Metric("precision", "Precision", "↑", 2),
+    Metric("recall", "Recall", "↑", 2),
+    Metric("coverage", "Coverage", "↑", 2),
+    Metric("nearest_train", "Nearest", "", 3),
+    Metric("memorised", "Copied", "", 1, 100, "%"),
 )
 
 
@@ -94,15 +76,21 @@ class Comparison(NamedTuple):
     setting: Setting  # that of the self-perceptual rows; the control's differs in the stage alone
     self_perceptual: float
     control: float
-    difference: Interval
+    difference: float
+    interval: tuple[float, float]  # of the difference
+    seeds: int
     outcome: str  # "better" or "worse" if the interval excludes zero, else "undecided", as with one seed
 
+    def show_interval(self) -> str:
+        low, high = (self.metric.show(end, "+") for end in self.interval)
+        return f"{low} to {high}" if self.seeds > 1 else "one seed"
 
-def confidence_interval(values: list[float]) -> Interval:
-    """Student's 95 % interval of the mean of `values`, at least one."""
+
+def confidence_interval(values: list[float]) -> tuple[float, float]:
+    """Student's 95 % interval of the mean of `values`; nan for a single one."""
     deviation = stdev(values) if len(values) > 1 else math.nan
     reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * deviation / math.sqrt(len(values))
-    return Interval(mean(values), mean(values) - reach, mean(values) + reach, len(values))
+    return mean(values) - reach, mean(values) + reach
 
 
 def compare(
@@ -119,12 +107,13 @@ def compare(
         theirs = {row["seed"]: row[metric.key] for row in groups.get(setting._replace(stage=control), [])}
         ours = {row["seed"]: row[metric.key] for row in groups[setting] if row["seed"] in theirs}
         if ours:
-            difference = confidence_interval([value - theirs[seed] for seed, value in ours.items()])
+            differences = [value - theirs[seed] for seed, value in ours.items()]
+            low, high = confidence_interval(differences)
             outcome = "undecided"
-            if difference.low > 0 or difference.high < 0:
-                outcome = "better" if (difference.mean < 0) == metric.smaller_is_better else "worse"
-            means = mean(ours.values()), mean(theirs[seed] for seed in ours)
-            comparisons.append(Comparison(metric, setting, *means, difference, outcome))
+            if low > 0 or high < 0:
+                outcome = "better" if (high < 0) == (metric.better == "↓") else "worse"
+            means = mean(ours.values()), mean(theirs[seed] for seed in ours), mean(differences)
+            comparisons.append(Comparison(metric, setting, *means, (low, high), len(ours), outcome))
     return sorted(comparisons, key=lambda c: (not c.setting.conditional, c.setting.guidance != 0))
 
 
@@ -148,7 +137,7 @@ def verdict(run: RunFiles, roles: dict[str, str]) -> tuple[str, list[Comparison]
 
 def _sentence(compared: list[Comparison]) -> str:
     """The first comparison in full, then how all of them came out."""
-    first, metric, seeds = compared[0], compared[0].metric, compared[0].difference.seeds
+    first, metric, seeds = compared[0], compared[0].metric, compared[0].seeds
     scores = (
         f"{metric.heading} at {first.setting.words()}: {metric.show(first.self_perceptual)} with the self-perceptual "
         f"loss, {metric.show(first.control)} with MSE for as many steps"
@@ -160,9 +149,8 @@ def _sentence(compared: list[Comparison]) -> str:
     counts = Counter(comparison.outcome for comparison in compared)
     tally = ", ".join(f"{name} in {counts[name]}" for name in ("better", "worse", "undecided") if counts[name])
     return (
-        f"{scores}: a difference of {metric.show(first.difference.mean, '+')} (95 % interval "
-        f"{metric.show_interval(first.difference)}) over {seeds} seeds. {end}. Of {len(compared)} comparisons it is "
-        f"{tally}."
+        f"{scores}: a difference of {metric.show(first.difference, '+')} (95 % interval {first.show_interval()}) over "
+        f"{seeds} seeds. {end}. Of {len(compared)} comparisons it is {tally}."
     )
 
 
@@ -184,7 +172,7 @@ def score_tables(run: RunFiles, roles: dict[str, str]) -> Iterator[dict[str, Any
             for setting, rows in groups.items()
         ]
         if lines:
-            yield {"conditional": conditional, "headings": [metric.title for metric in metrics], "rows": lines}
+            yield {"conditional": conditional, "metrics": metrics, "rows": lines}
 
 
 def _column(groups: dict[Setting, list[dict[str, Any]]], metric: Metric) -> dict[Setting, dict[str, Any]]:
@@ -192,8 +180,8 @@ def _column(groups: dict[Setting, list[dict[str, Any]]], metric: Metric) -> dict
     values = {setting: [row[metric.key] for row in rows if metric.key in row] for setting, rows in groups.items()}
     means = [mean(found) for setting, found in values.items() if found and setting.stage != REAL]
     best = None
-    if means and metric.smaller_is_better is not None:
-        best = metric.show(min(means) if metric.smaller_is_better else max(means))
+    if means and metric.better:
+        best = metric.show(min(means) if metric.better == "↓" else max(means))
     cells = {}
     for setting, found in values.items():
         shown = metric.show(mean(found)) if found else "–"  # noqa: RUF001
