@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -45,9 +45,7 @@ class Batch:
 
     def pinned(self) -> Batch:
         """The batch with what lies in the CPU's memory page-locked, so that copies of it to a GPU do not wait."""
-        on_cpu = {name: value for name, value in self.tensors().items() if value.device.type == "cpu"}
-        copies: dict[str, Any] = {name: value.pin_memory() for name, value in on_cpu.items()}
-        return replace(self, **copies)
+        return self._mapped(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with everything the networks read on `device`; positions stay on the CPU.
@@ -63,12 +61,14 @@ class Batch:
 
     def copy_to(self, device: torch.device | str) -> Batch:
         """A copy with every tensor on `device`, in separate memory."""
-        copies: dict[str, Any] = {name: tensor.to(device, copy=True) for name, tensor in self.tensors().items()}
-        return replace(self, **copies)
+        return self._mapped(lambda tensor: tensor.to(device, copy=True))
 
     def tensors(self) -> dict[str, Tensor]:
         """What there is of the data, by field; all but the captions."""
         return {name: value for name, value in self._rows() if isinstance(value, Tensor)}
+
+    def _mapped(self, function: Callable[[Tensor], Any]) -> Batch:
+        return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
         for field in fields(self):

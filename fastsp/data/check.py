@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from fastsp.data.config import DataConfig
 from fastsp.data.readers.digits import SPLITS
 from fastsp.data.readers.latents import HEADER
 from fastsp.data.readers.names import IMAGE_SUFFIXES, split_name
-from fastsp.data.readers.shards import expand_shards
 from fastsp.data.source import Source, open_source
 from fastsp.errors import UserError
 from fastsp.utils.progress import steps_bar
@@ -51,11 +50,8 @@ def config_for(source: str, resolution: int, split: str | None = None) -> DataCo
         raise UserError(f"{source} does not exist: give a folder of images, tars, a folder of tars or 'digits'")
     else:
         kind = "shards"
-        expand_shards(source)  # names what is missing
-    path = None if kind == "digits" else source
-    return DataConfig.model_validate(
-        {"source": kind, "path": path, "split": split or "train", "resolution": resolution, "batch_size": BATCH_SIZE}
-    )
+    options = {"split": split} if split else {"path": source} if kind != "digits" else {}
+    return DataConfig.model_validate({"source": kind, "resolution": resolution, "batch_size": BATCH_SIZE, **options})
 
 
 def _holds_images(folder: Path) -> bool:
@@ -128,25 +124,24 @@ def check_source(config: DataConfig, limit: int | None = None) -> tuple[dict[str
 
 def report_lines(report: dict[str, Any]) -> list[str]:
     """The report of `check_source` as text."""
-    spreads = [
-        f"{of['smallest']:g} to {of['largest']:g}, median {of['median']:g}" if (of := report[name]) else "no"
-        for name in ("heights", "widths", "caption_characters")
-    ]
+
+    def spread(name: str) -> str:
+        of = report[name]
+        return f"{of['smallest']:g} to {of['largest']:g}, median {of['median']:g}" if of else "no"
+
     part = f", of which {report['read']} read" if report["read"] < report["samples"] else ""
-    lines = [
-        f"samples           {report['samples']}{part}",
-        f"heights           {spreads[0]} pixels",
-        f"widths            {spreads[1]} pixels",
-        f"enlarged          {report['smaller_than_resolution']} images are smaller than the resolution",
-        f"captions          {spreads[2]} characters",
-        f"speed             {report['images_per_second']:.0f} images/s ({report['seconds']:.1f} s)",
-    ]
-    lines += [f"bad               {len(report['bad'])}", *_named(report["bad"].items())]
-    return [*lines, f"notes             {len(report['notes'])}", *_named(report["notes"])] if report["notes"] else lines
-
-
-def _named(found: Iterable[tuple[str, str]]) -> list[str]:
-    return [f"  {name}: {what}" for name, what in sorted(found)]
+    rows = {
+        "samples": f"{report['samples']}{part}",
+        "heights": f"{spread('heights')} pixels",
+        "widths": f"{spread('widths')} pixels",
+        "enlarged": f"{report['smaller_than_resolution']} images are smaller than the resolution",
+        "captions": f"{spread('caption_characters')} characters",
+        "speed": f"{report['images_per_second']:.0f} images/s ({report['seconds']:.1f} s)",
+    }
+    lines = [f"{name:<18}{text}" for name, text in rows.items()]
+    for name, found in (("bad", report["bad"].items()), ("notes", report["notes"])):
+        lines += [f"{name:<18}{len(found)}", *(f"  {where}: {what}" for where, what in sorted(found))]
+    return lines
 
 
 def _notes(config: DataConfig, source: Source, lengths: list[int]) -> list[tuple[str, str]]:
@@ -161,9 +156,8 @@ def _notes(config: DataConfig, source: Source, lengths: list[int]) -> list[tuple
 
 
 def _spread(numbers: Sequence[float]) -> dict[str, float] | None:
-    if not numbers:
-        return None
-    return {"smallest": min(numbers), "median": statistics.median(numbers), "largest": max(numbers)}
+    found = {"smallest": min, "median": statistics.median, "largest": max}
+    return {name: function(numbers) for name, function in found.items()} if numbers else None
 
 
 def _stop(source: Source, read: int, limit: float) -> str | None:

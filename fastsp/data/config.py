@@ -20,11 +20,9 @@ SOURCES = {
 def register(name: str, find: str) -> None:
     """Let `data.source` be `name`.
 
-    Args:
-        name: of the source.
-        find: "MODULE:FUNCTION", imported when it is needed. It takes a `DataConfig`, raises UserError where there is
-            nothing to read, and returns a function `progress -> SampleReader`, which may take long. `progress` says
-            whether to show it. See `fastsp.data.samples.SampleReader`.
+    `find` is "MODULE:FUNCTION", imported when it is needed. The function takes a `DataConfig`, raises UserError where
+    there is nothing to read, and returns what opens it, as a function of whether to show the progress: a
+    `fastsp.data.samples.SampleReader`.
     """
     SOURCES[name] = find
 

@@ -41,18 +41,15 @@ def in_shares(
     """The function's results, in order; a `BadSample` that it raises is one. The pool gets the items in so many shares:
     of one at a time, the handing over would cost more than a small image."""
 
-    def results(share: Sequence[Item]) -> list[T | BadSample]:
-        return [_or_bad(function, item) for item in share]
+    def result(item: Item) -> T | BadSample:
+        try:
+            return function(item)
+        except BadSample as bad:
+            return bad
 
     size = -(-len(items) // shares) or 1
-    return chain.from_iterable(pool.map(results, [items[start : start + size] for start in range(0, len(items), size)]))
-
-
-def _or_bad(function: Callable[[Item], T], item: Item) -> T | BadSample:
-    try:
-        return function(item)
-    except BadSample as bad:
-        return bad
+    parts = [items[start : start + size] for start in range(0, len(items), size)]
+    return chain.from_iterable(pool.map(lambda part: [*map(result, part)], parts))
 
 
 @dataclass(frozen=True)

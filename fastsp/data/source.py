@@ -18,7 +18,7 @@ from fastsp.data.bad_samples import BadSampleLog, too_many_lost
 from fastsp.data.batch import Batch
 from fastsp.data.collate import Collator, ImageCollator, LatentCollator
 from fastsp.data.config import SOURCES, DataConfig
-from fastsp.data.images.libraries import library
+from fastsp.data.images import library
 from fastsp.data.images.pipeline import ImagePipeline
 from fastsp.data.order import SampleOrder
 from fastsp.data.prefetch import Prefetcher
@@ -41,14 +41,7 @@ def open_source(
     text_sha256: str | None = None,
     progress: bool = False,
 ) -> Source:
-    """Open the data that a configuration names.
-
-        source = open_source(config.data, tokenizer=tokenizer, channels=3, seed=config.seed, device=device)
-        batches = source.batches(first_position=step * batch_size, batch_size=batch_size, rank=rank, world_size=ranks)
-        with closing(batches):
-            for batch in batches:             # one optimizer step: this rank's samples
-                for part in batch.microbatches(microbatch):
-                    ...                       # sum(weights * losses) / batch_size: the divisor stays the nominal batch
+    """Open the data that a configuration names; `Source.batches` then gives batches.
 
     Args:
         config: the `data` section of a configuration.
@@ -57,22 +50,22 @@ def open_source(
         channels: of the images, 1 (grey) or 3 (RGB).
         seed: of the run: order, crops and flips.
         device: where images are decoded and `pixel_values` lie. Everything else is on the CPU, see `Batch.to`.
-        bad_samples_file: `bad_samples.jsonl` of the run, which is appended to; None: bad samples are only counted, in
-            `source.bad_samples`.
+        bad_samples_file: `bad_samples.jsonl` of the run, which is appended to; None: bad samples are only counted.
         shuffle: a new order every epoch; else that of the data set.
-        vae_sha256: of a source of latents, the `fingerprint` of the VAE that they must come from; None: any.
+        vae_sha256: of latents, the `fingerprint` of the VAE that they must come from; None: any.
         text_sha256: the same of the text encoders, where the latents have text features beside them.
         progress: show it on a terminal where listing files or indexing tars takes long.
 
     Raises:
-        UserError: a path that is missing or holds nothing, latents that do not fit, too many samples lost in damaged
-            files, a package that is not installed.
+        UserError: a path that holds nothing, latents that do not fit, too many lost samples, a package is missing.
     """
     reader = check_path(config)(progress)
     if (why := too_many_lost(reader.lost, len(reader), config.max_bad_fraction)) is not None:
         name, reason = reader.damaged[0]
         what_to_do = "`fastsp data check` lists all: fix them, or set data.max_bad_fraction higher"
         raise UserError(f"{why}; the first is {name} ({reason}); {what_to_do}")
+    if isinstance(reader, LatentReader):
+        reader.header.check(config, vae_sha256, text_sha256)
     named = {"input_ids": tokenizer, "input_ids_2": tokenizer_2}
     tokenizers = {name: tokenizer for name, tokenizer in named.items() if tokenizer is not None}
 
@@ -91,8 +84,6 @@ def open_source(
         )
         return ImageCollator(pipeline, tokenizers)
 
-    if isinstance(reader, LatentReader):
-        reader.header.check(config, vae_sha256, text_sha256)
     return Source(
         reader,
         order=SampleOrder(len(reader), seed) if shuffle else (lambda positions: positions % len(reader)),
@@ -104,11 +95,8 @@ def open_source(
 
 
 def check_path(config: DataConfig) -> Callable[[bool], SampleReader]:
-    """See that `open_source` would find what a configuration names, without reading samples; UserError if not.
-
-    Returns:
-        What opens it, and shows the progress of that if it is told so.
-    """
+    """Find what a configuration names, without reading samples; UserError if it is not there. The function returned
+    opens it, and is told whether to show its progress."""
     if config.source != "latents":
         library("nvidia.dali"), library("simplejpeg")  # at once, not when the first batch is made
     return resolve_name(SOURCES[config.source])(config)
@@ -147,8 +135,8 @@ class Source:
     ) -> Prefetcher[Batch]:
         """Batches from a position of the run on, made ahead in threads. `close()` stops these.
 
-        An optimizer step takes `batch_size` consecutive positions, of which rank r of W gets the contiguous slice
-        `batch_size * r // W` up to `batch_size * (r + 1) // W`; so the samples of a step do not depend on W.
+        The samples of an optimizer step do not depend on the number of ranks W: of its `batch_size` positions rank r
+        gets the slice `batch_size * r // W` up to `batch_size * (r + 1) // W`.
 
         Args:
             first_position: of the first step, any position.
@@ -163,10 +151,9 @@ class Source:
             self.bad_samples.add(name, reason)
         if batch_size < world_size:
             raise UserError(f"data.batch_size is {batch_size}; it must be at least the number of ranks, {world_size}")
-        steps = rank_slices(first_position, last_position, batch_size, rank, world_size)
+        steps = _rank_slices(first_position, last_position, batch_size, rank, world_size)
         read = Prefetcher(self._read_steps(steps), self.prefetch, "fastsp-read")
-        per_rank = -(-batch_size // world_size)
-        return Prefetcher(self._collate_steps(read, per_rank), self.prefetch, "fastsp-collate")
+        return Prefetcher(self._collate_steps(read, -(-batch_size // world_size)), self.prefetch, "fastsp-collate")
 
     def _read_steps(self, steps: Iterator[Tensor]) -> Iterator[ReadStep]:
         with ThreadPoolExecutor(self.workers, "fastsp-read") as pool:
@@ -185,13 +172,10 @@ class Source:
                 yield batch
 
 
-def rank_slices(
-    first_position: int, last_position: int | None, batch_size: int, rank: int, world_size: int
-) -> Iterator[Tensor]:
+def _rank_slices(first: int, last: int | None, batch_size: int, rank: int, world_size: int) -> Iterator[Tensor]:
     """This rank's positions, (B,) int64, of one optimizer step after the other. A last step too small for all ranks
     gives empty slices to some."""
-    first = first_position
-    while last_position is None or first < last_position:
-        size = batch_size if last_position is None else min(batch_size, last_position - first)
+    while last is None or first < last:
+        size = batch_size if last is None else min(batch_size, last - first)
         yield torch.arange(first + size * rank // world_size, first + size * (rank + 1) // world_size)
         first += batch_size

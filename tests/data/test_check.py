@@ -46,7 +46,7 @@ def test_what_a_source_means(shard, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="does not exist: give a folder of images"):
         config_for(str(tmp_path / "nowhere"), 8)
     with pytest.raises(UserError, match="no shard"):
-        config_for(str(tmp_path / "nothing-*.tar"), 16)
+        check_source(config_for(str(tmp_path / "nothing-*.tar"), 16))
     for source in (tmp_path / "images", shard):
         with pytest.raises(UserError, match=r"--split is 'heldout'; .* only with the digits"):
             config_for(str(source), 8, "heldout")

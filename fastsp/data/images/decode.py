@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastsp.data.images import library
 from fastsp.data.images.files import ImageFile, decode_image, open_image, orientation_of
 from fastsp.data.images.jpeg import decode_jpeg, is_common, is_whole
-from fastsp.data.images.libraries import library
 from fastsp.data.samples import BadSample, Item, T, in_shares
 
 MIRRORED: tuple[tuple[int, ...], ...] = ((), (1,), (0, 1), (0,))  # axes, by EXIF orientation: 1 .. 4, and 5 .. 8 again

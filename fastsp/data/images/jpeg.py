@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
+from fastsp.data.images import library
 from fastsp.data.images.files import ImageFile, decode_image
-from fastsp.data.images.libraries import library
 from fastsp.data.samples import BadSample
 
 END, SOS = 0xD9, 0xDA

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsp.data.images import library
 from fastsp.data.images.decode import ImageDecoder, default_threads
 from fastsp.data.images.files import ImageFile
 from fastsp.data.images.geometry import crop_geometry
-from fastsp.data.images.libraries import library
 from fastsp.data.samples import BadSample
 
 # Decoded at once, at full size: 400 MB of RGB. Large photographs would otherwise take many gigabytes a batch.

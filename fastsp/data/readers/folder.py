@@ -18,18 +18,14 @@ from typing import Any
 
 from fastsp.data.config import DataConfig
 from fastsp.data.inventory import MAX_NAMES, Inventory, Part
-from fastsp.data.readers.captions import caption_from_json, caption_from_record, caption_of
-from fastsp.data.readers.metadata import METADATA, Line, read_metadata
-from fastsp.data.readers.names import (
-    IMAGE_SUFFIXES,
-    UNREAD,
-    UNREAD_SUFFIXES,
-    UNUSED,
-    nfc,
-    notes_on,
-    printable,
-    split_name,
-    texts_by_image,
+from fastsp.data.readers import names
+from fastsp.data.readers.captions import (
+    METADATA,
+    Line,
+    caption_from_json,
+    caption_from_record,
+    caption_of,
+    read_metadata,
 )
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size
 from fastsp.errors import UserError
@@ -76,9 +72,9 @@ class FolderReader:
         with late_bar("listing pictures", None, progress) as advance:
             self._walk("", frozenset(), advance)
         self.paths.sort(key=lambda path: path.replace("/", "\0"))  # folder by folder: before any other character
-        notes = notes_on({UNREAD: self._unread, UNUSED: self._unused_texts if captioned else ()})
+        notes = names.notes_on({names.UNREAD: self._unread, names.UNUSED: self._unused_texts if captioned else ()})
         if not self.paths:
-            what = "; ".join([f"no images ({', '.join(IMAGE_SUFFIXES)})", *notes])
+            what = "; ".join([f"no images ({', '.join(names.IMAGE_SUFFIXES)})", *notes])
             raise UserError(f"data.path is {str(folder)!r}; it holds {what}")
         self._match_metadata()
         self.notes += [(self._name(""), what) for what in notes]
@@ -101,11 +97,12 @@ class FolderReader:
         for path in self.paths:
             directory, _, name = path.rpartition("/")
             folders.setdefault(directory, []).append(name)
-        parts = []
-        for path, names in folders.items():
-            sha256 = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
-            parts.append(Part(printable(path), len(names), sha256))
-        return Inventory(tuple(parts), tuple(map(printable, self.paths)) if len(self.paths) <= MAX_NAMES else ())
+        digests = {
+            path: hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest()
+            for path, files in folders.items()
+        }
+        parts = tuple(Part(names.printable(path), len(folders[path]), digest) for path, digest in digests.items())
+        return Inventory(parts, tuple(map(names.printable, self.paths)) if len(self.paths) <= MAX_NAMES else ())
 
     def read(self, index: int) -> EncodedSample:
         """One sample; raises BadSample."""
@@ -131,25 +128,25 @@ class FolderReader:
                 self._walk(os.path.join(directory, name), above | {identity}, advance)
 
     def _unreadable(self, error: OSError) -> None:
-        self.damaged.append((printable(str(error.filename)), f"cannot read the folder: {error.strerror}"))
+        self.damaged.append((names.printable(str(error.filename)), f"cannot read the folder: {error.strerror}"))
         self.lost += 1
 
     def _add(self, directory: str, files: list[str]) -> None:
         """Take the images of one directory, and where its captions are."""
         prefix = f"{directory}/" if directory else ""
-        beside, unused = texts_by_image(files)
+        beside, unused = names.texts_by_image(files)
         self.paths += [prefix + image for image in beside]
-        self._unread += [prefix + name for name in files if split_name(name)[1] in UNREAD_SUFFIXES]
+        self._unread += [prefix + name for name in files if names.split_name(name)[1] in names.UNREAD_SUFFIXES]
         self._unused_texts += [prefix + name for name in unused]
         has_metadata = self.captioned and self._find_metadata(directory, set(files))
         texts = [text for found in beside.values() for text in found]
-        only_json = bool(texts) and all(split_name(text)[1] == "json" for text in texts)
+        only_json = bool(texts) and all(names.split_name(text)[1] == "json" for text in texts)
         if only_json and not has_metadata and not _holds_caption(self.root / prefix / texts[0]):  # but something else
             beside, texts = {image: [] for image in beside}, []
         if beside and not texts:
             self._named_by_folder[directory] = len(beside)
         for image, found in beside.items():
-            if found and found != [f"{split_name(image)[0]}.txt"]:
+            if found and found != [f"{names.split_name(image)[0]}.txt"]:
                 self._sidecars[prefix + image] = found
 
     def _find_metadata(self, directory: str, there: set[str]) -> bool:
@@ -168,10 +165,9 @@ class FolderReader:
         for number, line in lines:
             if isinstance(line, str):
                 wrong.append((f"{self._name(file)}, line {number}", line))
-                continue
-            any_good = True
-            path = os.path.relpath(os.path.join(root, directory, line[0]), root).replace(os.sep, "/")
-            self._records[path] = line[1]  # of several lines the last counts
+            else:
+                path = os.path.relpath(os.path.join(root, directory, line[0]), root).replace(os.sep, "/")
+                self._records[path], any_good = line[1], True  # of several lines the last counts
         if wrong and not any_good:
             raise UserError(": ".join(wrong[0]))
         self.damaged += wrong
@@ -179,21 +175,21 @@ class FolderReader:
     def _match_metadata(self) -> None:
         """Find the images of names in the metadata that are spelled otherwise, and say which have none."""
         missing = sorted(self._records.keys() - set(self.paths)) if self._records else []
-        spelled = {split_name(nfc(path))[0]: path for path in self.paths} if missing else {}
-        spelled |= {nfc(path): path for path in self.paths} if missing else {}
+        spelled = {names.split_name(names.nfc(path))[0]: path for path in self.paths} if missing else {}
+        spelled |= {names.nfc(path): path for path in self.paths} if missing else {}
         for name in missing:
             record = self._records.pop(name)
-            if (path := spelled.get(nfc(name))) is not None:
+            if (path := spelled.get(names.nfc(name))) is not None:
                 self._records[path] = record
             else:
                 self.damaged.append((self._name(name), "is in the metadata, but there is no such image"))
 
     def _name_as_caption(self, directory: str) -> str:
         name = Path(directory).name or self.root.resolve().name
-        return printable(name).replace("_", " ").replace("-", " ").strip()
+        return names.printable(name).replace("_", " ").replace("-", " ").strip()
 
     def _name(self, path: str) -> str:
-        return printable(str(self.root / path))
+        return names.printable(str(self.root / path))
 
     def _caption(self, path: str) -> str:
         directory, _, image = path.rpartition("/")
@@ -201,9 +197,10 @@ class FolderReader:
             return caption_from_record(self._records[path])
         if not self._records and directory in self._named_by_folder:
             return self._name_as_caption(directory)
-        names = self._sidecars.get(path, [f"{split_name(image)[0]}.txt"])
-        files = [self.root / directory / name for name in names]
-        return caption_of((split_name(file.name)[1], _read_file(file, "caption")) for file in files if file.is_file())
+        beside = self._sidecars.get(path, [f"{names.split_name(image)[0]}.txt"])
+        files = [self.root / directory / name for name in beside]
+        there = (file for file in files if file.is_file())
+        return caption_of((names.split_name(file.name)[1], _read_file(file, "caption")) for file in there)
 
 
 def _holds_caption(file: Path) -> bool:

@@ -14,17 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from fastsp.data.readers.names import (
-    CAPTION_SUFFIXES,
-    IMAGE_SUFFIXES,
-    UNREAD,
-    UNREAD_SUFFIXES,
-    UNUSED,
-    nfc,
-    notes_on,
-    split_name,
-    texts_by_image,
-)
+from fastsp.data.readers import names
 
 CHUNK = 1 << 20  # bytes read at once where no member is
 _NO_TAR = "not a tar: no header at its start (a compressed one must be unpacked: samples are read in place)"
@@ -72,9 +62,9 @@ class TarScan:
         name = member.name.removeprefix("./")
         if member.isdir() or any(part.startswith(".") for part in name.split("/")):
             return
-        suffix = split_name(name)[1]
-        if suffix not in self.suffixes and suffix not in CAPTION_SUFFIXES:
-            self._unread += [name] if suffix in UNREAD_SUFFIXES else []
+        suffix = names.split_name(name)[1]
+        if suffix not in self.suffixes and suffix not in names.CAPTION_SUFFIXES:
+            self._unread += [name] if suffix in names.UNREAD_SUFFIXES else []
             return
         self._hidden += [name] if self._spans.pop(name, None) is not None else []
         if member.issparse():
@@ -86,26 +76,26 @@ class TarScan:
 
     def group(self) -> None:
         """Make the samples of the members. They stand in the order of the first member of each key."""
-        texts, unused = texts_by_image(self._spans, self.suffixes)
+        texts, unused = names.texts_by_image(self._spans, self.suffixes)
         images: dict[str, list[str]] = {}
         for name in self._spans:
-            images.setdefault(split_name(nfc(name))[0], []).extend([name] if name in texts else [])
+            images.setdefault(names.split_name(names.nfc(name))[0], []).extend([name] if name in texts else [])
         for candidates in filter(None, images.values()):
-            image, *others = sorted(candidates, key=lambda name: self.suffixes.index(split_name(name)[1]))
+            image, *others = sorted(candidates, key=lambda name: self.suffixes.index(names.split_name(name)[1]))
             self._hidden += others
             found: dict[str, Span] = {}
             for text in texts[image]:
                 if self._spans[text][1]:
-                    found.setdefault(split_name(text)[1], self._spans[text])
+                    found.setdefault(names.split_name(text)[1], self._spans[text])
             kohya = (0, 0) if "json" in found else found.get("caption", (0, 0))
             captions = found.get("txt", kohya), found.get("json", (0, 0))
-            self.samples.append((split_name(image)[0], (self._spans[image], *captions)))
+            self.samples.append((names.split_name(image)[0], (self._spans[image], *captions)))
         self._spans.clear()
         hidden = "is not used: another member has the same name or key"
-        self.notes = notes_on({UNREAD: self._unread, hidden: self._hidden, UNUSED: unused})
+        self.notes = names.notes_on({names.UNREAD: self._unread, hidden: self._hidden, names.UNUSED: unused})
 
 
-def scan_tar(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> TarScan:
+def scan_tar(path: Path, suffixes: Sequence[str] = names.IMAGE_SUFFIXES) -> TarScan:
     """Read one tar's headers, seeking over the contents. The suffixes are those of the members that make a sample, in
     order of preference where several share a key."""
     scan = TarScan(suffixes)
