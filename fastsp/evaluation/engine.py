@@ -137,6 +137,8 @@ class Evaluation:
         texts = [captions[index] for index in chosen.tolist()] if captions else []
         figures = self.reference.scores(seen, self.extractor.class_names, texts)
         del figures["nearest_train"], figures["memorised"]  # training images are at distance 0 from themselves
+        if self.reference.heldout_agreement is not None:
+            figures["heldout_agreement"] = self.reference.heldout_agreement
         return {**row, "num_samples": len(chosen), **figures}
 
     def _facts(self) -> Row:

@@ -28,7 +28,7 @@ from fastsp.data.source import Source, open_source
 from fastsp.errors import UserError
 from fastsp.evaluation import metrics
 from fastsp.evaluation.captions import CaptionSet
-from fastsp.evaluation.classifier import Captioned, caption_classifier, shrunk
+from fastsp.evaluation.classifier import MAX_TRAINING_IMAGES, Captioned, caption_classifier, shrunk
 from fastsp.evaluation.features import FeatureModel, Features
 from fastsp.evaluation.inception import load_inception
 from fastsp.evaluation.metrics import NEIGHBOURS
@@ -56,6 +56,7 @@ class Reference:
     source: str  # in words, which images
     heldout: Features | None = None
     heldout_captions: Sequence[str] = ()
+    heldout_agreement: float | None = None  # share of the held-out images whose caption the classifier reads
     train: Features | None = None
     train_captions: Sequence[str] = ()
     copy_distance: float = 0.0  # a sample nearer to the training set than 99 % of the held-out images is a copy
@@ -151,16 +152,19 @@ def own_reference(config: Config, channels: int, bar: Bar) -> tuple[FeatureModel
     """A run's feature model, and its images of 1 or 3 `channels` in it; `UserError` if they do not go together."""
     sections = (config.data, heldout_of(config))
     if config.evaluation.features == "classifier":
-        images = [_captioned(data, channels, bar) for data in sections]
+        limits = (MAX_TRAINING_IMAGES, MAX_IMAGES)
+        images = [_captioned(data, channels, bar, limit) for data, limit in zip(sections, limits, strict=True)]
         model: FeatureModel = caption_classifier(images[0], bar=bar).to(best_device())
-        looked = [(model.extract(found.images), found.captions) for found in images]
+        looked = [(model.extract(found.images[:MAX_IMAGES]), found.captions[:MAX_IMAGES]) for found in images]
     else:
         model = load_inception(Path(config.evaluation.features)).to(best_device())
         streamed = [_look(data, channels, bar, model.extract) for data in sections]
         looked = [(Features.joined(parts), captions) for parts, captions in streamed]
     (train, of_train), (heldout, of_heldout) = looked
-    captions = {"train_captions": of_train, "heldout_captions": of_heldout}
-    return model, Reference.of(heldout, model.identity, OWN, train, **captions)
+    own: dict[str, Any] = {"train_captions": of_train, "heldout_captions": of_heldout}
+    if model.class_names and of_heldout:
+        own["heldout_agreement"] = metrics.caption_agreement(heldout.logits, of_heldout, model.class_names)
+    return model, Reference.of(heldout, model.identity, OWN, train, **own)
 
 
 def heldout_of(config: Config) -> DataConfig:
@@ -182,13 +186,15 @@ def still_source(data: DataConfig, channels: int) -> Source:
     return open_source(data.model_copy(update=still), tokenizer=None, channels=channels, seed=0)
 
 
-def _look(data: DataConfig, channels: int, bar: Bar, look: Callable[[Tensor], Any]) -> tuple[list[Any], Sequence[str]]:
-    """What `look` makes of each batch, (B, C, H, W), of one epoch or its first 10,000 images; and their captions.
+def _look(
+    data: DataConfig, channels: int, bar: Bar, look: Callable[[Tensor], Any], limit: int = MAX_IMAGES
+) -> tuple[list[Any], Sequence[str]]:
+    """What `look` makes of each batch, (B, C, H, W), of one epoch or its first images, `limit`; and their captions.
 
     Images that cannot be decoded are left out, and so are the captions where every one is empty.
     """
     source = still_source(data, channels)
-    count = min(len(source), MAX_IMAGES)
+    count = min(len(source), limit)
     batches = source.batches(last_position=count, batch_size=min(count, batch_size_of(data.resolution, channels)))
     parts, captions = [], []
     with closing(batches), bar(f"looking at {count} real images", count) as advance:
@@ -207,9 +213,9 @@ def batch_size_of(resolution: int, channels: int) -> int:
     return max(1, min(256, _BATCH_VALUES // (channels * resolution**2)))
 
 
-def _captioned(data: DataConfig, channels: int, bar: Bar) -> Captioned:
+def _captioned(data: DataConfig, channels: int, bar: Bar, limit: int = MAX_IMAGES) -> Captioned:
     """The images as the classifier takes them, which is small."""
-    parts, captions = _look(data, channels, bar, lambda images: shrunk(images).cpu())
+    parts, captions = _look(data, channels, bar, lambda images: shrunk(images).cpu(), limit)
     return Captioned(torch.cat(parts), captions)
 
 

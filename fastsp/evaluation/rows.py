@@ -11,6 +11,8 @@ A row is one set of samples, one seed:
     num_samples      images scored
     fid, inception_score, inception_score_10_splits, validity, caption_agreement, precision, recall, coverage,
     nearest_train, memorised: see `fastsp.evaluation.metrics`
+    heldout_agreement
+                     of "real" in a run: share of the held-out images whose caption its classifier reads
     features, reference, reference_count
                      identity of the feature model; the real images to compare with, in words, and their number
     captions, captions_sha256, resolution, model_sha256, dtype, batch_size
@@ -99,7 +101,7 @@ def plan(config: Config) -> list[Job]:
 # Figures, and the batch size, on which none depends: rows that differ in nothing else are of the same samples.
 _FIGURES = (
     *("fid", "inception_score", "inception_score_10_splits", "validity", "caption_agreement", "precision", "recall"),
-    *("coverage", "nearest_train", "memorised", "seconds", "batch_size"),
+    *("coverage", "nearest_train", "memorised", "heldout_agreement", "seconds", "batch_size"),
 )
 
 
