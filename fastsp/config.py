@@ -21,7 +21,7 @@ from fastsp.config_text import apply_override, dump_yaml, parse_yaml
 from fastsp.data.config import DataConfig as DataConfig
 from fastsp.errors import UserError
 from fastsp.objectives import SelfPerceptualStage, Stage, StageConfig
-from fastsp.options import OPTIMIZERS
+from fastsp.options import OPTIMIZERS, Keep
 from fastsp.utils.files import read_text
 from fastsp.utils.section import AboveZero, Decay, Fraction, NonNegative, PathText, Positive, Section, is_reading
 
@@ -61,9 +61,12 @@ class ModelConfig(Section):
     config: PathText | None = None  # of such a file: a folder or hub id with its tokenizer; None: diffusers' choice
     unet: UNetConfig | None = None  # of a preset; None: its own size
     lora: LoRAConfig | None = None  # None: all weights of the UNet are trained
+    prediction: Keep | None = None  # None: keep with lora, else v_zero_snr; `config.yaml` has the outcome
 
     @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
+    def _exactly_one(self, info: ValidationInfo) -> Self:
+        if self.prediction is None:  # runs from before there was this key converted adapters too
+            self.prediction = "keep" if self.lora is not None and not is_reading(info) else "v_zero_snr"
         if (self.preset is None) == (self.pretrained is None):
             raise ValueError("give either preset or pretrained")
         if self.unet is not None and self.preset is None:
@@ -132,6 +135,15 @@ class SamplesConfig(Section):
     seed: int = 0
 
 
+class ValidationConfig(Section):
+    """The loss on held-out samples with fixed noise and timesteps; see :mod:`fastsp.training.validation`."""
+
+    every: NonNegative = 0  # steps of a stage, besides its start and its end; 0: never
+    path: PathText | list[PathText] | None = None  # like data.path; None: evaluation.heldout. The digits have a split
+    samples: Positive = 64  # evenly spread over the held-out data
+    batch_size: Positive = 8  # samples of one forward
+
+
 class GuidanceConfig(Section):
     """Rows of the evaluation with classifier-free guidance, at the first of the step counts."""
 
@@ -178,6 +190,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     samples: SamplesConfig = SamplesConfig()
+    validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     final: str | None = None  # the stage whose EMA weights become final/; None: the last one
 
@@ -236,6 +249,8 @@ class Config(Section):
             yield f"optimizer.kind: {self.optimizer.kind!r} is not allowed: input should be {allowed}"
         if self.distributed == "fsdp" and self.model.lora is not None:
             yield "distributed: 'fsdp' is for training all weights; model.lora takes ddp"
+        if self.validation.every and self.validation_data is None:
+            yield "validation.path: is missing: held-out data of the same kind as data.path"
         data = self.data
         if data.microbatch is not None and data.batch_size % data.microbatch:
             yield f"data.microbatch: {data.microbatch} does not divide data.batch_size, which is {data.batch_size}"
@@ -254,6 +269,19 @@ class Config(Section):
                 f"data.batch_size: {data.batch_size} must be a multiple of {shared_by} "
                 f"({world_size} processes{microbatch}); it is of one optimizer step, over all processes"
             )
+
+    def held_out(self, path: str | list[str] | None) -> DataConfig | None:
+        """The data section of samples that are not trained on: the digits' own, or those of a path; None: no path."""
+        if self.data.source == "digits":
+            return self.data.model_copy(update={"split": "heldout"})
+        return None if path is None else self.data.model_copy(update={"path": path})
+
+    @property
+    def validation_data(self) -> DataConfig | None:
+        """That of the validation, cropped at the center and not mirrored."""
+        data = self.held_out(self.validation.path or self.evaluation.heldout)
+        still = {"crop": "center", "flip": False, "max_bad_fraction": 1.0}
+        return None if data is None else data.model_copy(update=still)
 
     def first_position(self, stage: StageConfig) -> int:
         """Where in the run's samples a stage starts: where its `init` stopped, so SP and its control see the same.

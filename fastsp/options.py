@@ -4,6 +4,7 @@ from typing import Any, Literal, get_args
 
 Layers = Literal["mid", "encoder", "decoder", "encoder+mid"]
 PredictionType = Literal["v_prediction", "epsilon", "sample"]  # diffusers' names
+Keep = Literal["keep", "v_zero_snr"]  # what training makes of a model's own prediction type and noise schedule
 Distance = Literal["mse", "mae"]
 TimestepSampling = Literal["uniform", "normal", "offset"]  # policies for t' (Table 4 of the paper)
 Teacher = Literal["batched", "split"]

@@ -169,15 +169,12 @@ def own_reference(config: Config, channels: int, bar: Bar) -> tuple[FeatureModel
 
 def heldout_of(config: Config) -> DataConfig:
     """A run's held-out images: the digits' own split, or `evaluation.heldout`; without it, `UserError`."""
-    data, path = config.data, config.evaluation.heldout
-    if data.source == "digits":
-        return data.model_copy(update={"split": "heldout"})
-    if path is None:
+    if (data := config.held_out(config.evaluation.heldout)) is None:
         raise UserError(
-            f"evaluation.heldout is missing; data.source={data.source} has no held-out split: give a path "
+            f"evaluation.heldout is missing; data.source={config.data.source} has no held-out split: give a path "
             "of the same kind as data.path, or evaluation.captions, or set evaluation.enabled=false"
         )
-    return data.model_copy(update={"path": path})
+    return data
 
 
 def still_source(data: DataConfig, channels: int) -> Source:

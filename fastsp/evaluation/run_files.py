@@ -1,7 +1,8 @@
 """What a run directory holds, read for the report: nothing else is looked at, and any part may be missing.
 
 config.yaml                    the resolved configuration
-metrics.jsonl                  a line per logged step: {stage, step, loss, grad_norm, learning_rate, samples_per_s}
+metrics.jsonl                  a line per logged step: {stage, step, loss, grad_norm, learning_rate, samples_per_s};
+                               and per validation: {stage, step, validation_mse, validation_self_perceptual}
 evaluation.json                a list of rows, see `fastsp.evaluation.rows`
 environment.json               versions and machine, see `fastsp.evaluation.environment`
 samples/<stage>_step_<n>.png   grid on the way, from the noise that every grid of the run starts from
@@ -81,12 +82,14 @@ def read_run(directory: Path) -> RunFiles:
 
 
 def _read_metrics(path: Path, configured: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Grouped by stage, sorted by step. Of two lines for one step, the later counts; a line cut off ends the file."""
+    """Grouped by stage, sorted by step. Lines of one step are one, in which the later counts; a line cut off ends the
+    file."""
     stages: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in configured}
     if path.exists():
         with path.open(encoding="utf-8") as lines, suppress(json.JSONDecodeError):
             for line in map(json.loads, lines):
-                stages.setdefault(line["stage"], {})[line["step"]] = line
+                steps = stages.setdefault(line["stage"], {})
+                steps[line["step"]] = steps.get(line["step"], {}) | line
     return {name: [steps[step] for step in sorted(steps)] for name, steps in stages.items() if steps}
 
 

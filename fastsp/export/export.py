@@ -51,7 +51,8 @@ def export_run(
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(DTYPES[dtype])
-    card = model_card(run, chosen, type(pipeline).__name__, single_file is not None, dtype, raw)
+    kind = type(pipeline).__name__
+    card = model_card(run, chosen, kind, single_file is not None, pipeline.scheduler.config, dtype, raw)
     written = [out]
     with new_folder(out) as unfinished:
         save_pipeline(pipeline, unfinished)
@@ -67,7 +68,10 @@ def export_run(
 
 def original_config(pipeline: Any) -> Path | None:
     """The YAML file that A1111 reads beside a single file, without which it takes Stable Diffusion 1 for an epsilon
-    model; None for XL, whose files carry markers that A1111 reads, and for UNets that nobody published."""
+    model; None for those that are, for XL, whose files carry markers that A1111 reads, and for UNets that nobody
+    published."""
+    if pipeline.scheduler.config.prediction_type != "v_prediction":
+        return None
     file = Path(__file__).with_name(f"{layout_of(pipeline)}.yaml")
     is_published = list(pipeline.unet.config.block_out_channels) == _PUBLISHED_WIDTHS
     return file if is_published and file.is_file() else None

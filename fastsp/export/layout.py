@@ -72,6 +72,8 @@ def save_single_file(pipeline: Any, path: Path, dtype: torch.dtype, title: str) 
     state |= {"v_pred": torch.empty(0)} if noise.prediction_type == "v_prediction" else {}
     state |= {"ztsnr": torch.empty(0)} if noise.rescale_betas_zero_snr else {}
     architecture, repository = _MODEL_SPEC[layout_of(pipeline)]
+    if noise.prediction_type == "epsilon":
+        architecture = architecture.replace("v2-768-v", "v2-512")
     side = family_of(pipeline.unet).side(pipeline.unet.config) * pipeline.vae_scale_factor
     metadata = {
         "format": "pt",

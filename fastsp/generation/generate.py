@@ -56,7 +56,8 @@ def load_trained(name: str, config: str | None = None, base: str | None = None) 
         start = of_run.model
         sizes = start.unet.model_dump() if start.unet else None
         side, seed = of_run.data.resolution, of_run.seed
-        model = load_model(start.preset, start.pretrained, side, seed, start.config, unet=sizes)
+        source = (start.preset, start.pretrained, side, seed, start.config)
+        model = load_model(*source, unet=sizes, prediction=start.prediction)
     model.unet = load_unet(folder)
     return model
 

@@ -5,7 +5,7 @@ from fastsp.models.presets import PRESETS, digits_model, digits_tokenizer, prese
 from fastsp.models.pretrained import (
     check_perceptual_network,
     check_pipeline,
-    check_predicts_v,
+    check_predicts,
     check_unet,
     load_model,
     load_pipeline,
@@ -20,7 +20,7 @@ __all__ = [
     "TextToImageModel",
     "check_perceptual_network",
     "check_pipeline",
-    "check_predicts_v",
+    "check_predicts",
     "check_unet",
     "ddim_scheduler",
     "digits_model",

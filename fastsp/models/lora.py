@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,11 +22,22 @@ from torch import Tensor, nn
 
 from fastsp.errors import UserError, install_command
 from fastsp.families import family_of
+from fastsp.models.schedulers import meaning_of
+from fastsp.options import Keep
 from fastsp.utils.files import save_tensors
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # what `pipeline.load_lora_weights(folder)` looks for
 KOHYA_FILE = "kohya_lora.safetensors"  # what ComfyUI, A1111, Forge and kohya's scripts read
 _README = Path(__file__).with_name("lora_readme.md")
+_CONVERTED = (
+    "sample with that\nscheduler, from the last timestep on (trailing spacing), whatever the base model's own says.",
+    "Tell them of v-prediction and zero terminal SNR: in ComfyUI by\nthe node *ModelSamplingDiscrete* (`v_prediction`, "
+    "`zsnr` on), in A1111 and Forge by a base checkpoint that is marked so.",
+)
+_KEPT = (
+    "as the base model\nitself. Any scheduler that suits the base model will do; this one is DDIM, trailing spacing.",
+    "They need no setting besides\nthose of the base model.",
+)
 _VALUES_PER_WEIGHT = 16  # that a fingerprint looks at
 
 
@@ -37,6 +48,8 @@ class Base(NamedTuple):
     config: str | None = None
     fingerprint: str | None = None
     """Of its network, see :func:`fingerprint`; None: not known."""
+    prediction: Keep = "v_zero_snr"
+    """Whether the adapters keep what it predicts; those written before there was a choice do not."""
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -99,6 +112,7 @@ def save_adapters(unet: Any, folder: Path, base: Base) -> None:
     path = Path(base.name).expanduser()
     relative = os.path.relpath(path.resolve(), folder.resolve()) if path.exists() else None
     known = {"base_path": relative, "base_config": base.config, "base_fingerprint": base.fingerprint}
+    known["prediction"] = base.prediction
     metadata |= {key: value for key, value in known.items() if value is not None}
     save_tensors(_contiguous(adapters(unet)), folder / DIFFUSERS_FILE, metadata)
 
@@ -127,14 +141,17 @@ def base_of(folder: Path) -> Base:
     """The model that the adapters in ``folder`` were trained on.
 
     Raises:
-        UserError: the file does not say, or cannot be read.
+        UserError: the file does not say, says what this version does not know, or cannot be read.
     """
     found = header(folder)
     if "base_model" not in found:
         raise UserError(f"{folder / DIFFUSERS_FILE} does not name its base model, as adapters written by fastsp do")
     moved = folder.resolve() / found.get("base_path", "")
     name = os.path.normpath(moved) if "base_path" in found and moved.exists() else found["base_model"]
-    return Base(name, found.get("base_config"), found.get("base_fingerprint"))
+    prediction: Any = found.get("prediction", "v_zero_snr")
+    if prediction not in get_args(Keep):
+        raise UserError(f"{folder / DIFFUSERS_FILE} is of a newer fastsp: its prediction is {prediction!r}")
+    return Base(name, found.get("base_config"), found.get("base_fingerprint"), prediction)
 
 
 def fuse_adapters(unet: Any, folder: Path) -> None:
@@ -156,32 +173,37 @@ def fuse_adapters(unet: Any, folder: Path) -> None:
 def save_for_use(unet: Any, folder: Path, base: Base, scheduler: Any) -> None:
     """Everything that other programs need of a finished run: both layouts, the scheduler, and how to use them."""
     save_adapters(unet, folder, base)
-    weights, metadata = kohya_layout(unet)
+    weights, metadata = kohya_layout(unet, scheduler)
     save_tensors(weights, folder / KOHYA_FILE, metadata)
     scheduler.save_pretrained(folder / "scheduler")
     settings, is_file = _settings(unet), Path(base.name).expanduser().is_file()
     facts = {"base": base.name, "rank": settings["r"], "alpha": settings["lora_alpha"], "kohya": KOHYA_FILE}
     facts["pipeline"] = family_of(unet).pipeline_class(unet.config)
     facts["load"] = "from_single_file" if is_file else "from_pretrained"
+    facts["predicts"], facts["schedule"] = meaning_of(scheduler.config)
+    facts["sampling"], facts["programs"] = _KEPT if base.prediction == "keep" else _CONVERTED
     (folder / "README.md").write_text(_README.read_text(encoding="utf-8").format(**facts), encoding="utf-8")
 
 
-def kohya_layout(unet: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights (``lora_unet_PATH.lora_down.weight``, ``.lora_up.weight``, ``.alpha``) and header of kohya's scripts."""
+def kohya_layout(unet: Any, scheduler: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights (``lora_unet_PATH.lora_down.weight``, ``.lora_up.weight``, ``.alpha``) and header of kohya's scripts. The
+    scheduler says what is predicted."""
     from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 
     settings, weights = _settings(unet), convert_state_dict_to_kohya(_contiguous(adapters(unet)))
     weights |= {name: torch.tensor(float(settings["lora_alpha"])) for name in weights if name.endswith(".alpha")}
     version = family_of(unet).kohya_base(unet.config)  # programs list adapters by it
+    is_v = scheduler.config.prediction_type == "v_prediction"
+    version = version if is_v else version.removesuffix("_v")
     return weights, {
         "format": "pt",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(settings["r"]),
         "ss_network_alpha": str(settings["lora_alpha"]),
         "ss_base_model_version": version,
-        "ss_v2": str(version == "sd_v2_v"),
-        "ss_v_parameterization": "True",
-        "ss_zero_terminal_snr": "True",
+        "ss_v2": str(version.startswith("sd_v2")),
+        "ss_v_parameterization": str(is_v),
+        "ss_zero_terminal_snr": str(bool(scheduler.config.get("rescale_betas_zero_snr"))),
     }
 
 

@@ -21,6 +21,7 @@ from fastsp.families import family_of
 from fastsp.models.lora import Base
 from fastsp.models.saving import save_pipeline
 from fastsp.models.schedulers import trained_scheduler
+from fastsp.options import Keep
 
 
 @dataclass
@@ -102,12 +103,23 @@ class TextToImageModel:
             for part in self.frozen_parts():
                 (part.encoder if part is self.vae else part).compile()
 
-    def for_training(self) -> TextToImageModel:
-        """As fastsp trains it: v-prediction, zero terminal SNR, trailing timesteps; no prompt is the empty prompt.
+    def for_training(self, prediction: Keep = "v_zero_snr") -> TextToImageModel:
+        """As fastsp trains it: trailing timesteps; no prompt is the empty prompt.
 
-        A model that predicts epsilon is taught v-prediction by its first stage, by MSE, as in the paper.
+        Args:
+            prediction: "keep" leaves what it predicts and its noise schedule; "v_zero_snr" makes them v-prediction with
+                zero terminal SNR, which the first stage teaches a model of epsilon by MSE, as in the paper.
+
+        Raises:
+            UserError: a prediction that is to be kept cannot be trained on its schedule.
         """
-        own, scheduler = self.prediction_type, trained_scheduler(self.scheduler.config)
+        own, scheduler = self.prediction_type, self.scheduler
+        if prediction == "v_zero_snr":
+            scheduler = trained_scheduler(scheduler.config)
+        try:
+            process_of(scheduler)
+        except ValueError as error:
+            raise UserError(f"model.prediction: {prediction}: {error}") from None
         return replace(self, scheduler=scheduler, zeros_for_empty_prompt=False, loaded_prediction_type=own)
 
     @torch.no_grad()

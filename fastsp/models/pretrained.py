@@ -28,6 +28,7 @@ from fastsp.models.presets import PRESETS, preset_model
 from fastsp.models.quiet import quiet_libraries
 from fastsp.models.schedulers import ddim_scheduler, loaded_scheduler, trained_scheduler
 from fastsp.models.single_file import load_single_file, tensor_names
+from fastsp.options import Keep
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixelTextToImagePipeline")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -77,23 +78,27 @@ def load_model(
     config: str | None = None,
     lora: Mapping[str, Any] | None = None,
     unet: Mapping[str, Any] | None = None,
+    prediction: Keep | None = None,
 ) -> TextToImageModel:
     """The model that a configuration trains: a preset with seeded random weights, or what ``load_pipeline`` takes.
 
-    ``unet`` has the sizes of a preset's UNet, see :func:`fastsp.models.presets.preset_model`.
+    ``unet`` has the sizes of a preset's UNet, see :func:`fastsp.models.presets.preset_model`; ``prediction`` is that of
+    :meth:`TextToImageModel.for_training`, None: v_zero_snr.
     With ``lora`` (rank, alpha, target_modules) its UNet has adapters, which alone are trainable. Those of a folder of
     adapters are trained further; without ``lora`` they are fused, and all weights are trained.
 
     Raises:
         UserError: an unknown preset; what :func:`load_pipeline` and :func:`fastsp.models.lora.add_adapters` refuse;
-            given adapters of other settings than ``lora``, or whose base is fused from adapters itself.
+            given adapters of other settings than ``lora``, or whose base is fused from adapters itself; a prediction
+            that cannot be kept.
     """
     if pretrained is None:
         if preset not in PRESETS:
             raise UserError(f"model.preset {preset!r} is unknown: use one of {', '.join(PRESETS)}")
         return preset_model(preset, resolution, seed, **(unet or {}))
+    prediction = prediction or "v_zero_snr"
     if lora is None:
-        return load_pipeline(pretrained, config).for_training()
+        return load_pipeline(pretrained, config).for_training(prediction)
     path = _find(pretrained)
     if given := (path / DIFFUSERS_FILE).is_file():
         model, base = _load_base(path)
@@ -102,8 +107,9 @@ def load_model(
                 f"{pretrained} has adapters on top of those in {base.name}: export that run, and name the export"
             )
     else:
-        model, base = load_pipeline(pretrained, config).for_training(), Base(pretrained, config)
-    base = base._replace(fingerprint=fingerprint(model.unet))
+        model, base = load_pipeline(pretrained, config), Base(pretrained, config)
+    model = model.for_training(prediction)
+    base = base._replace(fingerprint=fingerprint(model.unet), prediction=prediction)
     add_adapters(model.unet, **lora, seed=seed)
     if given:
         load_adapters(model.unet, path)
@@ -177,7 +183,7 @@ def load_scheduler(folder: Path) -> DDIMScheduler:
         return ddim_scheduler()
     base = _find(model["pretrained"], ("scheduler",))
     own = load_pipeline(str(base), model.get("config"), False).scheduler if base.is_file() else load_scheduler(base)
-    return trained_scheduler(own.config)
+    return own if model.get("prediction") == "keep" else trained_scheduler(own.config)
 
 
 def check_unet(folder: Path) -> None:
@@ -192,18 +198,19 @@ def check_unet(folder: Path) -> None:
         _check_weights(_unet_folder(folder))
 
 
-def check_perceptual_network(unet: Any, layers: str | None, folder: Path | None, stage: str) -> None:
+def check_perceptual_network(unet: Any, predicts: str, layers: str | None, folder: Path | None, stage: str) -> None:
     """See that a later stage can use its perceptual network, before the stages in front of it are trained.
 
     Args:
         unet: of the run.
+        predicts: the prediction type that the run trains.
         layers: of the stage; None: it has no such key.
         folder: of a UNet from outside of the run, whose weights are not read; None: the run's own.
         stage: its key in the configuration, such as ``stages.1``.
 
     Raises:
         UserError: the perceptual network has no such layers, takes other inputs than the run's UNet, or is of a
-            pipeline that predicts something else than v.
+            pipeline that predicts something else.
     """
     config, family = unet.config, family_of(unet)
     if folder is not None:
@@ -216,23 +223,24 @@ def check_perceptual_network(unet: Any, layers: str | None, folder: Path | None,
     if layers is not None and layers not in (allowed := family.layers(config)):
         raise UserError(f"{stage}.layers {layers!r}: the perceptual network lacks them; allowed: {', '.join(allowed)}")
     if folder is not None and (scheduler := folder / "scheduler" / "scheduler_config.json").is_file():
-        predicts = loaded_scheduler(_read_json(scheduler), str(folder)).config.prediction_type
-        check_predicts_v(predicts, f"{stage}.perceptual_network: {folder}")
+        its = loaded_scheduler(_read_json(scheduler), str(folder)).config.prediction_type
+        check_predicts(its, predicts, f"{stage}.perceptual_network: {folder}")
 
 
-def check_predicts_v(prediction_type: str | None, what: str) -> None:
+def check_predicts(prediction_type: str | None, trained: str, what: str) -> None:
     """See that a network can be the start or the perceptual network of a self-perceptual stage.
 
     Another prediction type belongs to another noise schedule too: such a network is a good metric at no high noise,
-    and the stage, which compares features alone, would have to teach v-prediction from nothing.
+    and the stage, which compares features alone, would have to teach the trained type from nothing.
 
     Raises:
-        UserError: it predicts epsilon or the sample; None: it is a preset's, which predicts v.
+        UserError: it predicts something else than what is ``trained``; None: it is a preset's.
     """
-    if prediction_type not in (None, "v_prediction"):
+    if prediction_type not in (None, trained):
         raise UserError(
-            f"{what} predicts {prediction_type}, and fastsp trains v_prediction, which a stage of objective mse has to "
-            "teach it first: put one before this stage, and take it as perceptual_network"
+            f"{what} predicts {prediction_type}, and fastsp trains {trained}, which a stage of objective mse has to "
+            "teach it first: put one before this stage, and take it as perceptual_network; or let model.prediction: "
+            "keep train what the model predicts"
         )
 
 
@@ -260,9 +268,11 @@ def _check_weights(folder: Path) -> None:
 
 def _load_base(folder: Path, instead: str | None = None, with_unet: bool = True) -> tuple[TextToImageModel, Base]:
     """The model under the adapters in ``folder``, as it was trained, or the one to take ``instead`` of it."""
-    named = base_of(folder) if instead is None else Base(instead)
+    named = base_of(folder)
+    if instead is not None:
+        named = Base(instead, prediction=named.prediction)
     with _naming_base_of(folder):
-        model = load_pipeline(named.name, named.config, with_unet).for_training()
+        model = load_pipeline(named.name, named.config, with_unet).for_training(named.prediction)
     trained_on = adapters_header(folder).get("base_fingerprint")
     if model.unet is not None and trained_on not in (None, fingerprint(model.unet)):
         if instead is None:

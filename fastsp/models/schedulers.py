@@ -33,8 +33,14 @@ def loaded_scheduler(config: Any, name: str) -> DDIMScheduler:
 
 
 def trained_scheduler(config: Any) -> DDIMScheduler:
-    """The scheduler that fastsp trains for: a folder's betas, and the settings of :func:`ddim_scheduler`."""
+    """The scheduler of ``model.prediction: v_zero_snr``: a folder's betas, the settings of :func:`ddim_scheduler`."""
     return ddim_scheduler(**_taken(config, _BETAS))
+
+
+def meaning_of(config: Any) -> tuple[str, str]:
+    """What a model predicts, and on which schedule, in words: ``("v", "with zero terminal SNR")``."""
+    predicts = str(config["prediction_type"]).removesuffix("_prediction")
+    return predicts, "with zero terminal SNR" if config.get("rescale_betas_zero_snr") else "on its own noise schedule"
 
 
 def ddim_scheduler(**overrides: Any) -> DDIMScheduler:

@@ -136,7 +136,7 @@ class RunDirectory:
         if not self.metrics_file.exists():
             return
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if _global_step(line) <= global_step]
+        kept = [line for line in lines if _global_step(line) <= global_step and not _starts_at(line, global_step)]
         if kept != lines:
             write_file(self.metrics_file, "".join(kept))
 
@@ -157,6 +157,11 @@ class RunDirectory:
                 f"run_dir {self.root} holds a run with another configuration: {'; '.join(refused)}; "
                 "add --allow-changes to continue with the new one"
             )
+
+
+def _starts_at(line: str, global_step: int) -> bool:
+    """Whether a complete line is of the start of the stage that begins there."""
+    return json.loads(line)["step"] == 0 and _global_step(line) == global_step
 
 
 def _global_step(line: str) -> float:

@@ -82,7 +82,8 @@ def run_status(root: Path, verify: bool = False) -> RunStatus:
     saved = progress_of(newest) if newest and harm is None else None
     here = Progress(last.get("stage", ""), last.get("step", 0), last.get("global_step", 0))
     here = saved if saved is not None and saved.global_step > here.global_step else here
-    total, rate = sum(stages.values()), last.get("samples_per_s")
+    logged = next((row for row in reversed(rows) if "loss" in row), {})  # else it is of a validation
+    total, rate = sum(stages.values()), logged.get("samples_per_s")
     # Those that the run has named may be more than it has logged: it can be stopped by them. null: a file of many
     bad_samples = sum(b'"position": null' not in line for line in _lines(root / "bad_samples.jsonl"))
     return RunStatus(
@@ -95,15 +96,15 @@ def run_status(root: Path, verify: bool = False) -> RunStatus:
         stage_steps=stages.get(here.stage, 0),
         global_step=here.global_step,
         total_steps=total,
-        losses=[row["loss"] for row in rows],
+        losses=[row["loss"] for row in rows if "loss" in row],
         samples_per_s=rate,
-        data_wait=last.get("data_wait"),
+        data_wait=logged.get("data_wait"),
         seconds_left=(total - here.global_step) * batch_size / rate if rate else None,
         checkpoint=newest.name if newest else None,
         checkpoint_step=saved.global_step if saved else None,
         checkpoint_damage=harm,
-        skipped=last.get("skipped", 0),
-        bad_samples=max(last.get("bad_samples", 0), bad_samples),
+        skipped=logged.get("skipped", 0),
+        bad_samples=max(logged.get("bad_samples", 0), bad_samples),
         next=_next(root, config, running is not None, perhaps, finished),
     )
 

@@ -55,7 +55,10 @@ class Trackers:
 
     def write(self, figures: dict[str, float], stage: StageConfig, global_step: int) -> None:
         """The figures of one logged step. Losses of different objectives cannot be compared: each has its own curve."""
-        curves = {f"loss/{stage.objective}" if name == "loss" else name: value for name, value in figures.items()}
+        curves = {
+            f"loss/{stage.objective}" if name == "loss" else name.replace("validation_", "validation/"): value
+            for name, value in figures.items()
+        }
         for name, value in curves.items():
             self._tensorboard.add_scalar(name, value, global_step)
         if self._wandb is not None:

@@ -14,15 +14,16 @@ from PIL import Image
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from fastsp.config import Config, EMAConfig
+from fastsp.config import Config, DataConfig, EMAConfig
 from fastsp.data.inventory import Inventory
 from fastsp.data.source import Source, check_path, open_source
 from fastsp.diffusion.latents import fingerprint
 from fastsp.errors import UserError
 from fastsp.generation.generate import RAW
-from fastsp.models import TextToImageModel, check_perceptual_network, check_predicts_v, load_model, load_unet
+from fastsp.models import TextToImageModel, check_perceptual_network, check_predicts, load_model, load_unet
 from fastsp.models.attention import available, check_available, choose_attention, kept_choice
 from fastsp.models.lora import load_adapters, save_adapters, save_for_use
+from fastsp.models.schedulers import meaning_of
 from fastsp.objectives import StageConfig
 from fastsp.perceptual import shared_copy
 from fastsp.training.capture import captured
@@ -40,6 +41,7 @@ from fastsp.training.samples import SampleDrawer
 from fastsp.training.step import COMPUTE_DTYPES, StepResult, TrainingStep, build_step
 from fastsp.training.trackers import Trackers, check_installed
 from fastsp.training.update import update_of
+from fastsp.training.validation import Validation
 from fastsp.utils.devices import device_name
 from fastsp.utils.files import new_folder
 from fastsp.utils.gpu_settings import gpu_settings
@@ -115,38 +117,35 @@ class Trainer:
             keep_compiled_code()
         check_installed(config)
         update_of(config)  # raises for an unknown optimizer, or one that cannot work on shards
-        check_path(config.data)  # before a model is downloaded
+        for data in (config.data, config.validation_data if config.validation.every else None):
+            if data is not None:
+                check_path(data)  # before a model is downloaded
         model, lora = config.model, config.model.lora.model_dump() if config.model.lora else None
         sizes, side = model.unet.model_dump() if model.unet else None, config.data.resolution
-        self.model = load_model(model.preset, model.pretrained, side, config.seed, model.config, lora, sizes)
+        source = (model.preset, model.pretrained, side, config.seed, model.config)
+        self.model = load_model(*source, lora, sizes, model.prediction)
         self.model.latent_shape(config.data.resolution)  # raises for a resolution that the VAE cannot encode
         for number, stage in enumerate(config.stages):
             if (frozen := stage.frozen_network) is not None:
                 is_own = frozen in (model.pretrained, *(other.name for other in config.stages))
-                layers = getattr(stage, "layers", None)
-                check_perceptual_network(self.model.unet, layers, None if is_own else Path(frozen), f"stages.{number}")
+                layers, key, trained = getattr(stage, "layers", None), f"stages.{number}", self.model.prediction_type
+                check_perceptual_network(self.model.unet, trained, layers, None if is_own else Path(frozen), key)
                 if stage.init is None or frozen == model.pretrained:
-                    check_predicts_v(self.model.loaded_prediction_type, f"stages.{number}: {model.pretrained}")
+                    check_predicts(self.model.loaded_prediction_type, trained, f"{key}: {model.pretrained}")
         if config.data.source == "latents" and self.model.vae is None:
             raise UserError("data.source: 'latents' needs a model with a VAE; this one works on pixels")
         self.model.place(self.device, config.compiles_on(self.device))
-        self.source: Source = open_source(
-            config.data,
-            tokenizer=self.model.tokenizer,
-            tokenizer_2=self.model.tokenizer_2,
-            channels=self.model.channels,
-            seed=config.seed,
-            device=self.device,
-            bad_samples_file=run.bad_samples_file,
-            progress=ranks.is_main,
-            **_fingerprints(self.model) if config.data.source == "latents" else {},
-        )
+        self.source = self._open(config.data, bad_samples_file=run.bad_samples_file)
+        self.validation = None
+        if config.validation.every and config.validation_data is not None:
+            self.validation = Validation(config, self._open(config.validation_data, shuffle=False), ranks)
         self.inventory = self.source.reader.inventory()
         changed_data = run.check_data(self.inventory)
         console.print(
             f"run {run.root}: {len(self.source)} samples of {config.data.source}, UNet of "
             f"{_size(self.model.unet)}, {config.precision} on {device_name(self.device)}{_share(config, ranks)}"
         )
+        console.print(_prediction_line(self.model), highlight=False)
         if (times := config.data.batch_size / len(self.source)) > 1:
             console.print(f"data.batch_size {config.data.batch_size}: every sample occurs {times:.1f} times per step")
         told = [*self.source.reader.damaged, *self.source.reader.notes]
@@ -156,6 +155,21 @@ class Trainer:
             console.print(f"note: {more} more about the data; `fastsp data check` has them all")
         if changed_data:
             console.print(f"changed: the data ({changed_data})")
+
+    def _open(self, data: DataConfig, **more: Any) -> Source:
+        """A source of the run's model."""
+        model, ranks = self.model, self.ranks
+        return open_source(
+            data,
+            tokenizer=model.tokenizer,
+            tokenizer_2=model.tokenizer_2,
+            channels=model.channels,
+            seed=self.config.seed,
+            device=self.device,
+            progress=ranks.is_main,
+            **_fingerprints(model) if data.source == "latents" else {},
+            **more,
+        )
 
     def train(self, resume: bool) -> None:
         """All stages, then ``final/``."""
@@ -193,6 +207,8 @@ class Trainer:
                 raise UserError(f"{self.run.stage_folder(stage.name)} is missing, the weights of a finished stage")
             checkpoint.load_into(step.optimizer.state)
             step.optimizer.after_loading()
+        if not done:
+            self._validate(step, ema_unet, stage, 0, trackers)
         take_step = captured(step)
         batch_size = self.config.data.batch_size
         first = self.config.first_position(stage)
@@ -205,6 +221,7 @@ class Trainer:
         )
         monitor = Monitor(self.run, trackers, self.config, stage, done, self.source.bad_samples, self.console)
         settings, steps_before = self.config.checkpoint, self.config.steps_before(stage)
+        every = self.config.validation.every
         writer = CheckpointWriter(self.run.checkpoints, settings, self.config.digest, self.ranks)
         with closing(batches), monitor, writer:
             for number, batch in enumerate(monitor.watched(batches), start=done + 1):
@@ -214,6 +231,9 @@ class Trainer:
                 if _due(number, self.config.samples.every, stage.steps):
                     with monitor.paused():
                         self._draw(ema_unet, stage, number, trackers)
+                if self.validation is not None and (_due(number, every, stage.steps) or number == stage.steps):
+                    with monitor.paused():
+                        self._validate(step, ema_unet, stage, number, trackers)
                 stop, failed = self.ranks.exchange([self.stop.signal_number or 0, writer.failed]).amax(0).tolist()
                 if stop or self._saves(number, stage, result):
                     with monitor.paused():
@@ -395,6 +415,20 @@ class Trainer:
             self._refresh_report()
         return whole
 
+    def _validate(
+        self, step: TrainingStep, ema_unet: Any, stage: StageConfig, number: int, trackers: Trackers | None
+    ) -> None:
+        """Log the validation's losses after a step, if there is a validation. All ranks take part."""
+        if self.validation is None:
+            return
+        figures = self.validation.losses(step, ema_unet)
+        if trackers is not None:
+            global_step = self.config.steps_before(stage) + number
+            self.run.append_metrics({"stage": stage.name, "step": number, "global_step": global_step, **figures})
+            trackers.write(figures, stage, global_step)
+        told = ", ".join(f"{name.removeprefix('validation_')} {value:.5g}" for name, value in figures.items())
+        self.console.print(f"{stage.name}: validation at step {number}: {told}", highlight=False)
+
     def _stop_if_asked(self, done: str, signal_number: int | None) -> None:
         if signal_number:
             self.console.print(f"stopped after {done}; continue with --resume")
@@ -453,6 +487,15 @@ def _headline(stage: StageConfig, done: int) -> str:
     steps = f"{stage.steps} step{'s' * (stage.steps != 1)}"
     start = f"from {stage.init}" if stage.init else "from the model's own weights"
     return f"stage {stage.name}: {stage.title}, {steps} {start}" + (f", {done} done" if done else "")
+
+
+def _prediction_line(model: TextToImageModel) -> str:
+    """What is trained, and what that means for those who sample the result."""
+    predicts, schedule = meaning_of(model.scheduler.config)
+    line = f"the model is trained to predict {predicts} {schedule}"
+    if model.loaded_prediction_type in (None, model.prediction_type):
+        return line
+    return f"{line}, and not {model.loaded_prediction_type} any more (model.prediction: keep would leave it)"
 
 
 def _average_line(ema: EMAConfig, steps: int) -> str:

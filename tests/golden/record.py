@@ -62,7 +62,7 @@ RUNS: dict[str, Callable[[Path], str]] = {
     "sd1": _latents("sd15"),
     "sd2": _latents("sd21"),
     "sdxl": _latents("sdxl"),
-    "lora": _latents("sd21", ", lora: {rank: 4, alpha: 8}"),
+    "lora": _latents("sd21", ", lora: {rank: 4, alpha: 8}, prediction: v_zero_snr"),
     "pixels": _pixels,
 }
 

@@ -63,6 +63,7 @@ def overrides(folder: Path, run: str, *more: str) -> list[str]:
         "data.resolution=16",
         "precision=fp32",
         "model.lora={rank: 4, alpha: 8}",
+        "model.prediction=v_zero_snr",
         "stages.0.steps=8",
         "stages.1.steps=6",
         "stages.0.learning_rate=1e-2",

@@ -60,6 +60,12 @@ def write_report(run_dir: Path) -> Path:
         captions=run.captions,
         trajectories=[(label(roles, name), embedded(path, WIDE)) for name, path in _in_order(run, run.trajectories)],
         curves=[(label(roles, name), name, loss_curve(lines)) for name, lines in run.metrics.items()],
+        validation=[
+            (f"{label(roles, name)} · {name}, {title}", loss_curve(lines, key))
+            for name, lines in run.metrics.items()
+            for key, title in (("validation_mse", "mse"), ("validation_self_perceptual", "self-perceptual"))
+            if any(key in line for line in lines)
+        ],
         features=sorted({row["features"] for row in run.rows if "features" in row}),
         times=list(_times(run, roles)),
         environment=list(run.environment.items()),
@@ -105,12 +111,13 @@ def _chosen(grids: list[tuple[int, Path]]) -> list[tuple[int, Embedded]]:
     return [(step, embedded(path)) for step, path in (grids[place] for place in places)]
 
 
-def loss_curve(lines: Sequence[dict[str, Any]]) -> str | None:
+def loss_curve(lines: Sequence[dict[str, Any]], key: str = "loss") -> str | None:
     """A PNG as a URI: every loss in grey, a running mean over a twentieth of the stage in blue, a logarithmic axis.
 
     Losses that are not finite and positive have no place on the axis; None where there are no others.
     """
-    points = [(line["step"], line["loss"]) for line in lines if math.isfinite(line["loss"]) and line["loss"] > 0]
+    found = ((line["step"], line.get(key, math.nan)) for line in lines)
+    points = [(step, loss) for step, loss in found if math.isfinite(loss) and loss > 0]
     if not points:
         return None
     step, loss = np.array(points).T
@@ -119,7 +126,7 @@ def loss_curve(lines: Sequence[dict[str, Any]]) -> str | None:
     shown = slice(None, None, max(1, len(loss) // MAX_POINTS))
     narrow = loss.max() < 8 * loss.min()  # less than a decade: its powers of ten alone would leave the axis bare
     figure = Figure(figsize=(4.8, 2.9), dpi=160, layout="constrained")
-    axes = figure.add_subplot(yscale="log", xlim=(0, step[-1]), ylim=(0.9 * loss.min(), 1.1 * loss.max()))
+    axes = figure.add_subplot(yscale="log", xlim=(0, max(1, step[-1])), ylim=(0.9 * loss.min(), 1.1 * loss.max()))
     axes.plot(step[shown], loss[shown], color=_RAW, linewidth=0.8)
     marker = "o" if len(loss) == 1 else ""
     axes.plot(step[window - 1 :][shown], smooth[shown], color=_SMOOTH, linewidth=1.6, marker=marker)
@@ -138,7 +145,8 @@ def loss_curve(lines: Sequence[dict[str, Any]]) -> str | None:
 def _times(run: RunFiles, roles: dict[str, str]) -> Iterator[tuple[str, str]]:
     """What took how long, in words. Training by the logged rate, which leaves out the start."""
     batch_size = (run.config.get("data") or {}).get("batch_size", 0)
-    for name, lines in run.metrics.items():
+    for name, found in run.metrics.items():
+        lines = [line for line in found if "samples_per_s" in line]  # others are of validations
         steps = [line["step"] for line in lines]
         counts = np.diff(steps, prepend=0)
         taken = [n / line["samples_per_s"] for n, line in zip(counts, lines, strict=True) if line["samples_per_s"]]
