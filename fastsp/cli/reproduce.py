@@ -1,18 +1,22 @@
-"""`fastsp reproduce`: the paper's tables."""
+"""`fastsp reproduce`: the paper's tables, and the comparison on photographs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+if TYPE_CHECKING:
+    from fastsp.config import Config
+
 _PAPER, _SMALL = Path("configs/sd21-paper.yaml"), Path("configs/digits.yaml")
+_PHOTOGRAPHS = {"cpu": Path("configs/photographs.yaml"), "gpu": Path("configs/photographs-gpu.yaml")}
 _MARK = "# Written by fastsp reproduce, which replaces it at the next call.\n"
 
 
 def reproduce(
-    table: Annotated[int, typer.Argument(help="Number of the table in the paper: 1 to 7.")],
+    table: Annotated[str, typer.Argument(help="Number of the table in the paper, 1 to 7, or 'photographs'.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Override values of the configuration.")
     ] = None,
@@ -20,27 +24,44 @@ def reproduce(
     config: Annotated[
         Path | None, typer.Option("--config", help=f"Model, data and steps. Default: {_PAPER}.", metavar="FILE")
     ] = None,
+    scale: Annotated[
+        Literal["cpu", "gpu"], typer.Option(help="Of 'photographs': 8 x 8 pixels on a CPU, or 32 x 32 on a GPU.")
+    ] = "cpu",
     plan: Annotated[bool, typer.Option("--plan", help="Print the configuration and stop.")] = False,
 ) -> None:
     """Train and evaluate what a table of the paper compares, and print the table beside the paper's figures.
 
-    Each table is one run: MSE, then its self-perceptual stages. If interrupted, run the same command to continue.
+    Each table is one run: MSE, then its self-perceptual stages. 'photographs' compares the losses on small photographs
+    of yours, each trained three times from one base. If interrupted, run the same command to continue.
 
     Example: fastsp reproduce 3 --small
     """
-    from rich.console import Console
-    from rich.table import Table as Drawn
-
-    from fastsp.cli.train import train
     from fastsp.errors import UserError
-    from fastsp.evaluation.reproduction import TABLES, compared, own_config, table_config
-    from fastsp.evaluation.run_files import read_run
-    from fastsp.utils.files import check_writable, read_text, write_file
+    from fastsp.evaluation.repetitions import repeated
+    from fastsp.evaluation.reproduction import TABLES, own_config, table_config
 
-    chosen = table_config(table, config or own_config(_SMALL if small else _PAPER), overrides or [])
+    if table == "photographs":
+        chosen = repeated(config or own_config(_PHOTOGRAPHS[scale]), overrides or [])
+    elif table.isdecimal():
+        chosen = table_config(int(table), config or own_config(_SMALL if small else _PAPER), overrides or [])
+    else:
+        raise UserError(f"table {table!r}: allowed are 1 to {max(TABLES)}, and photographs")
     if plan:
         typer.echo(chosen.dump(), nl=False)
         return
+    _run(chosen)
+    if table == "photographs":
+        _show_comparison(chosen)
+    else:
+        _show_table(int(table), Path(chosen.run_dir))
+
+
+def _run(chosen: Config) -> None:
+    """Train and evaluate, or go on with it."""
+    from fastsp.cli.train import train
+    from fastsp.errors import UserError
+    from fastsp.utils.files import check_writable, read_text, write_file
+
     run_dir = Path(chosen.run_dir)
     file = run_dir.with_name(f"{run_dir.name}.yaml")
     if file.is_file() and not read_text(file).startswith(_MARK):
@@ -49,6 +70,28 @@ def reproduce(
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, _MARK + chosen.dump())
     train(config=file, overrides=[], resume=True)
+
+
+def _show_comparison(chosen: Config) -> None:
+    """Print the comparison and write it to ``comparison.md`` of the run."""
+    from fastsp.evaluation.repetitions import markdown
+    from fastsp.evaluation.run_files import read_run
+    from fastsp.utils.files import write_file
+
+    text = markdown(chosen, read_run(Path(chosen.run_dir)).rows)
+    file = Path(chosen.run_dir) / "comparison.md"
+    write_file(file, text)
+    typer.echo(f"{text}\n{file} holds this table")
+
+
+def _show_table(table: int, run_dir: Path) -> None:
+    """Print a table of the paper beside ours."""
+    from rich.console import Console
+    from rich.table import Table as Drawn
+
+    from fastsp.evaluation.reproduction import TABLES, compared
+    from fastsp.evaluation.run_files import read_run
+
     drawn = Drawn(
         "row", "steps", "FID", "IS", "paper's FID", "paper's IS", title=f"Table {table}: {TABLES[table].title}"
     )

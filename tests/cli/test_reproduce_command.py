@@ -46,6 +46,7 @@ def test_a_small_table(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_mistakes(fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "table 8: the paper has tables 1 to 7" in fails("reproduce", 8)
+    assert "table 'photos': allowed are 1 to 7, and photographs" in fails("reproduce", "photos")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "fastsp.evaluation.reproduction.__file__", str(tmp_path / "site-packages" / "fastsp" / "reproduction.py")
