@@ -52,7 +52,7 @@ def test_mistakes(fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "fastsp.evaluation.reproduction.__file__", str(tmp_path / "site-packages" / "fastsp" / "reproduction.py")
     )
     message = fails("reproduce", 1, "--small")
-    assert "configuration file configs/digits.yaml is neither here nor beside the package" in message
+    assert "configuration file configs/digits.yaml is neither here nor in " in message
     assert "run this in a clone of the repository, install from one with pip install -e, or" in message
 
 
