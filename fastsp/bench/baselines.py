@@ -1,7 +1,6 @@
 """The step that fastsp is compared with: the paper's Algorithm 1, as its authors would write it.
 
-It computes in the workload's dtype, with float32 master weights beside bfloat16 ones, as fastsp does, and with
-PyTorch's fused optimizer. Captions are neither encoded nor dropped.
+Float32 master weights beside bfloat16 ones, as fastsp has them; captions are neither encoded nor dropped.
 """
 
 from __future__ import annotations

@@ -105,11 +105,7 @@ class Entry:
 
 
 def prepare(name: str, provider: Provider, workload: Workload) -> Entry:
-    """Count the operations of a provider, build it, take its first step and warm up.
-
-    Raises:
-        torch.OutOfMemoryError: it does not fit.
-    """
+    """Count the operations of a provider, build it, take its first step and warm up; `torch.OutOfMemoryError`."""
     flops, device = flops_per_sample(provider, workload), workload.device
     on_gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if on_gpu else 0

@@ -18,18 +18,14 @@ ON_GPU = torch.cuda.is_available()
 class Provider(NamedTuple):
     """One way to write a training step.
 
-    Attributes:
-        build: makes an object with ``step()``, one optimizer step, which does not wait for the device, and with
-            ``draws()``, the arguments of ``loss(...)``: 0-d float32, with gradient to the online network.
-        says: a description in a few words.
-        compiled: True: always, and left out where the workload does not compile; False: never; None: as the workload.
-        by_default: whether it is measured unless others are named.
+    It builds an object with ``step()``, one optimizer step, which does not wait for the device, and with ``draws()``,
+    the arguments of ``loss(...)``: 0-d float32, with gradient to the online network.
     """
 
     build: Callable[[Workload], Any]
-    says: str
-    compiled: bool | None = None
-    by_default: bool = True
+    says: str  # a description in a few words
+    compiled: bool | None = None  # True: always, and only where the workload compiles; False: never; None: as it does
+    by_default: bool = True  # whether it is measured unless others are named
 
 
 # In the order in which they are measured: what is interrupted lacks the last ones.

@@ -27,19 +27,11 @@ def run(
     say: Say,
     keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """Measure providers, each taking turns with fastsp's self-perceptual step.
+    """Measure providers, each taking so many turns with fastsp's self-perceptual step.
 
-    So at most two are in memory, and a change of the machine's load meets both sides of a ratio.
-
-    Args:
-        workload: what they train.
-        names: of the providers, in the order of the rows.
-        rounds: turns that each provider takes.
-        say: takes a line of progress.
-        keep: takes the rows so far after each provider, so that an interrupted run leaves them.
-
-    Returns:
-        One row for each provider. ``say`` names those that do not fit.
+    So at most two are in memory, and a change of the machine's load meets both sides of a ratio. Returns one row for
+    each provider that fits, in the order of `names`. `say` takes lines of progress, `keep` the rows
+    so far after each provider, so that an interrupted run leaves them.
     """
     batch, precision = workload.batch_size, workload.config.precision
     rows: list[Row] = []

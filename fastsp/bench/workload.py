@@ -101,10 +101,8 @@ class Workload:
 
 
 def default_workload(device: torch.device, overrides: Sequence[str] = ()) -> Workload:
-    """SD2.1-base's configuration in bf16 on a GPU, the quickstart's model in float32 on a CPU.
-
-    Raises:
-        UserError: an override that the configuration refuses, or of the model.
+    """SD2.1-base's configuration in bf16 on a GPU, the quickstart's model in float32 on a CPU; `UserError` for an
+    override of the model, or one that the configuration refuses.
     """
     for override in overrides:
         if override.partition("=")[0].split(".")[0] == "model":
@@ -135,11 +133,8 @@ def default_workload(device: torch.device, overrides: Sequence[str] = ()) -> Wor
 def workload_of(file: Path, device: torch.device, overrides: Sequence[str] = ()) -> Workload:
     """The model and the settings of a configuration file, with random weights: speed does not depend on them.
 
-    A configuration with microbatches is measured at the size of one.
-
-    Raises:
-        UserError: what :func:`fastsp.config.load_config` and :func:`fastsp.models.load_model` refuse; adapters;
-            Stable Diffusion XL.
+    A configuration with microbatches is measured at the size of one. `UserError` for adapters, Stable Diffusion XL, and
+    what cannot be loaded.
     """
     config = _one_microbatch(load_config(file, overrides))
     start, resolution = config.model, config.data.resolution

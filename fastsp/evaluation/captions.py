@@ -17,10 +17,12 @@ from fastsp.utils.files import read_lines, read_text
 class CaptionSet:
     """Captions in the order in which they are sampled."""
 
-    texts: Sequence[str]  # one for each image
+    rows: Sequence[dict[str, Any]]  # caption; of COCO's also image, its file's name, and annotation, the caption's id
     choice: str  # in words, which captions these are
-    images: Sequence[str] = ()  # file names of the images that they describe; empty where none are named
-    annotations: Sequence[int] = ()  # COCO's ids of the captions; empty for other files
+
+    @property
+    def texts(self) -> list[str]:
+        return [row["caption"] for row in self.rows]
 
     def facts(self) -> dict[str, str]:
         """For a row of the evaluation: the choice, and a digest of the captions themselves."""
@@ -28,10 +30,7 @@ class CaptionSet:
 
     def lines(self) -> str:
         """JSON lines: index, caption, and where it came from."""
-        rows: list[dict[str, Any]] = [{"index": i, "caption": text} for i, text in enumerate(self.texts)]
-        for key, values in (("image", self.images), ("annotation", self.annotations)):
-            for row, value in zip(rows, values, strict=False):
-                row[key] = value
+        rows = ({"index": index, **row} for index, row in enumerate(self.rows))
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -43,35 +42,31 @@ def read_captions(file: Path, count: int | None = None) -> CaptionSet:
     None: all of them.
     """
     name = f"captions {file}"
-    images: Sequence[str] = ()
-    annotations: Sequence[int] = ()
     if file.suffix.lower() == ".json":
-        texts, images, annotations = _of_coco(read_text(file, name), name)
-        count = min(10_000, len(texts)) if count is None else count
+        rows = _of_coco(read_text(file, name), name)
+        count = min(10_000, len(rows)) if count is None else count
         choice = f"of each of the first {count} images in file order the caption that stands first"
     else:
-        texts = read_lines(file, name)
-        count = len(texts) if count is None else count
+        rows = [{"caption": line} for line in read_lines(file, name)]
+        count = len(rows) if count is None else count
         choice = f"the first {count} lines"
-    if count > len(texts) or not texts:
-        raise UserError(f"{name}: {count} are asked for, it has {len(texts)}; give --num-samples")
-    return CaptionSet(texts[:count], f"{file.name}: {choice}", images[:count], annotations[:count])
+    if count > len(rows) or not rows:
+        raise UserError(f"{name}: {count} are asked for, it has {len(rows)}; give --num-samples")
+    return CaptionSet(rows[:count], f"{file.name}: {choice}")
 
 
-def _of_coco(text: str, name: str) -> tuple[list[str], list[str], list[int]]:
-    """Of each image that has captions, in the order of the file: the first one, the image's name, the caption's id."""
+def _of_coco(text: str, name: str) -> list[dict[str, Any]]:
+    """Of each image that has captions, in the order of the file, the one that stands first."""
     try:
         tree = json.loads(text)
-        first: dict[Any, tuple[str, int]] = {}
+        first: dict[Any, dict[str, Any]] = {}
         for entry in tree["annotations"]:
-            first.setdefault(entry["image_id"], (" ".join(entry["caption"].split()), entry["id"]))
-        images = [image for image in tree["images"] if image["id"] in first]
-        names = [str(image["file_name"]) for image in images]
+            row = {"caption": " ".join(entry["caption"].split()), "annotation": entry["id"]}
+            first.setdefault(entry["image_id"], row)
+        images = (image for image in tree["images"] if image["id"] in first)
+        return [{"image": str(image["file_name"]), **first[image["id"]]} for image in images]
     except json.JSONDecodeError as error:
         raise UserError(f"{name} is broken JSON: {error}") from None
     except (TypeError, KeyError, AttributeError):
-        raise UserError(
-            f"{name} is not COCO's: it lacks images (id, file_name) or annotations (id, image_id, caption)"
-        ) from None
-    texts, numbers = zip(*(first[image["id"]] for image in images), strict=True) if images else ((), ())
-    return list(texts), names, list(numbers)
+        lacking = "images (id, file_name) or annotations (id, image_id, caption)"
+        raise UserError(f"{name} is not COCO's: it lacks {lacking}") from None

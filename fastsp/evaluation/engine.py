@@ -27,6 +27,7 @@ from fastsp.diffusion.sampling import Guidance
 from fastsp.errors import UserError
 from fastsp.evaluation.captions import CaptionSet
 from fastsp.evaluation.features import FeatureModel, Features
+from fastsp.evaluation.metrics import caption_agreement
 from fastsp.evaluation.reference import HELD_OUT_DIGITS, Reference
 from fastsp.evaluation.rows import REAL, Job, Row, RowFile
 from fastsp.generation.generate import Sampling, generate, load_for_sampling, num_batches
@@ -123,22 +124,24 @@ class Evaluation:
             write_file(self.work / "captions.jsonl", captions.lines())
         steps_bar = partial(bar, job.words())
         seen, seconds = sample_features(model, texts, sampling, self.extractor, folder, steps_bar, self.keep_images)
-        figures = self.reference.scores(seen, self.extractor.class_names, texts if setting.conditional else ())
+        seen = seen._replace(captions=texts if setting.conditional else ())
+        figures = self.reference.scores(seen, self.extractor.class_names)
         return {**row, **figures, "seconds": round(seconds, 2)}
 
     def _of_real_images(self, job: Job) -> Row:
         """A run's training images, scored like samples; without them the reference itself, at distance 0."""
         row = {**job.setting._asdict(), "seed": job.seed, **self._facts()}
-        train, captions = self.reference.train, self.reference.train_captions
+        train = self.reference.train
         if train is None:
             return {**row, "num_samples": self.reference.count, "fid": 0.0, "inception_score": self.reference.score}
         chosen = seeded_order(len(train.features), job.seed)[: self.num_samples]
-        seen = Features(train.features[chosen], train.logits[chosen])
-        texts = [captions[index] for index in chosen.tolist()] if captions else []
-        figures = self.reference.scores(seen, self.extractor.class_names, texts)
+        captions = [train.captions[index] for index in chosen.tolist()] if train.captions else ()
+        seen = Features(train.features[chosen], train.logits[chosen], captions)
+        figures = self.reference.scores(seen, self.extractor.class_names)
         del figures["nearest_train"], figures["memorised"]  # training images are at distance 0 from themselves
-        if self.reference.heldout_agreement is not None:
-            figures["heldout_agreement"] = self.reference.heldout_agreement
+        heldout, names = self.reference.heldout, self.extractor.class_names
+        if heldout is not None and heldout.captions and names:
+            figures["heldout_agreement"] = caption_agreement(heldout.logits, heldout.captions, names)
         return {**row, "num_samples": len(chosen), **figures}
 
     def _facts(self) -> Row:
@@ -188,7 +191,7 @@ def sample_features(
                     save_png(image, folder / "pictures" / f"{index:05d}.png", prompt=prompts[index])
             with new_file(files[indices.start]) as unfinished:
                 seconds = torch.tensor(time.monotonic() - before)
-                save_file({**seen._asdict(), "seconds": seconds}, unfinished)
+                save_file({"features": seen.features, "logits": seen.logits, "seconds": seconds}, unfinished)
             before = time.monotonic()
     parts = [load_file(file) for file in files.values()]
     seen = Features.joined((part["features"], part["logits"]) for part in parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,13 @@ class Features(NamedTuple):
 
     features: Tensor  # float64 (N, D), the space of FID and of precision and recall
     logits: Tensor  # float64 (N, K), the class scores of the Inception Score and of validity
+    captions: Sequence[str] = ()  # N of them, or none: what the pictures are to show
 
     @classmethod
-    def joined(cls, parts: Iterable[tuple[Tensor, Tensor]]) -> Features:
-        """Those of several batches as one."""
-        return cls(*map(torch.cat, zip(*parts, strict=True)))
+    def joined(cls, parts: Iterable[Sequence[Any]], captions: Sequence[str] = ()) -> Features:
+        """Features and logits of several batches as one."""
+        features, logits, *_ = zip(*parts, strict=True)
+        return cls(torch.cat(features), torch.cat(logits), captions)
 
 
 class FeatureModel(nn.Module, ABC):
@@ -37,5 +39,5 @@ class FeatureModel(nn.Module, ABC):
         """Features of all `images`, float (N, C, H, W) in [-1, 1], computed `batch_size` at a time."""
         self.eval()
         device = next(self.parameters()).device
-        features, logits = Features.joined(self(batch.to(device)) for batch in images.split(batch_size))
-        return Features(features.double().cpu(), logits.double().cpu())
+        seen = Features.joined(self(batch.to(device)) for batch in images.split(batch_size))
+        return Features(seen.features.double().cpu(), seen.logits.double().cpu())

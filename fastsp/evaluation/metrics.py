@@ -1,9 +1,8 @@
 """The figures of one row: FID, Inception Score, and what those two cannot say about a few hundred samples.
 
-Everything is float64 and computed from what a feature model sees in the images. Smaller is better for `fid`, larger for
-all others but `nearest_train` and `memorised`, which should be near those of real images that were held out. Read
-`recall` together with `precision`: stray samples have wide balls, so noise can raise it (Naeem et al. 2020); `coverage`
-asks the same question in a way that strays cannot answer.
+Everything is float64. Smaller is better for `fid`, larger for all others but `nearest_train` and `memorised`, which
+should be near those of real images that were held out. Read `recall` together with `precision`: stray samples have wide
+balls, so noise can raise it (Naeem et al. 2020); `coverage` asks the same in a way that strays cannot answer.
 
 Not covered: FID is biased upwards at small N (Chong & Forsyth 2020, arXiv 1911.07023), so rows are comparable at equal
 `num_samples` and equal reference only, and never with figures from another feature model.

@@ -55,28 +55,25 @@ class Reference:
     features: str  # identity of the feature model
     source: str  # in words, which images
     heldout: Features | None = None
-    heldout_captions: Sequence[str] = ()
-    heldout_agreement: float | None = None  # share of the held-out images whose caption the classifier reads
     train: Features | None = None
-    train_captions: Sequence[str] = ()
     copy_distance: float = 0.0  # a sample nearer to the training set than 99 % of the held-out images is a copy
 
     @classmethod
-    def of(cls, seen: Features, features: str, source: str, train: Features | None = None, **own: Any) -> Reference:
+    def of(cls, seen: Features, features: str, source: str, train: Features | None = None) -> Reference:
         """Statistics of images; they are a run's held-out ones if `train` is given. `UserError` if they are too few."""
         count, least = len(seen.features), 2 if train is None else NEIGHBOURS + 1
         if count < least:
             raise UserError(f"reference {source}: {count} images; allowed: at least {least}")
-        if train is not None:
-            copies = metrics.nearest_distance(seen.features, train.features).quantile(0.01).item()
-            own |= {"heldout": seen, "train": train, "copy_distance": copies}
-        score = metrics.inception_score(seen.logits)
-        return cls(seen.features.mean(0), torch.cov(seen.features.T), count, score, features, source, **own)
+        mean, covariance = seen.features.mean(0), torch.cov(seen.features.T)
+        statistics = mean, covariance, count, metrics.inception_score(seen.logits), features, source
+        if train is None:
+            return cls(*statistics)
+        copies = metrics.nearest_distance(seen.features, train.features).quantile(0.01).item()
+        return cls(*statistics, seen, train, copies)
 
-    def scores(self, seen: Features, class_names: Sequence[str], captions: Sequence[str]) -> dict[str, float]:
-        """All figures that can be computed for one set of images; `UserError` if they are too few.
-
-        `class_names` are those of the feature model, `captions` those of the images; either may be empty.
+    def scores(self, seen: Features, class_names: Sequence[str]) -> dict[str, float]:
+        """All figures that can be computed for images in a feature model, which may have no `class_names`; `UserError`
+        if there are too few.
         """
         least = 2 if self.heldout is None else NEIGHBOURS + 1
         if len(seen.features) < least:
@@ -95,8 +92,8 @@ class Reference:
             nearest = metrics.nearest_distance(seen.features, self.train.features)
             row["nearest_train"] = nearest.mean().item()
             row["memorised"] = (nearest < self.copy_distance).double().mean().item()
-        if captions and class_names:
-            row["caption_agreement"] = metrics.caption_agreement(seen.logits, captions, class_names)
+        if seen.captions and class_names:
+            row["caption_agreement"] = metrics.caption_agreement(seen.logits, seen.captions, class_names)
         return row
 
     def save(self, file: Path) -> None:
@@ -113,14 +110,13 @@ def load_reference(file: Path, features: str) -> Reference:
     try:
         with safe_open(file, "pt") as found:
             facts = found.metadata() or {}
-            tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
-        mean, covariance, count = tensors["mean"], tensors["covariance"], int(tensors["count"])
-        score = float(tensors["inception_score"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+            mean, covariance, *numbers = map(found.get_tensor, ("mean", "covariance", "count", "inception_score"))
+    except (SafetensorError, OSError) as error:
         raise UserError(f"reference {file} holds no statistics that fastsp eval saved: {error}") from None
     if facts.get("features") != features:
         raise UserError(f"reference {file} is of the features {facts.get('features')!r}; these are {features!r}")
-    return Reference(mean, covariance, count, score, features, facts.get("source", file.name))
+    count, score = (number.item() for number in numbers)
+    return Reference(mean, covariance, int(count), score, features, facts.get("source", file.name))
 
 
 def open_reference(
@@ -155,16 +151,13 @@ def own_reference(config: Config, channels: int, bar: Bar) -> tuple[FeatureModel
         limits = (MAX_TRAINING_IMAGES, MAX_IMAGES)
         images = [_captioned(data, channels, bar, limit) for data, limit in zip(sections, limits, strict=True)]
         model: FeatureModel = caption_classifier(images[0], bar=bar).to(best_device())
-        looked = [(model.extract(found.images[:MAX_IMAGES]), found.captions[:MAX_IMAGES]) for found in images]
+        train, heldout = (
+            model.extract(found.images[:MAX_IMAGES])._replace(captions=found.captions[:MAX_IMAGES]) for found in images
+        )
     else:
         model = load_inception(Path(config.evaluation.features)).to(best_device())
-        streamed = [_look(data, channels, bar, model.extract) for data in sections]
-        looked = [(Features.joined(parts), captions) for parts, captions in streamed]
-    (train, of_train), (heldout, of_heldout) = looked
-    own: dict[str, Any] = {"train_captions": of_train, "heldout_captions": of_heldout}
-    if model.class_names and of_heldout:
-        own["heldout_agreement"] = metrics.caption_agreement(heldout.logits, of_heldout, model.class_names)
-    return model, Reference.of(heldout, model.identity, OWN, train, **own)
+        train, heldout = (Features.joined(*_look(data, channels, bar, model.extract)) for data in sections)
+    return model, Reference.of(heldout, model.identity, OWN, train)
 
 
 def heldout_of(config: Config) -> DataConfig:
@@ -217,7 +210,7 @@ def _captioned(data: DataConfig, channels: int, bar: Bar, limit: int = MAX_IMAGE
 
 
 def _of_folder(folder: Path, captions: CaptionSet, model: FeatureModel, work: Path, bar: Bar) -> Reference:
-    files = image_files(folder, captions.images)
+    files = image_files(folder, captions)
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest = hashlib.sha256(repr((model.identity, facts)).encode()).hexdigest()[:16]
     kept = work / f"reference-{digest}.safetensors"
@@ -225,19 +218,19 @@ def _of_folder(folder: Path, captions: CaptionSet, model: FeatureModel, work: Pa
         return load_reference(kept, model.identity)
     with bar(f"looking at {len(files)} real images", len(files)) as advance:
         seen = see_files(files, model, advance)
-    which = "the images of the captions" if captions.images else "all images"
+    which = "the images of the captions" if "image" in captions.rows[0] else "all images"
     reference = Reference.of(seen, model.identity, f"{folder.name}: {which}, their central squares")
     reference.save(kept)
     return reference
 
 
-def image_files(folder: Path, names: Sequence[str] = ()) -> list[Path]:
-    """The images of a folder, sorted; or those of these names, all of which have to be there, else `UserError`."""
+def image_files(folder: Path, captions: CaptionSet) -> list[Path]:
+    """The images of a folder, sorted; or those that the captions name, which have to be there, else `UserError`."""
     if not folder.is_dir():
         raise UserError(f"reference {folder}: there is no such folder or file")
-    if not names:
+    files = [folder / row["image"] for row in captions.rows if "image" in row]
+    if not files:
         return [folder / path for path in FolderReader(folder, captioned=False).paths]
-    files = [folder / name for name in names]
     for file in files:
         if not file.is_file():
             raise UserError(f"reference {folder} lacks {file.name}, which the captions are of")

@@ -1,8 +1,8 @@
 """The paper's tables as runs: the stages that each compares, the rows that it prints, and what the paper reports.
 
 Every table is one run: MSE first, then a self-perceptual stage for each of its rows, all from the same MSE weights.
-The paper's figures are those of Stable Diffusion 2.1 in Inception-v3 features over 10,000 COCO captions: with a run on
-other data in other features only the order of the rows can be compared, never the values.
+The paper's figures are those of Stable Diffusion 2.1 on COCO in Inception-v3's features: with a run on other data only
+the order of the rows can be compared.
 """
 
 from __future__ import annotations

@@ -31,10 +31,8 @@ _OR_NONE = "or set evaluation.enabled=false"
 
 
 def evaluate_run(config: Config, console: Console | None = None) -> list[Row]:
-    """Fill `evaluation.json` of a finished run, else `UserError`, with the rows that its configuration asks for.
-
-    Returns:
-        All rows of the file; none, and a line says so, where a file is absent that the configuration names.
+    """Fill `evaluation.json` of a finished run, else `UserError`, with the rows that its configuration asks for, and
+    return all of its rows; none, and a line says so, where a file is absent that the configuration names.
     """
     settings, run_dir, console = config.evaluation, Path(config.run_dir), console or Console()
     if not (run_dir / "final").is_dir():
@@ -104,17 +102,16 @@ def _stays(old: Row, new: Row) -> bool:
 
 def _captions_of(real: Reference, count: int, seed: int) -> CaptionSet:
     """Captions of held-out images in a seeded order, from the start again where they run out."""
-    captions = real.heldout_captions or [""]
+    captions = (real.heldout and real.heldout.captions) or [""]
     order = seeded_order(len(captions), seed).tolist()
-    texts = [captions[order[index % len(order)]] for index in range(count)]
-    return CaptionSet(texts, f"of the held-out images, in the order of seed {seed}")
+    rows = [{"caption": captions[order[index % len(order)]]} for index in range(count)]
+    return CaptionSet(rows, f"of the held-out images, in the order of seed {seed}")
 
 
 def check_evaluation(config: Config) -> str | None:
     """See that a run's `evaluation` section can be followed, before hours of training; `UserError` if it cannot.
 
-    Returns:
-        A line to show: it is off, or files are absent, which is no error: they may come yet.
+    Returns a line to show: it is off, or files are absent, which is no error: they may come yet.
     """
     settings = config.evaluation
     if not settings.enabled:
@@ -130,7 +127,7 @@ def check_evaluation(config: Config) -> str | None:
     if settings.captions is not None:
         captions = read_captions(Path(settings.captions), settings.num_samples)
         if settings.reference is not None and Path(settings.reference).is_dir():
-            reference.image_files(Path(settings.reference), captions.images)
+            reference.image_files(Path(settings.reference), captions)
         elif settings.reference is not None and identity is not None:
             reference.load_reference(Path(settings.reference), identity)
     return None

@@ -1,15 +1,4 @@
-"""What a run directory holds, read for the report: nothing else is looked at, and any part may be missing.
-
-config.yaml                    the resolved configuration
-metrics.jsonl                  a line per logged step: {stage, step, loss, grad_norm, learning_rate, samples_per_s};
-                               and per validation: {stage, step, validation_mse, validation_self_perceptual}
-evaluation.json                a list of rows, see `fastsp.evaluation.rows`
-environment.json               versions and machine, see `fastsp.evaluation.environment`
-samples/<stage>_step_<n>.png   grid on the way, from the noise that every grid of the run starts from
-samples/<stage>_final.png      grid of the finished stage, same noise, same captions, which are in its metadata
-samples/trajectory_<stage>.png x0^ of a few samples: one row a sample, one column a sampling step, 50 columns at most
-samples/comparison.png         all stages, a row each
-"""
+"""What a run directory holds (docs/training.md), as far as the report shows it; any part may be missing."""
 
 import json
 import re
@@ -38,7 +27,7 @@ class RunFiles:
     step_grids: dict[str, list[tuple[int, Path]]] = field(default_factory=dict)  # by stage: (step, path), rising
     trajectories: dict[str, Path] = field(default_factory=dict)  # by stage
     comparison: Path | None = None
-    captions: list[str] = field(default_factory=list)  # of the final grids, in reading order
+    captions: list[str] = field(default_factory=list)  # of the final grids, in reading order; from their metadata
 
     @property
     def stages(self) -> list[dict[str, Any]]:

@@ -40,8 +40,7 @@ def export_run(
         base: of a LoRA run, the model to merge the adapters into; None: the one they name.
         raw: write the raw weights, not their moving average.
 
-    Returns:
-        What was written, folders and files. `UserError`: no finished run, no such stage, or no original layout.
+    Returns what was written. `UserError`: no finished run, no such stage, or no original layout.
     """
     run = read_run(run_dir)
     model, chosen = _model(run, stage, base, raw)
@@ -51,8 +50,7 @@ def export_run(
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(DTYPES[dtype])
-    kind = type(pipeline).__name__
-    card = model_card(run, chosen, kind, single_file is not None, pipeline.scheduler.config, dtype, raw)
+    card = model_card(run, chosen, pipeline, single_file is not None, DTYPES[dtype], raw)
     written = [out]
     with new_folder(out) as unfinished:
         save_pipeline(pipeline, unfinished)

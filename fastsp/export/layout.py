@@ -67,10 +67,8 @@ def save_single_file(pipeline: Any, path: Path, dtype: torch.dtype, title: str) 
     `title` is for the programs' lists of models. `UserError`: the pipeline has no original layout.
     """
     state = {key: weight.to(dtype).contiguous() for key, weight in original_layout(pipeline).items()}
-    # ComfyUI, A1111 and Forge look for these empty tensors in files of Stable Diffusion XL, Forge for `ztsnr` in all.
     noise, prediction = pipeline.scheduler.config, {"v_prediction": "v", "epsilon": "epsilon"}
-    state |= {"v_pred": torch.empty(0)} if noise.prediction_type == "v_prediction" else {}
-    state |= {"ztsnr": torch.empty(0)} if noise.rescale_betas_zero_snr else {}
+    state |= {mark: torch.empty(0) for mark in noise_marks(noise)}
     architecture, repository = _MODEL_SPEC[layout_of(pipeline)]
     if noise.prediction_type == "epsilon":
         architecture = architecture.replace("v2-768-v", "v2-512")
@@ -87,6 +85,15 @@ def save_single_file(pipeline: Any, path: Path, dtype: torch.dtype, title: str) 
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as unfinished:
         save_tensors(state, unfinished, metadata)
+
+
+def noise_marks(scheduler: Any) -> list[str]:
+    """The keys of empty tensors by which a file tells what its model predicts, from the scheduler's configuration.
+
+    ComfyUI, A1111 and Forge look for them in files of Stable Diffusion XL, Forge for `ztsnr` in all.
+    """
+    marks = {"v_pred": scheduler["prediction_type"] == "v_prediction", "ztsnr": scheduler["rescale_betas_zero_snr"]}
+    return [mark for mark, there in marks.items() if there]
 
 
 def layout_of(pipeline: Any) -> Layout:

@@ -7,31 +7,25 @@ from statistics import mean
 from typing import Any
 
 import jinja2
+import torch
 import yaml
 
 from fastsp.evaluation.rows import by_setting
 from fastsp.evaluation.run_files import RunFiles
+from fastsp.export.layout import noise_marks
 from fastsp.models.hub import is_hub_id
 from fastsp.models.schedulers import meaning_of
 
-_TORCH_DTYPES = {"fp32": None, "fp16": "torch.float16", "bf16": "torch.bfloat16"}  # None: diffusers' own
-
 
 def model_card(
-    run: RunFiles,
-    stage: str,
-    pipeline_class: str,
-    with_single_file: bool,
-    scheduler: Any,
-    dtype: str = "fp32",
-    raw: bool = False,
+    run: RunFiles, stage: str, pipeline: Any, with_single_file: bool, dtype: torch.dtype, raw: bool = False
 ) -> str:
     """The card as Markdown with the front matter of Hugging Face's hub.
 
-    The weights are those of a stage, raw or averaged, in a dtype "fp32", "fp16" or "bf16"; `pipeline_class` loads them,
-    and a single file may go with them. The scheduler's configuration says what they predict.
+    The pipeline has the weights of a stage, raw or averaged, written in a dtype; a single file may go with them.
     """
-    config, way = run.config, _way_to(run.stages, stage)
+    config, way, pipeline_class = run.config, _way_to(run.stages, stage), type(pipeline).__name__
+    predicts, schedule = meaning_of(pipeline.scheduler.config)
     base = config["model"].get("pretrained")
     perceptual = any(entry["objective"] == "self_perceptual" for entry in way)
     front = {  # a path says nothing to others; it may say too much
@@ -54,11 +48,11 @@ def model_card(
         perceptual=perceptual,
         module="fastsp.models" if pipeline_class.startswith("Pixel") else "diffusers",
         pipeline=pipeline_class,
-        dtype=_TORCH_DTYPES[dtype],
+        dtype=None if dtype == torch.float32 else dtype,  # diffusers' own
         with_single_file=with_single_file,
-        predicts=meaning_of(scheduler)[0],
-        schedule=meaning_of(scheduler)[1],
-        marks=[key for key, there in _marks(scheduler).items() if there],
+        predicts=predicts,
+        schedule=schedule,
+        marks=noise_marks(pipeline.scheduler.config),
         way=way,
         cell=_cell,
         name=_name,
@@ -68,11 +62,6 @@ def model_card(
         scores=scores,
         first=rows[0] if rows else None,
     )
-
-
-def _marks(scheduler: Any) -> dict[str, bool]:
-    """The keys by which a single file tells what its model predicts."""
-    return {"v_pred": scheduler["prediction_type"] == "v_prediction", "ztsnr": scheduler["rescale_betas_zero_snr"]}
 
 
 def _way_to(stages: list[dict[str, Any]], name: str | None) -> list[dict[str, Any]]:

@@ -40,10 +40,8 @@ class Sampling:
 def load_trained(name: str, config: str | None = None, base: str | None = None) -> TextToImageModel:
     """A model in float32 on the CPU; `UserError` if there is no such one, or it cannot be loaded.
 
-    Args:
-        name: what :func:`fastsp.models.load_pipeline` takes, or a stage of a run, as in ``runs/quickstart/stages/mse``:
-            that UNet, the run's other parts. The run need not be finished. ``raw/`` in there has the raw weights.
-        config, base: of a single file, of adapters; see there.
+    The arguments are those of :func:`fastsp.models.load_pipeline`. The name may also be that of a stage of a run, as in
+    ``runs/quickstart/stages/mse``: that UNet, the run's other parts. The run need not be finished.
     """
     folder = Path(name).expanduser()
     run = _run_of_stage(folder, name)
@@ -97,13 +95,11 @@ def raw_weights(name: str) -> str:
 
 def _run_of_stage(folder: Path, name: str) -> Path | None:
     """The run that a folder is a stage of, None if of none; `UserError` if it is a run, or an unfinished stage."""
-    if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
-        raise UserError(f"{name} is a run directory: take its final/, or one of its stages/")
-    if folder.parent.name == "checkpoints" and (folder.parent.parent / "config.yaml").is_file():
-        raise UserError(
-            f"{name} is a checkpoint, to go on from and nothing else: take the run's final/ or one of its stages/, "
-            "which can be ended early: docs/training.md"
-        )
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    if (run / "config.yaml").is_file() and (run / "checkpoints").is_dir():
+        kind = "run directory" if run == folder else "checkpoint"
+        ended = "take the run's final/ or one of its stages/, which can be ended early: docs/training.md"
+        raise UserError(f"{name} is a {kind}: {ended}")
     stage = folder.parent if folder.name == RAW else folder
     run = stage.parent.parent
     is_run = (run / "final").is_dir() or (run / "config.yaml").is_file()
@@ -130,9 +126,8 @@ def generate(
         after_step: called after every DDIM step of a batch.
         frames: how often x0^ is yielded for a batch, see :func:`frame_steps`. The last one is the finished image.
 
-    Yields:
-        For each frame of each batch the indices, and images on the CPU: (B, C, H, W) float32 in [-1, 1]. `UserError`:
-        more steps than the model's schedule has, or a resolution that its VAE cannot encode.
+    Yields for each frame of each batch the indices, and images on the CPU: (B, C, H, W) float32 in [-1, 1].
+    `UserError`: more steps than the model's schedule has, or a resolution that its VAE cannot encode.
     """
     num_timesteps = model.scheduler.config.num_train_timesteps
     if sampling.steps > num_timesteps:

@@ -36,8 +36,8 @@ def coco(tmp_path: Path) -> Path:
 
 def test_the_first_images_in_file_order_and_their_first_captions(coco: Path) -> None:
     found = read_captions(coco, 2)
-    assert found.texts == ["nine, first.", "two, first"] and found.images == ["nine.jpg", "two.jpg"]
-    assert found.annotations == [71, 72]
+    assert found.texts == ["nine, first.", "two, first"]
+    assert [(row["image"], row["annotation"]) for row in found.rows] == [("nine.jpg", 71), ("two.jpg", 72)]
     assert found.choice.startswith("captions_val2014.json: of each of the first 2 images in file order")
     assert json.loads(found.lines().splitlines()[0]) == {
         "index": 0,
@@ -53,7 +53,7 @@ def test_text_files(tmp_path: Path) -> None:
     file.write_text("one\n\n  zwei ö \nthree")
     assert read_captions(file).texts == ["one", "zwei ö", "three"]
     found = read_captions(file, 2)
-    assert found.texts == ["one", "zwei ö"] and found.choice == "a{b}.txt: the first 2 lines" and not found.images
+    assert found.texts == ["one", "zwei ö"] and found.choice == "a{b}.txt: the first 2 lines"
     assert found.facts()["captions_sha256"] != read_captions(file).facts()["captions_sha256"]
 
 

@@ -14,6 +14,7 @@ from tiny import picture_folder
 from fastsp.config import Config
 from fastsp.errors import UserError
 from fastsp.evaluation import classifier, reference
+from fastsp.evaluation.captions import CaptionSet
 from fastsp.evaluation.features import FeatureModel, Features
 from fastsp.evaluation.metrics import frechet_distance
 from fastsp.evaluation.reference import (
@@ -47,6 +48,11 @@ def seen(count: int, seed: int) -> Features:
     return Features(draw * torch.arange(1, 7), draw[:, :3])
 
 
+def of(*names: str) -> CaptionSet:
+    """Captions of these images; of none."""
+    return CaptionSet([{"caption": "", "image": name} for name in names] or [{"caption": ""}], "")
+
+
 def distance(reference: Reference, samples: Features) -> float:
     return frechet_distance(reference.mean, reference.covariance, samples.features)
 
@@ -70,7 +76,7 @@ def test_images_of_several_sizes_keep_their_order(tmp_path: Path) -> None:
         picture.putpixel((left, top), (255, 51 * index, 0))
         picture.save(tmp_path / f"{index}.png")
     Image.new("L", (4, 2), 255).save(tmp_path / "4.jpg")
-    features = see_files(image_files(tmp_path), Corners()).features
+    features = see_files(image_files(tmp_path, of()), Corners()).features
     assert features[:4, 3].tolist() == [4, 4, 8, 4] and features[4].tolist() == [1, 1, 1, 2]
     assert features[:4, 1] == pytest.approx(torch.arange(4) * 0.4 - 1)
 
@@ -78,26 +84,26 @@ def test_images_of_several_sizes_keep_their_order(tmp_path: Path) -> None:
 def test_only_the_images_of_the_captions(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
-    assert [file.name for file in image_files(tmp_path, ["c.png", "a.png"])] == ["c.png", "a.png"]
+    assert [file.name for file in image_files(tmp_path, of("c.png", "a.png"))] == ["c.png", "a.png"]
     with pytest.raises(UserError, match=r"lacks d\.png, which the captions are of"):
-        image_files(tmp_path, ["a.png", "d.png"])
+        image_files(tmp_path, of("a.png", "d.png"))
     (tmp_path / "d.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"d\.png cannot be read"):
-        see_files(image_files(tmp_path), Corners())
+        see_files(image_files(tmp_path, of()), Corners())
     with pytest.raises(UserError, match="there is no such folder"):
-        image_files(tmp_path / "nowhere")
+        image_files(tmp_path / "nowhere", of())
 
 
 def test_all_broken_images_are_found_at_once(tmp_path: Path) -> None:
     for name in ("a.png", "b.jpg", "c.png", "d.jpg"):
         Image.effect_noise((64, 64), 80).save(tmp_path / name)
     seen: list[int] = []
-    see_files(image_files(tmp_path), Corners(), lambda: seen.append(1))
+    see_files(image_files(tmp_path, of()), Corners(), lambda: seen.append(1))
     assert len(seen) == 4
     (tmp_path / "b.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:600])
     (tmp_path / "c.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"b\.jpg cannot be read: .* \(and 1 more\); fix or replace it$"):
-        see_files(image_files(tmp_path), Corners())
+        see_files(image_files(tmp_path, of()), Corners())
 
 
 def test_files_of_another_kind(tmp_path: Path) -> None:
@@ -174,8 +180,9 @@ def test_of_a_runs_own_images_only_what_is_seen_is_kept(
 
     monkeypatch.setattr(reference, "still_source", watched)
     _, found = own_reference(config, 3, no_bar)
-    assert found.train is not None and len(found.train.features) == len(found.train_captions) == 20
-    assert found.count == 6 and set(found.heldout_captions) == {"a handwritten one", "a handwritten two"}
+    assert found.train is not None and len(found.train.features) == len(found.train.captions) == 20
+    assert found.heldout is not None and found.count == 6
+    assert set(found.heldout.captions) == {"a handwritten one", "a handwritten two"}
     assert len(read) == 13 and max(held) <= 2, "the one that is looked at, and the next one"
 
 

@@ -17,6 +17,7 @@ from fastsp.config import Config, EvaluationConfig, GuidanceConfig
 from fastsp.errors import UserError
 from fastsp.evaluation import run as run_module
 from fastsp.evaluation.engine import Evaluation
+from fastsp.evaluation.features import Features
 from fastsp.evaluation.reference import Reference
 from fastsp.evaluation.report import write_report
 from fastsp.evaluation.rows import Job, Setting, plan
@@ -208,7 +209,8 @@ def test_figures_do_not_depend_on_the_batch_size(config: Config) -> None:
 
 def test_captions_run_through_the_held_out_ones() -> None:
     heldout = [f"caption {index}" for index in range(300)]
-    reference = Reference(torch.zeros(1), torch.zeros(1, 1), 300, 1.0, "", "", heldout_captions=heldout)
+    seen = Features(torch.zeros(300, 1), torch.zeros(300, 1), heldout)
+    reference = Reference(torch.zeros(1), torch.zeros(1, 1), 300, 1.0, "", "", heldout=seen)
     captions = run_module._captions_of(reference, 1000, 0).texts
     assert sorted(captions[:300]) == sorted(heldout) and captions[300:600] == captions[:300] != heldout
     assert captions != run_module._captions_of(reference, 1000, 1).texts

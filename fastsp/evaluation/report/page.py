@@ -1,7 +1,7 @@
 """`report.html`: what the self-perceptual loss did in one run, as one page made from the run directory alone.
 
-:mod:`fastsp.evaluation.run_files` lists what is read; parts that are missing are named as missing. Neither this module
-nor the template says who won: every word of the verdict follows from the rows.
+Parts that are missing are named as missing. Neither this module nor the template says who won: every word of the
+verdict follows from the rows.
 """
 
 from __future__ import annotations
