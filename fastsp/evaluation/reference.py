@@ -151,9 +151,8 @@ def own_reference(config: Config, channels: int, bar: Bar) -> tuple[FeatureModel
         limits = (MAX_TRAINING_IMAGES, MAX_IMAGES)
         images = [_captioned(data, channels, bar, limit) for data, limit in zip(sections, limits, strict=True)]
         model: FeatureModel = caption_classifier(images[0], bar=bar).to(best_device())
-        train, heldout = (
-            model.extract(found.images[:MAX_IMAGES])._replace(captions=found.captions[:MAX_IMAGES]) for found in images
-        )
+        images = [Captioned(found.images[:MAX_IMAGES], found.captions[:MAX_IMAGES]) for found in images]
+        train, heldout = (model.extract(found.images)._replace(captions=found.captions) for found in images)
     else:
         model = load_inception(Path(config.evaluation.features)).to(best_device())
         train, heldout = (Features.joined(*_look(data, channels, bar, model.extract)) for data in sections)
