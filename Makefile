@@ -50,7 +50,7 @@ $(VENV)/.test: $(VENV)/.train
 
 # Only where a change of the numbers is meant; the commit says why.
 golden: $(VENV)/.test
-	@echo "== the golden record of losses and gradient norms: tests/golden/record.txt"
+	@echo "== the golden record of losses and gradient norms: tests/golden/record_*.txt"
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/golden/record.py
 
 bench: $(VENV)/.test

@@ -1,6 +1,9 @@
 """The golden record: losses and gradient norms of small runs, which no refactoring may change.
 
-    make golden        # trains again and rewrites tests/golden/record.txt; the commit says why
+    make golden        # trains again and rewrites this machine's record; the commit says why
+
+There is a record for each kind of machine that was at hand. All are of the same commit: where a change of the numbers
+is meant, the records of other machines go.
 
 Each run goes the way of a user: a configuration, `train`, `metrics.jsonl`. The models are small ones of the real
 classes, in float32 on one thread of a CPU. The moving average is the weights themselves (decay 0) and the learning rate
@@ -23,7 +26,6 @@ from tiny import picture_folder, tiny_stable_diffusion
 from fastsp.config import load_config
 from fastsp.training.trainer import train
 
-FILE = Path(__file__).with_name("record.txt")
 STEPS = 20
 
 Step = tuple[str, int, float, float]  # stage, step, loss, gradient norm
@@ -92,7 +94,12 @@ def trained(name: str, folder: Path) -> list[Step]:
     return [(row["stage"], row["step"], row["loss"], row["grad_norm"]) for row in rows]
 
 
-def read(file: Path = FILE) -> tuple[str, dict[str, list[Step]]]:
+def records() -> dict[str, dict[str, list[Step]]]:
+    """The committed records: the steps by run, by machine."""
+    return dict(map(read, sorted(Path(__file__).parent.glob("record_*.txt"))))
+
+
+def read(file: Path) -> tuple[str, dict[str, list[Step]]]:
     """The machine of a record, and its steps by run."""
     header, *lines = file.read_text().splitlines()
     record: dict[str, list[Step]] = {name: [] for name in RUNS}
@@ -102,8 +109,8 @@ def read(file: Path = FILE) -> tuple[str, dict[str, list[Step]]]:
     return header.removeprefix("# "), record
 
 
-def renew(file: Path = FILE) -> None:
-    """Train all of ``RUNS`` and write the record: a line for each step, floats to the last bit."""
+def record(file: Path) -> None:
+    """Train all of ``RUNS`` and write a record: a line for each step, floats to the last bit."""
     lines = [f"# {machine()}"]
     for name in RUNS:
         with tempfile.TemporaryDirectory() as folder:
@@ -113,5 +120,15 @@ def renew(file: Path = FILE) -> None:
     file.write_text("\n".join(lines) + "\n")
 
 
+def renew() -> None:
+    """Put the record of this machine in the place of all others."""
+    words = machine().rpartition(", ")[2].removeprefix("Genuine").removeprefix("Authentic").lower().split()
+    file = Path(__file__).with_name(f"record_{'_'.join(words)}.txt")
+    record(file)
+    for other in file.parent.glob("record_*.txt"):
+        if other != file:
+            other.unlink()
+
+
 if __name__ == "__main__":
-    renew(*map(Path, sys.argv[1:]))
+    record(Path(sys.argv[1])) if sys.argv[1:] else renew()

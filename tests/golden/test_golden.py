@@ -1,7 +1,7 @@
-"""The golden record holds: bit for bit on the kind of machine that made it, within rounding on others.
+"""The golden record holds: bit for bit on the kinds of machine that have one, within rounding on others.
 
-Other instructions add in another order. Between AVX-512 and AVX2 on one processor the losses differed by 3e-7 at most,
-the gradient norms by 5e-6 of their value: the self-perceptual loss is a difference of nearly equal features.
+Other instructions add in another order. Between the recorded machines the losses differ by 5e-7 at most, the gradient
+norms by 1.1e-5 of their value: the self-perceptual loss is a difference of nearly equal features.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from golden import record
 pytest.importorskip("nvidia.dali")
 
 LOSS_TOLERANCE = 1e-6
-GRADIENT_NORM_TOLERANCE = 1e-5
+GRADIENT_NORM_TOLERANCE = 3e-5
 
 
 def test_losses_and_gradient_norms_are_those_of_the_record(tmp_path):
@@ -26,18 +26,18 @@ def test_losses_and_gradient_norms_are_those_of_the_record(tmp_path):
     tests = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
     subprocess.run([sys.executable, record.__file__, file], check=True, env=environment, timeout=500)
-    (recorded_on, expected), (machine, steps) = record.read(), record.read(file)
-    same_kind = machine == recorded_on
-    print(f"recorded on {recorded_on}, this is {machine}: compared {'bit for bit' if same_kind else 'within rounding'}")
+    (machine, steps), records = record.read(file), record.records()
+    how = "bit for bit" if machine in records else "within rounding"
+    print(f"this is {machine}, there are records of {' and '.join(records)}: compared {how}")
     for run in record.RUNS:
-        assert len(expected[run]) == 3 * record.STEPS
-        if same_kind:
-            assert steps[run] == expected[run], run
-        else:
+        if machine in records:
+            assert steps[run] == records[machine][run], run
+        for expected in records.values():
             assert_close(run, steps[run], expected[run])
 
 
 def assert_close(run: str, steps: list[record.Step], expected: list[record.Step]) -> None:
+    assert len(expected) == 3 * record.STEPS
     for (*place, loss, norm), (*expected_place, expected_loss, expected_norm) in zip(steps, expected, strict=True):
         assert place == expected_place
         assert loss == pytest.approx(expected_loss, rel=LOSS_TOLERANCE, abs=LOSS_TOLERANCE), (run, *place)
