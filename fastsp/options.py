@@ -11,7 +11,10 @@ Teacher = Literal["batched", "split"]
 Normalize = Literal["none", "sample", "channel"]
 Displacement = Literal["none", "normalized"]
 Reduction = Literal["mean", "none"]
-OPTIMIZERS = {"adamw", "muon"}  # of `optimizer.kind`; fastsp.training.update registers more
+OPTIMIZERS: dict[str, Any] = {  # of `optimizer.kind`: a class, or the name of one that is imported late
+    "adamw": "fastsp.training.update:AdamW",
+    "muon": "fastsp.training.update:Muon",
+}
 
 
 def one_of(name: str, value: Any, allowed: Any) -> Any:

@@ -12,7 +12,6 @@ from torch import Tensor
 from fastsp.bench.workload import Workload
 from fastsp.data.batch import Batch
 from fastsp.diffusion.conditioning import Conditioning
-from fastsp.diffusion.process import process_of
 from fastsp.models import TextToImageModel, ddim_scheduler
 from fastsp.training.capture import CapturedStep, captured
 from fastsp.training.step import TrainingStep, build_step
@@ -65,12 +64,11 @@ def build_training_step(workload: Workload, objective: str, teacher: str | None 
     step, _ = build_step(
         workload.config,
         stage.model_copy(update={"teacher": teacher} if teacher else {}),
-        TextToImageModel(initial, text_encoder=None, tokenizer=None, scheduler=None),  # nothing to encode
-        process_of(ddim_scheduler()),  # v-prediction at zero terminal SNR, as in the paper
+        # Nothing to encode; v-prediction at zero terminal SNR, as in the paper
+        TextToImageModel(initial, text_encoder=None, tokenizer=None, scheduler=ddim_scheduler()),
         Conditioning(torch.zeros(1, *workload.text_shape, device=workload.device)),
         initial=initial,
         frozen_network=initial if objective == "self_perceptual" else None,
-        compiles=workload.compiles,
         attention="sdpa" if workload.config.attention == "auto" else workload.config.attention,
     )
     return step

@@ -3,17 +3,17 @@
 Recorded are draws, diffusion, online forward, objective, backward, clipping, optimizer and moving average; under DDP
 the sums over ranks too. One microbatch takes one graph; several take one for every microbatch but the last, and one for
 the last and the update. What changes from step to step lies in tensors: the graph's own copy of the batch (its
-positions are the draws' counters), the learning rate and the decay of the average. Not recorded are the copying of the
-batch, and the frozen text encoders and VAE: they are code of others, which may wait for the device.
+positions are the draws' counters), the learning rate and the decay of the average. The frozen text encoders and VAE
+run outside of it.
 
 The first steps of a batch shape run uncaptured on a side stream, so that everything is compiled, tuned and allocated
-before a recording. They count as steps. Recording computes nothing.
+before a recording, which computes nothing.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -43,8 +43,8 @@ class CapturedStep:
     The next step overwrites a result's tensors.
     """
 
-    def __init__(self, step: TrainingStep, required: bool = True, record: Recorder | None = None) -> None:
-        self.step, self.required, self.record = step, required, record or record_cuda_graphs
+    def __init__(self, step: TrainingStep, required: bool = True, record: Recorder = record_cuda_graphs) -> None:
+        self.step, self.required, self.record = step, required, record
         self.recording: Recording | None = None
         self._shape: object = None
         self._warm_up_steps = 0
@@ -52,7 +52,6 @@ class CapturedStep:
         self._side_stream = torch.cuda.Stream() if step.seed.is_cuda else None
 
     def __call__(self, batch: Batch, number: int) -> StepResult:
-        """One optimizer step on ``batch``, the ``number``-th (from 1) of the stage."""
         if self._gave_up:
             return self.step(batch, number)
         shape = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.tensors().items())
@@ -77,7 +76,7 @@ class CapturedStep:
         except RuntimeError as error:
             if self.required:
                 raise
-            reason = str(_cause(error)).splitlines()[0]
+            reason = _reason(error)
         _log.warning("cuda_graph: auto continues without a CUDA graph: %s", reason)
         self._gave_up = True
         self.step.optimizer.replace_gradients(None)
@@ -96,14 +95,7 @@ class CapturedStep:
 
 
 class Recording:
-    """The replays for one batch shape, and the tensors that they read and write.
-
-    Args:
-        step: what is recorded.
-        example: an encoded microbatch.
-        microbatches: of a step.
-        record: see :class:`CapturedStep`.
-    """
+    """The replays for the shape of ``example``, an encoded microbatch, and the tensors that they read and write."""
 
     def __init__(self, step: TrainingStep, example: Batch, microbatches: int, record: Recorder) -> None:
         device, optimizer = step.seed.device, step.optimizer
@@ -111,25 +103,21 @@ class Recording:
         self.inputs = example.copy_to(device)
         self.loss, self.grad_norm = (torch.zeros((), device=device) for _ in range(2))
         self.sums: list[Tensor] | None = None  # of the gradients of several microbatches
+        works: list[Work] = [self._last_microbatch]
         if microbatches > 1:
             self.sums = [torch.zeros_like(p, dtype=torch.float32) for p in optimizer.params]
-        works = [self._last_microbatch] if self.sums is None else [self._microbatch, self._last_microbatch]
+            works = [self._microbatch, *works]
         self.replays = record(works)
 
-    def __call__(self, microbatches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    def __call__(self, microbatches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """Loss and gradient norm of a step, in tensors that are always the same."""
-        *others, last = microbatches
         self.loss.zero_()
-        for microbatch in others:
-            self._replay(self.replays[0], microbatch)
-        self._replay(self.replays[-1], last)
+        for number, microbatch in enumerate(microbatches, start=1):
+            new = self.step.encoded(microbatch).tensors()
+            for name, tensor in self.inputs.tensors().items():
+                tensor.copy_(new[name], non_blocking=True)
+            self.replays[-1 if number == len(microbatches) else 0]()
         return self.loss, self.grad_norm
-
-    def _replay(self, replay: Work, microbatch: Batch) -> None:
-        new = self.step.encoded(microbatch).tensors()
-        for name, tensor in self.inputs.tensors().items():
-            tensor.copy_(new[name], non_blocking=True)
-        replay()
 
     def _microbatch(self, last: bool = False) -> None:
         self.step.optimizer.gradients = self.sums
@@ -162,8 +150,8 @@ def captured(step: TrainingStep) -> TrainingStep | CapturedStep:
     return CapturedStep(step, required=several or step.config.cuda_graph is True)
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The first error: the one at the end of a failed recording only says that it failed."""
+def _reason(error: BaseException) -> str:
+    """Of the first error: the one at the end of a failed recording only says that it failed."""
     while error.__context__ is not None:
         error = error.__context__
-    return error
+    return str(error).splitlines()[0]

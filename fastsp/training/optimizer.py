@@ -69,11 +69,9 @@ class Optimizer:
         masters = list(self._masters.values())
         self.params: list[nn.Parameter] = [p for p in params.values() if local(p.data).numel()]
         self.sharded = isinstance(masters[0], DTensor)
-        device = masters[0].device
-        self.learning_rate, self.ema_decay = (torch.zeros((), device=device) for _ in range(2))
-        self.step_count, self.skipped, self.skipped_in_a_row = (
-            torch.zeros((), dtype=torch.int64, device=device) for _ in range(3)
-        )
+        numbers = [torch.zeros((), device=masters[0].device) for _ in range(5)]
+        self.learning_rate, self.ema_decay = numbers[:2]
+        self.step_count, self.skipped, self.skipped_in_a_row = (number.long() for number in numbers[2:])
         self.masters = present(masters)
         self.weights = Weights(
             self.masters,
@@ -88,7 +86,7 @@ class Optimizer:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that an exact resume needs, by name. They are the live ones: load in place."""
+        """Every tensor that an exact resume needs, by name; live, so load in place."""
         return {
             **{f"master.{name}": tensor for name, tensor in self._masters.items()},
             **self.rule.state,
@@ -127,8 +125,7 @@ class Optimizer:
     def update(self) -> Tensor:
         """Clip, step and average with the accumulated gradients; ``learning_rate`` and ``ema_decay`` are filled before.
 
-        Returns the gradients' norm before clipping, 0-d float32. An update whose norm is not finite is skipped and
-        counted, on the device.
+        Returns the gradients' norm before clipping, 0-d float32; where it is not finite the update is skipped.
         """
         assert self.gradients is not None, "accumulate() comes first"
         gradients, self.gradients = self.gradients, None

@@ -24,21 +24,13 @@ from fastsp.training.optimizer import Optimizer
 
 
 class Gradients:
-    """How the gradients of an optimizer step come together. This one: in a single process.
+    """How the gradients of an optimizer step come together. This one: in a single process."""
 
-    Args:
-        unet: the online network.
-        optimizer: of its parameters.
-
-    Attributes:
-        network: what to call in place of the UNet.
-        warm_up_steps: that must have run before a step can be captured in a CUDA graph.
-    """
-
-    warm_up_steps = 0
+    warm_up_steps = 0  # that must have run before a step can be captured in a CUDA graph
 
     def __init__(self, unet: Any, optimizer: Optimizer) -> None:
-        self.network, self.optimizer = unet, optimizer
+        self.network = unet  # what to call in place of the UNet
+        self.optimizer = optimizer
 
     @contextmanager
     def of_microbatch(self, last: bool) -> Iterator[None]:
@@ -115,7 +107,7 @@ class ShardedGradients(Gradients):
 
 def gather_gradients(unet: Any, optimizer: Optimizer, ranks: Ranks) -> Gradients:
     """The way of the gradients that fits: the UNet is sharded, or there are many ranks, or one."""
-    if is_sharded(unet):
+    if isinstance(unet, FSDPModule):
         return ShardedGradients(unet, optimizer)
     return ReplicatedGradients(unet, optimizer) if ranks.world_size > 1 else Gradients(unet, optimizer)
 
@@ -131,8 +123,9 @@ def shard(unet: Any, device: torch.device, dtype: torch.dtype, compile_options: 
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
     blocks = family_of(unet).blocks(unet)
-    for block in blocks if compile_options is not None else ():
-        block.compile(**(compile_options or {}))
+    if compile_options is not None:
+        for block in blocks:
+            block.compile(**compile_options)
     for module in (*blocks, unet):
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)
@@ -140,14 +133,9 @@ def shard(unet: Any, device: torch.device, dtype: torch.dtype, compile_options: 
     return unet
 
 
-def is_sharded(unet: Any) -> bool:
-    """Whether :func:`shard` was here."""
-    return isinstance(unet, FSDPModule)
-
-
 def whole_unet(unet: Any, ranks: Ranks) -> Any | None:
     """On rank 0 a UNet that can be sampled and saved, on the device; None on the others. All ranks take part."""
-    if not is_sharded(unet):
+    if not isinstance(unet, FSDPModule):
         return unet if ranks.is_main else None
     state = get_model_state_dict(unet, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not ranks.is_main:

@@ -135,10 +135,7 @@ class TrainingStep:
         return StepResult(loss, grad_norm, rate, self.optimizer.skipped, self.optimizer.skipped_in_a_row)
 
     def set_rates(self, number: int) -> float:
-        """Set learning rate and decay of the average for the ``number``-th update (from 1) of the stage.
-
-        Returns the learning rate.
-        """
+        """Set learning rate, which is returned, and decay of the average for the ``number``-th update of the stage."""
         rate = learning_rate(self.config.optimizer, self.stage.learning_rate, number, self.stage.steps)
         self.optimizer.learning_rate.fill_(rate)
         self.optimizer.ema_decay.fill_(ema_decay(self.config.ema, number))
@@ -220,12 +217,10 @@ def build_step(
     config: Config,
     stage: StageConfig,
     model: TextToImageModel,
-    process: Process,
     empty: Conditioning,
     *,
     initial: Any,
     frozen_network: Any,
-    compiles: bool,
     ranks: Ranks = ALONE,
     attention: str = "sdpa",
 ) -> tuple[TrainingStep, Any]:
@@ -233,11 +228,9 @@ def build_step(
 
     Args:
         config, stage, model, empty: see :class:`TrainingStep`.
-        process: the noise process, and what the UNet predicts.
         initial: the UNet that the stage starts from; it becomes the online network.
         frozen_network: the UNet that the objective's perceptual network is copied from, may be ``initial``; None where
             it needs none. Every rank holds the whole perceptual network.
-        compiles: hand online and perceptual network to ``torch.compile``.
         ranks: the processes of the run.
         attention: the kernel of both, a name of :mod:`fastsp.models.attention`.
     """
@@ -251,12 +244,11 @@ def build_step(
     for network in (initial, frozen_network):  # not the average: samples are drawn with it in float32
         if network is not None:
             use_attention(network, attention)
-    objective = placed(
-        resolve_name(stage.loss)(stage, process, frozen_network), dtype
-    )  # copies before `initial` is cast
+    objective = resolve_name(stage.loss)(stage, model.process, frozen_network)  # copies before `initial` is cast
+    objective = placed(objective, dtype)
     if config.gradient_checkpointing:
         checkpoint_activations(initial)
-    options = compile_options(config, device, channels_last=True) if compiles else None
+    options = compile_options(config, device, channels_last=True) if config.compiles_on(device) else None
     if sharded:
         unet = shard(cast(initial.train(), torch.float32), device, dtype, options and compile_options(config, device))
         ema_unet = shard(ema_unet, device, torch.float32)

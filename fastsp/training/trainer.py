@@ -298,11 +298,9 @@ class Trainer:
             self.config,
             stage,
             model,
-            model.process,
             model.encode_no_prompt(),
             initial=self._initial_unet(stage.init),
             frozen_network=self._initial_unet(stage.frozen_network) if stage.frozen_network else None,
-            compiles=self.config.compiles_on(self.device),
             ranks=self.ranks,
             attention=self.attention,
         )

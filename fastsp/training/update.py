@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pkgutil import resolve_name
 
 import torch
 from fastsp_kernels import adamw_ema
@@ -83,25 +84,20 @@ class Update:
             torch._foreach_copy_(weights.copies, weights.masters)
 
 
-_updates: dict[str, type[Update]] = {}
-
-
 def register(kind: str, update: type[Update]) -> None:
     """Let `optimizer.kind` name an update."""
-    _updates[kind] = update
-    OPTIMIZERS.add(kind)
+    OPTIMIZERS[kind] = update
 
 
 def update_of(config: Config) -> type[Update]:
     """The class that `optimizer.kind` names.
 
     Raises:
-        UserError: there is none, or it cannot work on shards and `distributed` asks for them.
+        UserError: it cannot work on shards, and `distributed` asks for them.
     """
     kind = config.optimizer.kind
-    if kind not in _updates:
-        raise UserError(f"optimizer.kind: {kind!r} is not allowed: input should be {', '.join(sorted(_updates))}")
-    update = _updates[kind]
+    found = OPTIMIZERS[kind]
+    update: type[Update] = resolve_name(found) if isinstance(found, str) else found
     if config.distributed == "fsdp" and not update.shards:
         raise UserError(f"optimizer.kind: {kind} needs whole matrices, and distributed: fsdp shards them; use ddp")
     return update
@@ -112,12 +108,10 @@ class AdamW(Update):
 
     def __init__(self, masters: dict[str, Tensor], config: OptimizerConfig) -> None:
         super().__init__(masters, config)
-        moments = {
-            kind: {name: torch.zeros_like(master) for name, master in masters.items()}
-            for kind in ("exp_avg", "exp_avg_sq")
-        }
-        self.state = {f"{kind}.{name}": tensor for kind, group in moments.items() for name, tensor in group.items()}
-        self.exp_avgs, self.exp_avg_sqs = (present(list(group.values())) for group in moments.values())
+        for kind in ("exp_avg", "exp_avg_sq"):
+            self.state |= {f"{kind}.{name}": torch.zeros_like(master) for name, master in masters.items()}
+        moments = list(self.state.values())
+        self.exp_avgs, self.exp_avg_sqs = present(moments[: len(masters)]), present(moments[len(masters) :])
 
     def apply(self, weights: Weights, gradients: list[Tensor], norm: Tensor) -> None:
         adamw_ema(
@@ -192,19 +186,11 @@ class Muon(TorchUpdate):
         betas, capturable = (self.config.betas[0], self.config.betas[1]), any(step.is_cuda for step in others)
         optimizers: list[torch.optim.Optimizer] = []
         if matrices:
-            muon = torch.optim.Muon(matrices.values(), lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-            optimizers.append(muon)
+            optimizers += [torch.optim.Muon(matrices.values(), 1.0, 0.0, adjust_lr_fn="match_rms_adamw")]
         if others:
-            optimizers.append(
-                torch.optim.AdamW(
-                    others, 1.0, betas, self.config.eps, weight_decay=0.0, capturable=capturable, foreach=True
-                )
-            )
+            settings = {"weight_decay": 0.0, "capturable": capturable, "foreach": True}
+            optimizers += [torch.optim.AdamW(others, 1.0, betas, self.config.eps, **settings)]
         return optimizers
-
-
-register("adamw", AdamW)
-register("muon", Muon)
 
 
 def local(tensor: Tensor) -> Tensor:

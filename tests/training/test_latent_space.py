@@ -119,11 +119,9 @@ def test_sdxl_conditioning_of_a_batch(tmp_path):
         config,
         config.stages[0],
         model,
-        model.process,
         model.encode_no_prompt(),
         initial=model.unet,
         frozen_network=None,
-        compiles=False,
     )
     conditioning = step.conditioning(step.encoded(batch), batch.positions)
     dropped = draws.dropped_captions(0, batch.positions, 0.5)
