@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fastsp.config import load_config
 
@@ -42,6 +43,33 @@ def test_a_small_table(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "MSE model" in table and "SP model" in table and "26.61" in table and " - " not in table
     assert (tmp_path / "run.yaml").is_file() and (tmp_path / "run" / "stages" / "sp_repeat").is_dir()
     assert command(*arguments)[-len(table) :] == table, "again: nothing is left to do"
+
+
+@pytest.mark.slow
+def test_small_photographs(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From two folders to the table; again, nothing is left to do."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTSP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("fastsp.evaluation.classifier.STEPS", 4)
+    for folder in ("train", "heldout"):
+        (tmp_path / folder).mkdir()
+        for index in range(12):
+            picture = Image.effect_noise((32, 32), 80).convert("RGB")
+            picture.save(tmp_path / folder / f"{index}.png")
+            (tmp_path / folder / f"{index}.txt").write_text(f"a photo of a {('cat', 'dog')[index % 2]}")
+    arguments = (
+        *("reproduce", "photographs", "--config", ROOT / "configs" / "photographs.yaml", "run_dir=run"),
+        *(f"stages.{index}.steps=2" for index in range(4)),
+        *("data.source=images", "data.path=train", "data.batch_size=4", "evaluation.heldout=heldout"),
+        *("evaluation.num_samples=6", "evaluation.steps=[2]", "samples.count=2", "samples.steps=2"),
+    )
+    written = command(*arguments)
+    table = (tmp_path / "run" / "comparison.md").read_text()
+    assert table in written and "| metric | sampling | mse | mse_longer | sp | sp_normalized |" in table
+    rows = [line for line in table.splitlines() if line.startswith("| FID")]
+    assert len(rows) == 3 and all(line.count(" to ") == 2 for line in rows), "two forms against the control"
+    assert (tmp_path / "run" / "stages" / "sp_normalized_2").is_dir()
+    assert table in command(*arguments)
 
 
 def test_mistakes(fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
