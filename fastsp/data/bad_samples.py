@@ -37,10 +37,8 @@ class BadSampleLog:
     """Names bad samples, in `bad_samples.jsonl` and in `reasons`, and stops the run when there are too many.
 
     A line of the file is `{"sample": name, "reason": text, "position": first position in the run that met it}`. Several
-    processes may share the file; a sample that one of them has named is not named again, also after a resume.
-
-    Whether there are too many depends on the position alone: on how many different samples below it are bad, whichever
-    process met them and whether before or after a resume. So a resumed run stops where an uninterrupted one does.
+    processes may share the file, and a resumed run goes on with it: each sample is named once. Whether there are too
+    many depends on the position alone, so that a resumed run stops where an uninterrupted one does.
 
     Args:
         path: the file, which is appended to; None: nothing is written, and each process counts for itself.
@@ -72,16 +70,16 @@ class BadSampleLog:
 
     def add(self, sample: str, reason: str, position: int | None = None) -> None:
         """Name a bad sample, once. Without a position it is a file of many samples, which does not count as one."""
-        if position is not None:
-            self._end = max(self._end, position + 1)
+        self._end = max(self._end, -1 if position is None else position + 1)
         if sample in self.reasons:
             return
         self.reasons[sample] = reason
+        record = {"sample": sample, "reason": reason, "position": position}
         with self._lock:
             if self.path is None:
-                self._first[sample] = -1 if position is None else position
+                self._meet(record)
             else:
-                self._append(self.path, {"sample": sample, "reason": reason, "position": position})
+                self._append(self.path, record)
 
     def check(self) -> None:
         """Raise UserError if there are too many of the whole source (see `too_many`), or more than half of the samples
@@ -90,13 +88,15 @@ class BadSampleLog:
         early = bad > max(0.5, self.max_fraction) * max(self._end, EARLY)
         if early or too_many(bad, self.size, self.max_fraction):
             name, reason = next(reversed(self.reasons.items()))
-            named = f"; all are in {self.path}" if self.path else ""
-            again = " and remove that file" if self.path else ""
+            file = f" and remove {self.path}, which lists them" if self.path else ""
             raise UserError(
                 f"{bad} of {min(self._end, self.size)} samples are bad, more than data.max_bad_fraction = "
-                f"{self.max_fraction:g} allows; the latest is {name} ({reason}){named}; `fastsp data check` lists "
-                f"them: remove or fix them{again}, or set data.max_bad_fraction higher"
+                f"{self.max_fraction:g} allows; the latest is {name} ({reason}); `fastsp data check` finds all: "
+                f"remove or fix them{file}, or set data.max_bad_fraction higher"
             )
+
+    def _meet(self, record: dict) -> None:
+        self._first.setdefault(record["sample"], -1 if record["position"] is None else record["position"])
 
     def _append(self, path: Path, record: dict) -> None:
         """Under a lock, so that processes which meet the same sample name it once."""
@@ -115,7 +115,6 @@ class BadSampleLog:
         complete = content.rfind(b"\n") + 1
         for line in content[:complete].splitlines():
             with suppress(ValueError, KeyError, TypeError):  # torn by a kill
-                record = json.loads(line)
-                self._first.setdefault(record["sample"], -1 if record["position"] is None else record["position"])
+                self._meet(json.loads(line))
         self._read_up_to += complete
         return complete < len(content)

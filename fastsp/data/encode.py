@@ -7,7 +7,6 @@ up to `n * (r + 1) // W` of n.
 
 from __future__ import annotations
 
-import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -22,6 +21,7 @@ from torch import Tensor
 from fastsp.data.batch import Batch
 from fastsp.data.prefetch import Prefetcher
 from fastsp.data.readers.latents import DTYPES, LatentsHeader, bad_sample, shard_path
+from fastsp.data.readers.shards import add_members
 from fastsp.data.source import Source
 from fastsp.diffusion.conditioning import Conditioning
 from fastsp.diffusion.latents import encode_moments, fingerprint
@@ -37,10 +37,8 @@ class LatentEncoder:
     Args:
         source: of images, opened with `shuffle=False`.
         vae: diffusers' `AutoencoderKL`, on its device, in float32 or bfloat16.
-        vae_name: where it came from, for the header.
-        resolution: of the source's images, in pixels.
+        vae_name, resolution, text_sha256: for the header, see `LatentsHeader`.
         encode_text: `TextToImageModel.encode_ids`, to keep the text features too; None: captions alone.
-        text_sha256: `fingerprint` of the text encoders, for the header.
         dtype: of what is written: "float16" (moments fit it, unlike the VAE's activations), "bfloat16" or "float32".
         batch_size: images at once; UserError where it does not divide `samples_per_shard`.
         samples_per_shard: of the source, bad ones included.
@@ -92,11 +90,7 @@ class LatentEncoder:
         return min(self.header.samples_per_shard, len(self.source) - shard * self.header.samples_per_shard)
 
     def write(
-        self,
-        folder: Path,
-        rank: int = 0,
-        world_size: int = 1,
-        after_batch: Callable[[int], object] = lambda samples: None,
+        self, folder: Path, rank: int = 0, world_size: int = 1, after_batch: Callable[[int], object] = int
     ) -> Iterator[int]:
         """Write this process's shards that are not there yet; yields the number of each when it is finished.
 
@@ -118,20 +112,15 @@ class LatentEncoder:
             left_by_a_kill.unlink(missing_ok=True)
         with new_file(path) as unfinished, tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
             for batch in batches:
-                self._add_samples(tar, batch, self._tensors(batch, DTYPES[self.header.dtype]))
+                tensors = self._tensors(batch, DTYPES[self.header.dtype])
+                for row, position in enumerate(batch.positions.tolist()):
+                    if batch.weights[row]:
+                        sample = save({name: value[row].contiguous() for name, value in tensors.items()})
+                    else:
+                        name = self.source.reader.name(position)
+                        sample = bad_sample(f"{name}: {self.source.bad_samples.reasons.get(name, 'a bad sample')}")
+                    add_members(tar, f"{position:09d}", safetensors=sample, txt=batch.captions[row].encode())
                 after_batch(len(batch))
-
-    def _add_samples(self, tar: tarfile.TarFile, batch: Batch, tensors: dict[str, Tensor]) -> None:
-        for row, (position, weight) in enumerate(zip(batch.positions.tolist(), batch.weights.tolist(), strict=True)):
-            if weight:
-                sample = save({name: value[row].contiguous() for name, value in tensors.items()})
-            else:
-                name = self.source.reader.name(position)
-                sample = bad_sample(f"{name}: {self.source.bad_samples.reasons.get(name, 'a bad sample')}")
-            for suffix, content in (("safetensors", sample), ("txt", batch.captions[row].encode())):
-                member = tarfile.TarInfo(f"{position:09d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
 
     def _batches(self, first: int, last: int) -> Prefetcher[Batch]:
         return self.source.batches(first_position=first, last_position=last, batch_size=self.batch_size)
@@ -146,8 +135,7 @@ class LatentEncoder:
             "crop_offset": batch.crop_offsets.cpu(),
         }
         if self.encode_text is not None:
-            assert batch.input_ids is not None
-            ids = (batch.input_ids, batch.input_ids_2) if batch.input_ids_2 is not None else (batch.input_ids,)
+            ids = [ids for ids in (batch.input_ids, batch.input_ids_2) if ids is not None]
             features = self.encode_text(*ids).to("cpu", dtype)
             tensors["text_features"] = features.encoder_hidden_states
             if features.text_embeds is not None:

@@ -42,16 +42,14 @@ class Inventory:
 
     def save(self, path: Path) -> None:
         """As JSON."""
-        fields = {"samples": self.samples, "parts": self.parts, "names": self.names}
-        write_file(path, json.dumps(fields) + "\n")
+        write_file(path, json.dumps({"samples": self.samples, "parts": self.parts, "names": self.names}) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Inventory:
         """What `save` wrote; raises UserError where it cannot be read."""
         try:
             fields = json.loads(read_text(path))
-            parts = tuple(Part(*part) for part in fields["parts"])
-            return cls(parts, tuple(fields["names"]))
+            return cls(tuple(Part(*part) for part in fields["parts"]), tuple(fields["names"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
 

@@ -127,7 +127,7 @@ def test_what_stops_a_run_says_what_to_do(tmp_path):
     log.check()
     log.add("b", "not an image", 130)
     with pytest.raises(
-        UserError, match=r"6 of 131 samples.*0\.01.*b \(not an image\).*jsonl;.*max_bad_fraction higher"
+        UserError, match=r"6 of 131 samples.*0\.01.*b \(not an image\).*jsonl, .*max_bad_fraction higher"
     ):
         log.check()
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastsp.data.config import DataConfig
-from fastsp.data.readers.shards import ShardReader
+from fastsp.data.readers.shards import ShardReader, add_members
 from fastsp.errors import UserError
 from fastsp.utils.cache import cache_folder
 from fastsp.utils.files import new_folder
@@ -43,11 +43,11 @@ def digits_shards(split: str = "train", folder: Path | None = None) -> list[Path
 def write_shards(folder: Path, split: str) -> None:
     """Write a split's shards: the same bytes every time, and all of them or none. A folder that another process
     finished first is kept."""
-    samples = list(_samples(split))
+    samples = list(enumerate(_samples(split)))
     try:
         with new_folder(folder, replace=False) as unfinished:
             for shard, start in enumerate(range(0, len(samples), SAMPLES_PER_SHARD)):
-                _write_tar(unfinished / f"{shard:06d}.tar", samples[start : start + SAMPLES_PER_SHARD], first_key=start)
+                _write_tar(unfinished / f"{shard:06d}.tar", samples[start : start + SAMPLES_PER_SHARD])
     except OSError:
         if not folder.is_dir():
             raise
@@ -66,10 +66,7 @@ def _samples(split: str) -> Iterator[tuple[bytes, str]]:
             yield png.getvalue(), f"a handwritten {NAMES[digit]}"
 
 
-def _write_tar(path: Path, samples: list[tuple[bytes, str]], first_key: int) -> None:
+def _write_tar(path: Path, samples: list[tuple[int, tuple[bytes, str]]]) -> None:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, (png, caption) in enumerate(samples, start=first_key):
-            for suffix, content in (("png", png), ("txt", caption.encode())):
-                member = tarfile.TarInfo(f"{key:06d}.{suffix}")  # owner 0, time 0, mode 0644: no trace of the machine
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+        for key, (png, caption) in samples:
+            add_members(tar, f"{key:06d}", png=png, txt=caption.encode())

@@ -7,9 +7,11 @@ The index holds where the members of every sample lie, so that any is one seek a
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import resource
+import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from glob import escape, glob
@@ -83,6 +85,14 @@ def _matches(name: str) -> list[Path]:
     if not shards:
         raise UserError(f"data.path: no shard at {name!r}; {_ALLOWED}")
     return shards
+
+
+def add_members(tar: tarfile.TarFile, key: str, **content_by_suffix: bytes) -> None:
+    """Write a sample. Its members have owner 0, time 0 and mode 0644: no trace of the machine."""
+    for suffix, content in content_by_suffix.items():
+        member = tarfile.TarInfo(f"{key}.{suffix}")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
 
 
 class ShardReader:
