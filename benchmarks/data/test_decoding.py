@@ -23,7 +23,7 @@ pytest.importorskip("simplejpeg")
 
 from benchmarks.data.conftest import DEVICES
 from fastsp.data.config import DataConfig
-from fastsp.data.images.decode import ImageDecoder, default_threads
+from fastsp.data.images.decode import ImageDecoder, JpegsOnGpu, default_threads
 from fastsp.data.source import open_source
 
 pytestmark = pytest.mark.benchmark
@@ -94,7 +94,8 @@ def test_decode_on_cpu(benchmark, record, jpegs):
 def test_decode_on_gpu(benchmark, record, jpegs, name):
     device = torch.device("cuda")
     try:
-        decoder = ImageDecoder(3, device, gpu_options=GPU_OPTIONS[name]())
+        decoder = ImageDecoder(3, device)
+        decoder.gpu = JpegsOnGpu(3, device, default_threads(), **GPU_OPTIONS[name]())
     except Exception as error:
         pytest.skip(f"nvImageCodec does not take these options here: {error}")
     rate = measure(decoder, jpegs, benchmark)

@@ -38,18 +38,12 @@ class BadSampleLog:
 
     A line of the file is `{"sample": name, "reason": text, "position": first position in the run that met it}`. Several
     processes may share the file, and a resumed run goes on with it: each sample is named once. Whether there are too
-    many depends on the position alone, so that a resumed run stops where an uninterrupted one does.
-
-    Args:
-        path: the file, which is appended to; None: nothing is written, and each process counts for itself.
-        max_fraction: of the source, see `too_many`.
-        size: samples in the source.
+    many (see `too_many`) depends on the position alone, so that a resumed run stops where an uninterrupted one does.
+    Without a path nothing is written, and each process counts for itself.
     """
 
     def __init__(self, path: Path | None, max_fraction: float, size: int):
-        self.path = path
-        self.max_fraction = max_fraction
-        self.size = size
+        self.path, self.max_fraction, self.size = path, max_fraction, size
         self.reasons: dict[str, str] = {}
         self._lock = threading.Lock()  # the thread that collates adds, the training asks
         self._first: dict[str, int] = {}  # by name, of any process, as far as the file was read; -1: no position

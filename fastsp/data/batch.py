@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Batch:
 
     def __getitem__(self, rows: slice) -> Batch:
         """The samples of a slice, as views."""
-        return replace(self, **{name: value[rows] for name, value in self._rows()})
+        return replace(self, **{name: value[rows] for name, value in self._fields().items()})
 
     def microbatches(self, size: int | None) -> Iterator[Batch]:
         """Contiguous slices of `size` samples, the last one perhaps smaller; None: the batch as it is."""
@@ -52,8 +52,8 @@ class Batch:
 
         The current stream may read it: memory of another one, where images are decoded, is kept until it has.
         """
-        stays = ("positions", "captions")
-        moved = {name: value.to(device, non_blocking=True) for name, value in self._rows() if name not in stays}
+        read = {name: tensor for name, tensor in self.tensors().items() if name != "positions"}
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in read.items()}
         for tensor in moved.values():
             if tensor.is_cuda:
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
@@ -65,13 +65,10 @@ class Batch:
 
     def tensors(self) -> dict[str, Tensor]:
         """What there is of the data, by field; all but the captions."""
-        return {name: value for name, value in self._rows() if isinstance(value, Tensor)}
+        return {name: value for name, value in self._fields().items() if isinstance(value, Tensor)}
 
     def _mapped(self, function: Callable[[Tensor], Any]) -> Batch:
         return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
 
-    def _rows(self) -> Iterator[tuple[str, Any]]:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                yield field.name, value
+    def _fields(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}

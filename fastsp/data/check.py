@@ -32,10 +32,8 @@ THUMBNAIL = 128  # pixels
 def config_for(source: str, resolution: int, split: str | None = None) -> DataConfig:
     """What a person's SOURCE means: "digits", a folder of images, or shards (a tar, a folder of them, a pattern).
 
-    A folder with images in it is one of images, though there may be tars in it too.
-
-    Raises:
-        UserError: there is nothing at SOURCE, it holds latents, an unknown split, or one of what has none.
+    A folder with images in it is one of images, though there may be tars in it too. UserError: there is nothing at
+    SOURCE, it holds latents, or it has no such split.
     """
     folder = Path(source).expanduser()
     if split is not None and (source != "digits" or split not in SPLITS):
@@ -60,12 +58,9 @@ def _holds_images(folder: Path) -> bool:
 
 
 def check_source(config: DataConfig, limit: int | None = None) -> tuple[dict[str, Any], Tensor, list[str]]:
-    """Read a source once, in the order of the first epoch of seed 0.
+    """Read a source once, in the order of the first epoch of seed 0, or its first `limit` samples.
 
-    Args:
-        config: the source; bad samples never stop this, whatever `max_bad_fraction` is, but the report says whether
-            they would stop a run.
-        limit: samples to read at most; None: all.
+    Bad samples never stop this, whatever `max_bad_fraction` is. UserError: there is nothing to read.
 
     Returns:
         The report, as it is written to JSON; and for a contact sheet the first good images, (N, 3, S, S) float32 in
@@ -76,9 +71,6 @@ def check_source(config: DataConfig, limit: int | None = None) -> tuple[dict[str
         though nothing is lost; of the good images `heights` and `widths` in pixels, upright; `smaller_than_resolution`,
         how many are enlarged; `caption_characters`; `images_per_second`, decoded in this process; `seconds`; `stop`,
         why a run would stop, or None. Sizes and lengths are `smallest`, `median` and `largest`.
-
-    Raises:
-        UserError: there is nothing to read.
     """
     source = open_source(
         config.model_copy(update={"max_bad_fraction": 1.0}), tokenizer=None, channels=3, seed=0, progress=True
@@ -156,8 +148,9 @@ def _notes(config: DataConfig, source: Source, lengths: list[int]) -> list[tuple
 
 
 def _spread(numbers: Sequence[float]) -> dict[str, float] | None:
-    found = {"smallest": min, "median": statistics.median, "largest": max}
-    return {name: function(numbers) for name, function in found.items()} if numbers else None
+    if not numbers:
+        return None
+    return {"smallest": min(numbers), "median": statistics.median(numbers), "largest": max(numbers)}
 
 
 def _stop(source: Source, read: int, limit: float) -> str | None:

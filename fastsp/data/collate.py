@@ -60,12 +60,9 @@ class ImageCollator(Collator):
         files = [b"" if isinstance(sample, BadSample) else sample.content for sample in step.samples]
         pixels = self.pipeline(files, step.positions)
         unread = {row: sample for row, sample in enumerate(step.samples) if isinstance(sample, BadSample)}
-        fields = {
-            "pixel_values": pixels.values,
-            "original_sizes": pixels.original_sizes,
-            "crop_offsets": pixels.crop_offsets,
-        }
-        return fields, pixels.rejections | unread  # what kept a sample from being read says more than its empty file
+        bad = pixels.rejections | unread  # what kept a sample from being read says more than its empty file
+        sizes, offsets = pixels.original_sizes, pixels.crop_offsets
+        return {"pixel_values": pixels.values, "original_sizes": sizes, "crop_offsets": offsets}, bad
 
 
 class LatentCollator(Collator):

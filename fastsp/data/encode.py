@@ -1,8 +1,7 @@
 """Encoding a source once: the VAE's moments, and text features if asked for, into tar shards.
 
-The unit of work is one shard, written whole or not at all. So an encoding that was stopped continues where it was, and
-any number of processes share the work without talking to each other: process r of W takes the shards from `n * r // W`
-up to `n * (r + 1) // W` of n.
+A shard is written whole or not at all. So an encoding that was stopped continues where it was, and any number of
+processes share the work: process r of W takes the shards from `n * r // W` up to `n * (r + 1) // W` of n.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from fastsp.errors import UserError
 from fastsp.utils.files import UNFINISHED, new_file
 
 SAMPLES_PER_SHARD = 1024
+Advance = Callable[[int], object]  # is told how many samples were encoded
 
 
 class LatentEncoder:
@@ -90,12 +90,10 @@ class LatentEncoder:
         return min(self.header.samples_per_shard, len(self.source) - shard * self.header.samples_per_shard)
 
     def write(
-        self, folder: Path, rank: int = 0, world_size: int = 1, after_batch: Callable[[int], object] = int
+        self, folder: Path, rank: int = 0, world_size: int = 1, after_batch: Advance = lambda samples: None
     ) -> Iterator[int]:
-        """Write this process's shards that are not there yet; yields the number of each when it is finished.
-
-        Calls `after_batch` with the number of samples that were encoded. UserError if the folder holds other latents.
-        """
+        """Write this process's shards that are not there yet; yields the number of each when it is finished. UserError
+        if the folder holds other latents."""
         self.header.save(folder)
         size = self.header.samples_per_shard
         following = count()
@@ -107,7 +105,7 @@ class LatentEncoder:
                     self._write_shard(shard_path(folder, shard), islice(batches, number), after_batch)
                     yield shard
 
-    def _write_shard(self, path: Path, batches: Iterable[Batch], after_batch: Callable[[int], object]) -> None:
+    def _write_shard(self, path: Path, batches: Iterable[Batch], after_batch: Advance) -> None:
         for left_by_a_kill in path.parent.glob(f".{path.name}{UNFINISHED.removeprefix('.')}"):
             left_by_a_kill.unlink(missing_ok=True)
         with new_file(path) as unfinished, tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:

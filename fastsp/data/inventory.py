@@ -1,8 +1,5 @@
-"""What a run's data consisted of when the run began, so that going on with other data does not pass unnoticed.
-
-The order of an epoch is a function of the number of samples and of their order in the source: one file more or less,
-and everything after the resume is reordered.
-"""
+"""What a run's data consisted of when it began, so that going on with other data does not pass unnoticed: one file more
+or less, and the order of every epoch is another one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The order of the samples: a seeded permutation of the source for every epoch, in constant memory.
 
-A source may hold hundreds of millions of samples, so no permutation is ever stored. Each epoch's is a Feistel network
-keyed by Philox: every round adds to one half of the index a pseudo-random function of the other half, which can always
-be undone, hence the whole is a bijection whatever the function is.
+It is a Feistel network keyed by Philox: every round adds to one half of the index a pseudo-random function of the other
+half, which can always be undone, hence the whole is a bijection whatever the function is.
 """
 
 from __future__ import annotations
@@ -30,14 +29,8 @@ def permute(indices: Tensor, size: int, seed: int, epochs: Tensor) -> Tensor:
     The image is `left * b + right`. One that is not below `size` (there are fewer than `a` such) goes through the
     rounds again until it is, which keeps the map a bijection of 0 .. size - 1.
 
-    Args:
-        indices: (B,) int64, each from 0 to size - 1.
-        size: of the source, from 1 to 2^60.
-        seed: of the run, 64 bits.
-        epochs: (B,) int64, each from 0 to 2^31 - 1.
-
-    Returns:
-        (B,) int64.
+    Of `indices`, (B,) int64, for a size from 1 to 2^60, a seed of 64 bits and `epochs`, (B,) int64, each from 0 to
+    2^31 - 1, it gives (B,) int64.
     """
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
@@ -68,8 +61,7 @@ class SampleOrder:
     `permute(p % size)` of the source, so each sample comes exactly once an epoch. The seed is that of the run."""
 
     def __init__(self, size: int, seed: int):
-        self.size = size
-        self.seed = seed
+        self.size, self.seed = size, seed
         self._latest: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))  # first position, samples
 
     def __call__(self, positions: Tensor) -> Tensor:

@@ -12,14 +12,9 @@ _END: Any = object()
 
 
 class Prefetcher(Generic[T], Iterator[T]):
-    """Iterates over `items` in a thread. Errors of the thread are raised to the reader.
+    """Iterates over `items` in a thread, `depth` ahead while one more is made. Its errors are raised to the reader.
 
-    The thread ends when this is closed, and also when it is dropped or the interpreter ends.
-
-    Args:
-        items: closed, if it can be, when this is closed.
-        depth: items that wait for the reader, while one more is being made.
-        name: of the thread.
+    The thread ends when this is closed, as `items` are if they can be; also when it is dropped or the interpreter ends.
     """
 
     def __init__(self, items: Iterable[T], depth: int, name: str):
@@ -31,16 +26,13 @@ class Prefetcher(Generic[T], Iterator[T]):
         return self._pool.submit(next, self._items, _END)
 
     def __next__(self) -> T:
-        if not self._ahead:
-            raise StopIteration
         try:
-            item = self._ahead.popleft().result()
+            item = self._ahead.popleft().result() if self._ahead else _END
+            if item is _END:
+                raise StopIteration
         except BaseException:
             self.close()
             raise
-        if item is _END:
-            self.close()
-            raise StopIteration
         self._ahead.append(self._start_next())
         return item
 

@@ -45,15 +45,13 @@ def open_source(
 
     Args:
         config: the `data` section of a configuration.
-        tokenizer: of transformers; None: no `input_ids`.
-        tokenizer_2: Stable Diffusion XL's second one; None: no `input_ids_2`.
+        tokenizer, tokenizer_2: of transformers, the second for Stable Diffusion XL; None: without their `input_ids`.
         channels: of the images, 1 (grey) or 3 (RGB).
         seed: of the run: order, crops and flips.
         device: where images are decoded and `pixel_values` lie. Everything else is on the CPU, see `Batch.to`.
         bad_samples_file: `bad_samples.jsonl` of the run, which is appended to; None: bad samples are only counted.
         shuffle: a new order every epoch; else that of the data set.
-        vae_sha256: of latents, the `fingerprint` of the VAE that they must come from; None: any.
-        text_sha256: the same of the text encoders, where the latents have text features beside them.
+        vae_sha256, text_sha256: of latents, the `fingerprint` of the VAE and of the text encoders; None: any.
         progress: show it on a terminal where listing files or indexing tars takes long.
 
     Raises:
@@ -70,19 +68,11 @@ def open_source(
     tokenizers = {name: tokenizer for name, tokenizer in named.items() if tokenizer is not None}
 
     def open_collator(batch_size: int) -> Collator:
+        place = torch.device(device)
         if isinstance(reader, LatentReader):
-            return LatentCollator(reader.header, tokenizers, torch.device(device))
-        pipeline = ImagePipeline(
-            batch_size=batch_size,
-            channels=channels,
-            resolution=config.resolution,
-            seed=seed,
-            random_crop=config.crop == "random",
-            flip=config.flip,
-            device=device,
-            threads=config.threads,
-        )
-        return ImageCollator(pipeline, tokenizers)
+            return LatentCollator(reader.header, tokenizers, place)
+        images = ImagePipeline(config, batch_size=batch_size, channels=channels, seed=seed, device=place)
+        return ImageCollator(images, tokenizers)
 
     return Source(
         reader,
@@ -136,13 +126,8 @@ class Source:
         """Batches from a position of the run on, made ahead in threads. `close()` stops these.
 
         The samples of an optimizer step do not depend on the number of ranks W: of its `batch_size` positions rank r
-        gets the slice `batch_size * r // W` up to `batch_size * (r + 1) // W`.
-
-        Args:
-            first_position: of the first step, any position.
-            last_position: exclusive; the last step may be smaller. None: endless, epoch after epoch.
-            batch_size: of one optimizer step, over all ranks.
-            rank, world_size: of this process.
+        gets the slice `batch_size * r // W` up to `batch_size * (r + 1) // W`. `last_position` is exclusive, and the
+        last step may be smaller; None: endless, epoch after epoch.
 
         Raises:
             UserError: fewer samples in a batch than ranks; from the iterator, too many bad samples.

@@ -53,7 +53,7 @@ def test_a_kill_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastsp.data.readers.digits._write_tar", killed)
+    monkeypatch.setattr("fastsp.data.readers.digits.add_members", killed)
     with pytest.raises(KeyboardInterrupt):
         digits_shards("train", tmp_path)
     monkeypatch.undo()

@@ -85,9 +85,8 @@ def files():
 
 
 def run(device, channels=3):
-    pipeline = ImagePipeline(
-        batch_size=32, channels=channels, resolution=32, seed=1, random_crop=True, flip=True, device=device, threads=2
-    )
+    config = Config(resolution=32, crop="random", flip=True, threads=2)
+    pipeline = ImagePipeline(config, batch_size=32, channels=channels, seed=1, device=torch.device(device))
     return pipeline(files(), torch.arange(len(files())))
 
 

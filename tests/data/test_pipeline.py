@@ -5,21 +5,25 @@ import io
 import numpy as np
 import pytest
 import torch
-from data.helpers import encode, photo
+from data.helpers import Config, encode, photo
 from fastsp_kernels.philox import random_words
 from PIL import Image
 
 from fastsp.data.images import pipeline as module
-from fastsp.data.images.geometry import crop_geometry
-from fastsp.data.images.pipeline import ImagePipeline
+from fastsp.data.images.files import ImageFile
+from fastsp.data.images.pipeline import ImagePipeline, crop_geometry
 
 SIZES = [(64, 64), (90, 60), (61, 143), (200, 33), (300, 400), (33, 32), (20, 20), (7, 9)]
 
 
+def pipeline_of(batch_size, channels=3, seed=1, **options):
+    config = Config(**{"resolution": 32} | options)
+    return ImagePipeline(config, batch_size=batch_size, channels=channels, seed=seed, device=torch.device("cpu"))
+
+
 def run(files, positions=None, **options):
-    options = {"batch_size": len(files), "channels": 3, "resolution": 32, "seed": 1, "threads": 1} | options
     positions = torch.arange(len(files)) if positions is None else positions
-    return ImagePipeline(**options)(files, positions)
+    return pipeline_of(len(files), **options)(files, positions)
 
 
 def as_levels(values):
@@ -78,7 +82,7 @@ def ramp(height, width):
 def test_random_crops_lie_where_they_are_said_to(size):
     """At the size of the crop nothing is resampled, so every pixel names its place."""
     positions = torch.arange(50)
-    pixels = run([encode(ramp(*size), "PNG")] * 50, positions, random_crop=True, flip=True, seed=9)
+    pixels = run([encode(ramp(*size), "PNG")] * 50, positions, crop="random", flip=True, seed=9)
     words = random_words(9, 5, positions, 3)
     for row, value in enumerate(pixels.values):
         top, left = (int(words[row, 1 + axis]) * (size[axis] - 32 + 1) >> 32 for axis in (0, 1))
@@ -97,14 +101,14 @@ def test_random_crops_lie_where_they_are_said_to(size):
 def test_crops_depend_on_the_position_alone():
     files = [encode(photo(seed, 60, 90)) for seed in range(6)]
     positions = torch.tensor([5, 2**40, 7, 8, 9, 10])
-    together = run(files, positions, random_crop=True, flip=True)
-    alone = [run([f], p[None], random_crop=True, flip=True) for f, p in zip(files, positions, strict=True)]
+    together = run(files, positions, crop="random", flip=True)
+    alone = [run([f], p[None], crop="random", flip=True) for f, p in zip(files, positions, strict=True)]
     assert torch.equal(together.values, torch.cat([pixels.values for pixels in alone]))
 
 
 def test_geometry_resizes_the_shortest_side():
     sizes = torch.tensor([[480, 640], [640, 480], [511, 513], [1, 1000], [3, 2]])
-    geometry = crop_geometry(sizes, torch.arange(5), 0, resolution=512, random_crop=False, flip=False)
+    geometry = crop_geometry(sizes, torch.arange(5), 0, Config(resolution=512))
     assert geometry.resized_sizes.tolist() == [[512, 683], [683, 512], [512, 514], [512, 512_000], [768, 512]]
     assert geometry.crop_offsets.tolist() == [[0, 85], [85, 0], [0, 1], [0, 255_744], [128, 0]]
 
@@ -124,7 +128,7 @@ def test_large_images_are_decoded_a_few_at_a_time(monkeypatch):
     files = [encode(photo(seed, *size)) for seed, size in enumerate(SIZES)]
     files[3] = files[3][:-100]
     files.insert(0, b"")
-    expected = run(files, random_crop=True, flip=True)
+    expected = run(files, crop="random", flip=True)
     pixels = [height * width for height, width in SIZES]
     decoded, decode = [], module.ImageDecoder.decode
     monkeypatch.setattr(
@@ -133,20 +137,21 @@ def test_large_images_are_decoded_a_few_at_a_time(monkeypatch):
     for limit in (1, 6000, max(pixels), sum(pixels)):
         monkeypatch.setattr(module, "CHUNK_PIXELS", limit)
         decoded.clear()
-        result = run(files, random_crop=True, flip=True)
+        result = run(files, crop="random", flip=True)
         assert torch.equal(result.values, expected.values) and torch.equal(result.crop_offsets, expected.crop_offsets)
         assert result.values.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(result.original_sizes, expected.original_sizes)
         assert {row: str(bad) for row, bad in result.rejections.items()} == {
             row: str(bad) for row, bad in expected.rejections.items()
         }
-        sizes = [sum(image.pixels for image in chunk if hasattr(image, "pixels")) for chunk in decoded]
+        opened = [[file.image for file in chunk if isinstance(file, ImageFile)] for chunk in decoded]
+        sizes = [sum(image.height * image.width for image in chunk) for chunk in opened]
         assert sum(sizes) == sum(pixels) and all(size <= max(limit, max(pixels)) for size in sizes)
         assert (len(sizes) == 1) == (limit == sum(pixels))
 
 
 def test_results_do_not_share_memory():
-    pipeline = ImagePipeline(batch_size=4, channels=3, resolution=32, seed=0, threads=1)
+    pipeline = pipeline_of(4, seed=0)
     batches = [[encode(photo(10 * batch + row, 40, 60)) for row in range(4)] for batch in range(5)]
     kept = [pipeline(files, torch.arange(4)).values for files in batches]
     for files, values in zip(batches, kept, strict=True):
@@ -157,4 +162,4 @@ def test_results_do_not_share_memory():
 def test_extreme_shapes(size):
     """The longest side is ten thousand times the shortest at most: see `MAX_ASPECT`."""
     file = encode(np.full((*size, 3), 255, np.uint8), "PNG")
-    assert (run([file], random_crop=True).values == 1).all()
+    assert (run([file], crop="random").values == 1).all()

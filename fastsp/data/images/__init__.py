@@ -1,7 +1,4 @@
-"""From the bytes of an image file to training pixels.
-
-The libraries for that are imported only where there are pictures: latents work without, and DALI is for Linux alone.
-"""
+"""From image files to training pixels. Libraries for that are imported late: latents do without (DALI needs Linux)."""
 
 from __future__ import annotations
 

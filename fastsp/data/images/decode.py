@@ -1,8 +1,7 @@
 """Decoding of image files: JPEG on the GPU where there is one, by nvImageCodec; everything else on the CPU's threads.
 
 DALI's own decoder raises for the whole batch where one file is broken. So the files are decoded here, strictly and
-once, each for itself, and DALI does the rest. On the CPU, JPEG is decoded by libjpeg-turbo (`jpeg`); the other kinds
-are read by Pillow, on either device (`files`).
+each for itself: on the CPU JPEG by libjpeg-turbo (`jpeg`), and the other kinds by Pillow (`files`).
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import torch
@@ -29,30 +28,15 @@ SHARES_PER_THREAD = 4  # of a batch: images take unequally long
 class ImageDecoder:
     """Decodes batches of image files: JPEG, PNG, WebP, TIFF, BMP, GIF, of any colour space and depth.
 
-    The result is upright (EXIF orientation applied), of 8 bits, and opaque: transparency is laid over white. On a GPU
-    it is there in the order of torch's current stream. What a file decodes to does not depend on the others of its
-    batch, broken or not.
-
-    Args:
-        channels: 1 for luminance, 3 for RGB.
-        device: a CUDA device, or the CPU.
-        threads: of the CPU; 0: see `default_threads`.
-        gpu_options: more keywords for nvImageCodec's `Decoder`, such as `options` and `backends`.
+    The result has 1 channel (luminance) or 3 (RGB) of 8 bits, and is upright (EXIF orientation applied) and opaque:
+    transparency is laid over white. It does not depend on the other files of the batch. On a GPU it is there in the
+    order of torch's current stream. 0 threads of the CPU: see `default_threads`.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        device: torch.device,
-        threads: int = 0,
-        gpu_options: dict[str, Any] | None = None,
-    ):
-        threads = threads or default_threads()
-        self.channels = channels
-        self.device = device
-        self.threads = threads
-        self.pool = ThreadPoolExecutor(threads, "fastsp-decode")
-        self.gpu = JpegsOnGpu(channels, device, threads, **(gpu_options or {})) if device.type == "cuda" else None
+    def __init__(self, channels: int, device: torch.device, threads: int = 0):
+        self.channels, self.device, self.threads = channels, device, threads or default_threads()
+        self.pool = ThreadPoolExecutor(self.threads, "fastsp-decode")
+        self.gpu = JpegsOnGpu(channels, device, self.threads) if device.type == "cuda" else None
         Image.init()  # loads Pillow's plugins: here, not in several threads at once
 
     def __call__(self, files: Sequence[bytes]) -> list[Tensor | BadSample]:
@@ -69,11 +53,7 @@ class ImageDecoder:
 
     def decode(self, images: Sequence[ImageFile | BadSample]) -> list[Tensor | BadSample]:
         """Decode what `open` gave; a `BadSample` stays one."""
-        for_gpu = {
-            row: image
-            for row, image in enumerate(images)
-            if self.gpu is not None and isinstance(image, ImageFile) and is_common(image)
-        }
+        for_gpu = {row: image for row, image in enumerate(images) if self.gpu is not None and is_common(image)}
         # Started in the pool at once, waited for one by one.
         running = self._map(self._decode_on_cpu, [image for row, image in enumerate(images) if row not in for_gpu])
         found: dict[int, Tensor | BadSample | None] = {}
@@ -125,22 +105,18 @@ class JpegsOnGpu:
         return decoded
 
     def _decode(self, images: Sequence[ImageFile]) -> list[Tensor | None]:
-        streams = {row: stream for row, image in enumerate(images) if (stream := self._parse(image)) is not None}
-        if not streams:
-            return [None] * len(images)
+        streams: dict[int, Any] = {}
+        for row, image in enumerate(images):
+            with suppress(RuntimeError):  # a header that it cannot read
+                streams[row] = self.stream(image.content)
         order = torch.cuda.current_stream(self.device).cuda_stream
-        found = self.decoder.decode(list(streams.values()), params=self.params, cuda_stream=order)
+        codes = list(streams.values())
+        found = self.decoder.decode(codes, params=self.params, cuda_stream=order) if codes else []
         decoded: list[Tensor | None] = [None] * len(images)
         for row, pixels in zip(streams, found, strict=True):
             if pixels is not None:
                 decoded[row] = upright(torch.as_tensor(pixels, device=self.device), orientation_of(images[row].image))
         return decoded
-
-    def _parse(self, image: ImageFile) -> Any:
-        try:
-            return self.stream(image.content)
-        except RuntimeError:  # a header that it cannot read
-            return None
 
 
 def upright(image: Tensor, orientation: int) -> Tensor:

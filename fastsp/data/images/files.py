@@ -51,11 +51,6 @@ class ImageFile:
         """Else Pillow decodes it."""
         return isinstance(self.image, JpegImageFile)
 
-    @property
-    def pixels(self) -> int:
-        """Height times width."""
-        return self.image.height * self.image.width
-
 
 def open_image(file: bytes) -> ImageFile:
     """Read the header. BadSample: it is of no known kind, cut off or damaged, or the image is too large."""
@@ -65,39 +60,32 @@ def open_image(file: bytes) -> ImageFile:
     if kind is None and not file.startswith(b"WEBP", 8):
         raise BadSample("not an image of a known kind")
     try:
-        if kind == "JPEG":  # asked for by its class: Pillow's `open` takes some for animations of several
+        if kind == "PNG":  # its checksums and its end, which Pillow does not look at while it decodes
+            Image.open(io.BytesIO(file), formats=[kind]).verify()
+        if kind == "JPEG":  # by its class: Pillow's `open` takes some for several images
             image: Image.Image = JpegImageFile(io.BytesIO(file))
-            scan = image.fp.tell()  # before anything else moves it
         else:
-            if kind == "PNG":  # its checksums and its end, which Pillow does not look at while it decodes
-                Image.open(io.BytesIO(file), formats=[kind]).verify()
-            image, scan = Image.open(io.BytesIO(file), formats=[kind or "WEBP"]), 0
+            image = Image.open(io.BytesIO(file), formats=[kind or "WEBP"])
     except Exception as error:  # Pillow raises anything from OSError to struct.error at damaged files
         raise _damaged(kind or "WEBP", error) from None
-    _check_size(image.height, image.width)
-    return ImageFile(file, image, scan)
-
-
-def _check_size(height: int, width: int) -> None:
+    width, height = image.size
     if height * width > MAX_PIXELS:
         raise BadSample(f"the image is too large: {width} x {height} pixels")
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise BadSample(f"the image is a line: {width} x {height} pixels")
+    scan = image.fp.tell() if isinstance(image, JpegImageFile) and image.fp else 0
+    return ImageFile(file, image, scan)
 
 
 def decode_image(image: Image.Image, channels: int) -> np.ndarray:
     """Decode an opened image, the first one of an animation, not turned. Other Python threads run meanwhile.
 
-    Returns:
-        (H, W, channels) uint8, 1 channel for luminance, 3 for RGB, transparency laid over white, 16 bits cut to the
-        upper eight.
-
-    Raises:
-        BadSample: it is truncated or damaged.
+    (H, W, channels) uint8, 1 channel for luminance, 3 for RGB, transparency laid over white, 16 bits cut to the upper
+    eight. Raises BadSample if it is truncated or damaged.
     """
     try:
         image.load()
-        return _as_array(image, channels)
+        return as_array(image, channels)
     except BadSample:
         raise
     except Exception as error:  # see above
@@ -115,7 +103,7 @@ def orientation_of(image: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def _as_array(image: Image.Image, channels: int) -> np.ndarray:
+def as_array(image: Image.Image, channels: int) -> np.ndarray:
     """(H, W, channels) uint8, not turned."""
     if image.mode in TOO_DEEP:
         raise BadSample(f"the image is of {TOO_DEEP[image.mode]}, whose range is not known")
@@ -124,17 +112,9 @@ def _as_array(image: Image.Image, channels: int) -> np.ndarray:
         levels = (deep >> 8).astype(np.uint8)
         levels[deep == image.info.get("transparency", -1)] = 255
         return np.repeat(levels[..., None], channels, axis=-1)
-    if image.has_transparency_data:
-        return _over_white(image, channels)
-    mode = MODES[channels]
-    return np.array(image if image.mode == mode else image.convert(mode)).reshape(image.height, image.width, channels)
-
-
-def _over_white(image: Image.Image, channels: int) -> np.ndarray:
-    """What lies under full transparency is often black, or anything."""
-    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
-    opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert(MODES[channels])
-    return np.array(opaque).reshape(rgba.height, rgba.width, channels)
+    if image.has_transparency_data:  # under which there is often black, or anything
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.array(image.convert(MODES[channels])).reshape(image.height, image.width, channels)
 
 
 def _damaged(kind: str, error: Exception) -> BadSample:

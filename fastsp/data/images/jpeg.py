@@ -1,8 +1,7 @@
 """JPEG files: whether they are whole, and strict decoding on the CPU by libjpeg-turbo.
 
-Most decoders take a JPEG that is damaged inside, and make up the pixels from the damage on. libjpeg-turbo often notices
-(codes and lengths stop fitting) and says so in a warning; here a warning is an error. Warnings about header fields that
-no decoder uses are none: cameras write these fields wrong, and every pixel is right.
+Most decoders make up the pixels behind a damage. libjpeg-turbo often notices it and warns; here a warning is an error.
+Warnings about header fields that no decoder uses are none: cameras write these fields wrong, and every pixel is right.
 """
 
 from __future__ import annotations
@@ -10,13 +9,14 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
+from typing import TypeGuard
 
 import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from fastsp.data.images import library
-from fastsp.data.images.files import ImageFile, decode_image
+from fastsp.data.images.files import ImageFile, as_array, decode_image
 from fastsp.data.samples import BadSample
 
 END, SOS = 0xD9, 0xDA
@@ -25,9 +25,9 @@ HEADER_WARNINGS = ("JFIF revision", "SOS parameters", "Adobe color transform")
 UNKNOWN_SAMPLING = "Could not determine subsampling level"  # by TurboJPEG's interface, unlike the library below it
 
 
-def is_common(file: ImageFile) -> bool:
+def is_common(file: ImageFile | BadSample) -> TypeGuard[ImageFile]:
     """Whether it is a JPEG whose colours every decoder knows: grey or YCbCr."""
-    if not isinstance(file.image, JpegImageFile):
+    if not (isinstance(file, ImageFile) and isinstance(file.image, JpegImageFile)):
         return False
     components = bytes(layer[0] for layer in file.image.layer)  # their identifiers
     stored_as_rgb = file.image.info.get("adobe_transform") == 0 or components == b"RGB"
@@ -54,11 +54,7 @@ def _markers(jpeg: ImageFile) -> Iterator[tuple[int, int]]:
 
 def decode_jpeg(jpeg: ImageFile, channels: int) -> np.ndarray:
     """Decode strictly, without turning the image upright: (H, W, channels) uint8, 1 channel for luminance, 3 for RGB.
-    Other Python threads run meanwhile.
-
-    Raises:
-        BadSample: libjpeg-turbo has an error or a warning to report, other than of a header field.
-    """
+    Other Python threads run meanwhile. BadSample: libjpeg-turbo warns, and not just of a header field."""
     components = len(jpeg.image.getbands())
     try:
         try:
@@ -75,11 +71,12 @@ def _strictly(file: bytes, components: int, channels: int) -> np.ndarray:
     """Decode; every warning of libjpeg-turbo is a ValueError."""
     simplejpeg = library("simplejpeg")
     try:
-        if components == 4:
-            return _from_print(simplejpeg.decode_jpeg(file, "CMYK"), channels)
+        if components == 4:  # inverted: Adobe's programs began it, with their marker or without
+            cmyk = simplejpeg.decode_jpeg(file, "CMYK")
+            image = Image.frombuffer("CMYK", cmyk.shape[1::-1], cmyk.tobytes(), "raw", "CMYK;I", 0, 1)
+            return as_array(image.convert("RGB"), channels)
         if channels == 1 and simplejpeg.decode_jpeg_header(file)[2] == "RGB":
-            rgb = Image.fromarray(simplejpeg.decode_jpeg(file, "RGB"))
-            return np.array(rgb.convert("L"))[..., None]
+            return as_array(Image.fromarray(simplejpeg.decode_jpeg(file, "RGB")), channels)
         return simplejpeg.decode_jpeg(file, "GRAY" if channels == 1 else "RGB")
     except ValueError as error:
         if UNKNOWN_SAMPLING in str(error):
@@ -103,10 +100,3 @@ def _with_valid_header(jpeg: ImageFile) -> bytes:
         for end in (jpeg.scan, *scans):
             content[end - 3 : end] = b"\0\x3f\0"
     return bytes(content)
-
-
-def _from_print(cmyk: np.ndarray, channels: int) -> np.ndarray:
-    """From (H, W, 4), which in a JPEG is inverted: Adobe's programs began it, with their marker or without."""
-    height, width, _ = cmyk.shape
-    image = Image.frombuffer("CMYK", (width, height), cmyk.tobytes(), "raw", "CMYK;I", 0, 1).convert("RGB")
-    return np.array(image.convert("L") if channels == 1 else image).reshape(height, width, channels)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
+from fastsp_kernels.philox import Stream, random_words
 from torch import Tensor
 
+from fastsp.data.config import DataConfig
 from fastsp.data.images import library
-from fastsp.data.images.decode import ImageDecoder, default_threads
+from fastsp.data.images.decode import ImageDecoder
 from fastsp.data.images.files import ImageFile
-from fastsp.data.images.geometry import crop_geometry
 from fastsp.data.samples import BadSample
 
 # Decoded at once, at full size: 400 MB of RGB. Large photographs would otherwise take many gigabytes a batch.
@@ -31,53 +31,23 @@ class Pixels:
 
 
 class ImagePipeline:
-    """Decodes, resizes the shortest side with antialiasing, crops, mirrors and normalises. Deterministic.
+    """Decodes, resizes the shortest side with antialiasing, crops a square, mirrors and normalises, as configured.
 
-    Args:
-        batch_size: the largest.
-        channels: 1 (grey) or 3 (RGB).
-        resolution: side of the square result, in pixels.
-        seed: of the run, for the draws of crop and flip.
-        random_crop: else the centre.
-        flip: mirror half of the samples.
-        device: where the images are decoded and the result lies.
-        threads: of the CPU, for decoding and for DALI; 0: see `default_threads`.
+    Deterministic. Batches have up to `batch_size` images, of 1 (grey) or 3 (RGB) channels, on the device.
     """
 
-    def __init__(
-        self,
-        *,
-        batch_size: int,
-        channels: int,
-        resolution: int,
-        seed: int,
-        random_crop: bool = False,
-        flip: bool = False,
-        device: torch.device | str = "cpu",
-        threads: int = 0,
-    ):
-        self.device = torch.device(device)
-        self.channels, self.resolution = channels, resolution
-        self.geometry = partial(crop_geometry, seed=seed, resolution=resolution, random_crop=random_crop, flip=flip)
+    def __init__(self, config: DataConfig, *, batch_size: int, channels: int, seed: int, device: torch.device):
+        self.config, self.channels, self.seed, self.device = config, channels, seed, device
         # On a GPU a separate stream: on the default one it would queue behind the training.
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        threads = threads or default_threads()
-        self.decoder = ImageDecoder(channels, self.device, threads)
-        self.dali = _dali_pipeline(
-            channels=channels,
-            resolution=resolution,
-            on_gpu=self.device.type == "cuda",
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=None if self.device.type == "cpu" else self.device.index or 0,
-            prefetch_queue_depth=1,  # a thread of ours runs ahead of the training, see `prefetch`
-        )
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.decoder = ImageDecoder(channels, device, config.threads)
+        self.dali = _dali_pipeline(batch_size, channels, config.resolution, self.decoder.threads, device)
 
     def __call__(self, files: Sequence[bytes], positions: Tensor) -> Pixels:
         """Images from B files, perhaps none, and the (B,) int64 positions of the samples in the run."""
         if not files:
             nothing = torch.zeros(0, 2, dtype=torch.int64)
-            shape = (0, self.channels, self.resolution, self.resolution)
+            shape = (0, self.channels, self.config.resolution, self.config.resolution)
             return Pixels(torch.zeros(shape, device=self.device), nothing, nothing, {})
         with torch.cuda.stream(self.stream):  # does nothing on the CPU
             return self._pixels(files, positions)
@@ -104,8 +74,8 @@ class ImagePipeline:
     def _cropped(self, images: list[Tensor], positions: Tensor) -> tuple[Tensor, ...]:
         """Values, sizes and offsets of some images of a batch, see `Pixels`."""
         sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.int64)
-        geometry = self.geometry(sizes, positions)
-        slack = (geometry.resized_sizes - self.resolution).clamp(min=1)
+        geometry = crop_geometry(sizes, positions, self.seed, self.config)
+        slack = (geometry.resized_sizes - self.config.resolution).clamp(min=1)
         places = (geometry.crop_offsets / slack).float()  # DALI's crop position: 0 .. 1
         (output,) = self.dali.run(
             # Without a copy: DALI reads the same memory, as an array or, on a GPU, as a tensor in stream order.
@@ -121,11 +91,43 @@ class ImagePipeline:
         return values, sizes, geometry.seen_offsets
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """How B images of any size become B images of one size. All tensors on the CPU."""
+
+    resized_sizes: Tensor  # (B, 2) int64: height and width after resizing, the shortest side being the resolution
+    crop_offsets: Tensor  # (B, 2) int64: top and left of the crop in the resized image
+    flips: Tensor  # (B,) bool: mirrored left to right, after the crop
+    seen_offsets: Tensor  # (B, 2) int64: what was cut off above and on the left of the image as it is seen, for SDXL
+
+
+def crop_geometry(sizes: Tensor, positions: Tensor, seed: int, config: DataConfig) -> Geometry:
+    """Resize the shortest side to `resolution`, in pixels, then crop a square, at the centre or at random.
+
+    The draws are of stream 5: word 0 says whether to flip (its highest bit), words 1 and 2 place the crop, its top and
+    left being the high word of `word * (number of places)`. A centre crop is rounded towards the top left.
+
+    Args:
+        sizes: (B, 2) int64, heights and widths of the upright images, at least 1.
+        positions: (B,) int64, positions of the samples in the run; with its seed they determine the draws.
+    """
+    shortest = sizes.amin(1, keepdim=True)
+    resized = (sizes * config.resolution + shortest // 2) // shortest  # rounded; the shortest side is exact
+    slack = resized - config.resolution
+    offsets, flips = slack // 2, torch.zeros(len(sizes), dtype=torch.bool)
+    if config.crop == "random" or config.flip:
+        words = random_words(seed, Stream.CROP_AND_FLIP, positions, 3)
+        offsets = words[:, 1:] * (slack + 1) >> 32 if config.crop == "random" else offsets
+        flips = words[:, 0] >> 31 == 1 if config.flip else flips
+    mirrored = torch.stack([offsets[:, 0], slack[:, 1] - offsets[:, 1]], dim=1)
+    return Geometry(resized, offsets, flips, torch.where(flips[:, None], mirrored, offsets))
+
+
 def chunks(images: Sequence[ImageFile | BadSample]) -> Iterator[slice]:
     """Consecutive rows of at most `CHUNK_PIXELS` together, or a single larger image."""
     start, total = 0, 0
     for row, image in enumerate(images):
-        pixels = 0 if isinstance(image, BadSample) else image.pixels
+        pixels = 0 if isinstance(image, BadSample) else image.image.height * image.image.width
         if row > start and total + pixels > CHUNK_PIXELS:
             yield slice(start, row)
             start, total = row, 0
@@ -133,14 +135,14 @@ def chunks(images: Sequence[ImageFile | BadSample]) -> Iterator[slice]:
     yield slice(start, len(images))
 
 
-def _dali_pipeline(*, channels: int, resolution: int, on_gpu: bool, **settings: Any) -> Any:
+def _dali_pipeline(batch_size: int, channels: int, resolution: int, threads: int, device: torch.device) -> Any:
     library("nvidia.dali")
     from nvidia.dali import Pipeline, fn, types
 
-    device = "gpu" if on_gpu else "cpu"
-    pipeline = Pipeline(**settings)
+    place, number = ("gpu", device.index or 0) if device.type == "cuda" else ("cpu", None)
+    pipeline = Pipeline(batch_size, threads, number, prefetch_queue_depth=1)  # a thread of ours runs ahead instead
     with pipeline:
-        images = fn.external_source(name="images", device=device, layout="HWC", dtype=types.UINT8, ndim=3, no_copy=True)
+        images = fn.external_source(name="images", device=place, layout="HWC", dtype=types.UINT8, ndim=3, no_copy=True)
         size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
         top = fn.external_source(name="top", dtype=types.FLOAT, ndim=0)
         left = fn.external_source(name="left", dtype=types.FLOAT, ndim=0)

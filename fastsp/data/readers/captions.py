@@ -1,8 +1,7 @@
 """Where captions come from: files beside an image, and metadata of many images in one file.
 
-Metadata are Hugging Face's `metadata.jsonl` and `metadata.csv`, of which a line has "file_name", relative to the file,
-and "text" or "caption"; and kohya's `meta_cap.json`, one object: by the image's path, with or without its suffix, an
-object with "caption", "tags" or both.
+Metadata are Hugging Face's `metadata.jsonl` and `metadata.csv`, of lines with "file_name", relative to the file, and
+"text" or "caption"; and kohya's `meta_cap.json`, an object by path, of objects with "caption", "tags" or both.
 """
 
 from __future__ import annotations

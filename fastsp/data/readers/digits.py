@@ -1,8 +1,7 @@
-"""Real data that is always there: scikit-learn's handwritten digits, written as captioned shards.
+"""Real data that is always there: scikit-learn's handwritten digits, written once as captioned shards of PNGs.
 
 1,797 scans of 8 x 8 pixels and 17 grey levels (from UCI's Optical Recognition of Handwritten Digits, shipped in
-scikit-learn's wheel). They are written once as PNG shards in WebDataset layout and from then on read like any other
-data set.
+scikit-learn's wheel).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def find(config: DataConfig) -> Callable[[bool], ShardReader]:
     """See `fastsp.data.config.register`."""
     if config.path is not None:
         raise UserError(f"data.path is {config.path!r}, but data.source 'digits' has none")
-    return lambda progress: ShardReader(digits_shards(config.split), not config.unconditional, progress=progress)
+    return lambda progress: ShardReader(digits_shards(config.split), not config.unconditional, progress)
 
 
 def digits_shards(split: str = "train", folder: Path | None = None) -> list[Path]:
@@ -47,7 +46,9 @@ def write_shards(folder: Path, split: str) -> None:
     try:
         with new_folder(folder, replace=False) as unfinished:
             for shard, start in enumerate(range(0, len(samples), SAMPLES_PER_SHARD)):
-                _write_tar(unfinished / f"{shard:06d}.tar", samples[start : start + SAMPLES_PER_SHARD])
+                with tarfile.open(unfinished / f"{shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+                    for key, (png, caption) in samples[start : start + SAMPLES_PER_SHARD]:
+                        add_members(tar, f"{key:06d}", png=png, txt=caption.encode())
     except OSError:
         if not folder.is_dir():
             raise
@@ -64,9 +65,3 @@ def _samples(split: str) -> Iterator[tuple[bytes, str]]:
             png = io.BytesIO()
             Image.fromarray((levels * (255 / 16)).round().astype("uint8")).save(png, "PNG")
             yield png.getvalue(), f"a handwritten {NAMES[digit]}"
-
-
-def _write_tar(path: Path, samples: list[tuple[int, tuple[bytes, str]]]) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, (png, caption) in samples:
-            add_members(tar, f"{key:06d}", png=png, txt=caption.encode())

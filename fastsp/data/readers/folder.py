@@ -1,9 +1,8 @@
 """A folder of images, nested or not, with captions in any of the usual ways.
 
-In this order: a `metadata.jsonl`, `metadata.csv` or `meta_cap.json` in the image's folder or above it; beside the
-image, as in a tar, a `.txt`, a `.json` with "caption" or "text", or a `.caption`, named as the image without its suffix
-or with it; and, where there is no such metadata and the folder's images have no captions beside them, the folder's
-name, with blanks for `_` and `-`.
+In this order: metadata in the image's folder or above it; beside the image, as in a tar, a `.txt`, a `.json` or a
+`.caption`, named as the image without its suffix or with it; and, where there is no metadata and the folder's images
+have no captions beside them, the folder's name, with blanks for `_` and `-`.
 """
 
 from __future__ import annotations
@@ -12,21 +11,14 @@ import hashlib
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastsp.data.config import DataConfig
 from fastsp.data.inventory import MAX_NAMES, Inventory, Part
 from fastsp.data.readers import names
-from fastsp.data.readers.captions import (
-    METADATA,
-    Line,
-    caption_from_json,
-    caption_from_record,
-    caption_of,
-    read_metadata,
-)
+from fastsp.data.readers.captions import METADATA, caption_from_json, caption_from_record, caption_of, read_metadata
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size
 from fastsp.errors import UserError
 from fastsp.utils.progress import late_bar
@@ -46,12 +38,8 @@ def _image_folder(folder: str | Path) -> Path:
 
 
 class FolderReader:
-    """The images below a folder, sorted by path. Hidden files and folders are skipped, links are followed.
-
-    Args:
-        folder: of the images.
-        captioned: whether a sample needs a caption; if not, captions are not read and are empty.
-        progress: show it where listing takes long.
+    """The images below a folder, sorted by path, with captions or, unless `captioned`, with empty ones. What is hidden
+    is skipped, links are followed.
 
     UserError: the folder is missing or holds no images, or of its metadata nothing can be read.
     """
@@ -97,12 +85,11 @@ class FolderReader:
         for path in self.paths:
             directory, _, name = path.rpartition("/")
             folders.setdefault(directory, []).append(name)
-        digests = {
-            path: hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest()
-            for path, files in folders.items()
-        }
-        parts = tuple(Part(names.printable(path), len(folders[path]), digest) for path, digest in digests.items())
-        return Inventory(parts, tuple(map(names.printable, self.paths)) if len(self.paths) <= MAX_NAMES else ())
+        parts = []
+        for path, files in folders.items():
+            sha256 = hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest()
+            parts.append(Part(names.printable(path), len(files), sha256))
+        return Inventory(tuple(parts), tuple(map(names.printable, self.paths)) if len(self.paths) <= MAX_NAMES else ())
 
     def read(self, index: int) -> EncodedSample:
         """One sample; raises BadSample."""
@@ -138,7 +125,7 @@ class FolderReader:
         self.paths += [prefix + image for image in beside]
         self._unread += [prefix + name for name in files if names.split_name(name)[1] in names.UNREAD_SUFFIXES]
         self._unused_texts += [prefix + name for name in unused]
-        has_metadata = self.captioned and self._find_metadata(directory, set(files))
+        has_metadata = self.captioned and self._read_metadata(directory, set(files))
         texts = [text for found in beside.values() for text in found]
         only_json = bool(texts) and all(names.split_name(text)[1] == "json" for text in texts)
         if only_json and not has_metadata and not _holds_caption(self.root / prefix / texts[0]):  # but something else
@@ -149,28 +136,25 @@ class FolderReader:
             if found and found != [f"{names.split_name(image)[0]}.txt"]:
                 self._sidecars[prefix + image] = found
 
-    def _find_metadata(self, directory: str, there: set[str]) -> bool:
-        """Read the file that has the captions of a directory, if any."""
-        for file in (os.path.join(directory, name) for name in METADATA if name in there):
-            if (lines := read_metadata(self.root / file)) is not None:
-                self._add_metadata(directory, file, lines)
-                return True
-            self.notes.append((self._name(file), "is not read: it has no column file_name"))
-        return False
-
-    def _add_metadata(self, directory: str, file: str, lines: Iterable[Line]) -> None:
-        """What the lines say of the pictures. One that cannot be read costs its own picture's caption."""
+    def _read_metadata(self, directory: str, there: set[str]) -> bool:
+        """Take the captions of a directory from its metadata, if any. A line that cannot be read costs its own."""
         root, any_good = os.path.abspath(self.root), False
         wrong: list[tuple[str, str]] = []
-        for number, line in lines:
-            if isinstance(line, str):
-                wrong.append((f"{self._name(file)}, line {number}", line))
-            else:
-                path = os.path.relpath(os.path.join(root, directory, line[0]), root).replace(os.sep, "/")
-                self._records[path], any_good = line[1], True  # of several lines the last counts
-        if wrong and not any_good:
-            raise UserError(": ".join(wrong[0]))
-        self.damaged += wrong
+        for file in (os.path.join(directory, name) for name in METADATA if name in there):
+            if (lines := read_metadata(self.root / file)) is None:
+                self.notes.append((self._name(file), "is not read: it has no column file_name"))
+                continue
+            for number, line in lines:
+                if isinstance(line, str):
+                    wrong.append((f"{self._name(file)}, line {number}", line))
+                else:
+                    path = os.path.relpath(os.path.join(root, directory, line[0]), root).replace(os.sep, "/")
+                    self._records[path], any_good = line[1], True  # of several lines the last counts
+            if wrong and not any_good:
+                raise UserError(": ".join(wrong[0]))
+            self.damaged += wrong
+            return True
+        return False
 
     def _match_metadata(self) -> None:
         """Find the images of names in the metadata that are spelled otherwise, and say which have none."""

@@ -55,8 +55,10 @@ def find(config: DataConfig) -> Callable[[bool], LatentReader]:
 class LatentReader(ShardReader):
     """The samples of a folder of latents, in the order of the pictures that they were made of."""
 
+    suffixes = ("safetensors",)
+
     def __init__(self, header: LatentsHeader, shards: Sequence[Path], captioned: bool, progress: bool):
-        super().__init__(shards, captioned, ("safetensors",), progress)
+        super().__init__(shards, captioned, progress)
         self.header = header
 
     def check(self, content: bytes) -> None:
@@ -139,7 +141,8 @@ class LatentsHeader:
         try:
             fields = json.loads(read_text(path))
             fields.pop("contents_sha256", None)  # of earlier versions
-            header = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+            fields |= {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
+            header = cls(**fields)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
         if header.version != VERSION:

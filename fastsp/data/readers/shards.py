@@ -1,8 +1,5 @@
-"""Random access to tar shards in WebDataset layout, through an index that is made once.
-
-The index holds where the members of every sample lie, so that any is one seek away and the order of an epoch is free.
-`tar_scan` says which members make a sample.
-"""
+"""Random access to tar shards in WebDataset layout, through an index that is made once: any sample is one seek away,
+and the order of an epoch is free."""
 
 from __future__ import annotations
 
@@ -35,18 +32,14 @@ _ALLOWED = "allowed: tar files, folders of them, brace and glob patterns, such a
 def find(config: DataConfig) -> Callable[[bool], ShardReader]:
     """The tars that a `data.path` names, see `fastsp.data.config.register`."""
     shards = expand_shards(config.given_path())
-    return lambda progress: ShardReader(shards, not config.unconditional, progress=progress)
+    return lambda progress: ShardReader(shards, not config.unconditional, progress)
 
 
 def expand_shards(patterns: Patterns) -> list[Path]:
     """The tar files that patterns stand for, in the order given and each pattern's sorted by name.
 
-    Args:
-        patterns: one or several of: a tar file, a folder of them, or a pattern with braces (`{00000..00231}`, `{a,b}`)
-            and wildcards (`*`, `?`, `[0-9]`, `**`). What is there under the very name is meant itself.
-
-    Raises:
-        UserError: a name in braces is missing, or a pattern matches nothing.
+    A pattern is a tar file, a folder of them, or has braces (`{00000..00231}`, `{a,b}`) and wildcards (`*`, `?`,
+    `[0-9]`, `**`). What is there under the very name is meant itself. UserError: it matches nothing.
     """
     if isinstance(patterns, str | Path):
         patterns = [patterns]
@@ -96,30 +89,21 @@ def add_members(tar: tarfile.TarFile, key: str, **content_by_suffix: bytes) -> N
 
 
 class ShardReader:
-    """The samples of tar shards, by index: shard after shard, in the order in which they lie there.
+    """The samples of tar shards, in their order, with captions or, unless `captioned`, with empty ones.
 
-    Args:
-        patterns: see `expand_shards`.
-        captioned: whether a sample needs a caption; if not, captions are not read and are empty.
-        suffixes: of the members that make a sample; images by default.
-        progress: show it where indexing takes long.
-
-    UserError: no shards, or none that holds a sample.
+    UserError: there are no shards, or no sample.
     """
 
-    def __init__(
-        self,
-        patterns: Patterns,
-        captioned: bool = True,
-        suffixes: Sequence[str] = IMAGE_SUFFIXES,
-        progress: bool = False,
-    ):
-        self.index = load_or_build_index(expand_shards(patterns), suffixes, progress)
+    suffixes: Sequence[str] = IMAGE_SUFFIXES  # of the members that make a sample, see `scan_tar`
+
+    def __init__(self, patterns: Patterns, captioned: bool = True, progress: bool = False):
+        self.index = load_or_build_index(expand_shards(patterns), self.suffixes, progress)
         self.captioned = captioned
         self.damaged, self.notes, self.lost = self.index.damaged, self.index.notes, self.index.lost
-        self._open = lru_cache(_max_open())(_OpenFile)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # that this process may have open; a quarter are tars
+        self._open = lru_cache(4096 if files == resource.RLIM_INFINITY else min(4096, files // 4))(_OpenFile)
         if len(self.index) == 0:
-            kinds, shards = ", ".join(suffixes), self.index.shards
+            kinds, shards = ", ".join(self.suffixes), self.index.shards
             why = f": {self.damaged[0][1]}" if self.damaged else ""
             raise UserError(f"data.path: no samples ({kinds}) in {len(shards)} shards from {shards[0]}{why}")
 
@@ -189,9 +173,3 @@ class _OpenFile:
         if len(content) != size:
             raise BadSample(f"the shard ends early: {len(content)} of {size} bytes")
         return content
-
-
-def _max_open() -> int:
-    """Tars to keep open: a quarter of what this process may have open in all."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 4096 if limit == resource.RLIM_INFINITY else min(4096, limit // 4)

@@ -11,8 +11,7 @@ import pytest
 from data.helpers import write_tar
 
 from fastsp.data.readers.names import split_name
-from fastsp.data.readers.tar_index import build_index
-from fastsp.data.readers.tar_scan import scan_tar
+from fastsp.data.readers.tar_index import build_index, scan_tar
 
 KEYS = [f"{number:03d}" for number in range(8)]
 
