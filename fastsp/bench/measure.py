@@ -64,7 +64,6 @@ def _attention_backward_flops(grad_out: Any, query: Any, key: Any, value: Any, *
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastsp.config import Config, config_of, load_config
 from fastsp.errors import UserError
-from fastsp.models import digits_model, load_model
+from fastsp.generation.generate import initial_model
+from fastsp.models import digits_model
 from fastsp.models.attention import Choice, choose_attention
 from fastsp.objectives import StageConfig, stage_config
 from fastsp.training.step import COMPUTE_DTYPES
@@ -131,17 +132,13 @@ def default_workload(device: torch.device, overrides: Sequence[str] = ()) -> Wor
 
 
 def workload_of(file: Path, device: torch.device, overrides: Sequence[str] = ()) -> Workload:
-    """The model and the settings of a configuration file, with random weights: speed does not depend on them.
-
-    A configuration with microbatches is measured at the size of one. `UserError` for adapters, Stable Diffusion XL, and
-    what cannot be loaded.
+    """The model and the settings of a configuration file, at the size of a microbatch, with random weights: speed does
+    not depend on them. `UserError` for adapters, Stable Diffusion XL, and what cannot be loaded.
     """
     config = _one_microbatch(load_config(file, overrides))
-    start, resolution = config.model, config.data.resolution
-    if start.lora is not None:
+    if config.model.lora is not None:
         raise UserError(f"{file}: fastsp bench measures the training of whole UNets: remove model.lora")
-    sizes = start.unet.model_dump() if start.unet else None
-    model = load_model(start.preset, start.pretrained, resolution, config.seed, start.config, unet=sizes)
+    model = initial_model(config)
     if model.text_encoder_2 is not None:
         raise UserError(f"{file}: fastsp bench measures Stable Diffusion 1.x, 2.x and the digits, not XL yet")
     return _workload(str(file), config, model, device)

@@ -34,8 +34,8 @@ def _commit() -> str:
     checkout, commit = Path(__file__).parents[2], os.environ.get("FASTSP_COMMIT", "")
     if not commit and (checkout / ".git").exists():  # an installed package may lie inside somebody else's checkout
         git = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=10"]
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        with contextlib.suppress(OSError):
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return commit or "unknown"
 
 

@@ -34,11 +34,10 @@ def frechet_distance(mean: Tensor, covariance: Tensor, generated: Tensor) -> flo
 
 
 def inception_score(logits: Tensor, splits: int = 1) -> float:
-    """exp of the mean KL(p(class | image) || p(class)); 1 at worst, the number of classes at best.
+    """exp of the mean KL(p(class | image) || p(class)) of logits, float64 (N, K); 1 at worst, K at best.
 
-    Salimans et al. 2016, arXiv 1606.03498. In one split by default: ten, their number for 50,000 samples, would leave
-    too few samples in each of a few hundred. Splits are of a seeded permutation, and their scores are averaged.
-    `logits` is float64 (N, K).
+    Salimans et al. 2016, arXiv 1606.03498, with ten splits of 50,000 samples: too few remain in each of a few hundred.
+    Splits are of a seeded permutation, and their scores are averaged.
     """
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
     log_p = logits[order].log_softmax(1)

@@ -45,7 +45,7 @@ class Table(NamedTuple):
 def _variants(title: str, key: str, *rows: tuple[str, str, float, float]) -> Table:
     """Stages that differ in one key, and a row for each: label, the key's value, FID, IS."""
     names = [f"{SP}_{value.replace('+', '_')}" for _, value, _, _ in rows]
-    entries = tuple(Entry(label, name, *scores) for name, (label, _, *scores) in zip(names, rows, strict=True))
+    entries = tuple(Entry(label, name, fid, score) for name, (label, _, fid, score) in zip(names, rows, strict=True))
     return Table(title, entries, {name: {key: row[1]} for name, row in zip(names, rows, strict=True)})
 
 
@@ -137,9 +137,9 @@ def table_config(number: int, base: Path, overrides: Sequence[str] = ()) -> Conf
         "evaluation.enabled": True,
         "evaluation.steps": sorted({entry.steps for entry in table.entries}),
         "evaluation.guidance": [
-            {"stages": [entry.stage], "scale": entry.guidance, "rescale": entry.rescale}
-            for entry in table.entries
-            if entry.guidance
+            {"stages": [row.stage], "scale": row.guidance, "rescale": row.rescale}
+            for row in table.entries
+            if row.guidance
         ],
         "evaluation.unconditional": table.unconditional,
     }

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastsp.config import read_config
+from fastsp.config import Config, read_config
 from fastsp.diffusion import draws
 from fastsp.diffusion.sampling import NO_GUIDANCE, Guidance
 from fastsp.errors import UserError
@@ -50,14 +50,17 @@ def load_trained(name: str, config: str | None = None, base: str | None = None) 
     if (run / "final").is_dir():
         model = load_pipeline(str(run / "final"), with_unet=False)
     else:
-        of_run = read_config(run / "config.yaml")
-        start = of_run.model
-        sizes = start.unet.model_dump() if start.unet else None
-        side, seed = of_run.data.resolution, of_run.seed
-        source = (start.preset, start.pretrained, side, seed, start.config)
-        model = load_model(*source, unet=sizes, prediction=start.prediction)
+        model = initial_model(read_config(run / "config.yaml"))
     model.unet = load_unet(folder)
     return model
+
+
+def initial_model(config: Config) -> TextToImageModel:
+    """What a run trains, before its first step; see :func:`fastsp.models.load_model`."""
+    start, side = config.model, config.data.resolution
+    lora = start.lora.model_dump() if start.lora else None
+    sizes = start.unet.model_dump() if start.unet else None
+    return load_model(start.preset, start.pretrained, side, config.seed, start.config, lora, sizes, start.prediction)
 
 
 def load_for_sampling(name: str, config: str | None = None, base: str | None = None) -> TextToImageModel:

@@ -17,11 +17,9 @@ from torch import Tensor
 from fastsp.utils.files import new_file
 
 MAX_PIXELS = 2**26  # of a grid: 200 MB in memory
-TRAJECTORY_FRAMES = 50  # columns of a grid that shows x0^ on the way of the sampler
-TRAJECTORY_SIDE = 192  # pixels of its cells
+TRAJECTORY_FRAMES, TRAJECTORY_SIDE = 50, 192  # columns of a grid that shows x0^ on the way, pixels of its cells
 _MARGIN = 2
-_PAPER = (255,) * 3
-_INK = (40,) * 3
+_PAPER, _INK = (255,) * 3, (40,) * 3
 _LINE = 1.25  # height of a line of text, in sizes of its font
 _MAX_ROW_TITLE = 260  # pixels
 
@@ -123,8 +121,11 @@ def one_line(text: str) -> str:
 
 def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
     """The font with most of the characters of ``text``: DejaVu Sans, or an installed font where that lacks some."""
+    from matplotlib import get_data_path
+
     characters = frozenset(ord(c) for c in text if not c.isspace())
-    best = _default_font()
+    # Latin, Greek, Cyrillic, Arabic, Hebrew and many signs
+    best = str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
     if characters - _characters(best):
         best = min((best, *_system_fonts()), key=lambda font: len(characters - _characters(font)))
     return ImageFont.truetype(best, size)
@@ -141,14 +142,6 @@ def wrap(text: str, width: float, font: ImageFont.FreeTypeFont, max_lines: int) 
         if all(font.getlength(line) <= width for line in lines):
             break
     return lines
-
-
-@cache
-def _default_font() -> str:
-    """matplotlib's copy of DejaVu Sans, which has Latin, Greek, Cyrillic, Arabic, Hebrew and many signs."""
-    from matplotlib import get_data_path
-
-    return str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
 
 @cache

@@ -19,8 +19,8 @@ from fastsp.data.inventory import Inventory
 from fastsp.data.source import Source, check_path, open_source
 from fastsp.diffusion.latents import fingerprint
 from fastsp.errors import UserError
-from fastsp.generation.generate import RAW
-from fastsp.models import TextToImageModel, check_perceptual_network, check_predicts, load_model, load_unet
+from fastsp.generation.generate import RAW, initial_model
+from fastsp.models import TextToImageModel, check_perceptual_network, check_predicts, load_unet
 from fastsp.models.attention import available, check_available, choose_attention, kept_choice
 from fastsp.models.lora import load_adapters, save_adapters, save_for_use
 from fastsp.models.schedulers import meaning_of
@@ -120,10 +120,7 @@ class Trainer:
         for data in (config.data, config.validation_data if config.validation.every else None):
             if data is not None:
                 check_path(data)  # before a model is downloaded
-        model, lora = config.model, config.model.lora.model_dump() if config.model.lora else None
-        sizes, side = model.unet.model_dump() if model.unet else None, config.data.resolution
-        source = (model.preset, model.pretrained, side, config.seed, model.config)
-        self.model = load_model(*source, lora, sizes, model.prediction)
+        self.model, model = initial_model(config), config.model
         self.model.latent_shape(config.data.resolution)  # raises for a resolution that the VAE cannot encode
         for number, stage in enumerate(config.stages):
             if (frozen := stage.frozen_network) is not None:

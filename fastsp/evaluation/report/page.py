@@ -48,7 +48,7 @@ def write_report(run_dir: Path) -> Path:
     """Write `run_dir / "report.html"` and return its path; `UserError` if a file of the run is broken."""
     run, path = read_run(run_dir), run_dir / "report.html"
     roles, text = find_roles(run), Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
-    strict = {"autoescape": True, "undefined": jinja2.StrictUndefined}
+    strict: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
     page = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, **strict).render(
         title=run.directory.resolve().name,
         verdict=verdict(run, roles),
