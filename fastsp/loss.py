@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fastsp_kernels import reproject
 from torch import Tensor, nn
 
 from fastsp.diffusion.draws import FromGenerator
 from fastsp.diffusion.process import process_of
 from fastsp.errors import UserError, install_command
-from fastsp.options import Displacement, Reduction, TimestepSampling, one_of
+from fastsp.options import Anchor, Displacement, Reduction, TimestepSampling, one_of
+from fastsp.perceptual.critic import Critic, Heads, Verdict
 from fastsp.perceptual.metric import build_metric
 from fastsp.perceptual.network import AlwaysEval
 
@@ -51,6 +53,11 @@ class _Loss(nn.Module):
             raise ValueError(f"{name} must have shape ({model_pred.shape[0]},), got {tuple(t.shape)}")
         self.process.to(model_pred.device)
         return self.process.check(name, t).to(model_pred.device)
+
+    def _target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What a perfect network predicts at t, float32."""
+        _, _, p, q = self.process.marginal(t).view(4, -1, *[1] * (latents.ndim - 1))
+        return p * latents.float() + q * noise.float()
 
     def _reduced(self, per_sample: Tensor) -> Tensor:
         """(B,) -> its mean, or itself."""
@@ -97,12 +104,11 @@ class DenoisingLoss(_Loss):
         del encoder_hidden_states, unused
         self._check_shapes(model_pred, latents, noise)
         t = self._times("timesteps", timesteps, model_pred)
-        _, _, p, q = self.process.marginal(t).view(4, -1, *[1] * (latents.ndim - 1))
-        return self._reduced(self.per_sample(model_pred, p * latents.float() + q * noise.float(), t))
+        return self._reduced(self.per_sample(model_pred, self._target(latents, noise, t), t))
 
     def per_sample(self, model_pred: Tensor, target: Tensor, t: Tensor) -> Tensor:
         """Mean squared error of each sample against a target at hand, weighted by min-SNR. (B,) float32."""
-        loss = (model_pred.float() - target.float()).square().flatten(1).mean(1)
+        loss = _squared_error(model_pred, target)
         return loss if self.min_snr_gamma is None else loss * self.process.min_snr_weight(t, self.min_snr_gamma)
 
 
@@ -131,6 +137,7 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
             prediction's error arrives at t'; by its square root for ``mae``. Near and far t' then count alike. Not in
             the paper.
         metric: the name of a registered metric (:mod:`fastsp.perceptual.metric`).
+        **metric_options: what that metric takes beside the keywords above.
 
     The module's parameters are all frozen; it stays in eval mode and follows the device of ``model_pred``.
 
@@ -154,6 +161,7 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
         share_frozen: bool = False,
         displacement: str = "none",
         metric: str = "frozen_features",
+        **metric_options: Any,
     ) -> None:
         super().__init__(scheduler, prediction_type, reduction)
         self.timestep_sampling = one_of("timestep_sampling", timestep_sampling, TimestepSampling)
@@ -167,6 +175,7 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
             calls=teacher,
             dtype=dtype,
             share_frozen=share_frozen,
+            **metric_options,
         )
         self.train(False)
 
@@ -280,3 +289,86 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
         if self.displacement == "none":
             return distance
         return distance / transition[1].abs().clamp_min(SMALLEST_DISPLACEMENT) ** metric.order
+
+
+class LearnedPerceptualLoss(SelfPerceptualLoss):
+    """Experimental: an anchor, plus what a critic adds that learns in the loop. See :mod:`fastsp.perceptual.critic`.
+
+        criterion = LearnedPerceptualLoss(unet, scheduler)
+        optimizer_of_heads = torch.optim.AdamW(criterion.heads.parameters(), lr=1e-4)
+        loss = criterion(model_pred, latents, noise, timesteps, encoder_hidden_states)
+        (loss + criterion.critic_loss).backward()     # no parameter has a gradient from both
+
+    Args:
+        unet, scheduler, prediction_type: see :class:`SelfPerceptualLoss`.
+        weight: of the critic's share in the loss. A 0-d tensor may take its place later, on the device.
+        anchor: what the share is added to: ``self_perceptual``, or ``mse``, the plain objective.
+        **options: other keywords of :class:`SelfPerceptualLoss`; ``heads``, the width of the critic's hidden layers
+            (128), and ``seed``, of its initial weights (0).
+
+    Of the module's parameters those of ``heads`` are trained, by whoever calls it; the others are frozen. In many
+    processes their gradients are to be averaged like the network's.
+
+    Raises:
+        ValueError: as :class:`SelfPerceptualLoss`; no anchor, without which the critic ruins the network; a negative
+            weight.
+    """
+
+    metric: Critic
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        scheduler: Any,
+        prediction_type: str | None = None,
+        *,
+        weight: float | Tensor = 0.02,
+        anchor: str = "self_perceptual",
+        **options: Any,
+    ) -> None:
+        super().__init__(unet, scheduler, prediction_type, metric="critic", **options)
+        if not weight >= 0:
+            raise ValueError(f"weight {weight!r} must be at least 0")
+        self.weight, self.anchor = weight, one_of("anchor", anchor, Anchor)
+        self.heads.requires_grad_()
+        self.verdict: Verdict | None = None  # of the latest call
+
+    @property
+    def heads(self) -> Heads:
+        """The critic's trainable part, float32."""
+        return self.metric.heads
+
+    @property
+    def critic_loss(self) -> Tensor:
+        """What the heads are to minimise, of the latest call, reduced as the loss is. Gradient flows to them alone."""
+        if self.verdict is None:
+            raise ValueError("critic_loss is that of a call: call the criterion first")
+        return self._reduced(self.verdict.loss)
+
+    def _check_shapes(self, model_pred: Tensor, latents: Tensor, noise: Tensor) -> None:
+        super()._check_shapes(model_pred, latents, noise)
+        if len(model_pred) == 1:
+            raise ValueError("a batch of one is too little for a critic, which would follow every single sample")
+
+    def per_sample(
+        self,
+        model_pred: Tensor,
+        latents: Tensor,
+        t: Tensor,
+        t_prime: Tensor,
+        conditioning: dict[str, Any],
+        target: Tensor | None = None,
+        **noise_source: Any,
+    ) -> Tensor:
+        """As there. ``target`` is what a perfect network predicts; without it ``noise`` is needed."""
+        anchor = super().per_sample(model_pred, latents, t, t_prime, conditioning, **noise_source)
+        self.verdict = self.metric.judge(self.process.transition(t, t_prime)[1])
+        if self.anchor == "mse":
+            target = self._target(latents, noise_source["noise"], t) if target is None else target
+            anchor = _squared_error(model_pred, target)
+        return anchor + self.weight * F.softplus(self.verdict.gap)
+
+
+def _squared_error(model_pred: Tensor, target: Tensor) -> Tensor:
+    """Mean over a sample's elements, (B,) float32."""
+    return (model_pred.float() - target.float()).square().flatten(1).mean(1)

@@ -9,6 +9,7 @@ Distance = Literal["mse", "mae"]
 TimestepSampling = Literal["uniform", "normal", "offset"]  # policies for t' (Table 4 of the paper)
 Teacher = Literal["batched", "split"]
 Normalize = Literal["none", "sample", "channel"]
+Anchor = Literal["self_perceptual", "mse"]  # what a critic's share is added to
 Displacement = Literal["none", "normalized"]
 Reduction = Literal["mean", "none"]
 OPTIMIZERS: dict[str, Any] = {  # of `optimizer.kind`: a class, or the name of one that is imported late

@@ -44,6 +44,9 @@ class NetworkFamily(Protocol):
     def feature(self, output: Any) -> Tensor:
         """The feature in what such a block returns."""
 
+    def feature_shapes(self, config: Config, layers: str) -> list[tuple[int, ...]]:
+        """Of those features of one sample: (C, H, W) of images, (N, C) of tokens; -1 where a size is not fixed."""
+
     def metric_fault(self, config: Config) -> str | None:
         """Why such a network cannot be a perceptual network, as a message; None: it can."""
 

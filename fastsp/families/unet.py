@@ -67,6 +67,10 @@ class UNetFamily:
         """Down blocks return (hidden, skips), up blocks the hidden tensor."""
         return output[0] if isinstance(output, tuple) else output
 
+    def feature_shapes(self, config: Mapping[str, Any], layers: str) -> list[tuple[int, ...]]:
+        down = [(channels, -1, -1) for channels in config["block_out_channels"]]
+        return {"mid": down[-1:], "encoder": down, "decoder": down[::-1]}.get(layers, [*down, down[-1]])
+
     def metric_fault(self, config: Mapping[str, Any]) -> str | None:
         channels, predicted = config["in_channels"], config["out_channels"]
         if channels == predicted:

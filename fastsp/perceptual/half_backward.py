@@ -100,7 +100,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, program: Program, parameters: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-        with _without_autocast(inputs[0].device.type):
+        with without_autocast(inputs[0].device.type):
             outputs = program.forward(*parameters, *inputs)
         features, saved = outputs[: program.num_features], outputs[program.num_features :]
         ctx.program, ctx.sample_shape = program, inputs[0].shape
@@ -114,7 +114,7 @@ class _Function(torch.autograd.Function):
             _dense_copy(gradient[: kept.rows], kept.shape, kept.strides)
             for kept, gradient in zip(program.tangents, gradients, strict=True)
         ]
-        with _without_autocast(gradients[0].device.type):
+        with without_autocast(gradients[0].device.type):
             predicted = program.backward(*ctx.saved_tensors, *tangents)[program.gradient_index]
         gradient = predicted.new_zeros(ctx.sample_shape)  # the real half gets none
         gradient[: len(predicted)] = predicted
@@ -301,7 +301,7 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if available else None
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
+def without_autocast(device: str) -> AbstractContextManager[Any]:
     """The graphs hold its casts already. The meta device knows no autocast."""
     return nullcontext() if _autocast_dtype(device) is None else torch.autocast(device, enabled=False)
 

@@ -19,6 +19,7 @@ STEPS = {
     "plain_pytorch": ["--mse-steps", "2", "--sp-steps", "3"],
     "diffusers_accelerate": ["--max-train-steps", "3", "--gradient-accumulation-steps", "2"],
     "lightning_module": ["--max-steps", "3"],
+    "learned_loss": ["--steps", "3", "--warmup-steps", "1"],
 }
 
 
@@ -51,7 +52,11 @@ def run(command: list[str], output: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "plain_pytorch" else pytest.param(name, marks=pytest.mark.slow) for name in STEPS]
+    "name",
+    [
+        name if name in ("plain_pytorch", "learned_loss") else pytest.param(name, marks=pytest.mark.slow)
+        for name in STEPS
+    ],
 )
 def test_example_trains(name, tmp_path):
     losses = run([sys.executable, f"examples/{name}.py", *STEPS[name]], tmp_path / "out")
