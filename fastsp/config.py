@@ -219,6 +219,8 @@ class Config(Section):
             elif stage.init not in seen:
                 yield f"{where}.init: {stage.init!r} is no earlier stage; {_earlier(seen)}"
             if isinstance(stage, SelfPerceptualStage):
+                if stage.critic is not None and self.data.batch_size == 1:
+                    yield f"{where}.critic: needs a data.batch_size of at least 2"
                 if stage.perceptual_network is None:
                     stage.perceptual_network = stage.init or self.model.pretrained
                 if not reading and (fault := self._network_fault(stage.perceptual_network, seen)):

@@ -93,7 +93,10 @@ def _meant(parts: Sequence[str], known: Sequence[str]) -> str:
         owners = [objective for objective, kind in OBJECTIVES.items() if name in kind.model_fields]
         return f"only the objective {' and '.join(owners)} has this key"
     plain = name.lower().replace("-", "_").lstrip("_")
-    ours = OTHERS_KEYS.get(plain) or " or ".join([key for key in known if key.rpartition(".")[2] == plain][:3])
+    alike = [key for key in known if key.rpartition(".")[2] == plain]
+    above = tuple(f"{key.rpartition('.')[0]}." for key in alike)  # a section's own key goes before those of its parts
+    alike = [key for key in alike if not key.rpartition(".")[0].startswith(above)]
+    ours = OTHERS_KEYS.get(plain) or " or ".join(alike[:3])
     if ours.startswith("none"):
         return f"unknown key; {ours}"
     if ours:

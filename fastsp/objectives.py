@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from fastsp.options import Displacement, Distance, Layers, Teacher, TimestepSampling
+from fastsp.options import Anchor, Displacement, Distance, Layers, Teacher, TimestepSampling
 from fastsp.utils.section import AboveZero, Name, NonNegative, PathText, Positive, Section, is_reading
 
 OBJECTIVES: dict[str, type[StageConfig]] = {}
@@ -80,6 +80,16 @@ class MSEStage(StageConfig):
         return "MSE"
 
 
+class CriticConfig(Section):
+    """Heads on the frozen network's features that learn in the loop; see :mod:`fastsp.perceptual.critic`."""
+
+    weight: Annotated[float, Field(ge=0.0)] = 0.02  # of their share in the network's loss
+    heads: Positive = 128  # channels of their hidden layers
+    learning_rate: AboveZero = 1e-3  # theirs; its warm-up and schedule are the network's
+    warmup_steps: NonNegative = 100  # in which they learn alone: the network does not feel them yet
+    anchor: Anchor = "self_perceptual"  # what their share is added to
+
+
 @register
 class SelfPerceptualStage(StageConfig):
     """The self-perceptual loss; see :class:`fastsp.loss.SelfPerceptualLoss`."""
@@ -94,14 +104,28 @@ class SelfPerceptualStage(StageConfig):
     normalize: FeatureNormalization = "none"  # sample: divide the features' distance by the real ones' mean square
     displacement: Displacement = "none"  # normalized: divide by max(c_f^2, 0.01), so that near and far t' count alike
     mse_weight: Annotated[float, Field(ge=0.0)] = 0.0  # adds this much of the MSE objective to the self-perceptual one
+    critic: CriticConfig | None = None
 
     @property
     def title(self) -> str:
-        return f"self-perceptual ({self.perceptual_network}, {self.layers})"
+        critic = f", critic on {self.critic.anchor}" if self.critic else ""
+        return f"self-perceptual ({self.perceptual_network}, {self.layers}{critic})"
 
     @property
     def frozen_network(self) -> str | None:
         return self.perceptual_network
+
+    @model_validator(mode="after")
+    def _critic_has_a_part(self, info: ValidationInfo) -> Self:
+        if self.critic is None or is_reading(info):
+            return self
+        if self.steps <= self.critic.warmup_steps and self.critic.weight:
+            raise ValueError(f"critic.warmup_steps {self.critic.warmup_steps} leaves none of the {self.steps} steps")
+        idle = {"distance": "mse", "normalize": "none", "displacement": "none", "mse_weight": 0.0}
+        changed = [key for key, default in idle.items() if getattr(self, key) != default]
+        if self.critic.anchor == "mse" and changed:
+            raise ValueError(f"critic.anchor 'mse' is the plain MSE, which does not take {' and '.join(changed)}")
+        return self
 
     @model_validator(mode="after")
     def _gamma_weights_something(self, info: ValidationInfo) -> Self:

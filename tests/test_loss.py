@@ -233,7 +233,7 @@ def test_a_metric_of_one_s_own(monkeypatch):
     torch.testing.assert_close(SelfPerceptualLoss(tiny_unet(), sched, **options)(pred, **data), c_f**2 * mse)
     flat = SelfPerceptualLoss(tiny_unet(), sched, displacement="normalized", **options)(pred, **data)
     torch.testing.assert_close(flat, mse)
-    with pytest.raises(ValueError, match="metric 'lpips' is unknown: use one of frozen_features, pixels"):
+    with pytest.raises(ValueError, match="metric 'lpips' is unknown: use one of frozen_features, critic, pixels"):
         SelfPerceptualLoss(tiny_unet(), sched, metric="lpips")
 
 

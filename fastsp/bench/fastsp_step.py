@@ -21,11 +21,11 @@ class FastspStep:
     """A :class:`fastsp.training.step.TrainingStep` on one batch, whose positions move on with every step.
 
     The text features are precomputed, as for the other providers; captions are dropped as the configuration says. The
-    objective is ``self_perceptual`` or ``mse``; ``teacher`` None: as configured.
+    objective is ``self_perceptual`` or ``mse``; ``changes`` are other keys of the stage.
     """
 
-    def __init__(self, workload: Workload, objective: str = "self_perceptual", teacher: str | None = None) -> None:
-        self.training_step = build_training_step(workload, objective, teacher)
+    def __init__(self, workload: Workload, objective: str = "self_perceptual", **changes: Any) -> None:
+        self.training_step = build_training_step(workload, objective, **changes)
         self.take_step: TrainingStep | CapturedStep = captured(self.training_step)
         self.numbers = itertools.count(1)
         batch_size = workload.batch_size
@@ -54,16 +54,16 @@ class FastspStep:
         return ()
 
     def loss(self) -> Tensor:
-        """The loss at the first positions of the run. 0-d float32."""
-        return self.training_step.microbatch_loss(self.batch)
+        """The loss at the first positions of the run, with that of a critic's heads. 0-d float32."""
+        return self.training_step.losses(self.batch)[1]
 
 
-def build_training_step(workload: Workload, objective: str, teacher: str | None = None) -> TrainingStep:
-    """What :class:`fastsp.training.trainer.Trainer` builds for a stage, by the same function."""
+def build_training_step(workload: Workload, objective: str, **changes: Any) -> TrainingStep:
+    """What :class:`fastsp.training.trainer.Trainer` builds for a stage with other keys, by the same function."""
     initial, stage = workload.unet(), workload.stage(objective)
     step, _ = build_step(
         workload.config,
-        stage.model_copy(update={"teacher": teacher} if teacher else {}),
+        stage.model_copy(update=changes),
         # Nothing to encode; v-prediction at zero terminal SNR, as in the paper
         TextToImageModel(initial, text_encoder=None, tokenizer=None, scheduler=ddim_scheduler()),
         Conditioning(torch.zeros(1, *workload.text_shape, device=workload.device)),

@@ -10,6 +10,7 @@ import torch
 from fastsp.bench.baselines import Algorithm1
 from fastsp.bench.fastsp_step import FastspStep
 from fastsp.bench.workload import Workload
+from fastsp.objectives import CriticConfig
 
 REFERENCE = "fastsp_sp"
 ON_GPU = torch.cuda.is_available()
@@ -33,6 +34,11 @@ PROVIDERS: dict[str, Provider] = {
     REFERENCE: Provider(FastspStep, "fastsp, self-perceptual"),
     "algorithm1_eager": Provider(Algorithm1, "Algorithm 1 as printed, eager", compiled=False),
     "fastsp_mse": Provider(lambda workload: FastspStep(workload, "mse"), "fastsp, MSE"),
+    "fastsp_sp_critic": Provider(
+        lambda workload: FastspStep(workload, critic=CriticConfig()),
+        "fastsp, self-perceptual with a critic",
+        by_default=False,
+    ),
     # One launch instead of two, and one CUDA graph instead of thousands of launches: on a CPU there is nothing to gain.
     "fastsp_sp_split": Provider(
         lambda workload: FastspStep(workload, teacher="split"),

@@ -91,17 +91,15 @@ class Heads(nn.Module):
 
 
 def _of_images(channels: int, width: int) -> nn.Sequential:
-    norms = [nn.GroupNorm(math.gcd(width, 32), width) for _ in range(2)]
-    return _stack(norms, nn.Conv2d(channels, width, 1), nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, 1, 1))
+    norms = [nn.GroupNorm(math.gcd(width, 128) // 4 or 1, width) for _ in range(2)]  # of 4 channels or more
+    first, second = nn.Conv2d(channels, width, 1, bias=False), nn.Conv2d(width, width, 3, padding=1, bias=False)
+    return nn.Sequential(first, norms[0], nn.SiLU(), second, norms[1], nn.SiLU(), nn.Conv2d(width, 1, 1))
 
 
 def _of_tokens(channels: int, width: int) -> nn.Sequential:
+    first, second = nn.Linear(channels, width, bias=False), nn.Linear(width, width, bias=False)
     norms = [nn.LayerNorm(width) for _ in range(2)]
-    return _stack(norms, nn.Linear(channels, width), nn.Linear(width, width), nn.Linear(width, 1))
-
-
-def _stack(norms: Sequence[nn.Module], first: nn.Module, second: nn.Module, last: nn.Module) -> nn.Sequential:
-    return nn.Sequential(first, norms[0], nn.SiLU(), second, norms[1], nn.SiLU(), last)
+    return nn.Sequential(first, norms[0], nn.SiLU(), second, norms[1], nn.SiLU(), nn.Linear(width, 1))
 
 
 @register_metric("critic")

@@ -79,7 +79,7 @@ class CapturedStep:
             reason = _reason(error)
         _log.warning("cuda_graph: auto continues without a CUDA graph: %s", reason)
         self._gave_up = True
-        self.step.optimizer.replace_gradients(None)
+        self.step.drop_gradients()
         return None
 
     @contextmanager
@@ -125,8 +125,7 @@ class Recording:
 
     def _last_microbatch(self) -> None:
         self._microbatch(last=True)
-        self.step.gradients.sum_over_ranks(self.loss)
-        self.grad_norm.copy_(self.step.optimizer.update())
+        self.grad_norm.copy_(self.step.update(self.loss))
         if self.sums is not None:
             torch._foreach_zero_(self.sums)
 

@@ -15,6 +15,7 @@ from fastsp.config import Config
 from fastsp.data.bad_samples import BadSampleLog
 from fastsp.data.batch import Batch
 from fastsp.objectives import StageConfig
+from fastsp.training.critic import FIGURES
 from fastsp.training.faults import check_skipped
 from fastsp.training.run_directory import RunDirectory
 from fastsp.training.step import StepResult
@@ -35,7 +36,8 @@ class Reading:
 
     def __init__(self, step: int, result: StepResult) -> None:
         self.step, self.learning_rate = step, result.learning_rate
-        values = (result.loss, result.grad_norm, result.skipped, result.skipped_in_a_row)
+        values = [result.loss, result.grad_norm, result.skipped, result.skipped_in_a_row]
+        values += [] if result.critic is None else result.critic.unbind()
         on_device = torch.stack([value.double() for value in values])
         self._values = on_device.to("cpu", non_blocking=True)  # to pinned memory
         self._copied = torch.cuda.Event() if on_device.is_cuda else None
@@ -47,12 +49,13 @@ class Reading:
         """Whether the copy has arrived."""
         return self._copied is None or self._copied.query()
 
-    def wait(self) -> tuple[float, float, int, int]:
-        """Loss, gradient norm, updates skipped so far and in a row. Waits for the step, not for later ones."""
+    def wait(self) -> tuple[float, float, int, int, dict[str, float]]:
+        """Loss, gradient norm, updates skipped so far and in a row, and a critic's figures, if there is one. Waits for
+        the step, not for later ones."""
         if self._copied is not None:
             self._copied.synchronize()
-        loss, grad_norm, skipped, in_a_row = self._values.tolist()
-        return loss, grad_norm, int(skipped), int(in_a_row)
+        loss, grad_norm, skipped, in_a_row, *critic = self._values.tolist()
+        return loss, grad_norm, int(skipped), int(in_a_row), dict(zip(FIGURES, critic, strict=False))
 
 
 class Monitor:
@@ -138,7 +141,7 @@ class Monitor:
         reading, self.reading = self.reading, None
         if reading is None:
             return
-        loss, grad_norm, skipped, skipped_in_a_row = reading.wait()  # the time is taken after it
+        loss, grad_norm, skipped, skipped_in_a_row, critic = reading.wait()  # the time is taken after it
         seconds = max(time.monotonic() - self.logged_at, 1e-9)
         figures: dict[str, float] = {
             "loss": loss,
@@ -150,6 +153,7 @@ class Monitor:
             "bad_samples": self.bad_samples.met_before(
                 self.first_position + reading.step * self.config.data.batch_size
             ),
+            **critic,
         }
         if torch.cuda.is_available():
             figures["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9

@@ -19,12 +19,13 @@ from fastsp.diffusion.draws import Seeded
 from fastsp.diffusion.latents import encode_moments, sample_latents
 from fastsp.diffusion.process import Process
 from fastsp.families import family_of
-from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
+from fastsp.loss import DenoisingLoss, LearnedPerceptualLoss, SelfPerceptualLoss
 from fastsp.models import TextToImageModel
 from fastsp.models.attention import use_attention
 from fastsp.objectives import MSEStage, SelfPerceptualStage, StageConfig
 from fastsp.perceptual import cast, shared_copy
 from fastsp.training.compilation import compile_options
+from fastsp.training.critic import CriticTraining
 from fastsp.training.distributed import ALONE, Ranks
 from fastsp.training.optimizer import Optimizer, ema_decay, learning_rate
 from fastsp.training.parallel import Gradients, gather_gradients, shard
@@ -42,6 +43,7 @@ class StepResult:
     learning_rate: float
     skipped: Tensor  # 0-d int64, updates of the stage so far whose gradient was not finite
     skipped_in_a_row: Tensor  # 0-d int64, those since the last good one
+    critic: Tensor | None = None  # fastsp.training.critic.FIGURES, float32
 
 
 class Objective(nn.Module):
@@ -54,7 +56,10 @@ class Objective(nn.Module):
         self.self_perceptual: SelfPerceptualLoss | None = None
         if isinstance(stage, SelfPerceptualStage):
             self.timestep_sampling, self.mse_weight = stage.timestep_sampling, stage.mse_weight
-            self.self_perceptual = SelfPerceptualLoss(
+            critic, kind, options = stage.critic, SelfPerceptualLoss, {}
+            if critic is not None:
+                kind, options = LearnedPerceptualLoss, {"anchor": critic.anchor, "heads": critic.heads}
+            self.self_perceptual = kind(
                 perceptual_network,
                 process,
                 layers=stage.layers,
@@ -64,6 +69,7 @@ class Objective(nn.Module):
                 normalize=stage.normalize,
                 displacement=stage.displacement,
                 share_frozen=True,  # of adapters, the base
+                **options,
             )
 
     def forward(
@@ -83,6 +89,8 @@ class Objective(nn.Module):
         random = Seeded(seed, Stream.PERCEPTUAL_TIMESTEP, positions)
         t_prime = self.process.draw_perceptual(random, t, self.timestep_sampling)
         noise_source = {"seed": seed, "positions": positions}
+        if isinstance(self.self_perceptual, LearnedPerceptualLoss):
+            noise_source["target"] = target
         loss = self.self_perceptual.per_sample(model_pred, latents, t, t_prime, conditioning, **noise_source)
         if self.mse_weight:
             loss = loss + self.mse_weight * self.denoising.per_sample(model_pred, target, t)
@@ -118,6 +126,11 @@ class TrainingStep:
         self.seed = torch.tensor(config.seed, device=device)
         self.model, self.empty = model, empty
         self.dtype = COMPUTE_DTYPES[config.precision]
+        self.critic: CriticTraining | None = None
+        criterion = objective.self_perceptual
+        if isinstance(criterion, LearnedPerceptualLoss):
+            settings = stage.critic, config.optimizer, config.seed, config.data.batch_size
+            self.critic = CriticTraining(criterion, *settings)
 
     def __call__(self, batch: Batch, number: int) -> StepResult:
         """One optimizer step on ``batch``, the ``number``-th (from 1) of the stage."""
@@ -127,18 +140,43 @@ class TrainingStep:
         for microbatch in others:
             loss += self.backward(self.encoded(microbatch), last=False)
         loss += self.backward(self.encoded(last))
+        return self.result(loss, self.update(loss), rate)
+
+    def update(self, loss: Tensor) -> Tensor:
+        """Change network and heads with what was accumulated; ``loss`` becomes that of all ranks, in place.
+
+        Returns the norm of the network's gradients, 0-d float32.
+        """
         self.gradients.sum_over_ranks(loss)
-        return self.result(loss, self.optimizer.update(), rate)
+        if self.critic is not None:
+            self.gradients.sum_over_ranks(self.critic.shares)
+            self.critic.update()
+        return self.optimizer.update()
+
+    def drop_gradients(self) -> None:
+        """Forget what a step that failed has left."""
+        self.optimizer.replace_gradients(None)
+        if self.critic is not None:
+            self.critic.clear()
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that an exact resume needs, by name; live, so load in place."""
+        return self.optimizer.state | (self.critic.state if self.critic is not None else {})
 
     def result(self, loss: Tensor, grad_norm: Tensor, rate: float) -> StepResult:
         """With the optimizer's counters."""
-        return StepResult(loss, grad_norm, rate, self.optimizer.skipped, self.optimizer.skipped_in_a_row)
+        skipped, in_a_row = self.optimizer.skipped, self.optimizer.skipped_in_a_row
+        return StepResult(loss, grad_norm, rate, skipped, in_a_row, self.critic.figures if self.critic else None)
 
     def set_rates(self, number: int) -> float:
         """Set learning rate, which is returned, and decay of the average for the ``number``-th update of the stage."""
         rate = learning_rate(self.config.optimizer, self.stage.learning_rate, number, self.stage.steps)
         self.optimizer.learning_rate.fill_(rate)
         self.optimizer.ema_decay.fill_(ema_decay(self.config.ema, number))
+        if self.critic is not None:
+            peak = self.critic.config.learning_rate
+            self.critic.set_rates(learning_rate(self.config.optimizer, peak, number, self.stage.steps), number)
         return rate
 
     def encoded(self, batch: Batch) -> Batch:
@@ -167,9 +205,16 @@ class TrainingStep:
         Returns the microbatch's share of the loss, detached.
         """
         with self.gradients.of_microbatch(last):
-            loss = self.microbatch_loss(batch)
-            loss.backward()
+            loss, total = self.losses(batch)
+            total.backward()
+        if self.critic is not None:
+            self.critic.accumulate()
         return loss.detach()
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """An encoded microbatch's share of the network's loss, and of all that is to be differentiated."""
+        loss = self.microbatch_loss(batch)
+        return loss, loss if self.critic is None else loss + self.critic.loss(batch)
 
     def microbatch_loss(self, batch: Batch) -> Tensor:
         """An encoded microbatch's share of the loss: the divisor is the whole batch, a rejected sample counts 0."""

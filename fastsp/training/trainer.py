@@ -202,7 +202,7 @@ class Trainer:
             assert checkpoint is not None
             if checkpoint.progress.stage != stage.name:
                 raise UserError(f"{self.run.stage_folder(stage.name)} is missing, the weights of a finished stage")
-            checkpoint.load_into(step.optimizer.state)
+            checkpoint.load_into(step.state)
             step.optimizer.after_loading()
         if not done:
             self._validate(step, ema_unet, stage, 0, trackers)
@@ -235,7 +235,7 @@ class Trainer:
                 if stop or self._saves(number, stage, result):
                     with monitor.paused():
                         self.run.sync_metrics()
-                        writer.save(Progress(stage.name, number, steps_before + number), step.optimizer.state)
+                        writer.save(Progress(stage.name, number, steps_before + number), step.state)
                 if stop or failed:
                     writer.wait()
                 self._stop_if_asked(f"step {number} of {stage.name}", stop)
@@ -251,6 +251,8 @@ class Trainer:
         with new_folder(self.run.stage_folder(stage.name)) if self.ranks.is_main else nullcontext() as unfinished:
             if unfinished is not None:
                 self._write_unet(whole, unfinished)
+                if step.critic is not None:
+                    step.critic.save(unfinished)
             del whole  # where it was gathered from shards, there may be no room for another one
             step.optimizer.replace_averages()
             raw = whole_unet(ema_unet, self.ranks)

@@ -101,6 +101,17 @@ def test_counted_operations_of_sd21():
     assert flops_per_sample(PROVIDERS["fastsp_mse"], workload) == pytest.approx(2409e9, rel=0.002)
 
 
+@pytest.mark.parametrize("layers", ["mid", "encoder+mid", "decoder"])
+def test_a_critic_adds_at_most_one_percent_to_the_operations_of_sd21(layers):
+    workload = replace(
+        tiny_workload(batch_size=2), unet_config=SD21_BASE_UNET, latent_shape=(4, 64, 64), text_shape=SD21_TEXT_SHAPE
+    )
+    mse, sp = workload.config.stages
+    workload = workload.with_settings(stages=[mse, sp.model_copy(update={"layers": layers})])
+    without, with_it = (flops_per_sample(PROVIDERS[name], workload) for name in ("fastsp_sp", "fastsp_sp_critic"))
+    assert without < with_it < 1.01 * without
+
+
 def test_counted_operations():
     """A truncated teacher does less than a whole one, and the batched one as much as two calls."""
     workload = tiny_workload(batch_size=2, teacher="batched")

@@ -44,10 +44,10 @@ def score(weights: dict[str, Tensor], feature: Tensor, head: int) -> Tensor:
     """One head's score of one sample's feature (1, C, H, W), from its weights by name."""
     convolutions, norms = ([f"heads.{head}.{layer}" for layer in layers] for layers in ((0, 3, 6), (1, 4)))
     for number, name in enumerate(convolutions):
-        feature = F.conv2d(feature, weights[f"{name}.weight"], weights[f"{name}.bias"], padding="same")
+        feature = F.conv2d(feature, weights[f"{name}.weight"], weights.get(f"{name}.bias"), padding="same")
         if number < 2:
             scale, shift = weights[f"{norms[number]}.weight"], weights[f"{norms[number]}.bias"]
-            feature = F.group_norm(feature, 8, scale, shift)  # gcd(24, 32) groups
+            feature = F.group_norm(feature, 2, scale, shift)
             feature = feature * torch.sigmoid(feature)
     return feature.mean()
 

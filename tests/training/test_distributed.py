@@ -23,6 +23,7 @@ from fastsp.config import load_config
 from fastsp.errors import UserError
 from fastsp.training.checkpoint import newest_whole
 from fastsp.training.checkpoint_folder import damage, newest_first
+from fastsp.training.critic import FIGURES
 
 # The slow ones start many processes: minutes where others use the machine too.
 pytestmark = pytest.mark.timeout(1800)
@@ -43,6 +44,7 @@ OVERRIDES = [
     "evaluation.enabled=false",
     "distributed_timeout=60",
 ]
+CRITIC = "stages.1.critic={weight: 0.5, heads: 16, warmup_steps: 1, learning_rate: 1e-3}"
 # A hung process is killed sooner than torchrun would.
 ENVIRONMENT = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "15"}
 
@@ -91,6 +93,8 @@ def pairs(tmp_path_factory) -> Path:
         job(root / "two_ddp", "data.microbatch=3"),
         job(root / "two_fsdp", "distributed=fsdp"),
         job(root / "two_nan", "distributed=fsdp", rank=1, plant="nan", step=2),
+        job(root / "two_ddp_critic", "data.microbatch=3", CRITIC),
+        job(root / "two_fsdp_critic", "distributed=fsdp", CRITIC),
     )
 
 
@@ -109,6 +113,7 @@ def runs(pairs) -> Path:
         1,
         root,
         job(root / "one"),
+        job(root / "one_critic", CRITIC),
         job(rewound(root / "two_ddp", 2, root / "one_from_2"), "data.microbatch=3", resume=True),
     )
 
@@ -139,6 +144,22 @@ def test_many_processes_are_as_one(runs, name):
         torch.testing.assert_close(column(ours, figure), column(one, figure), rtol=1e-4, atol=0)
     expected = final_weights(one)
     torch.testing.assert_close(final_weights(ours), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two_ddp_critic", "two_fsdp_critic"])
+def test_a_critic_of_many_processes_is_as_one_s(runs, name):
+    """Its figures, its heads, and the network that it has changed."""
+    ours, one = runs / name, runs / "one_critic"
+    for figure in ("loss", "grad_norm"):
+        torch.testing.assert_close(column(ours, figure), column(one, figure), rtol=1e-4, atol=0)
+    for figure in FIGURES:
+        rows = [[row[figure] for row in metrics(each)[3:]] for each in (ours, one)]
+        torch.testing.assert_close(*rows, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(final_weights(ours), final_weights(one), rtol=1e-4, atol=2e-5)
+    heads, expected = (load_file(each / "stages" / "sp" / "critic.safetensors") for each in (ours, one))
+    torch.testing.assert_close(heads, expected, rtol=1e-3, atol=1e-4)
+    assert metrics(one)[-1]["loss"] > column(runs / "one", "loss")[-1], "the network feels it"
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from training.processes import ROOT, Run, logged_steps, metrics, start
 
 from fastsp.training.checkpoint import newest_whole
 from fastsp.training.checkpoint_folder import write_manifest
+from fastsp.training.critic import FIGURES
 
 STEPS = 80
 OVERRIDES = [
@@ -59,16 +60,26 @@ def straight(tmp_path_factory) -> Path:
     return run_dir
 
 
+MUON = ("optimizer.kind=muon", "stages=[{name: mse, objective: mse, steps: 9, learning_rate: 1e-3}]", "final=mse")
+CRITIC = ("stages.0.steps=2", "stages.1.steps=20", "stages.1.critic={heads: 16, warmup_steps: 3, learning_rate: 1e-2}")
+
+
 @pytest.mark.slow
-def test_another_optimizer_goes_on_exactly(tmp_path):
-    """Muon's state goes through the files of a checkpoint too."""
-    short = ("optimizer.kind=muon", "stages=[{name: mse, objective: mse, steps: 9, learning_rate: 1e-3}]", "final=mse")
+@pytest.mark.parametrize(("short", "at", "number"), [(MUON, 3, signal.SIGTERM), (CRITIC, 15, signal.SIGKILL)])
+def test_other_state_goes_on_exactly(tmp_path, short, at, number):
+    """Muon's, and that of a critic's heads, go through the files of a checkpoint too."""
     finish(tmp_path / "straight", *short)
-    assert stop_at(tmp_path / "run", 3, signal.SIGTERM, *short) == 128 + signal.SIGTERM
-    assert "resuming step_0000000" in finish(tmp_path / "run", *short, "--resume")
-    assert comparable(metrics(tmp_path / "run")) == comparable(metrics(tmp_path / "straight"))
-    ours, theirs = (tensors(tmp_path / name / "final/unet") for name in ("run", "straight"))
-    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert stop_at(tmp_path / "run", at, number, *short) in (128 + number, -number)
+    assert "resuming step_000000" in finish(tmp_path / "run", *short, "--resume")
+    ours, theirs = (metrics(tmp_path / name) for name in ("run", "straight"))
+    assert comparable(ours) == comparable(theirs)
+    for figure in FIGURES:
+        assert [row.get(figure) for row in ours] == [row.get(figure) for row in theirs]
+    stage = theirs[-1]["stage"]
+    for part in ("final/unet", f"stages/{stage}", f"checkpoints/step_{theirs[-1]['global_step']:08d}"):
+        ours, theirs_ = tensors(tmp_path / "run" / part), tensors(tmp_path / "straight" / part)
+        assert theirs_ and all(torch.equal(ours[name], tensor) for name, tensor in theirs_.items())
+    assert any(name.startswith("critic.exp_avg") for name in theirs_) == (short is CRITIC)
 
 
 @pytest.mark.slow
