@@ -56,9 +56,10 @@ class Objective(nn.Module):
         self.self_perceptual: SelfPerceptualLoss | None = None
         if isinstance(stage, SelfPerceptualStage):
             self.timestep_sampling, self.mse_weight = stage.timestep_sampling, stage.mse_weight
-            critic, kind, options = stage.critic, SelfPerceptualLoss, {}
-            if critic is not None:
-                kind, options = LearnedPerceptualLoss, {"anchor": critic.anchor, "heads": critic.heads}
+            kind: type[SelfPerceptualLoss] = SelfPerceptualLoss
+            options: dict[str, Any] = {}
+            if stage.critic is not None:
+                kind, options = LearnedPerceptualLoss, {"anchor": stage.critic.anchor, "heads": stage.critic.heads}
             self.self_perceptual = kind(
                 perceptual_network,
                 process,
@@ -128,9 +129,9 @@ class TrainingStep:
         self.dtype = COMPUTE_DTYPES[config.precision]
         self.critic: CriticTraining | None = None
         criterion = objective.self_perceptual
-        if isinstance(criterion, LearnedPerceptualLoss):
-            settings = stage.critic, config.optimizer, config.seed, config.data.batch_size
-            self.critic = CriticTraining(criterion, *settings)
+        settings = getattr(stage, "critic", None)
+        if settings is not None and isinstance(criterion, LearnedPerceptualLoss):
+            self.critic = CriticTraining(criterion, settings, config.optimizer, config.seed, config.data.batch_size)
 
     def __call__(self, batch: Batch, number: int) -> StepResult:
         """One optimizer step on ``batch``, the ``number``-th (from 1) of the stage."""
