@@ -26,6 +26,7 @@ from fastsp.data.source import Source
 from fastsp.diffusion.draws import Seeded
 from fastsp.errors import UserError
 from fastsp.families import family_of
+from fastsp.loss import SelfPerceptualLoss
 from fastsp.training.distributed import Ranks
 from fastsp.training.step import TrainingStep
 
@@ -127,8 +128,8 @@ class Validation:
         if objective.self_perceptual is not None:
             random = Stratified(Stream.PERCEPTUAL_TIMESTEP, indices, self.count)
             t_prime = still.process.draw_perceptual(random, t, objective.timestep_sampling)
-            found["validation_self_perceptual"] = objective.self_perceptual.per_sample(
-                model_pred, latents, t, t_prime, keywords, **noise_source
+            found["validation_self_perceptual"] = SelfPerceptualLoss.per_sample(  # without a critic's share
+                objective.self_perceptual, model_pred, latents, t, t_prime, keywords, **noise_source
             )
         return found
 
