@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -146,3 +147,26 @@ def test_curves_survive_what_is_not_a_number() -> None:
         with Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as chart:
             colours = chart.convert("RGB").getcolors(1 << 16)
         assert (0x24, 0x57, 0xC5) in {colour for _, colour in colours}, "there is a curve"
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "words"),
+    [
+        (0.995, "has won: right in 100% of the cases"),
+        (0.8, "is right in 80% of the cases"),
+        (0.5, "has collapsed: right in 50%"),
+        (math.nan, "has collapsed: its scores are no numbers"),
+    ],
+)
+def test_a_critic_that_has_won_or_collapsed_is_named(run_dir: Path, accuracy: float, words: str) -> None:
+    """By the last quarter of its stage."""
+    file = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        if line["stage"] == "sp":
+            at = accuracy if line["step"] > 750 else 0.7
+            line |= {"critic_loss": 0.6, "critic_accuracy": at, "critic_gap": at - 0.6}
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_report(run_dir))
+    assert f"The critic {words}" in page.text and page.text.count("The critic of sp") == 1
+    assert page.count("img") == 10 + 3 + 2, "accuracy and gap"

@@ -32,6 +32,8 @@ MAX_STEP_GRIDS = 6  # of one stage
 WIDE, NARROW = 1800, 640  # pixels: longest side of an embedded image, in the page's full width and beside others
 _INK, _RAW, _SMOOTH = "#5d636e", "#c3c9d4", "#2457c5"  # the page's colours
 MAX_POINTS = 2000  # of a curve
+_CRITIC = ("critic_accuracy", "critic_gap")
+WON, COLLAPSED = 0.99, 0.52  # accuracies
 AS_IT_IS = 200_000  # bytes: a file up to this size is embedded unchanged
 
 
@@ -65,6 +67,11 @@ def write_report(run_dir: Path) -> Path:
             for name, lines in run.metrics.items()
             for key, title in (("validation_mse", "mse"), ("validation_self_perceptual", "self-perceptual"))
             if any(key in line for line in lines)
+        ],
+        critics=[
+            (name, critic_words(lines), [loss_curve(lines, key, "linear") for key in _CRITIC])
+            for name, lines in run.metrics.items()
+            if any(_CRITIC[0] in line for line in lines)
         ],
         features=sorted({row["features"] for row in run.rows if "features" in row}),
         times=list(_times(run, roles)),
@@ -111,22 +118,37 @@ def _chosen(grids: list[tuple[int, Path]]) -> list[tuple[int, Embedded]]:
     return [(step, embedded(path)) for step, path in (grids[place] for place in places)]
 
 
-def loss_curve(lines: Sequence[dict[str, Any]], key: str = "loss") -> str | None:
-    """A PNG as a URI: every loss in grey, a running mean over a twentieth of the stage in blue, a logarithmic axis.
+def critic_words(lines: Sequence[dict[str, Any]]) -> str:
+    """What a critic's accuracy in the last quarter of a stage's lines says."""
+    found = [line[_CRITIC[0]] for line in lines if _CRITIC[0] in line]
+    accuracy = float(np.mean(found[-max(1, len(found) // 4) :]))
+    if accuracy >= WON:
+        return f"The critic has won: right in {accuracy:.0%} of the cases. A smaller critic.learning_rate slows it."
+    if accuracy <= COLLAPSED:
+        return f"The critic has collapsed: right in {accuracy:.0%} of the cases, where guessing is right in 50%."
+    if math.isnan(accuracy):
+        return "The critic has collapsed: its scores are no numbers."
+    return f"The critic is right in {accuracy:.0%} of the cases: it has neither won nor collapsed."
 
-    Losses that are not finite and positive have no place on the axis; None where there are no others.
+
+def loss_curve(lines: Sequence[dict[str, Any]], key: str = "loss", scale: str = "log") -> str | None:
+    """A PNG as a URI: every loss in grey, a running mean over a twentieth of the stage in blue.
+
+    What is not finite, or on a logarithmic axis not positive, has no place; None where there is nothing else.
     """
     found = ((line["step"], line.get(key, math.nan)) for line in lines)
-    points = [(step, loss) for step, loss in found if math.isfinite(loss) and loss > 0]
+    points = [(step, loss) for step, loss in found if math.isfinite(loss) and (loss > 0 or scale == "linear")]
     if not points:
         return None
     step, loss = np.array(points).T
     window = max(1, len(loss) // 20)
     smooth = np.convolve(loss, np.full(window, 1 / window), "valid")
     shown = slice(None, None, max(1, len(loss) // MAX_POINTS))
-    narrow = loss.max() < 8 * loss.min()  # less than a decade: its powers of ten alone would leave the axis bare
+    narrow = 0 < loss.max() < 8 * loss.min()  # less than a decade: its powers of ten alone would leave the axis bare
     figure = Figure(figsize=(4.8, 2.9), dpi=160, layout="constrained")
-    axes = figure.add_subplot(yscale="log", xlim=(0, max(1, step[-1])), ylim=(0.9 * loss.min(), 1.1 * loss.max()))
+    axes = figure.add_subplot(yscale=scale, xlim=(0, max(1, step[-1])))
+    if scale == "log":
+        axes.set_ylim(0.9 * loss.min(), 1.1 * loss.max())
     axes.plot(step[shown], loss[shown], color=_RAW, linewidth=0.8)
     marker = "o" if len(loss) == 1 else ""
     axes.plot(step[window - 1 :][shown], smooth[shown], color=_SMOOTH, linewidth=1.6, marker=marker)
