@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
+from fastsp.config_epochs import in_steps
 from fastsp.config_mistakes import as_one_line, mistakes
 from fastsp.config_text import apply_override, dump_yaml, parse_yaml
 from fastsp.data.config import DataConfig as DataConfig
@@ -126,10 +127,14 @@ class LogConfig(Section):
 
 
 class SamplesConfig(Section):
-    """Grids made during training, always from the same noise, with the EMA weights."""
+    """Grids made during training, always from the same noise, with the EMA weights; the first one before it."""
 
     every: NonNegative = 500  # steps; 0: only at the end of a stage
     prompts: list[str] | None = None  # None: captions of the data
+    guidance: Annotated[float, Field(ge=0.0)] = 0.0  # scale of classifier-free guidance; 0 and 1: none
+    rescale: Fraction = 0.0  # of the guidance
+    negative_prompt: str = ""  # what guidance leads away from
+    resolution: Positive | None = None  # side in pixels; None: data.resolution
     count: Positive = 20  # images in a grid
     steps: Positive = 25  # DDIM steps
     seed: int = 0
@@ -251,6 +256,8 @@ class Config(Section):
             yield f"optimizer.kind: {self.optimizer.kind!r} is not allowed: input should be {allowed}"
         if self.distributed == "fsdp" and self.model.lora is not None:
             yield "distributed: 'fsdp' is for training all weights; model.lora takes ddp"
+        if self.samples.guidance in (0.0, 1.0) and (self.samples.negative_prompt or self.samples.rescale):
+            yield "samples.guidance: is off, and samples.negative_prompt and samples.rescale change nothing without it"
         if self.validation.every and self.validation_data is None:
             yield "validation.path: is missing: held-out data of the same kind as data.path"
         data = self.data
@@ -360,7 +367,10 @@ def config_of(tree: dict[str, Any], overrides: Sequence[str], where: str, readin
         except UserError as error:
             found.append(str(error))
     try:
+        in_steps(tree)
         config = Config.model_validate(tree, context={"reading": reading})
+    except UserError as error:  # of the data, whose size was wanted
+        found.append(str(error))
     except ValidationError as error:
         found += mistakes(error, Config)
     if found:

@@ -30,6 +30,7 @@ FLOORS = (
 # Modules that lie directly in fastsp/, and the package that each belongs to.
 PACKAGE_OF = {
     "__main__": "cli",
+    "config_epochs": "config",
     "config_mistakes": "config",
     "config_text": "config",
     "objectives": "config",

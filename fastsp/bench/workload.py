@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastsp.config import Config, config_of, load_config
 from fastsp.errors import UserError
-from fastsp.generation.generate import initial_model
+from fastsp.generation.checkpoints import initial_model
 from fastsp.models import digits_model
 from fastsp.models.attention import Choice, choose_attention
 from fastsp.objectives import StageConfig, stage_config

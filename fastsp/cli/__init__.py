@@ -10,6 +10,7 @@ from fastsp.cli.doctor import doctor
 from fastsp.cli.encode import encode
 from fastsp.cli.eval import evaluate
 from fastsp.cli.export import export
+from fastsp.cli.finish import finish
 from fastsp.cli.paths import expanding
 from fastsp.cli.reproduce import reproduce
 from fastsp.cli.sample import sample
@@ -42,6 +43,6 @@ def _fastsp(
     """Train diffusion models with the self-perceptual loss."""
 
 
-for _command in (train, status, sample, encode, evaluate, export, reproduce, bench, doctor):
+for _command in (train, status, finish, sample, encode, evaluate, export, reproduce, bench, doctor):
     app.command("eval" if _command is evaluate else None)(expanding(_command))
 app.add_typer(data.app, name="data")

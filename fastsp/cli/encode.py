@@ -68,6 +68,7 @@ def encode(
         device=device,
         bad_samples_file=out / "bad_samples.jsonl",
         shuffle=False,
+        raw_captions=not text_features,
         progress=rank == 0,
     )
     encoder = LatentEncoder(

@@ -11,7 +11,7 @@ from fastsp.cli.sample import Base, Weights
 
 
 def export(
-    run: Annotated[Path, typer.Option("--run", help="The run_dir of a finished run.", metavar="DIR")],
+    run: Annotated[Path, typer.Option("--run", help="The run_dir of a run.", metavar="DIR")],
     out: Annotated[Path, typer.Option("--out", help="The diffusers folder to write.", metavar="DIR")],
     single_file: Annotated[
         Path | None,
@@ -21,6 +21,9 @@ def export(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the weights: fp32, fp16 or bf16.")] = "fp32",
     stage: Annotated[str | None, typer.Option(help="The stage to export. Default: the run's final stage.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Instead: one of the run's checkpoints/, finished or not.", metavar="step_N")
+    ] = None,
     base: Base = None,
     weights: Annotated[Weights, typer.Option(help="The moving average, or the raw weights.")] = Weights.AVERAGE,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
@@ -35,13 +38,15 @@ def export(
 
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if checkpoint is not None and stage is not None:
+        raise UserError("--checkpoint has the stage that was trained then: leave --stage out")
     if single_file is not None and single_file.suffix != ".safetensors":
         raise UserError(f"--single-file {single_file} must end in .safetensors")
     _check_folder(out, run, force)
     if single_file is not None:
         for file in (single_file, single_file.with_suffix(".yaml")):
             check_writable(file, force, "--single-file")
-    for path in export_run(run, out, single_file, dtype, stage, base, weights is Weights.RAW):
+    for path in export_run(run, out, single_file, dtype, stage, base, weights is Weights.RAW, checkpoint):
         typer.echo(f"wrote {path}")
 
 

@@ -47,6 +47,7 @@ def sample(
     steps: Annotated[int, typer.Option(min=1, help="DDIM steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=0.0, help="Scale of classifier-free guidance; 0: none.")] = 0.0,
     rescale: Annotated[float, typer.Option(min=0.0, max=1.0, help="Guidance rescale (phi).")] = 0.0,
+    negative_prompt: Annotated[str, typer.Option(help="A text that guidance leads away from.")] = "",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the initial noise.")] = 0,
     resolution: Resolution = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures sampled at once; affects memory and speed.")] = 16,
@@ -98,7 +99,9 @@ def sample(
         raise UserError(
             f"--rescale {rescale:g} changes guidance, and there is none: give --guidance too, other than 0 and 1"
         )
-    settings = Sampling(steps, guided, seed, resolution, batch_size)
+    if negative_prompt and not guided.active:
+        raise UserError("--negative-prompt changes guidance, and there is none: give --guidance too, not 0 or 1")
+    settings = Sampling(steps, guided, seed, resolution, batch_size, negative_prompt)
     rows, side = _sample_models(model, (model_config, base), texts, settings, files, trajectory)
     layout: dict[str, Any] = {"captions": texts, "min_size": 128}  # of one model
     if trajectory:
@@ -128,6 +131,7 @@ def short_names(models: Sequence[str]) -> list[str]:
 def parameters(prompt: str, settings: Sampling, index: int, model: str, size: tuple[int, int]) -> dict[str, str]:
     """Metadata of one picture: plain keys, and the text under `parameters` that A1111 and its kin read."""
     guidance = settings.guidance
+    negative = f"Negative prompt: {settings.negative_prompt}\n" if settings.negative_prompt else ""
     line = {
         "Steps": settings.steps,
         "Sampler": "DDIM",
@@ -138,7 +142,7 @@ def parameters(prompt: str, settings: Sampling, index: int, model: str, size: tu
         "Model": model,
     }
     return {
-        "parameters": f"{prompt}\n" + ", ".join(f"{key}: {value}" for key, value in line.items()),
+        "parameters": f"{prompt}\n{negative}" + ", ".join(f"{key}: {value}" for key, value in line.items()),
         "prompt": prompt,
         **_facts(settings, model),
         "index": str(index),  # of the initial noise, among those of the seed

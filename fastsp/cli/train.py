@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from fastsp.config import Config
 
 
 def train(
@@ -24,14 +27,20 @@ def train(
     Example: fastsp train --config configs/quickstart.yaml run_dir=runs/try stages.0.steps=500
     """
     from fastsp.config import load_config
-    from fastsp.utils.launcher import launched, said_once
+    from fastsp.utils.launcher import said_once
 
-    is_main = launched().is_main
     with said_once():
         loaded = load_config(config, overrides or [])  # a mistake is answered before torch is imported
+    run_training(loaded, resume, allow_changes)
 
+
+def run_training(loaded: Config, resume: bool, allow_changes: bool) -> None:
+    """Train, evaluate and report: what `fastsp train` does once it has its configuration."""
     from rich.console import Console
 
+    from fastsp.utils.launcher import launched
+
+    is_main = launched().is_main
     console = Console(quiet=not is_main, soft_wrap=not sys.stdout.isatty())  # a log's lines stay whole
     console.print(f"run {loaded.run_dir}: loading PyTorch, the model and the data")  # which takes a while
 
@@ -39,6 +48,7 @@ def train(
     from fastsp.evaluation.report import write_report
     from fastsp.evaluation.run import check_evaluation, evaluate_run
     from fastsp.training.trainer import train as run_stages
+    from fastsp.utils.launcher import said_once
 
     with said_once():
         warning = check_evaluation(loaded)

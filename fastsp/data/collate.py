@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,20 +16,24 @@ from fastsp.data.images.pipeline import ImagePipeline
 from fastsp.data.readers.latents import LatentsHeader
 from fastsp.data.samples import BadSample, EncodedSample, ReadStep
 
+Captions = Callable[[Sequence[str], Tensor], tuple[str, ...]]
+
 
 class Collator(ABC):
     """Batches, and which rows were rejected and why. For a GPU everything that is not there yet is pinned. The
-    tokenizers are named by the batch's fields that their ids go to."""
+    tokenizers are named by the batch's fields that their ids go to; `captions` makes captions of the samples' texts,
+    at their positions."""
 
-    def __init__(self, tokenizers: Mapping[str, Any], device: torch.device):
-        self.tokenizers, self.device = tokenizers, device
+    def __init__(self, tokenizers: Mapping[str, Any], captions: Captions, device: torch.device):
+        self.tokenizers, self.captions, self.device = tokenizers, captions, device
 
     def __call__(self, step: ReadStep) -> tuple[Batch, dict[int, BadSample]]:
         tensors, bad = self.tensors(step)
-        captions = tuple(
+        texts = [
             sample.caption if isinstance(sample, EncodedSample) and row not in bad else ""
             for row, sample in enumerate(step.samples)
-        )
+        ]
+        captions = self.captions(texts, step.positions)
         weights = torch.tensor([float(row not in bad) for row in range(len(captions))])
         ids = {name: _token_ids(tokenizer, captions) for name, tokenizer in self.tokenizers.items()}
         batch = Batch(step.positions, weights, captions, **ids, **tensors)
@@ -49,8 +53,8 @@ class Collator(ABC):
 class ImageCollator(Collator):
     """Batches of pixels."""
 
-    def __init__(self, pipeline: ImagePipeline, tokenizers: Mapping[str, Any]):
-        super().__init__(tokenizers, pipeline.device)
+    def __init__(self, pipeline: ImagePipeline, tokenizers: Mapping[str, Any], captions: Captions):
+        super().__init__(tokenizers, captions, pipeline.device)
         self.pipeline = pipeline
 
     def close(self) -> None:
@@ -71,8 +75,8 @@ class LatentCollator(Collator):
 
     FIELDS = {"original_size": "original_sizes", "crop_offset": "crop_offsets"}  # noqa: RUF012 - others: as in the files
 
-    def __init__(self, header: LatentsHeader, tokenizers: Mapping[str, Any], device: torch.device):
-        super().__init__(tokenizers, device)
+    def __init__(self, header: LatentsHeader, tokenizers: Mapping[str, Any], captions: Captions, device: torch.device):
+        super().__init__(tokenizers, captions, device)
         self.placeholder = header.placeholder()
 
     def tensors(self, step: ReadStep) -> tuple[dict[str, Any], dict[int, BadSample]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from fastsp.errors import UserError
 from fastsp.utils.section import Fraction, NonNegative, PathText, Positive, Section
@@ -33,6 +33,22 @@ def _known(source: str) -> str:
     return source
 
 
+class CaptionsConfig(Section):
+    """What becomes of captions in training, drawn anew for every position; see :mod:`fastsp.data.captions`."""
+
+    several: bool = False  # each line of a text, and each item of a JSON list, is a caption of its own; one is drawn
+    shuffle_tags: bool = False
+    tag_dropout: Fraction = 0.0  # probability of each tag
+    keep_tags: NonNegative = 0  # the first so many are neither moved nor dropped
+    separator: Annotated[str, Field(min_length=1)] = ","  # of tags
+    trigger: Annotated[str, Field(min_length=1)] | None = None  # put before every caption that does not start with it
+
+    @property
+    def draws_tags(self) -> bool:
+        """Whether tags are moved or dropped."""
+        return self.shuffle_tags or self.tag_dropout > 0
+
+
 class DataConfig(Section):
     """What the run is trained on."""
 
@@ -45,6 +61,7 @@ class DataConfig(Section):
     batch_size: Positive  # samples of one optimizer step, over all ranks
     microbatch: Positive | None = None  # samples of one forward; None: the rank's whole share
     caption_dropout: Fraction = 0.1  # share of captions replaced by the empty prompt
+    captions: CaptionsConfig | None = None  # None: as they are, of a JSON list the first
     unconditional: bool = False  # every caption is empty
     max_bad_fraction: Fraction = 0.01  # of the source; see fastsp.data.bad_samples
     workers: Positive = 8  # threads that read files

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastsp.data.bad_samples import BadSampleLog, too_many_lost
 from fastsp.data.batch import Batch
+from fastsp.data.captions import captions_at
 from fastsp.data.collate import Collator, ImageCollator, LatentCollator
 from fastsp.data.config import SOURCES, DataConfig
 from fastsp.data.images import library
@@ -39,6 +40,7 @@ def open_source(
     shuffle: bool = True,
     vae_sha256: str | None = None,
     text_sha256: str | None = None,
+    raw_captions: bool = False,
     progress: bool = False,
 ) -> Source:
     """Open the data that a configuration names; `Source.batches` then gives batches.
@@ -50,8 +52,10 @@ def open_source(
         seed: of the run: order, crops and flips.
         device: where images are decoded and `pixel_values` lie. Everything else is on the CPU, see `Batch.to`.
         bad_samples_file: `bad_samples.jsonl` of the run, which is appended to; None: bad samples are only counted.
-        shuffle: a new order every epoch; else that of the data set.
+        shuffle: a new order every epoch, and captions drawn as `data.captions` says; else the order of the data set,
+            and of several captions the first.
         vae_sha256, text_sha256: of latents, the `fingerprint` of the VAE and of the text encoders; None: any.
+        raw_captions: leave them as they were read, to be kept.
         progress: show it on a terminal where listing files or indexing tars takes long.
 
     Raises:
@@ -67,12 +71,16 @@ def open_source(
     named = {"input_ids": tokenizer, "input_ids_2": tokenizer_2}
     tokenizers = {name: tokenizer for name, tokenizer in named.items() if tokenizer is not None}
 
+    def captions(texts: Sequence[str], positions: Tensor) -> tuple[str, ...]:
+        drawn_by = seed if shuffle else None
+        return tuple(texts) if raw_captions else captions_at(texts, config.captions, drawn_by, positions)
+
     def open_collator(batch_size: int) -> Collator:
         place = torch.device(device)
         if isinstance(reader, LatentReader):
-            return LatentCollator(reader.header, tokenizers, place)
+            return LatentCollator(reader.header, tokenizers, captions, place)
         images = ImagePipeline(config, batch_size=batch_size, channels=channels, seed=seed, device=place)
-        return ImageCollator(images, tokenizers)
+        return ImageCollator(images, tokenizers, captions)
 
     return Source(
         reader,

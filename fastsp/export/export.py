@@ -11,9 +11,11 @@ from fastsp.errors import UserError
 from fastsp.evaluation.run_files import RunFiles, read_run
 from fastsp.export.layout import layout_of, save_single_file
 from fastsp.export.model_card import model_card
+from fastsp.generation.checkpoints import load_checkpoint
 from fastsp.generation.generate import load_trained, raw_weights
 from fastsp.models import TextToImageModel
 from fastsp.models.saving import save_pipeline
+from fastsp.training.checkpoint_folder import damage, newest_first, progress_of
 from fastsp.utils.files import new_folder, write_file
 
 _PUBLISHED_WIDTHS = [320, 640, 1280, 1280]  # of the UNets of Stable Diffusion 1 and 2
@@ -28,6 +30,7 @@ def export_run(
     stage: str | None = None,
     base: str | None = None,
     raw: bool = False,
+    checkpoint: str | None = None,
 ) -> list[Path]:
     """Write the weights of a run's stage where other programs can read them, in place of what is there.
 
@@ -39,11 +42,12 @@ def export_run(
         stage: None: the one the run's configuration calls final.
         base: of a LoRA run, the model to merge the adapters into; None: the one they name.
         raw: write the raw weights, not their moving average.
+        checkpoint: the name of one of the run's checkpoints/, to write what the run had then.
 
     Returns what was written. `UserError`: no finished run, no such stage, or no original layout.
     """
     run = read_run(run_dir)
-    model, chosen = _model(run, stage, base, raw)
+    model, chosen = _model(run, stage, base, raw) if checkpoint is None else _then(run, checkpoint, base, raw)
     pipeline = model.pipeline()
     if single_file is not None:
         layout_of(pipeline)  # refuses before anything is written
@@ -73,6 +77,18 @@ def original_config(pipeline: Any) -> Path | None:
     file = Path(__file__).with_name(f"{layout_of(pipeline)}.yaml")
     is_published = list(pipeline.unet.config.block_out_channels) == _PUBLISHED_WIDTHS
     return file if is_published and file.is_file() else None
+
+
+def _then(run: RunFiles, checkpoint: str, base: str | None, raw: bool) -> tuple[TextToImageModel, str]:
+    """The model of a checkpoint, and the name of its stage, which ``run`` is told to have ended there."""
+    folder = run.directory / "checkpoints" / checkpoint
+    if (fault := damage(folder)) is not None:
+        there = ", ".join(path.name for path in newest_first(folder.parent)) or "none"
+        raise UserError(f"--checkpoint {checkpoint}: {fault}; the run's checkpoints: {there}")
+    progress = progress_of(folder)
+    for entry in run.config["stages"]:
+        entry["steps"] = progress.step if entry["name"] == progress.stage else entry["steps"]
+    return load_checkpoint(folder, raw, base), progress.stage
 
 
 def _model(run: RunFiles, stage: str | None, base: str | None, raw: bool) -> tuple[TextToImageModel, str]:

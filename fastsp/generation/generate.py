@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastsp.config import Config, read_config
+from fastsp.config import read_config
 from fastsp.diffusion import draws
 from fastsp.diffusion.sampling import NO_GUIDANCE, Guidance
 from fastsp.errors import UserError
+from fastsp.generation.checkpoints import initial_model, is_checkpoint, load_checkpoint
 from fastsp.generation.grids import shrunk, to_pil
-from fastsp.models import TextToImageModel, check_pipeline, check_unet, load_model, load_pipeline, load_unet
+from fastsp.models import TextToImageModel, check_pipeline, check_unet, load_pipeline, load_unet
 from fastsp.models.lora import DIFFUSERS_FILE
 from fastsp.utils.devices import best_device
 
@@ -35,6 +36,7 @@ class Sampling:
     seed: int = 0  # of the initial noise
     resolution: int | None = None  # side in pixels; None: the UNet's own
     batch_size: int = 16  # images in a batch of the UNet, twice as many with guidance
+    negative_prompt: str = ""  # what guidance leads away from
 
 
 def load_trained(name: str, config: str | None = None, base: str | None = None) -> TextToImageModel:
@@ -44,6 +46,9 @@ def load_trained(name: str, config: str | None = None, base: str | None = None) 
     ``runs/quickstart/stages/mse``: that UNet, the run's other parts. The run need not be finished.
     """
     folder = Path(name).expanduser()
+    checkpoint, is_raw = (folder.parent, True) if folder.name == RAW else (folder, False)
+    if is_checkpoint(checkpoint):
+        return load_checkpoint(checkpoint, is_raw, base)
     run = _run_of_stage(folder, name)
     if run is None:
         return load_pipeline(name, config, base=base)
@@ -53,14 +58,6 @@ def load_trained(name: str, config: str | None = None, base: str | None = None) 
         model = initial_model(read_config(run / "config.yaml"))
     model.unet = load_unet(folder)
     return model
-
-
-def initial_model(config: Config) -> TextToImageModel:
-    """What a run trains, before its first step; see :func:`fastsp.models.load_model`."""
-    start, side = config.model, config.data.resolution
-    lora = start.lora.model_dump() if start.lora else None
-    sizes = start.unet.model_dump() if start.unet else None
-    return load_model(start.preset, start.pretrained, side, config.seed, start.config, lora, sizes, start.prediction)
 
 
 def load_for_sampling(name: str, config: str | None = None, base: str | None = None) -> TextToImageModel:
@@ -76,6 +73,8 @@ def load_for_sampling(name: str, config: str | None = None, base: str | None = N
 def check_for_sampling(name: str, base: str | None = None) -> None:
     """Raise `UserError` where `load_for_sampling` would find no model, without reading weights."""
     folder = Path(name).expanduser()
+    if is_checkpoint(folder.parent if folder.name == RAW else folder):
+        return
     run = _run_of_stage(folder, name)
     if run is None:
         check_pipeline(name, base)
@@ -91,7 +90,7 @@ def raw_weights(name: str) -> str:
     folder = Path(name).expanduser()
     if folder.name == "final" and (folder.parent / "config.yaml").is_file():
         folder = folder.parent / "stages" / str(read_config(folder.parent / "config.yaml").final)
-    if not (folder / RAW).is_dir():
+    if not (folder / RAW).is_dir() and not is_checkpoint(folder):
         raise UserError(f"--weights raw: {name} has none: they lie in the {RAW}/ of a run's finished stages")
     return str(folder / RAW)
 
@@ -100,9 +99,8 @@ def _run_of_stage(folder: Path, name: str) -> Path | None:
     """The run that a folder is a stage of, None if of none; `UserError` if it is a run, or an unfinished stage."""
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     if (run / "config.yaml").is_file() and (run / "checkpoints").is_dir():
-        kind = "run directory" if run == folder else "checkpoint"
-        ended = "take the run's final/ or one of its stages/, which can be ended early: docs/training.md"
-        raise UserError(f"{name} is a {kind}: {ended}")
+        kind = "run directory" if run == folder else "checkpoint without a manifest"
+        raise UserError(f"{name} is a {kind}: take the run's final/, one of its stages/ or a whole checkpoint")
     stage = folder.parent if folder.name == RAW else folder
     run = stage.parent.parent
     is_run = (run / "final").is_dir() or (run / "config.yaml").is_file()
@@ -136,12 +134,12 @@ def generate(
     if sampling.steps > num_timesteps:
         raise UserError(f"--steps {sampling.steps}: the model knows {num_timesteps} timesteps; take no more")
     shape = model.latent_shape(sampling.resolution or model.default_resolution)
-    shown = frame_steps(sampling.steps, frames)
+    shown, how = frame_steps(sampling.steps, frames), (sampling.steps, sampling.guidance, sampling.negative_prompt)
     for start in range(first, len(prompts), sampling.batch_size):
         indices = range(start, min(start + sampling.batch_size, len(prompts)))
         noise = draws.evaluation_noise(sampling.seed, torch.tensor(indices), shape).to(model.unet.device)
         texts = [prompts[index] for index in indices]
-        for step, (_, x_0) in enumerate(model.sample(texts, noise, sampling.steps, sampling.guidance), start=1):
+        for step, (_, x_0) in enumerate(model.sample(texts, noise, *how), start=1):
             after_step()
             if step in shown:
                 yield indices, model.decode(x_0).cpu()

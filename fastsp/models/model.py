@@ -164,7 +164,12 @@ class TextToImageModel:
 
     @torch.no_grad()
     def sample(
-        self, prompts: list[str], noise: Tensor, num_steps: int, guidance: Guidance = NO_GUIDANCE
+        self,
+        prompts: list[str],
+        noise: Tensor,
+        num_steps: int,
+        guidance: Guidance = NO_GUIDANCE,
+        negative_prompt: str = "",
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Deterministic DDIM from ``noise``: yields ``(x_next, x0^)`` after each step.
 
@@ -173,15 +178,25 @@ class TextToImageModel:
             noise: x_T, (B, C, H, W) float32.
             num_steps: DDIM steps, 1 .. T.
             guidance: scale and rescale.
+            negative_prompt: what guidance starts from; empty: :meth:`encode_no_prompt`.
         """
         conditioning = self._with_own_size(self.encode_prompts(prompts), noise)
-        empty = self.encode_no_prompt() if guidance.active else conditioning
+        empty = conditioning
+        if guidance.active:
+            empty = self.encode_prompts([negative_prompt]) if negative_prompt else self.encode_no_prompt()
         denoise = guided_denoiser(self.unet, conditioning, empty, guidance)
         yield from ddim(denoise, self.process.to(noise.device), noise, num_steps)
 
-    def generate(self, prompts: list[str], noise: Tensor, num_steps: int, guidance: Guidance = NO_GUIDANCE) -> Tensor:
+    def generate(
+        self,
+        prompts: list[str],
+        noise: Tensor,
+        num_steps: int,
+        guidance: Guidance = NO_GUIDANCE,
+        negative_prompt: str = "",
+    ) -> Tensor:
         """The images at the end of :meth:`sample`, (B, C, H, W) float32 in [-1, 1]."""
-        for x_t, _ in self.sample(prompts, noise, num_steps, guidance):
+        for x_t, _ in self.sample(prompts, noise, num_steps, guidance, negative_prompt):
             latents = x_t
         return self.decode(latents)
 

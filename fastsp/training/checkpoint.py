@@ -18,12 +18,11 @@ from typing import Self
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
 from fastsp.config import CheckpointConfig
-from fastsp.errors import UserError
+from fastsp.generation.checkpoints import read_into
 from fastsp.training.checkpoint_folder import (
     Files,
     Progress,
@@ -53,16 +52,8 @@ class Checkpoint:
     progress: Progress
 
     def load_into(self, state: dict[str, Tensor]) -> None:
-        """Read every tensor of ``state`` in place; of a sharded one (DTensor) the local shard, whoever wrote it.
-
-        Raises:
-            UserError: a tensor is missing or has another shape: the checkpoint belongs to another model or optimizer.
-        """
-        try:
-            dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(self.folder)), no_dist=True)
-        except CheckpointException as error:
-            ((reason, _),) = error.failures.values()
-            raise UserError(f"checkpoint {self.folder} does not fit this configuration: {reason}") from error
+        """Read every tensor of ``state`` in place, see :func:`fastsp.generation.checkpoints.read_into`."""
+        read_into(self.folder, state)
 
 
 class CheckpointWriter:

@@ -161,7 +161,7 @@ class RunDirectory:
 
 def _starts_at(line: str, global_step: int) -> bool:
     """Whether a complete line is of the start of the stage that begins there."""
-    return json.loads(line)["step"] == 0 and _global_step(line) == global_step
+    return _global_step(line) == global_step and json.loads(line).get("step") == 0
 
 
 def _global_step(line: str) -> float:

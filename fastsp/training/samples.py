@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from fastsp.config import Config
+from fastsp.diffusion.sampling import Guidance
 from fastsp.generation.generate import Sampling, frame_steps, generate_pictures
 from fastsp.generation.grids import TRAJECTORY_FRAMES, TRAJECTORY_SIDE, cell_side, grid, save_png
 from fastsp.models import TextToImageModel
@@ -33,10 +34,12 @@ class SampleDrawer:
     ) -> None:
         settings = config.samples
         prompts = [""] if config.data.unconditional else settings.prompts or captions or [""]
-        side = config.data.resolution
+        side = settings.resolution or config.data.resolution
         self.model, self.folder = model, folder
         self.prompts = [prompts[index % len(prompts)] for index in range(settings.count)]
-        self.sampling = Sampling(settings.steps, seed=settings.seed, resolution=side, batch_size=batch_size)
+        guidance = Guidance(settings.guidance, settings.rescale)
+        count = max(1, batch_size // 2) if guidance.active else batch_size  # for guidance doubles it
+        self.sampling = Sampling(settings.steps, guidance, settings.seed, side, count, settings.negative_prompt)
         self._side = cell_side(side, settings.count, _MAX_PIXELS)
         self._row_side = cell_side(side, _COMPARED * len(config.stages), _MAX_PIXELS)
 

@@ -82,7 +82,7 @@ def run_status(root: Path, verify: bool = False) -> RunStatus:
     saved = progress_of(newest) if newest and harm is None else None
     here = Progress(last.get("stage", ""), last.get("step", 0), last.get("global_step", 0))
     here = saved if saved is not None and saved.global_step > here.global_step else here
-    logged = next((row for row in reversed(rows) if "loss" in row), {})  # else it is of a validation
+    logged: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})  # else it is of a validation
     total, rate = sum(stages.values()), logged.get("samples_per_s")
     # Those that the run has named may be more than it has logged: it can be stopped by them. null: a file of many
     bad_samples = sum(b'"position": null' not in line for line in _lines(root / "bad_samples.jsonl"))

@@ -19,7 +19,8 @@ from fastsp.data.inventory import Inventory
 from fastsp.data.source import Source, check_path, open_source
 from fastsp.diffusion.latents import fingerprint
 from fastsp.errors import UserError
-from fastsp.generation.generate import RAW, initial_model
+from fastsp.generation.checkpoints import initial_model
+from fastsp.generation.generate import RAW
 from fastsp.models import TextToImageModel, check_perceptual_network, check_predicts, load_unet
 from fastsp.models.attention import available, check_available, choose_attention, kept_choice
 from fastsp.models.lora import load_adapters, save_adapters, save_for_use
@@ -122,6 +123,7 @@ class Trainer:
                 check_path(data)  # before a model is downloaded
         self.model, model = initial_model(config), config.model
         self.model.latent_shape(config.data.resolution)  # raises for a resolution that the VAE cannot encode
+        self.model.latent_shape(config.samples.resolution or config.data.resolution)
         for number, stage in enumerate(config.stages):
             if (frozen := stage.frozen_network) is not None:
                 is_own = frozen in (model.pretrained, *(other.name for other in config.stages))
@@ -206,6 +208,8 @@ class Trainer:
             step.optimizer.after_loading()
         if not done:
             self._validate(step, ema_unet, stage, 0, trackers)
+            if self.config.samples.every and stage.init is None:
+                self._draw(ema_unet, stage, 0, trackers)  # what the training starts from
         take_step = captured(step)
         batch_size = self.config.data.batch_size
         first = self.config.first_position(stage)

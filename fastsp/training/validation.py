@@ -118,9 +118,15 @@ class Validation:
         positions = FIRST_POSITION + indices
         latents, conditioning = still.latents(batch, positions), still.conditioning(batch, positions)
         t = still.process.draw(Stratified(Stream.TIMESTEP, indices, self.count))
-        noise_source = {"seed": still.seed, "positions": positions}
-        layout = {"dtype": still.dtype, "memory_format": torch.channels_last}
-        noisy_latents, target = diffuse(latents, still.process.marginal(t), **noise_source, **layout)
+        noisy_latents, target = diffuse(
+            latents,
+            still.process.marginal(t),
+            seed=still.seed,
+            positions=positions,
+            dtype=still.dtype,
+            memory_format=torch.channels_last,
+        )
+        assert target is not None
         keywords = family_of(still.unet).keywords(conditioning)
         model_pred = still.unet(noisy_latents, still.process.model_time(t), **keywords, return_dict=False)[0]
         mse = (model_pred.float() - target.float()).square().flatten(1).mean(1)
@@ -129,7 +135,14 @@ class Validation:
             random = Stratified(Stream.PERCEPTUAL_TIMESTEP, indices, self.count)
             t_prime = still.process.draw_perceptual(random, t, objective.timestep_sampling)
             found["validation_self_perceptual"] = SelfPerceptualLoss.per_sample(  # without a critic's share
-                objective.self_perceptual, model_pred, latents, t, t_prime, keywords, **noise_source
+                objective.self_perceptual,
+                model_pred,
+                latents,
+                t,
+                t_prime,
+                keywords,
+                seed=still.seed,
+                positions=positions,
             )
         return found
 

@@ -48,6 +48,7 @@ class Stream(IntEnum):
     CROP_AND_FLIP = 5
     VAE_POSTERIOR = 6
     EVALUATION = 7
+    CAPTION = 8
 
 
 def philox_4x32_10(

@@ -113,6 +113,7 @@ def test_guidance_and_resolution(command, run: Path, tmp_path: Path) -> None:
         "plain": (),
         "guided": ("--guidance", 5),
         "rescaled": ("--guidance", 5, "--rescale", 0.7),
+        "negative": ("--guidance", 5, "--negative-prompt", "blank"),
         "large": ("--resolution", 32),
     }.items():
         command(*common, *more, "--out", tmp_path / f"{name}.png", "--singles", tmp_path / name)
@@ -121,6 +122,9 @@ def test_guidance_and_resolution(command, run: Path, tmp_path: Path) -> None:
     )
     assert not torch.equal(plain, guided) and not torch.equal(guided, rescaled)
     assert large.shape == (32, 32, 3)
+    assert not torch.equal(guided, pixels(tmp_path / "negative" / "00000.png"))
+    negative = Image.open(tmp_path / "negative" / "00000.png").text["parameters"]
+    assert negative.startswith("a handwritten one\nNegative prompt: blank\nSteps: 3,")
     assert "CFG scale: 5," in Image.open(tmp_path / "guided" / "00000.png").text["parameters"]
 
 

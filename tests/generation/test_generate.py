@@ -101,7 +101,7 @@ def test_a_stage_is_sampled_while_the_run_trains_on(folder: Path, tmp_path: Path
         with pytest.raises(UserError, match="is a run directory: take the run's final/"):
             look(str(run))
         (run / "checkpoints" / "step_00000002").mkdir(parents=True, exist_ok=True)
-        with pytest.raises(UserError, match="is a checkpoint: take the run's final/ or one"):
+        with pytest.raises(UserError, match="is a checkpoint without a manifest: take the run's final/"):
             look(str(run / "checkpoints" / "step_00000002"))
     another = shutil.copytree(folder, tmp_path / "another")
     shutil.rmtree(another / "text_encoder")

@@ -237,6 +237,7 @@ def test_streams_are_those_of_every_run_so_far() -> None:
         "CROP_AND_FLIP": 5,
         "VAE_POSTERIOR": 6,
         "EVALUATION": 7,
+        "CAPTION": 8,
     }
 
 

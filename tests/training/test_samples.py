@@ -7,6 +7,7 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,7 +18,11 @@ from safetensors.torch import load_file
 pytest.importorskip("nvidia.dali")
 
 from fastsp.config import load_config
+from fastsp.diffusion.draws import evaluation_noise
+from fastsp.diffusion.sampling import Guidance
+from fastsp.errors import UserError
 from fastsp.generation.generate import Sampling, generate, load_for_sampling, raw_weights
+from fastsp.generation.grids import grid
 from fastsp.models import digits_model, load_unet
 from fastsp.training import trainer
 from fastsp.training.checkpoint_folder import newest_first
@@ -81,7 +86,7 @@ def test_every_grid_is_written_once(run):
     names = sorted(path.name for path in (run.folder / "samples").iterdir())
     stages = ("again", "mse", "sp")
     final = [*(f"{stage}_final.png" for stage in stages), *(f"trajectory_{stage}.png" for stage in stages)]
-    assert names == sorted([*final, "comparison.png", "mse_step_000001.png"])
+    assert names == sorted([*final, "comparison.png", "mse_step_000000.png", "mse_step_000001.png"])
 
 
 def test_a_stage_keeps_its_raw_weights_beside_the_average(run):
@@ -106,7 +111,7 @@ def test_pictures_of_a_large_model_are_small_enough_for_a_report(tmp_path, monke
     drawer = SampleDrawer(digits_model(64, 0), config, ["a", "b"], tmp_path, batch_size=8)
     monkeypatch.setattr(
         "fastsp.models.TextToImageModel.sample",
-        lambda self, texts, noise, steps, guidance: ((noise, noise) for _ in range(steps)),
+        lambda self, texts, noise, steps, guidance, negative_prompt: ((noise, noise) for _ in range(steps)),
     )
     assert drawer.draw(drawer.model.unet, "grid").size == (2 + 5 * 62, 2 + 4 * 62)
     drawer.draw_trajectory(drawer.model.unet, "mse")
@@ -115,3 +120,34 @@ def test_pictures_of_a_large_model_are_small_enough_for_a_report(tmp_path, monke
     drawer.draw_comparison({name: drawer.row(drawer.model.unet) for name in ("mse", "sp", "again")})
     with Image.open(tmp_path / "comparison.png") as picture:
         assert picture.text["prompts"].count("\n") == 9 and picture.height == 2 + 3 * 50
+
+
+def test_guidance_negative_prompt_and_resolution(tmp_path):
+    """Of the grids as of `fastsp sample`; and the first grid comes before the training."""
+    text = "a handwritten seven"
+    changed = f"{{every: 1, count: 2, steps: 3, prompts: [{text}], guidance: 3, rescale: 0.7, negative_prompt: blank,"
+    overrides = [f"run_dir={tmp_path / 'run'}", STAGES, "final=mse", f"samples={changed} resolution: 16}}"]
+    trainer.train(load_config(QUICKSTART, [*overrides, "evaluation.enabled=false", "data.batch_size=8"]))
+    samples = tmp_path / "run" / "samples"
+    names = {path.stem for path in samples.glob("*_step_*.png")}
+    assert names == {"mse_step_000000", "mse_step_000001"}
+    model = load_for_sampling(str(tmp_path / "run" / "stages" / "mse"))
+    noise = evaluation_noise(0, torch.arange(2), (1, 16, 16))
+    images = model.generate([text] * 2, noise, 3, Guidance(3.0, 0.7), "blank")
+    assert_same_picture(samples / "mse_final.png", images)
+    start = digits_model(8, 0)
+    start.unet.eval()
+    at_first = start.generate([text] * 2, noise, 3, Guidance(3.0, 0.7), "blank")
+    assert_same_picture(samples / "mse_step_000000.png", at_first)
+    plain = model.generate([text] * 2, noise, 3, Guidance(3.0, 0.7))
+    assert (plain - images).abs().max() > 1e-3
+
+
+def assert_same_picture(file, images):
+    with Image.open(file) as found:
+        assert np.array_equal(np.asarray(found), np.asarray(grid(images)))
+
+
+def test_a_negative_prompt_without_guidance_is_a_mistake():
+    with pytest.raises(UserError, match=r"samples\.guidance: is off, and samples.negative_prompt"):
+        load_config(QUICKSTART, ["samples.negative_prompt=blank"])

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastsp.data.captions import BETWEEN
 from fastsp.data.readers.names import printable
 from fastsp.data.samples import BadSample
 from fastsp.errors import UserError
@@ -46,9 +47,10 @@ def caption_from_json(content: bytes) -> str:
 
 
 def caption_from_record(record: Any) -> str:
-    """The caption in a decoded JSON object; errors as `caption_from_json`."""
+    """The caption in a decoded JSON object, or those of a list, with `BETWEEN` between them; errors as
+    `caption_from_json`."""
     texts = [record[key] for key in JSON_KEYS if key in record] if isinstance(record, dict) else []
-    caption = next((text.strip() for text in texts if isinstance(text, str) and text.strip()), None)
+    caption = next((text for text in map(_text, texts) if text), None)
     if caption is None:
         raise BadSample("no caption" if texts else 'no caption: no "caption" or "text" in the JSON')
     try:
@@ -57,6 +59,11 @@ def caption_from_record(record: Any) -> str:
         half = printable(caption[error.start])
         raise BadSample(f"the caption is not Unicode: half of a surrogate pair, {half}") from error
     return caption
+
+
+def _text(value: Any) -> str:
+    items = value if isinstance(value, list) else [value]
+    return BETWEEN.join(item.strip() for item in items if isinstance(item, str) and item.strip())
 
 
 def _decoded(content: bytes, name: str) -> str:

@@ -112,6 +112,9 @@ class LatentsHeader:
             raise UserError(f"data.unconditional is false; the latents in {config.path} were encoded without captions")
         if self.text_shape is not None and self.captioned and config.unconditional:
             raise UserError(f"data.unconditional is true; the text features in {config.path} are of captions")
+        if self.text_shape is not None and config.captions is not None:
+            fixed = f"the latents in {config.path} hold text features"
+            raise UserError(f"data.captions is set, but {fixed} of captions as they were: add data.captions=null")
         if None not in (text_sha256, self.text_sha256) and text_sha256 != self.text_sha256:
             raise UserError(f"the text features in {config.path} come from other text encoders than the model's")
 

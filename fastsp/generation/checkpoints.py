@@ -1,0 +1,69 @@
+"""Models out of a training's checkpoints: to be sampled and exported before a stage is finished."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.api import CheckpointException
+
+from fastsp.config import Config, read_config
+from fastsp.errors import UserError
+from fastsp.models import TextToImageModel, load_model
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of a run, by its place and its manifest."""
+    run = folder.parent.parent
+    return folder.parent.name == "checkpoints" and all(
+        file.is_file() for file in (folder / "manifest.json", run / "config.yaml")
+    )
+
+
+def load_checkpoint(folder: Path, raw: bool = False, base: str | None = None) -> TextToImageModel:
+    """The model of a run with the averaged (or ``raw``) weights of a checkpoint, float32; adapters are fused.
+
+    Args:
+        folder: one of a run's ``checkpoints/``.
+        raw: the weights themselves.
+        base: of adapters, the model to take instead of the one that the run names.
+
+    Raises:
+        UserError: the run's model cannot be loaded, or the checkpoint does not fit it.
+    """
+    config = read_config(folder.parent.parent / "config.yaml")
+    if base is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": base})})
+    model, which = initial_model(config), "master" if raw else "ema"
+    trained = {f"{which}.{name}": p for name, p in model.unet.named_parameters() if p.requires_grad}
+    read_into(folder, {name: parameter.data for name, parameter in trained.items()})
+    if config.model.lora is not None:
+        model.unet.fuse_lora()
+        model.unet.unload_lora()
+    return replace(model, base=None)
+
+
+def initial_model(config: Config) -> TextToImageModel:
+    """What a run trains, before its first step; see :func:`fastsp.models.load_model`."""
+    start, side = config.model, config.data.resolution
+    lora = start.lora.model_dump() if start.lora else None
+    sizes = start.unet.model_dump() if start.unet else None
+    return load_model(start.preset, start.pretrained, side, config.seed, start.config, lora, sizes, start.prediction)
+
+
+def read_into(folder: Path, state: dict[str, Tensor]) -> None:
+    """Read every tensor of ``state`` from a checkpoint, in place; of a sharded one (DTensor) the local shard.
+
+    Raises:
+        UserError: a tensor is missing or has another shape: the checkpoint belongs to another model or optimizer.
+    """
+    try:
+        with torch.no_grad():
+            dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except CheckpointException as error:
+        ((reason, _),) = error.failures.values()
+        raise UserError(f"checkpoint {folder} does not fit this configuration: {reason}") from error
