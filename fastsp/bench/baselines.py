@@ -76,7 +76,7 @@ class Algorithm1:
 
     def step(self) -> None:
         """One optimizer step."""
-        self.loss(*self.draws()).backward()
+        self.loss().backward()
         self.update()
 
     def draws(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,8 +84,9 @@ class Algorithm1:
         t, t_prime = (torch.randint(len(self.a), (len(self.x0),), device=self.x0.device) for _ in range(2))
         return torch.randn_like(self.x0), t, t_prime
 
-    def loss(self, noise: Tensor, t: Tensor, t_prime: Tensor) -> Tensor:
-        """Equation (11) for given draws. 0-d float32."""
+    def loss(self, *given: Tensor) -> Tensor:
+        """Equation (11) for given draws, else new ones. 0-d float32."""
+        noise, t, t_prime = given or self.draws()
         a, s, a_prime, s_prime = (table[i].view(-1, 1, 1, 1) for i in (t, t_prime) for table in (self.a, self.s))
         x_t = a * self.x0 + s * noise  # (5)
         v_hat = self.unet(x_t.to(self.dtype), t, self.c).sample

@@ -49,10 +49,6 @@ class FastspStep:
         number = next(self.numbers)
         self.take_step(replace(self.batch, positions=self.batch.positions + number * len(self.batch)), number)
 
-    def draws(self) -> tuple[()]:
-        """Nothing to hand over: the draws follow from the seed and the positions."""
-        return ()
-
     def loss(self) -> Tensor:
         """The loss at the first positions of the run, with that of a critic's heads. 0-d float32."""
         return self.training_step.losses(self.batch)[1]

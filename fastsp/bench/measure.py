@@ -41,10 +41,10 @@ def flops_per_sample(provider: Provider, workload: Workload) -> float:
     step = provider.build(workload.for_counting())
     attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
     with _FusedAttention():
-        step.loss(*step.draws()).backward()  # the first call may trace, which is not to be counted
+        step.loss().backward()  # the first call may trace, which is not to be counted
         counter = FlopCounterMode(display=False, custom_mapping={attention_backward: _attention_backward_flops})
         with counter:
-            step.loss(*step.draws()).backward()
+            step.loss().backward()
     return counter.get_total_flops() / workload.batch_size
 
 

@@ -19,8 +19,8 @@ ON_GPU = torch.cuda.is_available()
 class Provider(NamedTuple):
     """One way to write a training step.
 
-    It builds an object with ``step()``, one optimizer step, which does not wait for the device, and with ``draws()``,
-    the arguments of ``loss(...)``: 0-d float32, with gradient to the online network.
+    It builds an object with ``step()``, one optimizer step, which does not wait for the device, and ``loss()``: 0-d
+    float32, with gradient to the online network.
     """
 
     build: Callable[[Workload], Any]

@@ -63,13 +63,10 @@ class Evaluation:
             if lock.note:
                 say(lock.note)
         before = len(self.rows.rows)
-        for name in dict.fromkeys(job.model for job in jobs):
-            of_model = [job for job in jobs if job.model == name]
-            if name:
-                self._sampled(name, of_model, bar, say)
-            else:
-                for job in of_model:
-                    self._add(self._of_real_images(job), job, say)
+        for job in (job for job in jobs if not job.model):
+            self._add(self._of_real_images(job), job, say)
+        for name in dict.fromkeys(job.model for job in jobs if job.model):
+            self._sampled(name, [job for job in jobs if job.model == name], bar, say)
         if not self.keep_features:
             with suppress(OSError):
                 self.work.rmdir()  # what was kept of unfinished rows is gone

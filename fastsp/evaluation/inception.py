@@ -31,6 +31,7 @@ FEATURES, CLASSES = 2048, 1008
 Kernel = int | tuple[int, int]
 Layer = tuple[str, int, Kernel]  # name, channels out, kernel; stride 1 and padded so that the size stays
 Branch = list[list[Layer]]  # a chain of layers, or of several side by side on the same input
+_AVERAGE, _MAX, _HALVING = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
 
 
 def convolution(inputs: int, outputs: int, kernel: Kernel, stride: int = 1, padded: bool = True) -> nn.Sequential:
@@ -42,17 +43,17 @@ def convolution(inputs: int, outputs: int, kernel: Kernel, stride: int = 1, padd
 class Mixed(nn.Module):
     """Branches side by side, concatenated over channels.
 
-    `pool` is "average" or "max", before the last branch; or "halving": the last layer of each branch has stride 2 and
-    no padding, and a max pool of the input, likewise, is one more branch.
+    The last branch begins with a pool. Where that is `_HALVING`, the last layers of the others have stride 2 and no
+    padding too.
     """
 
-    def __init__(self, inputs: int, branches: Sequence[Branch], pool: str = "average") -> None:
+    def __init__(self, inputs: int, branches: Sequence[Branch], pool: nn.Module = _AVERAGE) -> None:
         super().__init__()
         self.branches, self.pool = branches, pool
         for branch in branches:
             channels = inputs
             for position, entry in enumerate(branch):
-                halves = pool == "halving" and position == len(branch) - 1
+                halves = pool is _HALVING and position == len(branch) - 1
                 for name, outputs, kernel in entry:
                     self.add_module(name, convolution(channels, outputs, kernel, 2 if halves else 1, not halves))
                 channels = outputs
@@ -60,11 +61,7 @@ class Mixed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         *branches, last = self.branches
         outputs = [self._run(branch, x) for branch in branches]
-        if self.pool == "halving":
-            return torch.cat([*outputs, self._run(last, x), F.max_pool2d(x, 3, 2)], 1)
-        is_max = self.pool == "max"
-        pooled = F.max_pool2d(x, 3, 1, 1) if is_max else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-        return torch.cat([*outputs, self._run(last, pooled)], 1)
+        return torch.cat([*outputs, self._run(last, self.pool(x))], 1)
 
     def _run(self, branch: Branch, x: Tensor) -> Tensor:
         for entry in branch:
@@ -93,7 +90,7 @@ def _mixed_c(inner: int) -> Mixed:
     return Mixed(768, [[[("branch1x1", 192, 1)]], seven, double, [[("branch_pool", 192, 1)]]])
 
 
-def _mixed_e(inputs: int, pool: str) -> Mixed:
+def _mixed_e(inputs: int, pool: nn.Module) -> Mixed:
     three, double = _chain("branch3x3", (384, 1)), _chain("branch3x3dbl", (448, 1), (384, 3))
     for branch, name in ((three, "branch3x3_2"), (double, "branch3x3dbl_3")):
         branch.append([(f"{name}a", 384, (1, 3)), (f"{name}b", 384, (3, 1))])
@@ -118,14 +115,14 @@ class InceptionV3(FeatureModel):
                 Mixed_5b=_mixed_a(192, 32),
                 Mixed_5c=_mixed_a(256, 64),
                 Mixed_5d=_mixed_a(288, 64),
-                Mixed_6a=Mixed(288, [[[("branch3x3", 384, 3)]], _DOUBLE], "halving"),
+                Mixed_6a=Mixed(288, [[[("branch3x3", 384, 3)]], _DOUBLE, []], _HALVING),
                 Mixed_6b=_mixed_c(128),
                 Mixed_6c=_mixed_c(160),
                 Mixed_6d=_mixed_c(160),
                 Mixed_6e=_mixed_c(192),
-                Mixed_7a=Mixed(768, [_chain("branch3x3", (192, 1), (320, 3)), _SEVEN], "halving"),
-                Mixed_7b=_mixed_e(1280, "average"),
-                Mixed_7c=_mixed_e(2048, "max"),
+                Mixed_7a=Mixed(768, [_chain("branch3x3", (192, 1), (320, 3)), _SEVEN, []], _HALVING),
+                Mixed_7b=_mixed_e(1280, _AVERAGE),
+                Mixed_7c=_mixed_e(2048, _MAX),
             )
         )
         self.fc = nn.Linear(FEATURES, CLASSES)

@@ -24,7 +24,7 @@ class RunFiles:
     rows: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     final_grids: dict[str, Path] = field(default_factory=dict)  # by stage
-    step_grids: dict[str, list[tuple[int, Path]]] = field(default_factory=dict)  # by stage: (step, path), rising
+    step_grids: dict[str, list[tuple[int, Path]]] = field(default_factory=dict)  # by stage: (step, path)
     trajectories: dict[str, Path] = field(default_factory=dict)  # by stage
     comparison: Path | None = None
     captions: list[str] = field(default_factory=list)  # of the final grids, in reading order; from their metadata
@@ -61,8 +61,6 @@ def read_run(directory: Path) -> RunFiles:
             run.final_grids[name.removesuffix("_final")] = path
         elif found := re.fullmatch(r"(.+)_step_(\d+)", name):
             run.step_grids.setdefault(found[1], []).append((int(found[2]), path))
-    for grids in run.step_grids.values():
-        grids.sort()
     for path in list(run.final_grids.values())[:1]:
         with Image.open(path) as picture:
             text = picture.info.get("prompts", "")

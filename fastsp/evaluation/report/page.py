@@ -113,9 +113,9 @@ def _in_order(run: RunFiles, by_stage: dict[str, T]) -> list[tuple[str, T]]:
 
 
 def _chosen(grids: list[tuple[int, Path]]) -> list[tuple[int, Embedded]]:
-    """A few of the grids made on the way, evenly chosen."""
+    """A few of the grids made on the way, evenly chosen, by rising step."""
     places = np.linspace(0, len(grids) - 1, min(MAX_STEP_GRIDS, len(grids))).round().astype(int)
-    return [(step, embedded(path)) for step, path in (grids[place] for place in places)]
+    return [(step, embedded(path)) for step, path in map(sorted(grids).__getitem__, places)]
 
 
 def critic_words(lines: Sequence[dict[str, Any]]) -> str:
