@@ -265,11 +265,7 @@ class Config(Section):
             yield f"data.microbatch: {data.microbatch} does not divide data.batch_size, which is {data.batch_size}"
 
     def check_world_size(self, world_size: int) -> None:
-        """Whether a batch can be split evenly over so many processes.
-
-        Raises:
-            UserError: it cannot.
-        """
+        """Raises a UserError if a batch cannot be split evenly over so many processes."""
         data = self.data
         shared_by = world_size * (data.microbatch or 1)
         if data.batch_size % shared_by:

@@ -27,12 +27,7 @@ _PLAIN_SECONDS = 10.0
 
 
 class Reading:
-    """A step's figures, copied to the host behind the step; the next steps may be enqueued meanwhile.
-
-    Args:
-        step: its number.
-        result: its result, on the device.
-    """
+    """A step's figures, copied to the host behind the step; the next steps may be enqueued meanwhile."""
 
     def __init__(self, step: int, result: StepResult) -> None:
         self.step, self.learning_rate = step, result.learning_rate
@@ -133,11 +128,7 @@ class Monitor:
                 self.flush()
 
     def flush(self) -> None:
-        """Write the figures that are still on their way.
-
-        Raises:
-            Diverged: as :meth:`after_step`.
-        """
+        """Write the figures that are still on their way. Raises as :meth:`after_step`."""
         reading, self.reading = self.reading, None
         if reading is None:
             return

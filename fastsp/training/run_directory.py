@@ -93,20 +93,12 @@ class RunDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release()
+        self.lock.release()
 
     def hold(self) -> None:
-        """Lock an existing run, so that `fastsp status` calls it running while its model is being loaded.
-
-        Raises:
-            UserError: it is in use by another process.
-        """
+        """Lock an existing run, so that `fastsp status` calls it running while its model is being loaded."""
         if self.is_main and self.config_file.exists():
             self.lock.acquire()
-
-    def release(self) -> None:
-        """Unlock the run."""
-        self.lock.release()
 
     def keep_changes(self) -> None:
         """Set the old configuration aside and write the new one, if they differ."""

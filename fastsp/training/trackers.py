@@ -18,11 +18,7 @@ from fastsp.utils.files import write_file
 
 
 def check_installed(config: Config) -> None:
-    """See that what the configuration asks for is there.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Raises a UserError if the configuration asks for Weights & Biases and it is not installed."""
     if config.log.wandb is not None and find_spec("wandb") is None:
         raise UserError(
             f"log.wandb is set, but wandb is not installed: {install_command('wandb')}, or leave log.wandb out"

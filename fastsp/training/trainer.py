@@ -81,7 +81,7 @@ def train(
         with ranks.main_first():
             run, stop = RunDirectory(config, resume, allow_changes, ranks.is_main), StopRequest(ranks.is_main)
             stack.enter_context(explained(run))  # loading the model may already run out of memory
-            stack.callback(run.release)
+            stack.push(run)
             run.hold()
             trainer = Trainer(config, ranks, run, stop, console or Console(), report)  # fails before writing anything
             # Ranks are named within `stop`, because torchrun sends SIGTERM as soon as one process has ended.
@@ -140,9 +140,10 @@ class Trainer:
             self.validation = Validation(config, self._open(config.validation_data, shuffle=False), ranks)
         self.inventory = self.source.reader.inventory()
         changed_data = run.check_data(self.inventory)
+        share = f", {ranks.world_size} processes ({config.distributed})" if ranks.world_size > 1 else ""
         console.print(
             f"run {run.root}: {len(self.source)} samples of {config.data.source}, UNet of "
-            f"{_size(self.model.unet)}, {config.precision} on {device_name(self.device)}{_share(config, ranks)}"
+            f"{_size(self.model.unet)}, {config.precision} on {device_name(self.device)}{share}"
         )
         console.print(_prediction_line(self.model), highlight=False)
         if (times := config.data.batch_size / len(self.source)) > 1:
@@ -402,11 +403,7 @@ class Trainer:
         )
 
     def _draw(self, ema_unet: Any, stage: StageConfig, step: int, trackers: Trackers | None) -> Any:
-        """Draw a grid with the averaged weights. All ranks call it, since each may hold a shard.
-
-        Returns:
-            The whole UNet on the main process, None on the others.
-        """
+        """Draw a grid with the averaged weights; returns the whole UNet on rank 0. All ranks call it: shards."""
         whole = whole_unet(ema_unet, self.ranks)
         if whole is not None:
             at = "final" if step == stage.steps else f"step_{step:06d}"
@@ -437,12 +434,12 @@ class Trainer:
 
     def _refresh_report(self) -> None:
         """A failing report does not stop the run; it is mentioned once."""
-        if self.report is not None:
-            try:
+        try:
+            if self.report is not None:
                 self.report(self.run.root)
-            except Exception as error:
-                self.console.print(f"the report is not refreshed any more: {type(error).__name__}: {error}")
-                self.report = None
+        except Exception as error:
+            self.console.print(f"the report is not refreshed any more: {type(error).__name__}: {error}")
+            self.report = None
 
     def _some_captions(self) -> list[str]:
         """Captions of the first samples of the run, for the pictures."""
@@ -507,7 +504,3 @@ def _average_line(ema: EMAConfig, steps: int) -> str:
         return text
     advice = "ema.warmup: true or a smaller ema.decay" if not ema.warmup else "a smaller ema.decay"
     return f"{text}, the rest the weights that it starts from; {advice} leaves less of those"
-
-
-def _share(config: Config, ranks: Ranks) -> str:
-    return f", {ranks.world_size} processes ({config.distributed})" if ranks.world_size > 1 else ""

@@ -54,4 +54,4 @@ def test_a_run_that_is_there_is_held_before_it_goes_on(tmp_path):
         pass
     assert not run_status(tmp_path / "run").running
     second.hold()
-    second.release()
+    second.lock.release()
