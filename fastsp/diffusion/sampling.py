@@ -85,11 +85,12 @@ def guided_denoiser(
     """
     if guidance.active:
         conditioning = conditioning.with_empty(empty)
-    keywords = family_of(unet).keywords(conditioning.to(dtype=unet.dtype))
+    family = family_of(unet)
+    keywords = family.keywords(conditioning.to(dtype=unet.dtype))
 
     def denoise(x_t: Tensor, time: Tensor) -> Tensor:
         x_t = torch.cat([x_t, x_t]) if guidance.active else x_t
-        model_pred = unet(x_t.to(unet.dtype), time.expand(len(x_t)), **keywords, return_dict=False)[0]
+        model_pred = family.call(unet, x_t.to(unet.dtype), time.expand(len(x_t)), keywords)
         return guidance.combine(*model_pred.float().chunk(2)) if guidance.active else model_pred
 
     return denoise

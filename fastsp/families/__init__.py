@@ -68,6 +68,12 @@ class NetworkFamily(Protocol):
     def example_inputs(self, config: Config, latents: tuple[int, ...], text: tuple[int, ...]) -> dict[str, Any]:
         """Keywords of one forward, of latents (B, C, H, W) and text features (B, L, D); values do not matter."""
 
+    def call(self, network: Any, sample: Tensor, time: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
+        """The network's answer, in its dtype, to samples (B, C, H, W) in that dtype; ``network`` may be truncated.
+
+        ``time``, (B,), is what the process tells the network. ``conditioning`` has its other keywords, in any dtype.
+        """
+
     def blocks(self, network: Any) -> list[nn.Module]:
         """The units that FSDP gathers and shards, in the order of the forward."""
 

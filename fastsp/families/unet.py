@@ -123,6 +123,10 @@ class UNetFamily:
             "added_cond_kwargs": added,
         }
 
+    def call(self, network: Any, sample: Tensor, time: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
+        states = conditioning["encoder_hidden_states"].to(sample.dtype)
+        return network(sample, time, **{**conditioning, "encoder_hidden_states": states}, return_dict=False)[0]
+
     def blocks(self, network: Any) -> list[nn.Module]:
         mid = [] if network.mid_block is None else [network.mid_block]
         return [*network.down_blocks, *mid, *network.up_blocks]

@@ -126,8 +126,7 @@ class FrozenFeatures(PerceptualMetric):
 
     def distance(self, inputs: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """(B,) float32: each layer's distance within a sample, then the plain mean over layers."""
-        states = conditioning["encoder_hidden_states"].to(inputs.dtype)
-        pred, real = self._features(inputs, {"timesteps": time, **conditioning, "encoder_hidden_states": states})
+        pred, real = self._features(inputs, {"timesteps": time, **conditioning})
         return torch.stack([self._layer_distance(p, r) for p, r in zip(pred, real, strict=True)]).mean(0)
 
     def compile_network(self, **options: Any) -> None:

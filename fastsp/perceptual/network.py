@@ -77,18 +77,19 @@ class PerceptualNetwork(AlwaysEval):
         return torch.channels_last if channels_last else torch.contiguous_format
 
     def forward(
-        self, sample: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, **conditioning: Any
+        self, sample: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor | None = None, **conditioning: Any
     ) -> tuple[Tensor, ...]:
         """Features ``p_l(x_t', t', c)``, one tensor for each layer, in the network's dtype.
 
         Args:
             sample: x_t', (B, C, H, W).
-            timesteps: t', (B,) integers.
-            encoder_hidden_states: the text features c, (B, L, D).
+            timesteps: t', (B,), as the process tells it.
+            encoder_hidden_states: the text features c, (B, L, D), any float dtype.
             **conditioning: the other keywords of the network's own forward, such as ``added_cond_kwargs``.
         """
         self._collected.clear()
-        last = self.unet(sample, timesteps, encoder_hidden_states, **conditioning, return_dict=False)[0]
+        conditioning = {"encoder_hidden_states": encoder_hidden_states, **conditioning}
+        last = self.family.call(self.unet, sample, timesteps, conditioning)
         features = tuple(self._collected)
         self._collected.clear()  # nothing outlives the call
         return (*features, last) if self._ends_with_answer else features

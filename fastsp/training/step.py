@@ -231,8 +231,9 @@ class TrainingStep:
             memory_format=torch.channels_last,
         )
         time = self.process.model_time(t)
-        keywords = family_of(self.unet).keywords(conditioning)
-        model_pred = self.unet(noisy_latents, time, **keywords, return_dict=False)[0]
+        family = family_of(self.unet)
+        keywords = family.keywords(conditioning)
+        model_pred = family.call(self.unet, noisy_latents, time, keywords)
         losses = self.objective(model_pred, target, latents, t, keywords, self.seed, positions)
         return (batch.weights * losses).sum() / self.config.data.batch_size
 
