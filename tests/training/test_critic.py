@@ -11,6 +11,7 @@ import pytest
 import torch
 from bench.workloads import tiny_workload
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training.test_capture import batch
 
 from fastsp.bench.fastsp_step import build_training_step
@@ -79,7 +80,8 @@ def test_heads_are_float32_in_bfloat16_too_and_follow_the_run_s_seed():
     assert all(torch.isfinite(torch.tensor(values)).all() for _, values in figures)
 
 
-def test_a_run_keeps_heads_optimizer_and_figures(tmp_path):
+@pytest.mark.parametrize("anchor", ["self_perceptual", "mse"])
+def test_a_run_keeps_heads_optimizer_and_figures(tmp_path, anchor):
     config = load_config(
         QUICKSTART,
         [
@@ -87,15 +89,20 @@ def test_a_run_keeps_heads_optimizer_and_figures(tmp_path):
             "data.batch_size=4",
             "stages=[{name: mse, objective: mse, steps: 1, learning_rate: 1e-3},"
             "{name: sp, objective: self_perceptual, steps: 4, learning_rate: 1e-3, teacher: split,"
-            " critic: {weight: 0.1, heads: 8, warmup_steps: 1}}]",
+            f" critic: {{weight: 0.1, heads: 8, warmup_steps: 1, anchor: {anchor}}}}}]",
+            "validation={every: 4, samples: 4, batch_size: 4}",
             "log.every=1",
             "samples={every: 0, count: 1, steps: 1, prompts: [a handwritten one]}",
             "evaluation.enabled=false",
         ],
     )
     train(config)
-    mse, *rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert "critic_gap" not in mse and len(rows) == 4
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [line for line in lines if "critic_gap" in line]
+    assert [(row["stage"], row["step"]) for row in rows] == [("sp", step) for step in range(1, 5)]
+    assert lines[-1]["validation_self_perceptual"] > 0, "the distance alone"
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("critic_accuracy")
+    assert [event.value for event in events] == pytest.approx([row["critic_accuracy"] for row in rows])
     assert rows[0]["critic_accuracy"] == 0.5 and all(row["critic_loss"] > 0 for row in rows)
     heads, moments = (load_file(tmp_path / f"stages/sp/critic{end}.safetensors") for end in ("", "_optimizer"))
     (file,) = (tmp_path / "checkpoints/step_00000005").glob("*.safetensors")
