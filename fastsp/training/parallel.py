@@ -107,7 +107,7 @@ class ShardedGradients(Gradients):
 
 def gather_gradients(unet: Any, optimizer: Optimizer, ranks: Ranks) -> Gradients:
     """The way of the gradients that fits: the UNet is sharded, or there are many ranks, or one."""
-    if isinstance(unet, FSDPModule):
+    if is_sharded(unet):
         return ShardedGradients(unet, optimizer)
     return ReplicatedGradients(unet, optimizer) if ranks.world_size > 1 else Gradients(unet, optimizer)
 
@@ -133,9 +133,14 @@ def shard(unet: Any, device: torch.device, dtype: torch.dtype, compile_options: 
     return unet
 
 
+def is_sharded(unet: Any) -> bool:
+    """Whether :func:`shard` was here."""
+    return isinstance(unet, FSDPModule)
+
+
 def whole_unet(unet: Any, ranks: Ranks) -> Any | None:
     """On rank 0 a UNet that can be sampled and saved, on the device; None on the others. All ranks take part."""
-    if not isinstance(unet, FSDPModule):
+    if not is_sharded(unet):
         return unet if ranks.is_main else None
     state = get_model_state_dict(unet, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not ranks.is_main:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pkgutil import resolve_name
+from typing import Any
 
 import torch
 from fastsp_kernels import adamw_ema
@@ -188,7 +189,7 @@ class Muon(TorchUpdate):
         if matrices:
             optimizers += [torch.optim.Muon(matrices.values(), 1.0, 0.0, adjust_lr_fn="match_rms_adamw")]
         if others:
-            settings = {"weight_decay": 0.0, "capturable": capturable, "foreach": True}
+            settings: dict[str, Any] = {"weight_decay": 0.0, "capturable": capturable, "foreach": True}
             optimizers += [torch.optim.AdamW(others, 1.0, betas, self.config.eps, **settings)]
         return optimizers
 
