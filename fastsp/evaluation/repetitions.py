@@ -8,6 +8,7 @@ over the repetitions, covers what another training of these stages would change,
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
@@ -77,11 +78,11 @@ def comparisons(config: Config, rows: list[Row]) -> Iterator[Comparison]:
 def markdown(config: Config, rows: list[Row]) -> str:
     """The comparison as a table: a row for each metric and way of sampling, a column for each form of training.
 
-    A cell is the mean over the repetitions; in brackets the difference from the control and its 95 % interval, in
-    bold where that excludes zero. The floor, real images, is a line above the table.
+    A cell is the mean over the repetitions, or "-" while some have no row; in brackets the difference from the control
+    and its 95 % interval, in bold where that excludes zero. The floor, real images, is a line above the table.
     """
     forms, pooled = _forms(config), by_repetition(config, rows)
-    groups = by_setting(pooled)
+    groups, trained = by_setting(pooled), Counter(_form(config, stage.name) for stage in config.stages)
     compared = {(c.metric, c.setting): c for c in comparisons(config, rows)}
     real = [row for row in pooled if row["stage"] == REAL][:1]
     floor = [f"{m.heading} {m.show(row[m.key])}" for row in real for m in METRICS if m.better and m.key in row]
@@ -93,7 +94,8 @@ def markdown(config: Config, rows: list[Row]) -> str:
                 group = groups.get(sampling._replace(stage=form), [])
                 values = [row[metric.key] for row in group if metric.key in row]
                 comparison = compared.get((metric, sampling._replace(stage=form)))
-                cells.append(f"{metric.show(mean(values)) if values else '-'}{_against_control(comparison)}")
+                shown = f"{metric.show(mean(values))}{_against_control(comparison)}" if values else "-"
+                cells.append(shown if len(values) == trained[form] else "-")
             if cells != ["-"] * len(forms):
                 table.append([f"{metric.heading} {metric.better}", sampling.words(), *cells])
     head = [f"Real images that were trained on: {', '.join(floor)}.", ""] if floor else []

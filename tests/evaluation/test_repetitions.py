@@ -74,6 +74,8 @@ def test_the_table(config: Config) -> None:
     assert table[2:] == [
         "| FID ↓ | 25 steps | 13.25 | 11.25 | 11.25 (+0.00, −1.24 to +1.24) | 10.25 (**−1.00, −1.02 to −0.98**) |"  # noqa: RUF001
     ]
+    unfinished = [row for row in rows(config) if row["stage"] != "sp_2"]
+    assert markdown(config, unfinished).splitlines()[4].split(" | ")[4:] == ["-", table[2].split(" | ")[5]]
 
 
 def test_a_file_without_control_is_refused(tmp_path: Path) -> None:
