@@ -76,11 +76,7 @@ def available(device: torch.device) -> tuple[str, ...]:
 
 
 def check_available(wanted: str, device: torch.device) -> None:
-    """See that a kernel can be used.
-
-    Raises:
-        UserError: an unknown name, or a kernel that this machine lacks.
-    """
+    """A UserError for an unknown name, or a kernel that this machine lacks."""
     if wanted not in (there := ("auto", *available(device))):
         fault = "not available here" if wanted in NAMES else "unknown"
         raise UserError(f"attention: {wanted!r} is {fault}; on this {device.type} there are {', '.join(there)}")
@@ -190,7 +186,6 @@ def _milliseconds(name: str, query: Shape, key: Shape, dtype: torch.dtype, devic
 
 
 def _attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of (B, heads, length, width) by one kernel."""
     if name == "xformers":
         from xformers.ops import memory_efficient_attention
 

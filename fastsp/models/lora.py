@@ -67,9 +67,6 @@ def add_adapters(unet: Any, rank: int, alpha: float, target_modules: Sequence[st
     """Freeze ``unet`` and put trainable adapters into it: ``W x + alpha / rank * B A x`` with B = 0, A random.
 
     Args:
-        unet: diffusers' UNet.
-        rank: of the product B A.
-        alpha: its scale is alpha / rank.
         target_modules: the layers that get one, by the ends of their names, such as ``to_q`` or ``to_out.0``.
         seed: of A.
 
@@ -138,11 +135,7 @@ def load_adapters(unet: nn.Module, folder: Path) -> None:
 
 
 def base_of(folder: Path) -> Base:
-    """The model that the adapters in ``folder`` were trained on.
-
-    Raises:
-        UserError: the file does not say, says what this version does not know, or cannot be read.
-    """
+    """What the adapters in ``folder`` were trained on; a UserError if its file does not tell."""
     found = header(folder)
     if "base_model" not in found:
         raise UserError(f"{folder / DIFFUSERS_FILE} does not name its base model, as adapters written by fastsp do")

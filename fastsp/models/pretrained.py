@@ -117,10 +117,9 @@ def load_model(
 
 
 def check_pipeline(name: str, base: str | None = None) -> None:
-    """See that :func:`load_pipeline` would find all parts, without reading weights. A hub id is downloaded.
+    """:func:`load_pipeline`'s UserError for what is not there, is of another kind, or lacks a part; reads no weights.
 
-    Raises:
-        UserError: it is not there, is of another kind, or lacks a part.
+    A hub id is downloaded.
     """
     path = _find(name)
     if (path / DIFFUSERS_FILE).is_file():
@@ -135,9 +134,7 @@ def check_pipeline(name: str, base: str | None = None) -> None:
 
 
 def load_unet(folder: Path, base: str | None = None) -> Any:
-    """The UNet of a pipeline folder, of a folder with a UNet alone, or with adapters, fused into their base; float32.
-
-    Weights of a variant (``*.fp16.safetensors``) are read where there are no others. ``base``: as `load_pipeline` has.
+    """The UNet of a pipeline folder, of a folder with a UNet alone, or with adapters, fused into ``base``; float32.
 
     Raises:
         UserError: there is none, or it cannot be loaded.
@@ -187,11 +184,7 @@ def load_scheduler(folder: Path) -> DDIMScheduler:
 
 
 def check_unet(folder: Path) -> None:
-    """See that :func:`load_unet` would find a UNet, without reading weights.
-
-    Raises:
-        UserError: it would not.
-    """
+    """:func:`load_unet`'s UserError where there is no UNet; reads no weights."""
     if (folder / DIFFUSERS_FILE).is_file():
         check_pipeline(str(folder))
     else:
@@ -202,15 +195,13 @@ def check_perceptual_network(unet: Any, predicts: str, layers: str | None, folde
     """See that a later stage can use its perceptual network, before the stages in front of it are trained.
 
     Args:
-        unet: of the run.
-        predicts: the prediction type that the run trains.
+        unet, predicts: the run's network and prediction type.
         layers: of the stage; None: it has no such key.
-        folder: of a UNet from outside of the run, whose weights are not read; None: the run's own.
+        folder: of a UNet from outside of the run; None: the run's own.
         stage: its key in the configuration, such as ``stages.1``.
 
     Raises:
-        UserError: the perceptual network has no such layers, takes other inputs than the run's UNet, or is of a
-            pipeline that predicts something else.
+        UserError: the perceptual network lacks the layers, takes other inputs, or predicts something else.
     """
     config, family = unet.config, family_of(unet)
     if folder is not None:
@@ -228,13 +219,10 @@ def check_perceptual_network(unet: Any, predicts: str, layers: str | None, folde
 
 
 def check_predicts(prediction_type: str | None, trained: str, what: str) -> None:
-    """See that a network can be the start or the perceptual network of a self-perceptual stage.
+    """A UserError if a self-perceptual stage cannot start from a network, or see with it: it predicts something else.
 
-    Another prediction type belongs to another noise schedule too: such a network is a good metric at no high noise,
-    and the stage, which compares features alone, would have to teach the trained type from nothing.
-
-    Raises:
-        UserError: it predicts something else than what is ``trained``; None: it is a preset's.
+    Another prediction type (None: a preset's) has another noise schedule too. Such a network is a good metric at no
+    high noise, and the stage, which compares features alone, would have to teach the trained type from nothing.
     """
     if prediction_type not in (None, trained):
         raise UserError(
@@ -245,7 +233,7 @@ def check_predicts(prediction_type: str | None, trained: str, what: str) -> None
 
 
 def _find(name: str, parts: Collection[str] | None = None) -> Path:
-    """The folder or file of a pipeline; a hub id is downloaded (None: all parts), or found in the cache."""
+    """The folder or file of a pipeline; of a hub id, the parts (None: all) are downloaded or found in the cache."""
     path = Path(name).expanduser()
     if path.suffix in PICKLES:
         raise UserError(f"{name} is a pickle, which can run code: fastsp reads safetensors alone; convert it first")
@@ -412,7 +400,7 @@ def _faults(model: TextToImageModel) -> Iterator[str]:
             f"the UNet takes {config.in_channels} channels, the VAE's latents have {vae.latent_channels}; "
             "fastsp trains text-to-image models"
         )
-    if (fault := family_of(model.unet).fault(config)) is not None:
+    if fault := family_of(model.unet).fault(config):
         yield f"the UNet cannot be trained: {fault}"
     if getattr(vae, "latents_mean", None) is not None:
         yield "the VAE has latents_mean and latents_std, which fastsp does not know"

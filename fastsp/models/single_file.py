@@ -84,11 +84,7 @@ def _old_text_encoder(file: Path, config: str | None) -> Any:
 
 
 def tensor_names(file: Path) -> set[str]:
-    """The names of a checkpoint's tensors, from its header.
-
-    Raises:
-        UserError: it is no safetensors file.
-    """
+    """The names of a checkpoint's tensors, from its header; a UserError if it is no safetensors file."""
     try:
         with safe_open(file, framework="pt") as checkpoint:
             return set(checkpoint.keys())

@@ -49,11 +49,7 @@ def save_tensors(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) 
 
 
 def read_text(path: Path, name: str | None = None) -> str:
-    """The text of a file that a user hands in, without the byte order mark that Windows' editors put first.
-
-    Args:
-        path: a file, or what the shell makes of ``<(command)``.
-        name: what errors call it; by default the path.
+    """The text of a file that a user hands in, see :func:`decode_text`; errors call it ``name``, else by its path.
 
     Raises:
         UserError: there is no such file, it cannot be read, or it is not UTF-8.
@@ -73,10 +69,10 @@ def read_lines(path: Path, name: str | None = None) -> list[str]:
 
 
 def decode_text(content: bytes, name: str) -> str:
-    """UTF-8 without a byte order mark, its lines ended by ``\\n``.
+    """UTF-8 without the byte order mark that Windows' editors put first, its lines ended by ``\\n``.
 
     Raises:
-        UserError: it is in another encoding; the message says which is likely, and which byte of which line shows it.
+        UserError: it is in another encoding; the message says which is likely.
     """
     content = content.removeprefix(codecs.BOM_UTF8)
     try:
@@ -103,12 +99,9 @@ def expand_home(path: str) -> str:
 
 
 def check_writable(file: Path, force: bool, option: str = "") -> None:
-    """Check before the work begins that a file can be written at its end, with the folders missing above it.
+    """Check before the work begins that a file, named by an ``option``, can be written at its end.
 
-    Args:
-        file: to be written.
-        force: it may replace another file.
-        option: of the command line that names it.
+    The folders above it may be missing.
 
     Raises:
         UserError: a folder is there, or a file and not ``force``, or the file system does not let us write.
@@ -127,12 +120,7 @@ def check_free(file: Path, force: bool, option: str = "") -> None:
 
 
 def check_folder_writable(folder: Path, option: str = "", replaces: bool = False) -> None:
-    """As :func:`check_writable`, of a folder to write into, which need not exist yet.
-
-    Args:
-        folder: to be filled.
-        option: of the command line or the configuration that names it.
-        replaces: it is written with :func:`new_folder`, beside a folder of that name.
+    """As :func:`check_writable`, of a folder to write into; ``replaces``: by :func:`new_folder`, beside the old one.
 
     Raises:
         UserError: a file is there, or the file system does not let us write.
@@ -163,10 +151,8 @@ class FileLock:
     Some file systems of clusters have no locks. There nothing is locked and the work goes on; ``note``, else None, is a
     line that says so.
 
-    Args:
-        path: a file for the lock alone, which stays. While the lock is held it names the holder.
-        patience: seconds to wait for another holder.
-        what: how messages call what the lock protects.
+    ``path`` is a file for the lock alone, which stays; while the lock is held it names the holder. ``patience``:
+    seconds to wait for another holder. ``what``: how messages call what is protected.
     """
 
     def __init__(self, path: Path, patience: float, what: str) -> None:
@@ -223,10 +209,7 @@ class LockHolder(NamedTuple):
 
 
 def lock_holder(path: Path) -> LockHolder | None:
-    """Who holds the :class:`FileLock` on ``path``; None: nobody.
-
-    Without locks the file's own text is the answer, unless its process is known to have ended: one of this machine.
-    """
+    """Who holds the :class:`FileLock` on ``path``, by its text where there are no locks; None: nobody."""
     try:
         with path.open(encoding="utf-8") as stream:
             is_free, name = _try_lock(stream, fcntl.LOCK_SH), _text_of(stream)
@@ -267,17 +250,14 @@ def _is_alive(process: int) -> bool:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file whole, in place of the one that may be there. Text becomes UTF-8."""
+    """A file whole, in place of the one that may be there. Text becomes UTF-8."""
     with new_file(path) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A path to write to. Leaving the context makes that file durable and renames it to ``path``.
-
-    The path is different every time, so that processes which write the same file do not meet.
-    """
+    """A path to write to. Leaving the context makes that file durable and renames it to ``path``."""
     unfinished = unfinished_path(path)
     try:
         yield unfinished
@@ -344,7 +324,7 @@ def remove_unfinished(root: Path) -> None:
 
 
 def unfinished_path(path: Path) -> Path:
-    """Beside ``path``, another one every time: where to write what becomes ``path`` by a rename."""
+    """Where to write what becomes ``path`` by a rename: another one every time, so that two processes do not meet."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
@@ -355,10 +335,7 @@ def _open_up(file: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or the names in a folder, to the disk itself.
-
-    Some file systems of clusters cannot do this for a folder. Its names are then as durable as they make them.
-    """
+    """Flush a file's content, or the names in a folder where the file system can, to the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

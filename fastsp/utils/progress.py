@@ -38,11 +38,8 @@ def steps_progress(console: Console, *more: ProgressColumn) -> Progress:
 def steps_bar(what: str, total: int | None, shown: bool = True, late: bool = False) -> Iterator[Callable[..., None]]:
     """A bar around the work; the context's value advances it by one, or by as many as it is told.
 
-    Args:
-        what: is done.
-        total: steps; None where their number is not known before.
-        shown: whether at all.
-        late: it appears after ``LATE_SECONDS`` only, for what mostly takes an instant.
+    ``total`` is None where the number of steps is not known before. ``late``: it appears after ``LATE_SECONDS`` only,
+    for what mostly takes an instant.
     """
     if not shown:
         yield lambda count=1: None
