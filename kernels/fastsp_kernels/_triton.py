@@ -74,12 +74,10 @@ def jit(function: Callable[..., Any]) -> Any:
         return triton.jit(function)
 
 
-def autotune(shapes: tuple[tuple[int, int], ...], key: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+def autotune(shapes: tuple[tuple[int, int], ...] = LATENT_SHAPES, key: tuple[str, ...] = ()) -> Callable[[Any], Any]:
     """`triton.autotune` over pairs of BLOCK and num_warps, measured once for each `key` and dtypes of the arguments.
 
-    Under the interpreter the first block size is taken.
-
-    A kernel must be safe to repeat on its own output, since tuning runs it many times.
+    Under the interpreter the first block size is taken. Tuning runs a kernel many times on its own output.
     """
     if triton is None:
         return lambda kernel: kernel

@@ -87,14 +87,8 @@ def adamw_ema(
     lists = (masters, gradients, exp_avgs, exp_avg_sqs, emas, copies)
     check_lists(lists)
     scalars = {"learning_rate": learning_rate, "ema_decay": ema_decay, "gradient_norm": gradient_norm}
-    device = masters[0].device
     for name, scalar in {**scalars, "step": step, "skipped": skipped}.items():
-        check_tensor(name, scalar)
-        if scalar.ndim != 0 or scalar.device != device:
-            raise ValueError(f"{name} must be a 0-d tensor on {device}, got {tuple(scalar.shape)} on {scalar.device}")
-        dtypes = SCALAR_DTYPES.get(name, (torch.float32,))
-        if scalar.dtype not in dtypes:
-            raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {scalar.dtype}")
+        check_tensor(name, scalar, (), SCALAR_DTYPES.get(name, (torch.float32,)), masters[0])
     _check_options(max_norm, betas, eps, weight_decay)
     arguments = (*lists, learning_rate, ema_decay, gradient_norm, step, skipped, max_norm, *betas, eps, weight_decay)
     if _is_plain_on_cpu(masters[0]):

@@ -18,16 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsp_kernels import _checks as checks
-from fastsp_kernels._triton import (
-    LATENT_SHAPES,
-    autotune,
-    jit,
-    launch_on_latents,
-    load_device,
-    store_device,
-    tl,
-    uses_triton,
-)
+from fastsp_kernels._triton import autotune, jit, launch_on_latents, load_device, store_device, tl, uses_triton
 from fastsp_kernels.philox import Stream, random_normals, random_normals_device
 
 
@@ -62,12 +53,11 @@ def diffuse(
     Raises:
         ValueError: an empty batch; not exactly one source of noise; shapes, dtypes or devices that do not fit together.
     """
-    checks.check_images("latents", latents)
-    marginal = checks.check_coefficients("marginal", marginal, 4, latents)
-    source = checks.noise_source(noise, seed, positions, latents)
-    dtype = dtype or latents.dtype
-    checks.check_dtype("dtype", dtype)
-    outputs = _diffuse(latents, *source, marginal, with_target, dtype, checks.format_code(memory_format))
+    checks.check_latents(latents)
+    marginal = checks.checked_coefficients("marginal", marginal, 4, latents)
+    source = checks.checked_source(noise, seed, positions, latents)
+    layout = checks.checked_layout(dtype or latents.dtype, memory_format)
+    outputs = _diffuse(latents, *source, marginal, with_target, *layout)
     return outputs[0], outputs[1] if with_target else None
 
 
@@ -118,7 +108,7 @@ def _diffuse_reference(
         output.copy_(of_latents * latents + of_noise * noise)
 
 
-@autotune(LATENT_SHAPES)
+@autotune()
 @jit
 def _diffuse_kernel(
     noisy_ptr,

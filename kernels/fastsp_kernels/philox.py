@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastsp_kernels import _checks as checks
+from fastsp_kernels._checks import check_tensor
 from fastsp_kernels._triton import LAUNCH_OPTIONS, autotune, jit, tl, uses_triton
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -94,9 +94,9 @@ def random_words(seed: Seed, stream: int, positions: Tensor, count: int) -> Tens
 
 def _draw(seed: Seed, stream: int, positions: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """(B, count) words in int64, or normals in float32; arguments and errors are those of `random_words`."""
-    checks.check_tensor("positions", positions)
-    if positions.ndim != 1 or positions.dtype != torch.int64:
-        raise ValueError(f"positions must be a 1-D int64 tensor, got {positions.dtype} of {tuple(positions.shape)}")
+    check_tensor("positions", positions, getattr(positions, "shape", ()), (torch.int64,), positions)
+    if positions.ndim != 1:
+        raise ValueError(f"positions must be a 1-D int64 tensor, got shape {tuple(positions.shape)}")
     if not 1 <= count <= 4 << 32:
         raise ValueError(f"count must be from 1 to 2^34, got {count}")
     if isinstance(seed, int):
@@ -105,7 +105,7 @@ def _draw(seed: Seed, stream: int, positions: Tensor, count: int, dtype: torch.d
         seed = torch.full((), seed, dtype=torch.int64, device=positions.device)  # no copy: a graph capture allows none
     elif not isinstance(seed, Tensor):
         raise ValueError(f"seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
-    checks.check_seed(seed, positions)
+    check_tensor("seed", seed, (), (torch.int64,), positions)
     return _random(seed, positions, int(stream), count, dtype)
 
 

@@ -18,16 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsp_kernels import _checks as checks
-from fastsp_kernels._triton import (
-    LATENT_SHAPES,
-    autotune,
-    jit,
-    launch_on_latents,
-    load_device,
-    store_device,
-    tl,
-    uses_triton,
-)
+from fastsp_kernels._triton import autotune, jit, launch_on_latents, load_device, store_device, tl, uses_triton
 from fastsp_kernels.philox import Stream, random_normals, random_normals_device
 
 
@@ -63,17 +54,12 @@ def reproject(
     Raises:
         ValueError: an empty batch; not exactly one source of noise; shapes, dtypes or devices that do not fit together.
     """
-    checks.check_images("latents", latents)
-    checks.check_like("model_pred", model_pred, latents)
-    if noisy_latents is not None:
-        checks.check_like("noisy_latents", noisy_latents, latents)
-    marginal = checks.check_coefficients("marginal", marginal, 4, latents)
-    transition = checks.check_coefficients("transition", transition, 2, latents)
-    source = checks.noise_source(noise, seed, positions, latents)
-    dtype = dtype or model_pred.dtype
-    checks.check_dtype("dtype", dtype)
-    code = checks.format_code(memory_format)
-    return _reproject(model_pred, latents, noisy_latents, *source, marginal, transition, dtype, code)
+    checks.check_latents(latents, model_pred=model_pred, noisy_latents=noisy_latents)
+    marginal = checks.checked_coefficients("marginal", marginal, 4, latents)
+    transition = checks.checked_coefficients("transition", transition, 2, latents)
+    source = checks.checked_source(noise, seed, positions, latents)
+    layout = checks.checked_layout(dtype or model_pred.dtype, memory_format)
+    return _reproject(model_pred, latents, noisy_latents, *source, marginal, transition, *layout)
 
 
 @torch.library.custom_op("fastsp::reproject", mutates_args=())
@@ -158,7 +144,7 @@ def _reproject_reference(
         half.copy_(c_x * noisy + c_f * f)
 
 
-@autotune(LATENT_SHAPES)
+@autotune()
 @jit
 def _reproject_kernel(
     output_ptr,

@@ -268,7 +268,7 @@ def test_wrong_lists(name: str, tensors: list[Tensor], message: str) -> None:
 def test_wrong_scalars(name: str) -> None:
     model = Model(torch.device("cpu"))
     for value, message in (
-        (torch.zeros(1), "a 0-d tensor"),
+        (torch.zeros(1), r".* of shape \(\) on cpu, got .* of shape \(1,\)"),
         (0.5, "a tensor, got float"),
         (torch.zeros((), dtype=torch.bfloat16), r"torch\.(float32|int64).*, got torch\.bfloat16"),
     ):

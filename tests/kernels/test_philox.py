@@ -281,12 +281,15 @@ def test_reference_draws_the_same_words_on_a_gpu() -> None:
     ("call", "message"),
     [
         (lambda: random_words(0, 0, torch.zeros(2, 2, dtype=torch.int64), 4), "positions must be a 1-D int64 tensor"),
-        (lambda: random_words(0, 0, torch.zeros(2), 4), "positions must be a 1-D int64 tensor"),
+        (lambda: random_words(0, 0, torch.zeros(2), 4), "positions must be torch.int64 .* got torch.float32"),
         (lambda: random_words(0, 0, torch.arange(2), 0), "count must be"),
         (lambda: random_words(0, 0, 3, 1), "positions must be a tensor, got int"),
         (lambda: random_words(1.5, 0, torch.arange(2), 4), "seed must be an int or a 0-d int64 tensor, got float"),
-        (lambda: random_words(torch.tensor([0]), 0, torch.arange(2), 4), "seed must be a 0-d int64 tensor"),
-        (lambda: random_words(torch.tensor(0, device="meta"), 0, torch.arange(2), 4), "seed must be on"),
+        (lambda: random_words(torch.tensor([0]), 0, torch.arange(2), 4), r"seed must be torch.int64 of shape \(\)"),
+        (
+            lambda: random_words(torch.tensor(0, device="meta"), 0, torch.arange(2), 4),
+            "seed must be .* on cpu, got .* on meta",
+        ),
         (lambda: random_integers(0, 0, torch.arange(2), 0), "bound must be"),
         (lambda: random_integers(0, 0, torch.arange(2), 2**31), "bound must be"),
     ],
