@@ -83,12 +83,7 @@ def check_available(wanted: str, device: torch.device) -> None:
 
 
 def choose_attention(
-    wanted: str,
-    network_config: Config,
-    latents: Shape,
-    text: Shape,
-    dtype: torch.dtype,
-    device: torch.device,
+    wanted: str, network_config: Config, latents: Shape, text: Shape, dtype: torch.dtype, device: torch.device
 ) -> Choice:
     """The kernel that ``wanted`` stands for; ``auto``: the fastest on a GPU, PyTorch's own choice on a CPU.
 
@@ -144,7 +139,7 @@ def attention_calls(network_config: Config, latents: Shape, text: Shape) -> Call
 
 
 def milliseconds(names: tuple[str, ...], calls: Calls, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Time of forward and backward of all ``calls`` with each kernel. Kernels that cannot compute them are left out."""
+    """Of forward and backward of all ``calls`` with each kernel; those that cannot compute them are left out."""
     times: dict[str, float] = {}
     for name in names:
         with suppress(Exception):  # of a shape or dtype that it lacks, of memory, of a package built for another torch

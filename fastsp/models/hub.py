@@ -12,24 +12,20 @@ from fastsp.errors import UserError
 from fastsp.models.quiet import quiet_libraries
 
 VARIANTS = (None, "fp16", "bf16")  # of the weights' files, in the order of preference
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")  # owner/model
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 _PARTS = ("unet", "scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be one: ``owner/model``."""
     return _HUB_ID.fullmatch(name) is not None
 
 
 def download_pipeline(hub_id: str, parts: Collection[str] | None = None) -> Path:
     """The folder in Hugging Face's cache with a pipeline's safetensors. What is missing there is downloaded.
 
+    ``parts``: the components that are needed, such as ``unet``; None: all that fastsp uses.
     ``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` have their usual meaning.
-
-    Args:
-        hub_id: ``owner/model``.
-        parts: the components that are needed, such as ``unet``; None: all that fastsp uses.
 
     Raises:
         UserError: no such model, no access to it, neither a network nor a copy in the cache, or only pickled weights.

@@ -53,8 +53,7 @@ class Base(NamedTuple):
 
 
 def fingerprint(network: nn.Module) -> str:
-    """A short hash of a network's weights: of some values of each, in half precision, so that an fp16 variant has the
-    fingerprint of its float32 original."""
+    """A short hash of some values of each weight, in half precision, so that an fp16 variant has the same."""
     digest = hashlib.sha256()
     for name, weight in sorted(network.state_dict().items()):
         values = weight.flatten()
@@ -209,7 +208,6 @@ def header(folder: Path) -> dict[str, str]:
 
 
 def _settings(unet: Any) -> dict[str, Any]:
-    """Of peft's configuration, what a loader needs."""
     config = unet.peft_config["default"]
     return {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
 

@@ -164,11 +164,7 @@ def load_unet_and_scheduler(name: str) -> tuple[Any, DDIMScheduler]:
 
 
 def load_scheduler(folder: Path) -> DDIMScheduler:
-    """The noise scheduler of a pipeline folder, or of the run that ``folder`` is a stage of.
-
-    Raises:
-        UserError: there is none.
-    """
+    """That of a pipeline folder, or of the run that ``folder`` is a stage of; a UserError if there is none."""
     run = next((path.parent for path in folder.resolve().parents if path.name == "stages"), folder)
     for holder in (folder, run / "final"):
         if (file := holder / "scheduler" / "scheduler_config.json").is_file():
@@ -296,7 +292,7 @@ def _load_folder(root: Path, name: str, with_unet: bool) -> TextToImageModel:
 
 
 def _read_index(root: Path, name: str) -> tuple[dict[str, Any], set[str]]:
-    """``model_index.json``, and the parts that it names, of which each has its folder."""
+    """``model_index.json``, and the parts that it names."""
     if not (root / "model_index.json").is_file():
         fault = "it has no model_index.json" if root.is_dir() else "it does not exist"
         raise UserError(f"{name} is no diffusers pipeline folder: {fault}")
@@ -324,7 +320,6 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _family(folder: Path) -> NetworkFamily:
-    """Of the denoising network in a folder."""
     class_name = _read_json(folder / "config.json").get("_class_name", "UNet2DConditionModel")
     try:
         return family_named(class_name)
@@ -384,22 +379,16 @@ def _faults(model: TextToImageModel) -> Iterator[str]:
         # From a folder without its vocabulary, transformers makes a tokenizer without words.
         size, known = len(getattr(model, part)), encoder.config.vocab_size
         if not _NUM_BYTES <= size <= known:
-            yield (
-                f"its {part} has {size} tokens, its text encoder {known}: it lacks its vocabulary, or is of another "
-                f"model; allowed: from {_NUM_BYTES}, one for each byte, to the text encoder's"
-            )
+            reason = "it lacks its vocabulary, or is of another model"
+            yield f"its {part} has {size} tokens, its text encoder {known}: {reason}"
     if model.unet is None:
         return
     config, vae = model.unet.config, None if model.vae is None else model.vae.config
     takes, width = config.cross_attention_dim, sum(encoder.config.hidden_size for encoder in model.text_encoders)
     if takes != width:
-        give = "text encoders give" if model.text_encoder_2 is not None else "text encoder gives"
-        yield f"the UNet takes text features of width {takes}, the {give} {width}"
+        yield f"the UNet takes text features of width {takes}, the text encoders give {width}"
     if vae is not None and config.in_channels != vae.latent_channels:
-        yield (
-            f"the UNet takes {config.in_channels} channels, the VAE's latents have {vae.latent_channels}; "
-            "fastsp trains text-to-image models"
-        )
+        yield f"the UNet takes {config.in_channels} channels, the VAE's latents have {vae.latent_channels}"
     if fault := family_of(model.unet).fault(config):
         yield f"the UNet cannot be trained: {fault}"
     if getattr(vae, "latents_mean", None) is not None:

@@ -14,11 +14,7 @@ _MEANING = ("prediction_type", "rescale_betas_zero_snr")  # what the model predi
 
 
 def loaded_scheduler(config: Any, name: str) -> DDIMScheduler:
-    """A trailing DDIM scheduler with the betas and the prediction type of a folder's scheduler, of any class.
-
-    Args:
-        config: of the scheduler.
-        name: of the model, for messages.
+    """A trailing DDIM scheduler with the betas and the prediction type of a folder's, of any class.
 
     Raises:
         UserError: it has no schedule of betas, or one that diffusers' DDIM does not know.
