@@ -176,8 +176,7 @@ class TextToImageModel:
         Args:
             prompts: B texts; empty ones sample without condition.
             noise: x_T, (B, C, H, W) float32.
-            num_steps: DDIM steps, 1 .. T.
-            guidance: scale and rescale.
+            num_steps: 1 .. T.
             negative_prompt: what guidance starts from; empty: :meth:`encode_no_prompt`.
         """
         conditioning = self._with_own_size(self.encode_prompts(prompts), noise)

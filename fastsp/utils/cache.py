@@ -16,10 +16,7 @@ from fastsp.utils.files import check_folder_writable
 def cache_folder() -> Path:
     """`$FASTSP_CACHE`, else `~/.cache/fastsp`; a temporary folder where that cannot be written. It need not exist yet.
 
-    A container's user may have a home that is not theirs, or none at all.
-
-    Raises:
-        UserError: no temporary folder can be written either.
+    A container's user may have a home that is not theirs, or none. A UserError if nothing can be written at all.
     """
     with suppress(RuntimeError):  # no $HOME, and no passwd entry that names a home
         folder = Path(os.environ.get("FASTSP_CACHE") or Path.home() / ".cache" / "fastsp").expanduser()

@@ -13,10 +13,7 @@ Work = Callable[[], None]
 
 
 def record_cuda_graphs(works: Sequence[Work]) -> list[Work]:
-    """A CUDA graph of each. They share their memory, so they are to be replayed one after the other.
-
-    Threads that read data go on meanwhile (``thread_local``).
-    """
+    """A CUDA graph of each, recorded while threads that read data go on. They share memory: replay them in order."""
     pool, graphs = torch.cuda.graph_pool_handle(), []
     # The current stream as a context: torch's own stays on the recording's stream when a recording fails.
     with _no_garbage_collection(), _usable_generator(), torch.cuda.stream(torch.cuda.current_stream()):

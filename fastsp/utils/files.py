@@ -87,11 +87,7 @@ def decode_text(content: bytes, name: str) -> str:
 
 
 def expand_home(path: str) -> str:
-    """The path with its leading ``~`` or ``~user`` replaced by that home folder.
-
-    Raises:
-        UserError: there is no such home folder.
-    """
+    """The path with its leading ``~`` or ``~user`` replaced by that home folder; a UserError if there is none."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise UserError(f"{path!r} names a home folder that is not known; write ./{path} for a file of that name")

@@ -55,11 +55,7 @@ def launched() -> Launched:
 
 @contextmanager
 def said_once() -> Iterator[None]:
-    """Around what every rank refuses alike: rank 0 alone says so.
-
-    Raises:
-        SystemExit: in place of a UserError on the other ranks.
-    """
+    """Around what every rank refuses alike: rank 0 alone says so, the others exit."""
     try:
         yield
     except UserError:

@@ -29,11 +29,8 @@ DTYPES = (
 
 
 def check_lists(lists: Sequence[list[Tensor]]) -> None:
-    """The lists of `adamw_ema`, in NAMES' order: as long as the first (copies may be empty), and alike in memory.
-
-    Raises:
-        ValueError: they are not. Flat indices would mix up the elements of tensors with different strides.
-    """
+    """The lists of `adamw_ema`, in NAMES' order: as long as the first (copies may be empty), and alike in memory, since
+    flat indices would mix up the elements of tensors with different strides."""
     for name, tensors in zip(NAMES, lists, strict=True):
         if not isinstance(tensors, list | tuple):
             raise ValueError(f"{name} must be a list of tensors, got {type(tensors).__name__}")

@@ -94,7 +94,6 @@ def _empty_pair(model_pred: Tensor, *arguments: Any) -> Tensor:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Two numbers per sample, and what the gradient must look like."""
     model_pred, transition = inputs[0], inputs[7]
     ctx.save_for_backward(transition)
     ctx.dtype = model_pred.dtype
