@@ -11,6 +11,8 @@ import yaml
 from pydantic import ValidationError
 
 from fastsp.config import Config
+from fastsp.errors import UserError
+from fastsp.training.checkpoint_folder import Progress
 
 # No sample and no draw depends on these, and no weight but for rounding.
 _FREE = (
@@ -69,3 +71,19 @@ def _differing(old: Any, new: Any, path: str) -> list[Change]:
 
 def _holds_sections(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(item, dict) for item in value)
+
+
+def check_place(config: Config, progress: Progress) -> None:
+    """Check that a changed configuration still has the step at which the run stopped."""
+    shorten = ""
+    for number, stage in enumerate(config.stages):
+        before = config.steps_before(stage)
+        same_place = stage.name == progress.stage and before + progress.step == progress.global_step
+        if same_place and progress.step <= stage.steps:
+            return
+        shorten = f"; stages.{number}.steps={progress.step} ends it here" if same_place else shorten
+    raise UserError(
+        f"run_dir {config.run_dir} stopped at step {progress.step} of stage {progress.stage}, after "
+        f"{progress.global_step} steps in all, and the new configuration has no such place: leave the stages "
+        f"before it as they were, and this one at least as long{shorten}"
+    )

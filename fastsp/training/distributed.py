@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from fastsp.data.inventory import Inventory
 from fastsp.errors import RunFailed, UserError
 from fastsp.utils.launcher import launched
 
@@ -196,3 +197,19 @@ def process_group(timeout_seconds: float) -> Iterator[Ranks]:
     )
     yield ranks
     dist.destroy_process_group()  # not after a failure: it would wait for the others
+
+
+def check_same_data(mine: Inventory, ranks: Ranks) -> None:
+    """Check that all processes see the same data: each lists the files itself, and a network file system may show new
+    or deleted files to some later than to others.
+
+    Raises:
+        UserError: this process sees other data than process 0.
+        SystemExit: another process does, and prints it.
+    """
+    difference = ranks.broadcast(mine).difference(mine)
+    others = ranks.exchange([difference is not None])
+    if difference:
+        raise UserError(f"this process sees other data than process 0: {difference}; let all read the same files")
+    if others.any():
+        raise SystemExit(1)

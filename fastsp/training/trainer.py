@@ -14,8 +14,7 @@ from PIL import Image
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from fastsp.config import Config, DataConfig, EMAConfig
-from fastsp.data.inventory import Inventory
+from fastsp.config import Config, DataConfig
 from fastsp.data.source import Source, check_path, open_source
 from fastsp.diffusion.latents import fingerprint
 from fastsp.errors import UserError
@@ -24,18 +23,18 @@ from fastsp.generation.generate import RAW
 from fastsp.models import TextToImageModel, check_perceptual_network, check_predicts, load_unet
 from fastsp.models.attention import available, check_available, choose_attention, kept_choice
 from fastsp.models.lora import load_adapters, save_adapters, save_for_use
-from fastsp.models.schedulers import meaning_of
 from fastsp.objectives import StageConfig
 from fastsp.perceptual import shared_copy
+from fastsp.training import announcements
 from fastsp.training.capture import captured
 from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
 from fastsp.training.checkpoint_folder import Progress
 from fastsp.training.compilation import compiler_settings, keep_compiled_code
-from fastsp.training.distributed import Ranks, process_group
+from fastsp.training.config_changes import check_place
+from fastsp.training.distributed import Ranks, check_same_data, process_group
 from fastsp.training.faults import explained
 from fastsp.training.interrupt import Interrupted, StopRequest
 from fastsp.training.monitor import Monitor
-from fastsp.training.optimizer import trained_share
 from fastsp.training.parallel import whole_unet
 from fastsp.training.run_directory import RunDirectory
 from fastsp.training.samples import SampleDrawer
@@ -47,9 +46,6 @@ from fastsp.utils.devices import device_name
 from fastsp.utils.files import new_folder
 from fastsp.utils.gpu_settings import gpu_settings
 from fastsp.utils.launcher import said_once
-
-_MOSTLY = 0.9  # of an average: below it there is a word of advice
-_NOTES = 3  # shown of what is damaged or may surprise in the data
 
 
 @record  # for torchrun's summary
@@ -143,16 +139,13 @@ class Trainer:
         share = f", {ranks.world_size} processes ({config.distributed})" if ranks.world_size > 1 else ""
         console.print(
             f"run {run.root}: {len(self.source)} samples of {config.data.source}, UNet of "
-            f"{_size(self.model.unet)}, {config.precision} on {device_name(self.device)}{share}"
+            f"{announcements.size(self.model.unet)}, {config.precision} on {device_name(self.device)}{share}"
         )
-        console.print(_prediction_line(self.model), highlight=False)
+        console.print(announcements.prediction(self.model), highlight=False)
         if (times := config.data.batch_size / len(self.source)) > 1:
             console.print(f"data.batch_size {config.data.batch_size}: every sample occurs {times:.1f} times per step")
-        told = [*self.source.reader.damaged, *self.source.reader.notes]
-        for name, what in told[:_NOTES]:
-            console.print(f"note: {name}: {what}", highlight=False, markup=False)
-        if (more := len(told) - _NOTES) > 0:
-            console.print(f"note: {more} more about the data; `fastsp data check` has them all")
+        for line in announcements.data_lines(self.source.reader):
+            console.print(line, highlight=False, markup=False)
         if changed_data:
             console.print(f"changed: the data ({changed_data})")
 
@@ -174,7 +167,7 @@ class Trainer:
     def train(self, resume: bool) -> None:
         """All stages, then ``final/``."""
         is_main = self.ranks.is_main
-        _check_same_data(self.inventory, self.ranks)
+        check_same_data(self.inventory, self.ranks)
         checkpoint = self.ranks.broadcast(self._newest_checkpoint() if resume and is_main else None)
         reached = checkpoint.progress.global_step if checkpoint else 0
         if is_main:
@@ -198,8 +191,8 @@ class Trainer:
         self, stage: StageConfig, done: int, checkpoint: Checkpoint | None, trackers: Trackers | None
     ) -> None:
         """One stage, from update ``done`` (from the checkpoint) to the weights in its folder."""
-        self.console.print(_headline(stage, done))
-        self.console.print(_average_line(self.config.ema, stage.steps), highlight=False)
+        self.console.print(announcements.headline(stage, done))
+        self.console.print(announcements.average(self.config.ema, stage.steps), highlight=False)
         step, ema_unet = self._build(stage)
         if done:
             assert checkpoint is not None
@@ -376,7 +369,7 @@ class Trainer:
             self.console.print("no checkpoint yet: starting from the beginning")
         else:
             progress = checkpoint.progress
-            self._check_place(progress)
+            check_place(self.config, progress)
             self.console.print(f"resuming {checkpoint.folder.name}: step {progress.step} of {progress.stage}")
         return checkpoint
 
@@ -386,21 +379,6 @@ class Trainer:
         if number == stage.steps:
             return True
         return number % self.config.checkpoint.every == 0 and not int(result.skipped_in_a_row)
-
-    def _check_place(self, progress: Progress) -> None:
-        """Check that a changed configuration still has the step at which the run stopped."""
-        shorten = ""
-        for number, stage in enumerate(self.config.stages):
-            before = self.config.steps_before(stage)
-            same_place = stage.name == progress.stage and before + progress.step == progress.global_step
-            if same_place and progress.step <= stage.steps:
-                return
-            shorten = f"; stages.{number}.steps={progress.step} ends it here" if same_place else shorten
-        raise UserError(
-            f"run_dir {self.run.root} stopped at step {progress.step} of stage {progress.stage}, after "
-            f"{progress.global_step} steps in all, and the new configuration has no such place: leave the stages "
-            f"before it as they were, and this one at least as long{shorten}"
-        )
 
     def _draw(self, ema_unet: Any, stage: StageConfig, step: int, trackers: Trackers | None) -> Any:
         """Draw a grid with the averaged weights; returns the whole UNet on rank 0. All ranks call it: shards."""
@@ -448,59 +426,11 @@ class Trainer:
             return list(next(batches).captions)
 
 
-def _size(unet: Any) -> str:
-    total = sum(p.numel() for p in unet.parameters())
-    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    share = f", {trained:,} of them adapters, which alone are trained" if trained < total else ""
-    return f"{total / 1e6:.1f} M parameters{share}"
-
-
 def _fingerprints(model: TextToImageModel) -> dict[str, Any]:
     """Of the networks that must have made the latents and the text features beside them."""
     return {"vae_sha256": fingerprint(model.vae), "text_sha256": fingerprint(*model.text_encoders)}
 
 
-def _check_same_data(mine: Inventory, ranks: Ranks) -> None:
-    """Check that all processes see the same data: each lists the files itself, and a network file system may show new
-    or deleted files to some later than to others.
-
-    Raises:
-        UserError: this process sees other data than process 0.
-        SystemExit: another process does, and prints it.
-    """
-    difference = ranks.broadcast(mine).difference(mine)
-    others = ranks.exchange([difference is not None])
-    if difference:
-        raise UserError(f"this process sees other data than process 0: {difference}; let all read the same files")
-    if others.any():
-        raise SystemExit(1)
-
-
 def _due(number: int, every: int, last: int) -> bool:
     """Whether to draw after a step. The last step's grid is drawn when the stage is finished."""
     return number != last and bool(every and number % every == 0)
-
-
-def _headline(stage: StageConfig, done: int) -> str:
-    steps = f"{stage.steps} step{'s' * (stage.steps != 1)}"
-    start = f"from {stage.init}" if stage.init else "from the model's own weights"
-    return f"stage {stage.name}: {stage.title}, {steps} {start}" + (f", {done} done" if done else "")
-
-
-def _prediction_line(model: TextToImageModel) -> str:
-    """What is trained, and what that means for those who sample the result."""
-    predicts, schedule = meaning_of(model.scheduler.config)
-    line = f"the model is trained to predict {predicts} {schedule}"
-    if model.loaded_prediction_type in (None, model.prediction_type):
-        return line
-    return f"{line}, and not {model.loaded_prediction_type} any more (model.prediction: keep would leave it)"
-
-
-def _average_line(ema: EMAConfig, steps: int) -> str:
-    """What the moving average of a stage will consist of."""
-    share = trained_share(ema, steps)
-    text = f"moving average (EMA {ema.decay}): {share:.1%} of it will be weights of this stage's steps"
-    if share > _MOSTLY:
-        return text
-    advice = "ema.warmup: true or a smaller ema.decay" if not ema.warmup else "a smaller ema.decay"
-    return f"{text}, the rest the weights that it starts from; {advice} leaves less of those"

@@ -17,9 +17,8 @@ from fastsp.data.inventory import Inventory, Part
 from fastsp.data.readers.folder import FolderReader
 from fastsp.data.readers.shards import ShardReader
 from fastsp.errors import UserError
-from fastsp.training.distributed import Ranks
+from fastsp.training.distributed import Ranks, check_same_data
 from fastsp.training.status import run_status
-from fastsp.training.trainer import _check_same_data
 from fastsp.training.trainer import train as run_stages
 
 SHARDS, PER_SHARD, STEPS = 4, 25, 20
@@ -162,12 +161,12 @@ def test_a_process_that_sees_other_data_than_the_first_is_refused(names, error):
             return torch.tensor([[self.told], [int(value) for value in values]])
 
     if error is None:
-        _check_same_data(mine, Told(0))
+        check_same_data(mine, Told(0))
         with pytest.raises(SystemExit):
-            _check_same_data(mine, Told(1))
+            check_same_data(mine, Told(1))
     else:
         with pytest.raises(error, match=r"other data than process 0: 10 samples before, (5|15) now, [bc]\.tar is"):
-            _check_same_data(mine, Told(0))
+            check_same_data(mine, Told(0))
 
 
 def test_a_batch_larger_than_the_data_is_told(tmp_path):

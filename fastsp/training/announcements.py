@@ -1,0 +1,58 @@
+"""The lines by which a run says what it trains, before its first step and before each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fastsp.config import EMAConfig
+from fastsp.data.samples import SampleReader
+from fastsp.models import TextToImageModel
+from fastsp.models.schedulers import meaning_of
+from fastsp.objectives import StageConfig
+from fastsp.training.optimizer import trained_share
+
+_MOSTLY = 0.9  # of an average: below it there is a word of advice
+_NOTES = 3  # shown of what is damaged or may surprise in the data
+
+
+def size(unet: Any) -> str:
+    """The parameters of a network, and how many of them are trained."""
+    total = sum(p.numel() for p in unet.parameters())
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    share = f", {trained:,} of them adapters, which alone are trained" if trained < total else ""
+    return f"{total / 1e6:.1f} M parameters{share}"
+
+
+def prediction(model: TextToImageModel) -> str:
+    """What is trained, and what that means for those who sample the result."""
+    predicts, schedule = meaning_of(model.scheduler.config)
+    line = f"the model is trained to predict {predicts} {schedule}"
+    if model.loaded_prediction_type in (None, model.prediction_type):
+        return line
+    return f"{line}, and not {model.loaded_prediction_type} any more (model.prediction: keep would leave it)"
+
+
+def data_lines(reader: SampleReader) -> Iterator[str]:
+    """What is damaged in the data or may surprise."""
+    told = [*reader.damaged, *reader.notes]
+    yield from (f"note: {name}: {what}" for name, what in told[:_NOTES])
+    if (more := len(told) - _NOTES) > 0:
+        yield f"note: {more} more about the data; `fastsp data check` has them all"
+
+
+def headline(stage: StageConfig, done: int) -> str:
+    """What a stage trains, from what, after how many updates."""
+    steps = f"{stage.steps} step{'s' * (stage.steps != 1)}"
+    start = f"from {stage.init}" if stage.init else "from the model's own weights"
+    return f"stage {stage.name}: {stage.title}, {steps} {start}" + (f", {done} done" if done else "")
+
+
+def average(ema: EMAConfig, steps: int) -> str:
+    """What the moving average of a stage will consist of."""
+    share = trained_share(ema, steps)
+    text = f"moving average (EMA {ema.decay}): {share:.1%} of it will be weights of this stage's steps"
+    if share > _MOSTLY:
+        return text
+    advice = "ema.warmup: true or a smaller ema.decay" if not ema.warmup else "a smaller ema.decay"
+    return f"{text}, the rest the weights that it starts from; {advice} leaves less of those"
