@@ -75,11 +75,7 @@ class Ranks:
         return gathered
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """Run ``work`` on every rank and return all results on all ranks, or raise on all ranks.
-
-        Raises:
-            RankError: the work of another rank failed. On the rank where it failed: its own error.
-        """
+        """All ranks' results of ``work``. Where it fails its own error is raised, elsewhere a `RankError`."""
         if self.world_size == 1:
             return [work()]
         result, failure = None, None
@@ -99,11 +95,7 @@ class Ranks:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 runs the block before the others, so that an error is printed once, and files that it makes exist.
-
-        Raises:
-            SystemExit: on the others, where rank 0 has failed.
-        """
+        """Rank 0 runs the block before the others, which exit if it fails: so one error is printed, and files exist."""
         if not self.is_main and not self.broadcast(False):
             raise SystemExit(1)
         succeeded = False

@@ -29,11 +29,7 @@ class Diverged(Exception):  # noqa: N818
 
 @contextmanager
 def explained(run: RunDirectory) -> Iterator[None]:
-    """Around the whole run: turn :class:`Diverged`, and errors that mean a full disk or memory, into one line.
-
-    Raises:
-        RunFailed: in place of those errors. All others pass.
-    """
+    """Around the whole run: :class:`Diverged`, and errors that mean a full disk or memory, become a `RunFailed`."""
     hook = threading.excepthook
     threading.excepthook = lambda args: None if no_room(args.exc_value) else hook(args)  # TensorBoard's writer
     try:
@@ -53,15 +49,7 @@ def explained(run: RunDirectory) -> Iterator[None]:
 
 
 def check_skipped(config: Config, stage: StageConfig, step: int, in_a_row: int) -> None:
-    """Stop a run whose gradient is not finite, again and again.
-
-    Args:
-        step: the latest step of the stage.
-        in_a_row: how many updates up to this step were skipped, without a good one between them.
-
-    Raises:
-        Diverged: there are at least ``optimizer.max_skipped``.
-    """
+    """Raise :class:`Diverged` if ``optimizer.max_skipped`` updates in a row, up to ``step``, were skipped."""
     if in_a_row < config.optimizer.max_skipped:
         return
     first, size = config.first_position(stage), config.data.batch_size

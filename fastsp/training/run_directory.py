@@ -56,14 +56,7 @@ class RunDirectory:
         return any(any(folder.glob("[!.]*")) for folder in (self.checkpoints, self.root / "stages"))
 
     def check_data(self, now: Inventory) -> str | None:
-        """Check that the samples and their order are still those that the run began with.
-
-        Returns:
-            What has changed, if changes are allowed.
-
-        Raises:
-            UserError: they have changed, and that is not allowed.
-        """
+        """What has changed of the samples and their order since the run began; a UserError if that is not allowed."""
         difference = None if self.data is None else self.data.difference(now)
         if difference and self.is_main and not self._allows_changes:
             raise UserError(
@@ -73,7 +66,6 @@ class RunDirectory:
         return difference
 
     def keep_data(self, now: Inventory) -> None:
-        """Record what the data consists of."""
         if self.data != now:
             now.save(self.root / FILE)
 
