@@ -54,11 +54,7 @@ def progress_of(folder: Path) -> Progress:
 
 
 def damage(folder: Path, checksums: bool = True) -> str | None:
-    """What is wrong with a folder that has a manifest; None if it is whole.
-
-    Args:
-        checksums: read every file through; else compare the sizes alone.
-    """
+    """What is wrong with a folder that has a manifest; None: it is whole. Without ``checksums`` sizes alone count."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files: dict[str, Any] = manifest["files"]
