@@ -9,6 +9,7 @@ The names of the arguments are those of diffusers' training scripts. Equation nu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from fastsp.diffusion.draws import FromGenerator
 from fastsp.diffusion.process import process_of
 from fastsp.errors import UserError, install_command
+from fastsp.families import family_of
 from fastsp.options import Anchor, Displacement, Reduction, TimestepSampling, one_of
 from fastsp.perceptual.critic import Critic, Heads, Verdict
 from fastsp.perceptual.metric import build_metric
-from fastsp.perceptual.network import AlwaysEval
+from fastsp.perceptual.network import AlwaysEval, unwrap
 
 SMALLEST_DISPLACEMENT = 0.1  # |c_f| below it counts as this much: the features' own rounding is what is left there
 
@@ -52,7 +54,7 @@ class _Loss(nn.Module):
         if t.shape != model_pred.shape[:1]:
             raise ValueError(f"{name} must have shape ({model_pred.shape[0]},), got {tuple(t.shape)}")
         self.process.to(model_pred.device)
-        return self.process.check(name, t).to(model_pred.device)
+        return self.process.from_model_time(name, t).to(model_pred.device)
 
     def _target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What a perfect network predicts at t, float32."""
@@ -151,27 +153,31 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
         unet: nn.Module,
         scheduler: Any,
         prediction_type: str | None = None,
-        layers: str = "mid",
+        layers: str | float | Sequence[int] = "mid",
         distance: str = "mse",
         timestep_sampling: str = "uniform",
         teacher: str = "batched",
         reduction: str = "mean",
         dtype: torch.dtype | None = None,
-        normalize: str | bool = "none",
+        normalize: str | bool | None = None,
         share_frozen: bool = False,
-        displacement: str = "none",
+        displacement: str | None = None,
         metric: str = "frozen_features",
         **metric_options: Any,
     ) -> None:
         super().__init__(scheduler, prediction_type, reduction)
         self.timestep_sampling = one_of("timestep_sampling", timestep_sampling, TimestepSampling)
-        self.displacement = one_of("displacement", displacement, Displacement)
+        family = family_of(unwrap(unet))
+        self.displacement = one_of("displacement", displacement or family.displacement, Displacement)
+        self.conditions = family.conditions
+        if family.reversed_time:
+            self.process = self.process.reversed()
         self.metric = build_metric(
             metric,
             unet,
             layers=layers,
             distance=distance,
-            normalize=normalize,
+            normalize=family.normalize if normalize is None else normalize,
             calls=teacher,
             dtype=dtype,
             share_frozen=share_frozen,
@@ -224,26 +230,27 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
         latents: Tensor,
         noise: Tensor,
         timesteps: Tensor,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
         noisy_latents: Tensor | None = None,
         perceptual_timesteps: Tensor | None = None,
         generator: torch.Generator | None = None,
-        added_cond_kwargs: dict[str, Tensor] | None = None,
-        class_labels: Tensor | None = None,
+        **conditions: Any,
     ) -> Tensor:
         """Equation (11) for one batch.
 
         Args:
-            model_pred: the online network's prediction at (x_t, t, c), (B, C, H, W), any float dtype.
+            model_pred: the online network's prediction at (x_t, t, c), (B, C, H, W), any float dtype; unpacked, and
+                (B, C, F, H, W) of networks for videos.
             latents: x_0, (B, C, H, W).
             noise: eps, (B, C, H, W).
-            timesteps: t, (B,) integers in 0 .. T-1.
-            encoder_hidden_states: c, (B, L, D), as the online network got it.
+            timesteps: t, (B,), as the scheduler has them: integers in 0 .. T-1; on a flow floats, sigma x 1000.
+            encoder_hidden_states: c, (B, L, D), as the online network got it; Z-Image's is a list of (L, D).
             noisy_latents: x_t as the online network got it; None: equation (1).
             perceptual_timesteps: t', (B,); None: drawn.
             generator: for t'; None: torch's default one.
-            added_cond_kwargs: SDXL's ``text_embeds`` and ``time_ids``.
-            class_labels: (B, ...) where the UNet takes them.
+            **conditions: what the online network got beside that, under the names of its own forward, such as
+                ``added_cond_kwargs`` (SDXL's ``text_embeds`` and ``time_ids``), ``class_labels``,
+                ``pooled_projections``, ``guidance`` or ``encoder_attention_mask``. Packed latents' ids may be left out.
 
         Returns:
             Scalar float32 loss, or (B,) with ``reduction="none"``. Gradient flows to ``model_pred`` alone.
@@ -261,11 +268,9 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
             t_prime = self._times("perceptual_timesteps", perceptual_timesteps, model_pred)
         if next(self.metric.parameters(), model_pred).device != model_pred.device:
             self.metric.to(model_pred.device)
-        conditioning = {
-            "encoder_hidden_states": encoder_hidden_states,
-            "added_cond_kwargs": added_cond_kwargs,
-            "class_labels": class_labels,
-        }
+        if unknown := set(conditions) - set(self.conditions):
+            raise TypeError(f"unexpected {', '.join(sorted(unknown))}: this network takes {', '.join(self.conditions)}")
+        conditioning = {"encoder_hidden_states": encoder_hidden_states, **conditions}
         noise_source = {"noise": noise, "noisy_latents": noisy_latents}
         return self._reduced(self.per_sample(model_pred, latents, t, t_prime, conditioning, **noise_source))
 
@@ -284,7 +289,11 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
         """
         transition, metric = self.process.transition(t, t_prime), self.metric
         layout: dict[str, Any] = {"dtype": metric.dtype, "memory_format": metric.memory_format}
+        if frames := latents.shape[2:-2]:  # of videos; to the process a higher image is the same
+            model_pred, latents = model_pred.flatten(2, -2), latents.flatten(2, -2)
+            noise_source = {k: v.flatten(2, -2) if v is not None and v.ndim > 4 else v for k, v in noise_source.items()}
         inputs = reproject(model_pred, latents, self.process.marginal(t), transition, **noise_source, **layout)
+        inputs = inputs.unflatten(2, (*frames, -1)) if frames else inputs
         distance = metric.distance(inputs, self.process.model_time(t_prime), conditioning)
         if self.displacement == "none":
             return distance

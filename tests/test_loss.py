@@ -202,12 +202,38 @@ def test_normalize_is_a_name_or_a_boolean():
         for n in ("none", False, "sample", True)
     }
     assert values["none"] == values[False] != values["sample"] == values[True]
-    for wrong, message in (
-        ("channel", "'channel' is not available yet"),
-        ("layer", "'layer' is unknown: use one of none, sample"),
-    ):
-        with pytest.raises(ValueError, match=f"normalize {message}"):
-            SelfPerceptualLoss(tiny_unet(), scheduler(), normalize=wrong)
+    with pytest.raises(ValueError, match="normalize 'layer' is unknown: use one of none, sample, channel"):
+        SelfPerceptualLoss(tiny_unet(), scheduler(), normalize="layer")
+
+
+@pytest.mark.parametrize("distance", ["mse", "mae"])
+def test_normalized_channels(distance):
+    """In units of each channel's spread among the first 64 real samples, whatever follows; `mae` by its root."""
+    unet, sched, pred = tiny_unet(), scheduler(), torch.randn(3, 4, 8, 8)
+    plain, criterion, resumed = (
+        SelfPerceptualLoss(unet, sched, None, "encoder+mid", distance, teacher="split", reduction="none", normalize=n)
+        for n in ("none", "channel", "channel")
+    )
+    halves, seen = [], []
+    original = plain.metric._features
+    plain.metric._features = lambda *arguments: halves.append(original(*arguments)) or halves[-1]
+    for call in range(24):
+        data = batch(seed=call)
+        plain(pred, **data)
+        loss = criterion(pred, **data)
+        pairs = list(zip(*halves.pop(), strict=True))
+        if call < 22:  # 66 samples
+            seen.append([real.double() for _, real in pairs])
+        expected = []
+        for layer, (predicted, real) in enumerate(pairs):
+            variance = torch.cat([features[layer] for features in seen]).var((0, 2, 3), correction=0)
+            deviation = variance.clamp_min(1e-4 * variance.mean()).sqrt().view(1, -1, 1, 1)
+            error = (predicted.double() - real.double()) / deviation
+            expected.append((error.abs() if distance == "mae" else error.square()).mean((1, 2, 3)))
+        torch.testing.assert_close(loss.double(), torch.stack(expected).mean(0), rtol=2e-5, atol=0)
+    resumed.load_state_dict(criterion.state_dict())
+    assert torch.equal(resumed(pred, **data), loss)
+    assert {b.dtype for b in criterion.bfloat16().buffers()} == {torch.float32, torch.int64}
 
 
 class PixelDistance(PerceptualMetric):

@@ -18,7 +18,7 @@ sampler (DDIM, Euler on a flow). To add a process, subclass :class:`Process` and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self
 
 import torch
@@ -29,6 +29,7 @@ from fastsp.options import PredictionType, one_of
 # How t' is drawn from around t (Table 4 of the paper), in thousandths of the process: the normal's spread, the offset.
 NORMAL_STD = 100.0
 OFFSET = 40
+FLOW_RANGE = (0.02, 0.98)  # of t' on a flow: at the ends a network is told of a time that it hardly ever saw
 
 # Stable Diffusion's betas, 1.x, 2.x and XL alike.
 NUM_TRAIN_TIMESTEPS = 1000
@@ -92,10 +93,15 @@ class Process(ABC):
         Raises:
             ValueError: a time outside of the process. Seen only on a CPU: a GPU would have to be waited for.
         """
-        seen = t.tolist() if t.is_cpu and not torch.compiler.is_compiling() else []
-        if wrong := [time for time in seen if not 0 <= time <= self.last]:
-            raise ValueError(f"{name} must be from 0 to {self.last}, got {wrong[0]}")
-        return t.to(self.dtype)
+        return _within(name, t, self.last).to(self.dtype)
+
+    def from_model_time(self, name: str, t: Tensor) -> Tensor:
+        """The times that a training loop holds, in the unit in which the network is told them, as the process has them.
+
+        Raises:
+            ValueError: as :meth:`check`.
+        """
+        return self.check(name, t)
 
     def to(self, device: torch.device | str) -> Self:
         """Move what the process holds to ``device``, in place; returns ``self``."""
@@ -115,6 +121,10 @@ class Process(ABC):
         c_f = (s_prime * a - a_prime * s) / determinant
         same = t == t_prime
         return torch.stack([c_x.masked_fill(same, 1.0), c_f.masked_fill(same, 0.0)]).float()
+
+    def reversed(self) -> Process:
+        """The same process told from the other end, if it is one that some networks are told so."""
+        return self
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
         """Weight of the squared error of f such that x0's is weighted by ``min(SNR, gamma)``. (B,) float32.
@@ -249,8 +259,10 @@ class VariancePreserving(Process):
         return random.integers(self.num_train_timesteps)
 
     def draw_perceptual(self, random: Random, t: Tensor, policy: str = "uniform") -> Tensor:
-        if policy == "uniform":
+        if policy in ("uniform", "same"):
             return random.integers(self.num_train_timesteps)
+        if policy == "lower":
+            return torch.minimum((random.uniforms().double() * (t + 1)).long(), t)
         return (t + _displacement(random, policy).round().long()).clamp(0, self.last)
 
 
@@ -288,12 +300,55 @@ class RectifiedFlow(Process):
         return self._shifted(1.0 - random.uniforms())  # never the clean sample
 
     def draw_perceptual(self, random: Random, t: Tensor, policy: str = "uniform") -> Tensor:
+        """In [0.02, 0.98]: ``uniform`` in sigma, ``lower`` likewise below t; others reflected at the ends."""
+        low, high = FLOW_RANGE
         if policy == "uniform":
-            return self.draw(random)
-        return (t + _displacement(random, policy) / NUM_TRAIN_TIMESTEPS).clamp(0.0, 1.0)
+            return low + (high - low) * random.uniforms()
+        if policy == "lower":
+            return low + (t.clamp(low, high) - low) * random.uniforms()
+        drawn = self.draw(random) if policy == "same" else t + _displacement(random, policy) / NUM_TRAIN_TIMESTEPS
+        width = high - low
+        folded = (drawn - low).remainder(2 * width)  # a normal may go past both ends
+        return low + torch.minimum(folded, 2 * width - folded)
+
+    def from_model_time(self, name: str, t: Tensor) -> Tensor:
+        if t.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} are {t.dtype}, which is too coarse for sigma: give the scheduler's float32 ones")
+        return (_within(name, t, self.time_scale).double() / self.time_scale).float()
+
+    def reversed(self) -> Process:
+        return ReversedFlow(self.shift, self.time_scale)
 
     def _shifted(self, u: Tensor) -> Tensor:
         return self.shift * u / (1.0 + (self.shift - 1.0) * u)
+
+
+class ReversedFlow(RectifiedFlow):
+    """The same flow told from the other end: times are ``1 - sigma``, the network predicts ``x0 - eps`` (Lumina 2)."""
+
+    def exact_marginal(self, t: Tensor) -> Tensor:
+        a, s, p, q = super().exact_marginal(1.0 - t.double())
+        return torch.stack([a, s, -p, -q])
+
+    def reversed(self) -> Process:
+        return self
+
+    def grid(self, num_steps: int) -> Tensor:
+        return 1.0 - super().grid(num_steps)
+
+    def draw(self, random: Random) -> Tensor:
+        return 1.0 - super().draw(random)
+
+    def draw_perceptual(self, random: Random, t: Tensor, policy: str = "uniform") -> Tensor:
+        return 1.0 - RectifiedFlow(self.shift).draw_perceptual(random, 1.0 - t, policy)
+
+
+def _within(name: str, t: Tensor, last: float) -> Tensor:
+    """``t``, whose values are from 0 to ``last``, as far as they are seen."""
+    seen = t.tolist() if t.is_cpu and not torch.compiler.is_compiling() else []
+    if wrong := [time for time in seen if not 0 <= time <= last]:
+        raise ValueError(f"{name} must be from 0 to {last:g}, got {wrong[0]}")
+    return t
 
 
 def _displacement(random: Random, policy: str) -> Tensor:
@@ -320,8 +375,9 @@ def process_of(scheduler: Any, prediction_type: str | None = None) -> Process:
     """The process that a scheduler stands for.
 
     Args:
-        scheduler: a :class:`Process` (itself); anything that a registered source knows; or a diffusers scheduler with
-            ``alphas_cumprod``, a :class:`NoiseSchedule` or a 1-D tensor of alpha_bar (variance preserving).
+        scheduler: a :class:`Process` (itself); anything that a registered source knows; a diffusers scheduler of a flow
+            (``FlowMatch...``, or with ``flow_prediction``); or one with ``alphas_cumprod``, a :class:`NoiseSchedule` or
+            a 1-D tensor of alpha_bar (variance preserving).
         prediction_type: ``v_prediction``, ``epsilon`` or ``sample``; None: the scheduler's, or else v.
 
     Raises:
@@ -332,6 +388,14 @@ def process_of(scheduler: Any, prediction_type: str | None = None) -> Process:
     for source in _sources:
         if (process := source(scheduler, prediction_type)) is not None:
             return process
+    config = getattr(scheduler, "config", {})
+    config = config if isinstance(config, Mapping) else vars(config)
+    own = config.get("prediction_type", "v_prediction")
+    if type(scheduler).__name__.startswith("FlowMatch") or own == "flow_prediction":
+        if prediction_type not in (None, "flow_prediction"):
+            raise ValueError(f"prediction_type {prediction_type!r} does not fit a flow: leave it out")
+        shift = 1.0 if config.get("use_dynamic_shifting") else config.get("shift", config.get("flow_shift", 1.0))
+        return RectifiedFlow(shift or 1.0, float(config.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS)))
     if prediction_type is None:
-        prediction_type = getattr(getattr(scheduler, "config", None), "prediction_type", "v_prediction")
+        prediction_type = own
     return VariancePreserving(NoiseSchedule.of(scheduler), prediction_type)

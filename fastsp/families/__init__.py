@@ -11,16 +11,70 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from fastsp.families.transformers import TRANSFORMERS
 from fastsp.families.unet import UNetFamily
 
 Config = Mapping[str, Any]  # a network's, as diffusers writes it to config.json
 
 
-class NetworkFamily(Protocol):
-    """What fastsp has to know about a class of networks. Methods that take a ``config`` need no weights."""
+class MetricFamily(Protocol):
+    """What the losses have to know about a class of networks. Methods that take a ``config`` need no weights."""
 
     class_name: str
     """Of the networks; those that inherit from it belong to the family too."""
+    conditions: tuple[str, ...]
+    """The keywords that a caller of the loss may give beside the text features."""
+    normalize: str
+    displacement: str
+    """What the losses' options of these names are where none is given."""
+    reversed_time: bool
+    """Whether on a flow its networks are told ``1 - sigma`` and predict ``x0 - eps``."""
+    caches: bool
+    """Whether its forward keeps tensors for later calls, which are not to be made while it is traced."""
+
+    def fault(self, config: Config) -> str | None:
+        """Why such a network cannot be trained from latents and captions, as a message; None: it can."""
+
+    def layers_fault(self, config: Config, layers: Any) -> str | None:
+        """Why its perceptual network cannot answer with ``layers``, as a message; None: it can."""
+
+    def stand_ins(self, network: Any, layers: Any) -> dict[int, Any]:
+        """By the ``id`` of each module that ``layers`` does not need, what a truncated copy has in its place."""
+
+    def features(self, network: Any, layers: Any) -> tuple[list[nn.Module], bool]:
+        """The blocks of a truncated copy whose outputs are features, and whether its own answer is the last feature."""
+
+    def feature(self, output: Any, sample: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
+        """The feature in what such a block returns, in a call with these arguments."""
+
+    def feature_shapes(self, config: Config, layers: Any) -> list[tuple[int, ...]]:
+        """Of those features of one sample: (C, H, W) of images, (N, C) of tokens; -1 where a size is not fixed."""
+
+    def metric_fault(self, config: Config) -> str | None:
+        """Why such a network cannot be a perceptual network, as a message; None: it can."""
+
+    def conditioning_fault(self, config: Config, conditioning: Mapping[str, Any]) -> str | None:
+        """What ``conditioning``, keywords of its forward, lacks, as a message; None: nothing."""
+
+    def batched(self, conditioning: Mapping[str, Any], rows: int) -> dict[str, Any]:
+        """``conditioning`` such that the first dimension of every tensor is ``rows``, that of the samples."""
+
+    def trace_fault(self) -> str | None:
+        """Why its forward cannot be traced, as a message; None: it can be tried."""
+
+    def call(self, network: Any, sample: Tensor, time: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
+        """The network's answer, in its dtype, to samples (B, C, H, W) in that dtype; ``network`` may be truncated.
+
+        ``time``, (B,), is what the process tells the network. ``conditioning`` has its other keywords, in any dtype.
+        """
+
+    def input_weight(self, network: Any) -> Tensor:
+        """The weight that the latents meet first: its dtype, device and memory layout are those the network wants."""
+
+
+class NetworkFamily(MetricFamily, Protocol):
+    """What the trainer has to know beside that."""
+
     lora_targets: tuple[str, ...]
     """The layers that usually get adapters, by the ends of their names."""
     input_keys: tuple[str, ...]
@@ -29,29 +83,8 @@ class NetworkFamily(Protocol):
     def network_class(self) -> type[Any]:
         """The class itself, with diffusers' ``from_config`` and ``from_pretrained``."""
 
-    def fault(self, config: Config) -> str | None:
-        """Why such a network cannot be trained from latents and captions, as a message; None: it can."""
-
     def layers(self, config: Config) -> tuple[str, ...]:
         """The choices of ``layers`` that its perceptual network can answer with."""
-
-    def stand_ins(self, network: Any, layers: str) -> dict[int, Any]:
-        """By the ``id`` of each module that ``layers`` does not need, what a truncated copy has in its place."""
-
-    def features(self, network: Any, layers: str) -> tuple[list[nn.Module], bool]:
-        """The blocks of a truncated copy whose outputs are features, and whether its own answer is the last feature."""
-
-    def feature(self, output: Any) -> Tensor:
-        """The feature in what such a block returns."""
-
-    def feature_shapes(self, config: Config, layers: str) -> list[tuple[int, ...]]:
-        """Of those features of one sample: (C, H, W) of images, (N, C) of tokens; -1 where a size is not fixed."""
-
-    def metric_fault(self, config: Config) -> str | None:
-        """Why such a network cannot be a perceptual network, as a message; None: it can."""
-
-    def conditioning_fault(self, config: Config, conditioning: Mapping[str, Any]) -> str | None:
-        """What ``conditioning``, keywords of its forward, lacks, as a message; None: nothing."""
 
     def side(self, config: Config) -> int:
         """Side of the square latents that it was made for."""
@@ -68,17 +101,8 @@ class NetworkFamily(Protocol):
     def example_inputs(self, config: Config, latents: tuple[int, ...], text: tuple[int, ...]) -> dict[str, Any]:
         """Keywords of one forward, of latents (B, C, H, W) and text features (B, L, D); values do not matter."""
 
-    def call(self, network: Any, sample: Tensor, time: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
-        """The network's answer, in its dtype, to samples (B, C, H, W) in that dtype; ``network`` may be truncated.
-
-        ``time``, (B,), is what the process tells the network. ``conditioning`` has its other keywords, in any dtype.
-        """
-
     def blocks(self, network: Any) -> list[nn.Module]:
         """The units that FSDP gathers and shards, in the order of the forward."""
-
-    def input_weight(self, network: Any) -> Tensor:
-        """The weight that the latents meet first: its dtype, device and memory layout are those the network wants."""
 
     def exchange_attention(self, network: Any, exchange: Callable[[Any], Any]) -> None:
         """Set ``exchange(processor)`` in the place of every attention processor."""
@@ -90,10 +114,10 @@ class NetworkFamily(Protocol):
         """Names of modules, here and in the single files that user interfaces exchange."""
 
 
-_families: dict[str, NetworkFamily] = {}
+_families: dict[str, Any] = {}  # those that the trainer knows are NetworkFamilies, the others say so in `fault`
 
 
-def register(family: NetworkFamily) -> None:
+def register(family: MetricFamily) -> None:
     """Make a family known under its ``class_name``; a later one replaces an earlier one of that name."""
     _families[family.class_name] = family
 
@@ -136,3 +160,5 @@ def family_named(class_name: str) -> NetworkFamily:
 
 
 register(UNetFamily())
+for _family in TRANSFORMERS:
+    register(_family)

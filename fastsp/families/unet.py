@@ -24,6 +24,8 @@ class UNetFamily:
     """See :class:`fastsp.families.NetworkFamily`, also for what is not documented here."""
 
     class_name = "UNet2DConditionModel"
+    conditions: tuple[str, ...] = ("added_cond_kwargs", "class_labels")
+    normalize, displacement, reversed_time, caches = "none", "none", False, False
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     input_keys: tuple[str, ...] = (
         "in_channels",
@@ -52,6 +54,11 @@ class UNetFamily:
         with_mid = config.get("mid_block_type", "default") is not None
         return ("mid", "encoder", "decoder", "encoder+mid") if with_mid else ("encoder", "decoder")
 
+    def layers_fault(self, config: Mapping[str, Any], layers: Any) -> str | None:
+        allowed = self.layers(config)
+        reason = "has no mid block" if isinstance(layers, str) else "takes names"
+        return None if layers in allowed else f"this network {reason}; use one of {', '.join(allowed)}"
+
     def stand_ins(self, network: Any, layers: str) -> dict[int, Any]:
         """With an empty decoder and no last convolution, the forward returns the mid block's output."""
         gone: list[tuple[Any, Any]] = [(network.conv_out, nn.Identity()), (network.conv_norm_out, None)]
@@ -63,7 +70,7 @@ class UNetFamily:
         observed = {"mid": [], "decoder": network.up_blocks}.get(layers, network.down_blocks)
         return list(observed), "mid" in layers
 
-    def feature(self, output: Any) -> Tensor:
+    def feature(self, output: Any, sample: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
         """Down blocks return (hidden, skips), up blocks the hidden tensor."""
         return output[0] if isinstance(output, tuple) else output
 
@@ -85,6 +92,8 @@ class UNetFamily:
         missing = [name for name in ("text_embeds", "time_ids") if name not in added]
         if pooled_width(config) is not None and missing:
             return f"added_cond_kwargs lacks {' and '.join(missing)}, which this UNet (SDXL) needs"
+        if conditioning.get("encoder_hidden_states") is None:
+            return "encoder_hidden_states is missing, which this UNet needs"
         if _takes_labels(config) and conditioning.get("class_labels") is None:
             return "class_labels is missing, which this UNet needs"
         return None
@@ -122,6 +131,12 @@ class UNetFamily:
             "encoder_hidden_states": torch.empty(text),
             "added_cond_kwargs": added,
         }
+
+    def batched(self, conditioning: Mapping[str, Any], rows: int) -> dict[str, Any]:
+        return dict(conditioning)
+
+    def trace_fault(self) -> str | None:
+        return None
 
     def call(self, network: Any, sample: Tensor, time: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
         states = conditioning["encoder_hidden_states"].to(sample.dtype)

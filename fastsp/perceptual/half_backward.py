@@ -85,14 +85,19 @@ class HalfBackward:
         Raises:
             Misaligned: the network cannot be called this way.
         """
+        if (reason := self.network.family.trace_fault()) is not None:
+            raise Misaligned(reason)
         given = {name: value for name, value in conditioning.items() if value is not None}
         inputs = {"sample": sample, **tree_map(lambda value: torch.cat([value, value]), given)}
         leaves, structure = tree_flatten(inputs)
         shapes = tuple((value.shape, value.dtype) for value in leaves)
         key = (structure, shapes, sample.stride(), sample.device, _autocast_dtype(sample.device.type))
         if key not in self._programs:
+            if self.network.family.caches:
+                with torch.no_grad():
+                    self.network.forward(**tree_map(lambda value: value[:1], inputs))
             self._programs[key] = build(self.network, inputs, self.compile_options)
-        return _Function.apply(self._programs[key], list(self.network.parameters()), *leaves)
+        return _Function.apply(self._programs[key], list(_held(self.network).values()), *leaves)
 
 
 class _Function(torch.autograd.Function):
@@ -172,12 +177,12 @@ def trace(network: PerceptualNetwork, inputs: dict[str, Any], size: int, partiti
         return make_boxed_func(graph.forward)
 
     eager = _Eager(network)
-    names, parameters = zip(*eager.named_parameters(), strict=True)
+    names, parameters = zip(*_held(eager).items(), strict=True)
 
     def function(parameters: list[Tensor], arguments: dict[str, Any]) -> tuple[Tensor, ...]:
         return functional_call(eager, dict(zip(names, parameters, strict=True)), (), arguments)
 
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # tensors that the network holds and does not call buffers
     fake_parameters = [mode.from_tensor(p.detach()) for p in parameters]
     fakes = tree_map(lambda value: torch.empty_like(mode.from_tensor(value.detach())[:size]), inputs)
     with mode, torch.enable_grad():
@@ -185,7 +190,7 @@ def trace(network: PerceptualNetwork, inputs: dict[str, Any], size: int, partiti
         traced = aot_function(function, partial(keep, "forward"), partial(keep, "backward"), partition_fn=partition)
         features = traced(fake_parameters, fakes)
         torch.autograd.grad([feature.sum() for feature in features], sample)
-    _refuse_constants(graphs)
+    _fill_constants(graphs)
     count = len(features)
     _read_only_what_counts(graphs["backward"])
     _save_only_what_is_used(graphs["forward"], graphs["backward"], count)
@@ -321,9 +326,16 @@ def _value(node: Any) -> Tensor:
     return value
 
 
-def _refuse_constants(graphs: dict[str, GraphModule]) -> None:
-    """A tensor made while tracing is a fake one: it cannot be part of a graph that runs."""
+def _held(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name: what the graphs are given beside their inputs."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+def _fill_constants(graphs: dict[str, GraphModule]) -> None:
+    """A tensor made while tracing is a fake one: it cannot be part of a graph that runs, but its value may be known."""
     for graph in graphs.values():
         for name, value in [*graph.named_buffers(), *vars(graph).items()]:
-            if isinstance(value, FakeTensor):
+            if isinstance(value, FakeTensor) and value.constant is not None:
+                setattr(graph, name, value.constant.to(value.device))
+            elif isinstance(value, FakeTensor):
                 raise Misaligned(f"the network makes a constant tensor ({name}) on the way")

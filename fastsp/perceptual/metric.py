@@ -10,9 +10,10 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastsp.options import Distance, Normalize, Teacher, one_of
@@ -21,6 +22,8 @@ from fastsp.perceptual.network import AlwaysEval, PerceptualNetwork
 
 Conditioning = dict[str, Any]  # the network's keywords beside sample and time: tensors (B, ...), dicts of them, None
 Features = tuple[Tensor, ...]  # one tensor per layer
+CALIBRATION_SAMPLES = 64  # after which the scale of channels is frozen
+SMALLEST_VARIANCE = 1e-4  # of a channel, in units of the mean over channels
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +88,58 @@ def build_metric(name: str, unet: nn.Module, **options: Any) -> PerceptualMetric
     return METRICS[name](unet, **options).train(False).requires_grad_(False)
 
 
+class ChannelScale(nn.Module):
+    """The standard deviation of each channel of real features, from the first 64 samples seen, then frozen.
+
+    It is in the ``state_dict``, and stays float32. In many processes it is that of all ranks' samples: each rank has to
+    take part in the first calls, as in a training loop. Nothing waits for a GPU. A channel's variance counts as at
+    least 1e-4 of the layer's mean one: what hardly varies is no measure.
+    """
+
+    samples: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        super().__init__()
+        self.seen = 0  # in this process, known without asking the device
+        self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("mean", torch.zeros(channels, device=device))
+        self.register_buffer("variance", torch.zeros(channels, device=device))
+
+    def forward(self, real: Tensor) -> Tensor:
+        """(B, ..., C) float32 features of real samples -> (C,)."""
+        if self.seen < CALIBRATION_SAMPLES:
+            self._calibrate(real.detach())
+        return self.variance.clamp_min(SMALLEST_VARIANCE * self.variance.mean()).clamp_min(1e-20).sqrt()
+
+    @torch.no_grad()
+    def _calibrate(self, real: Tensor) -> None:
+        """Add a batch's moments (Chan et al. 1979), where the samples so far are too few."""
+        variance, mean = torch.var_mean(real.flatten(0, -2), dim=0, correction=0)
+        batch = len(real)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            moments = torch.stack([mean, variance + mean.square()]).double()
+            dist.all_reduce(moments)  # every rank's batch is of one size
+            batch *= dist.get_world_size()
+            moments /= dist.get_world_size()
+            mean, variance = moments[0].float(), (moments[1] - moments[0].square()).float()
+        share = batch / (self.samples + batch)
+        shift = mean - self.mean
+        mean_of_all = self.mean + share * shift
+        variance_of_all = (1 - share) * self.variance + share * variance + share * (1 - share) * shift.square()
+        learning = self.samples < CALIBRATION_SAMPLES
+        self.mean.copy_(torch.where(learning, mean_of_all, self.mean))
+        self.variance.copy_(torch.where(learning, variance_of_all, self.variance))
+        self.samples += batch * learning
+        self.seen += batch
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.mean, self.variance = self.mean.float(), self.variance.float()
+        return self
+
+
 @register_metric("frozen_features")
 class FrozenFeatures(PerceptualMetric):
     """Distance of hidden features of the frozen, truncated network: equation (11) of Lin & Yang (arXiv 2401.00110).
@@ -97,7 +152,7 @@ class FrozenFeatures(PerceptualMetric):
         self,
         unet: nn.Module,
         *,
-        layers: str = "mid",
+        layers: Any = "mid",
         distance: str = "mse",
         normalize: str | bool = "none",
         calls: str = "batched",
@@ -107,14 +162,18 @@ class FrozenFeatures(PerceptualMetric):
         super().__init__()
         if isinstance(normalize, bool):
             normalize = "sample" if normalize else "none"
-        if one_of("normalize", normalize, Normalize) == "channel":
-            raise ValueError("normalize 'channel' is not available yet: use one of none, sample")
-        self.normalize = normalize
+        self.normalize = one_of("normalize", normalize, Normalize)
         self.kind = one_of("distance", distance, Distance)
         self.order = 2 if distance == "mse" else 1
         self.calls = one_of("teacher", calls, Teacher)
         self.network = PerceptualNetwork(unet, layers=layers, dtype=dtype, share_frozen=share_frozen)
         self._half_backward = HalfBackward(self.network)
+        self.scales: Any = nn.ModuleList()
+        if normalize == "channel":
+            family, network = self.network.family, self.network.unet
+            shapes = family.feature_shapes(network.config, self.network.layers)
+            channels = [shape[0] if len(shape) == 3 else shape[-1] for shape in shapes]
+            self.scales.extend(ChannelScale(width, family.input_weight(network).device) for width in channels)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,7 +185,11 @@ class FrozenFeatures(PerceptualMetric):
 
     def distance(self, inputs: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """(B,) float32: each layer's distance within a sample, then the plain mean over layers."""
+        conditioning = self.network.family.batched(conditioning, len(inputs) // 2)
         pred, real = self._features(inputs, {"timesteps": time, **conditioning})
+        if self.normalize == "channel":
+            pairs = zip(self.scales, pred, real, strict=True)
+            return torch.stack([self._scaled_distance(*pair) for pair in pairs]).mean(0)
         return torch.stack([self._layer_distance(p, r) for p, r in zip(pred, real, strict=True)]).mean(0)
 
     def compile_network(self, **options: Any) -> None:
@@ -158,6 +221,13 @@ class FrozenFeatures(PerceptualMetric):
             with torch.no_grad():
                 real_features = self.network(real.detach(), **conditioning)
             return self.network(pred, **conditioning), real_features
+
+    def _scaled_distance(self, scale: ChannelScale, pred: Tensor, real: Tensor) -> Tensor:
+        """(B, ..., C) tokens or (B, C, H, W) images -> (B,), every channel in units of its own spread."""
+        if real.ndim == 4:
+            pred, real = pred.movedim(1, -1), real.movedim(1, -1)
+        deviation = scale(real.float())
+        return self._mean(((pred.float() - real.float()) / deviation).flatten(1))
 
     def _layer_distance(self, pred: Tensor, real: Tensor) -> Tensor:
         """(B, ...) features -> (B,)."""

@@ -25,12 +25,13 @@ class AlwaysEval(nn.Module):
 
 
 class PerceptualNetwork(AlwaysEval):
-    """Frozen features of a ``UNet2DConditionModel`` (SD 1.x, 2.x, XL or any other configuration of the class).
+    """Frozen features of a network of a known family: a ``UNet2DConditionModel`` or one of diffusers' transformers.
 
     Args:
-        unet: the MSE-trained UNet. It is copied, never changed. DDP, ``torch.compile`` and peft are unwrapped.
+        unet: the MSE-trained network. It is copied, never changed. DDP, ``torch.compile`` and peft are unwrapped.
         layers: ``mid`` (the paper's choice), ``encoder`` (the output of every down block), ``decoder`` (of every up
-            block) or ``encoder+mid``. Only ``decoder`` holds the up blocks.
+            block) or ``encoder+mid``. Only ``decoder`` holds the up blocks. Transformers: ``mid`` (the output of block
+            L // 2), a depth between 0 and 1, or numbers of blocks, from 1; no later block is held.
         dtype: of the copy's parameters; None keeps the UNet's.
         share_frozen: hold the UNet's frozen parameters themselves instead of copies. For LoRA: the adapters are copied,
             the base is held once. They must stay frozen, and in their dtype.
@@ -41,15 +42,15 @@ class PerceptualNetwork(AlwaysEval):
     """
 
     def __init__(
-        self, unet: Any, layers: str = "mid", dtype: torch.dtype | None = None, share_frozen: bool = False
+        self, unet: Any, layers: Any = "mid", dtype: torch.dtype | None = None, share_frozen: bool = False
     ) -> None:
         super().__init__()
-        one_of("layers", layers, Layers)
+        if isinstance(layers, str):
+            one_of("layers", layers, Layers)
         unet = unwrap(unet)
         self.family = family_of(unet)
-        allowed = self.family.layers(unet.config)
-        if layers not in allowed:
-            raise ValueError(f"layers {layers!r}: this network has no mid block; use one of {', '.join(allowed)}")
+        if (fault := self.family.layers_fault(unet.config, layers)) is not None:
+            raise ValueError(f"layers {layers!r}: {fault}")
         if share_frozen and dtype not in (None, unet.dtype):
             raise ValueError(
                 f"share_frozen keeps the UNet's dtype, which is {unet.dtype}: dtype {dtype} is not possible"
@@ -58,7 +59,7 @@ class PerceptualNetwork(AlwaysEval):
         self.unet = truncated_copy(unet, layers, share_frozen).requires_grad_(False)
         if dtype is not None:
             cast(self.unet, dtype)
-        self._collected: list[Tensor] = []
+        self._collected: list[Any] = []
         observed, self._ends_with_answer = self.family.features(self.unet, layers)
         for block in observed:
             block.register_forward_hook(self._collect)
@@ -73,7 +74,9 @@ class PerceptualNetwork(AlwaysEval):
     def memory_format(self) -> torch.memory_format:
         """The memory format of its convolutions' weights, which its inputs should have too."""
         weight = self.family.input_weight(self.unet)
-        channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        if weight.ndim != 4 or weight.is_contiguous():
+            return torch.contiguous_format
+        channels_last = weight.is_contiguous(memory_format=torch.channels_last)
         return torch.channels_last if channels_last else torch.contiguous_format
 
     def forward(
@@ -90,7 +93,7 @@ class PerceptualNetwork(AlwaysEval):
         self._collected.clear()
         conditioning = {"encoder_hidden_states": encoder_hidden_states, **conditioning}
         last = self.family.call(self.unet, sample, timesteps, conditioning)
-        features = tuple(self._collected)
+        features = tuple(self.family.feature(output, sample, conditioning) for output in self._collected)
         self._collected.clear()  # nothing outlives the call
         return (*features, last) if self._ends_with_answer else features
 
@@ -99,7 +102,7 @@ class PerceptualNetwork(AlwaysEval):
         return self.family.conditioning_fault(self.unet.config, conditioning)
 
     def _collect(self, _block: nn.Module, _args: Any, output: Any) -> None:
-        self._collected.append(self.family.feature(output))
+        self._collected.append(output)
 
 
 def unwrap(network: Any) -> Any:
@@ -137,7 +140,7 @@ def _frozen_parameters(module: nn.Module) -> dict[int, Any]:
     return {id(p): p for p in module.parameters() if not p.requires_grad}
 
 
-def truncated_copy(unet: Any, layers: str, share_frozen: bool = False) -> Any:
+def truncated_copy(unet: Any, layers: Any, share_frozen: bool = False) -> Any:
     """A deep copy of ``unet`` without what ``layers`` does not need.
 
     The parts that go are put into deepcopy's memo with their stand-ins, so that not even a transient copy of them is

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from fastsp_kernels import Stream
 from tiny import batch, scheduler, tiny_unet
 
@@ -107,7 +108,15 @@ def test_rectified_flow(shift):
         moved = process.draw_perceptual(random, torch.full((4000,), 0.5), policy)
         assert abs(float(moved.std()) - spread) < 0.005
         ends = process.draw_perceptual(random, torch.ones(4000), policy)
-        assert ends.min() >= 0 and ends.max() == 1
+        assert ends.min() >= 0.02 and ends.max() <= 0.98 and (ends == 0.98).sum() < 10, "reflected, not clamped"
+    uniform = process.draw_perceptual(random, t, "uniform")
+    assert 0.02 <= uniform.min() < 0.021 and 0.979 < uniform.max() <= 0.98 and abs(uniform.mean() - 0.5) < 0.02
+    lower = process.draw_perceptual(random, torch.full((4000,), 0.7), "lower")
+    assert 0.02 <= lower.min() < 0.021 and 0.699 < lower.max() <= 0.7
+    same = process.draw_perceptual(random, t, "same")
+    torch.testing.assert_close(
+        same, torch.where(drawn > 0.98, 1.96 - drawn, torch.where(drawn < 0.02, 0.04 - drawn, drawn))
+    )
     grid = process.grid(4).double()
     u = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0], dtype=torch.float64)
     torch.testing.assert_close(grid, shift * u / (1 + (shift - 1) * u), rtol=1e-7, atol=0)
@@ -116,6 +125,35 @@ def test_rectified_flow(shift):
     for wrong in (lambda: process.grid(0), lambda: RectifiedFlow(0.0)):
         with pytest.raises(ValueError, match=r"0(\.0)? must be (at least|greater)"):
             wrong()
+
+
+def test_the_same_flow_from_the_other_end():
+    """Times are 1 - sigma, the prediction is x0 - eps: samples, draws and grid are those of the flow itself."""
+    flow, random, t = RectifiedFlow(3.0), Seeded(3, Stream.TIMESTEP, torch.arange(100)), torch.rand(100)
+    back = flow.reversed()
+    a, s, p, q = flow.exact_marginal(t)
+    torch.testing.assert_close(back.exact_marginal(1 - t), torch.stack([a, s, -p, -q]), rtol=0, atol=1e-7)
+    c_x, c_f = back.transition(1 - t, t.flip(0))
+    torch.testing.assert_close(c_x, torch.ones(100))
+    torch.testing.assert_close(c_f, t.flip(0) - (1 - t))
+    for ours, theirs in ((back.draw(random), flow.draw(random)), (back.grid(5), flow.grid(5))):
+        torch.testing.assert_close(ours, 1 - theirs)
+    for policy in ("uniform", "normal", "offset", "same", "lower"):
+        ours = back.draw_perceptual(random, 1 - t, policy)
+        torch.testing.assert_close(ours, 1 - flow.draw_perceptual(random, t, policy), rtol=0, atol=1e-6)
+
+
+def test_the_flow_of_a_scheduler():
+    for flow, shift in (
+        (FlowMatchEulerDiscreteScheduler(shift=3.0), 3.0),
+        (FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), 1.0),
+        (DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0), 2.0),
+    ):
+        process = process_of(flow)
+        assert type(process) is RectifiedFlow and (process.shift, process.time_scale) == (shift, 1000)
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    sigmas = process.from_model_time("timesteps", theirs.timesteps)
+    torch.testing.assert_close(sigmas, theirs.sigmas, rtol=2e-7, atol=0)
 
 
 def test_a_sampler_s_steps_on_a_flow_are_euler_s():
@@ -178,6 +216,10 @@ def test_policies_with_a_generator():
     assert abs(normal.float().mean() - 500) < 8 and abs(normal.float().std() - 100) < 5
     offset = process.draw_perceptual(random, t, "offset")
     assert set(offset.tolist()) == {460, 540} and 1800 < int((offset == 460).sum()) < 2200
+    lower = process.draw_perceptual(random, t, "lower")
+    assert int(lower.min()) < 5 and int(lower.max()) == 500 and abs(lower.float().mean() - 250) < 12
+    same = process.draw_perceptual(random, t, "same")
+    assert same.min() < 10 and same.max() > 989
     for end in (0, 999):
         for policy in ("normal", "offset"):
             drawn = process.draw_perceptual(random, torch.full((4000,), end), policy)
