@@ -30,7 +30,7 @@ class Pass(nn.Module):
         return (encoder_hidden_states, hidden_states) if self.pair else hidden_states
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TransformerFamily:
     """See :class:`fastsp.families.MetricFamily`, also for what is not documented here.
 
