@@ -22,8 +22,6 @@ class MetricFamily(Protocol):
 
     class_name: str
     """Of the networks; those that inherit from it belong to the family too."""
-    conditions: tuple[str, ...]
-    """The keywords that a caller of the loss may give beside the text features."""
     normalize: str
     displacement: str
     """What the losses' options of these names are where none is given."""
@@ -31,6 +29,10 @@ class MetricFamily(Protocol):
     """Whether on a flow its networks are told ``1 - sigma`` and predict ``x0 - eps``."""
     caches: bool
     """Whether its forward keeps tensors for later calls, which are not to be made while it is traced."""
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The keywords that a caller of the loss may give beside the text features."""
 
     def fault(self, config: Config) -> str | None:
         """Why such a network cannot be trained from latents and captions, as a message; None: it can."""
