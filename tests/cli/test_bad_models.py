@@ -204,7 +204,7 @@ def change(file, **values):
             with_unet(projection_class_embeddings_input_dim=92),
             "pooled text features of width 44, the text encoders give",
         ),
-        (with_a_motion_model, "unet: UNetMotionModel is no class of networks that fastsp knows; known: UNet2DCond"),
+        (with_a_motion_model, "unet: UNetMotionModel is no class of networks that fastsp knows; known: Chroma"),
         (with_another_unet, "the UNet takes no pooled text features, the text encoders give pooled text features of"),
     ],
     ids=lambda value: getattr(value, "__qualname__", "").replace(".<locals>.spoil", ""),
