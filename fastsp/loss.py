@@ -110,7 +110,7 @@ class DenoisingLoss(_Loss):
 
     def per_sample(self, model_pred: Tensor, target: Tensor, t: Tensor) -> Tensor:
         """Mean squared error of each sample against a target at hand, weighted by min-SNR. (B,) float32."""
-        loss = _squared_error(model_pred, target)
+        loss = squared_error(model_pred, target)
         return loss if self.min_snr_gamma is None else loss * self.process.min_snr_weight(t, self.min_snr_gamma)
 
 
@@ -281,13 +281,15 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
         t: Tensor,
         t_prime: Tensor,
         conditioning: dict[str, Any],
+        transition: Tensor | None = None,
         **noise_source: Any,
     ) -> Tensor:
         """The loss at given t and t', nothing checked. (B,) float32.
 
-        ``noise_source`` is ``noise`` and perhaps ``noisy_latents``; or ``seed`` and ``positions``, to draw it again.
+        ``transition`` is the process's from t to t', if it is at hand. ``noise_source`` is ``noise`` and perhaps
+        ``noisy_latents``; or ``seed`` and ``positions``, to draw it again.
         """
-        transition, metric = self.process.transition(t, t_prime), self.metric
+        transition, metric = self.process.transition(t, t_prime) if transition is None else transition, self.metric
         layout: dict[str, Any] = {"dtype": metric.dtype, "memory_format": metric.memory_format}
         if frames := latents.shape[2:-2]:  # of videos; to the process a higher image is the same
             model_pred, latents = model_pred.flatten(2, -2), latents.flatten(2, -2)
@@ -366,18 +368,20 @@ class LearnedPerceptualLoss(SelfPerceptualLoss):
         t: Tensor,
         t_prime: Tensor,
         conditioning: dict[str, Any],
+        transition: Tensor | None = None,
         target: Tensor | None = None,
         **noise_source: Any,
     ) -> Tensor:
         """As there. ``target`` is what a perfect network predicts; without it ``noise`` is needed."""
-        anchor = super().per_sample(model_pred, latents, t, t_prime, conditioning, **noise_source)
-        self.verdict = self.metric.judge(self.process.transition(t, t_prime)[1])
+        transition = self.process.transition(t, t_prime) if transition is None else transition
+        anchor = super().per_sample(model_pred, latents, t, t_prime, conditioning, transition, **noise_source)
+        self.verdict = self.metric.judge(transition[1])
         if self.anchor == "mse":
             target = self._target(latents, noise_source["noise"], t) if target is None else target
-            anchor = _squared_error(model_pred, target)
+            anchor = squared_error(model_pred, target)
         return anchor + self.weight * F.softplus(self.verdict.gap)
 
 
-def _squared_error(model_pred: Tensor, target: Tensor) -> Tensor:
+def squared_error(model_pred: Tensor, target: Tensor) -> Tensor:
     """Mean over a sample's elements, (B,) float32."""
     return (model_pred.float() - target.float()).square().flatten(1).mean(1)

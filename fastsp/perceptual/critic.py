@@ -113,9 +113,7 @@ class Critic(FrozenFeatures):
 
     def __init__(self, unet: nn.Module, *, heads: int = 128, seed: int = 0, **options: Any) -> None:
         super().__init__(unet, **options)
-        family, network = self.network.family, self.network.unet
-        shapes = family.feature_shapes(network.config, self.network.layers)
-        self.heads = Heads(shapes, heads, seed, family.input_weight(network).device)
+        self.heads = Heads(self.network.feature_shapes, heads, seed, self.network.device)
         self._compared: tuple[Features, Features] | None = None
 
     def _features(self, inputs: Tensor, conditioning: Conditioning) -> tuple[Features, Features]:

@@ -170,10 +170,8 @@ class FrozenFeatures(PerceptualMetric):
         self._half_backward = HalfBackward(self.network)
         self.scales: Any = nn.ModuleList()
         if normalize == "channel":
-            family, network = self.network.family, self.network.unet
-            shapes = family.feature_shapes(network.config, self.network.layers)
-            channels = [shape[0] if len(shape) == 3 else shape[-1] for shape in shapes]
-            self.scales.extend(ChannelScale(width, family.input_weight(network).device) for width in channels)
+            channels = [shape[0] if len(shape) == 3 else shape[-1] for shape in self.network.feature_shapes]
+            self.scales.extend(ChannelScale(width, self.network.device) for width in channels)
 
     @property
     def dtype(self) -> torch.dtype:

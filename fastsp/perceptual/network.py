@@ -71,6 +71,16 @@ class PerceptualNetwork(AlwaysEval):
         return self.family.input_weight(self.unet).dtype
 
     @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.family.input_weight(self.unet).device
+
+    @property
+    def feature_shapes(self) -> list[tuple[int, ...]]:
+        """Of one sample's features: (C, H, W) of images, (N, C) of tokens; -1 where a size is not fixed."""
+        return self.family.feature_shapes(self.unet.config, self.layers)
+
+    @property
     def memory_format(self) -> torch.memory_format:
         """The memory format of its convolutions' weights, which its inputs should have too."""
         weight = self.family.input_weight(self.unet)

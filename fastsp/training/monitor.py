@@ -17,7 +17,6 @@ from fastsp.data.batch import Batch
 from fastsp.objectives import StageConfig
 from fastsp.training.critic import FIGURES
 from fastsp.training.faults import check_skipped
-from fastsp.training.run_directory import RunDirectory
 from fastsp.training.step import StepResult
 from fastsp.training.trackers import Trackers
 from fastsp.utils.progress import steps_progress
@@ -57,8 +56,7 @@ class Monitor:
     """Follows one stage. Use it as a context manager around the loop.
 
     Args:
-        run: has the metrics file.
-        trackers: receive the figures too; None: this process writes nothing.
+        trackers: receive the figures; None: this process writes nothing.
         config: has the intervals.
         stage: the stage.
         first_step: updates that were made before a resume.
@@ -68,7 +66,6 @@ class Monitor:
 
     def __init__(
         self,
-        run: RunDirectory,
         trackers: Trackers | None,
         config: Config,
         stage: StageConfig,
@@ -76,8 +73,8 @@ class Monitor:
         bad_samples: BadSampleLog,
         console: Console,
     ) -> None:
-        self.run, self.trackers, self.config, self.stage, self.console = run, trackers, config, stage, console
-        self.steps_before, self.first_position = config.steps_before(stage), config.first_position(stage)
+        self.trackers, self.config, self.stage, self.console = trackers, config, stage, console
+        self.first_position = config.first_position(stage)
         self.bad_samples = bad_samples
         self.bar = steps_progress(console, TextColumn("{task.fields[figures]}"))
         self.task: TaskID = self.bar.add_task(stage.name, total=stage.steps, completed=first_step, figures="")
@@ -150,16 +147,10 @@ class Monitor:
             figures["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         seconds_left = (self.stage.steps - reading.step) * seconds / self.steps_since_log
         self.logged_at, self.seconds_waited, self.steps_since_log = time.monotonic(), 0.0, 0
-        self._write(reading.step, figures)
+        if self.trackers is not None:
+            self.trackers.log(figures, self.stage, reading.step)
         self._show(reading.step, figures, seconds_left)
         check_skipped(self.config, self.stage, reading.step, skipped_in_a_row)
-
-    def _write(self, step: int, figures: dict[str, float]) -> None:
-        if self.trackers is None:
-            return
-        global_step = self.steps_before + step
-        self.run.append_metrics({"stage": self.stage.name, "step": step, "global_step": global_step, **figures})
-        self.trackers.write(figures, self.stage, global_step)
 
     def _show(self, step: int, figures: dict[str, float], seconds_left: float) -> None:
         text = f"loss {figures['loss']:.4f}  {figures['samples_per_s']:.3g} samples/s"

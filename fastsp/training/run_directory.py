@@ -120,7 +120,7 @@ class RunDirectory:
         if not self.metrics_file.exists():
             return
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if _global_step(line) <= global_step and not _starts_at(line, global_step)]
+        kept = [line for line in lines if _is_kept(line, global_step)]
         if kept != lines:
             write_file(self.metrics_file, "".join(kept))
 
@@ -143,14 +143,12 @@ class RunDirectory:
             )
 
 
-def _starts_at(line: str, global_step: int) -> bool:
-    """Whether a complete line is of the start of the stage that begins there."""
-    return _global_step(line) == global_step and json.loads(line).get("step") == 0
-
-
-def _global_step(line: str) -> float:
-    """Of a complete line of metrics; infinite for a torn one."""
+def _is_kept(line: str, global_step: int) -> bool:
+    """Whether a line is complete and of a step up to ``global_step``, but not of the start of a stage that begins
+    there."""
     try:
-        return json.loads(line)["global_step"] if line.endswith("\n") else float("inf")
+        row = json.loads(line)
+        reached = row["global_step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return False
+    return line.endswith("\n") and (reached < global_step or (reached == global_step and row.get("step") != 0))

@@ -222,6 +222,15 @@ class TrainingStep:
         positions = batch.positions.to(self.seed.device, non_blocking=True)
         latents, conditioning = self.latents(batch, positions), self.conditioning(batch, positions)
         t = self.process.draw(Seeded(self.seed, Stream.TIMESTEP, positions))
+        model_pred, target, keywords = self.predict(latents, conditioning, t, positions)
+        losses = self.objective(model_pred, target, latents, t, keywords, self.seed, positions)
+        return (batch.weights * losses).sum() / self.config.data.batch_size
+
+    def predict(
+        self, latents: Tensor, conditioning: Conditioning, t: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """The network's prediction at x_t with the noise of ``positions``, its target (float32), and the keywords by
+        which the network was given ``conditioning``."""
         noisy_latents, target = diffuse(
             latents,
             self.process.marginal(t),
@@ -230,12 +239,10 @@ class TrainingStep:
             dtype=self.dtype,
             memory_format=torch.channels_last,
         )
-        time = self.process.model_time(t)
+        assert target is not None
         family = family_of(self.unet)
         keywords = family.keywords(conditioning)
-        model_pred = family.call(self.unet, noisy_latents, time, keywords)
-        losses = self.objective(model_pred, target, latents, t, keywords, self.seed, positions)
-        return (batch.weights * losses).sum() / self.config.data.batch_size
+        return family.call(self.unet, noisy_latents, self.process.model_time(t), keywords), target, keywords
 
     def latents(self, batch: Batch, positions: Tensor) -> Tensor:
         """x_0, (B, C, H, W) float32: the pixels themselves, or a draw from the VAE's posterior."""

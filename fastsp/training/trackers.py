@@ -38,6 +38,7 @@ class Trackers:
     """
 
     def __init__(self, run: RunDirectory, config: Config, reached: int) -> None:
+        self.run, self.config = run, config
         self._wandb = _wandb_run(run, config) if config.log.wandb else None
         self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=reached + 1)
 
@@ -48,6 +49,12 @@ class Trackers:
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
         self._tensorboard.close()
+
+    def log(self, figures: dict[str, float], stage: StageConfig, step: int) -> None:
+        """The figures of a step of a stage, in the run's `metrics.jsonl` too."""
+        global_step = self.config.steps_before(stage) + step
+        self.run.append_metrics({"stage": stage.name, "step": step, "global_step": global_step, **figures})
+        self.write(figures, stage, global_step)
 
     def write(self, figures: dict[str, float], stage: StageConfig, global_step: int) -> None:
         """The figures of one logged step. Losses of different objectives cannot be compared: each has its own curve."""

@@ -200,7 +200,7 @@ class Trainer:
                 raise UserError(f"{self.run.stage_folder(stage.name)} is missing, the weights of a finished stage")
             checkpoint.load_into(step.state)
             step.optimizer.after_loading()
-        if not done:
+        else:
             self._validate(step, ema_unet, stage, 0, trackers)
             if self.config.samples.every and stage.init is None:
                 self._draw(ema_unet, stage, 0, trackers)  # what the training starts from
@@ -214,7 +214,7 @@ class Trainer:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
         )
-        monitor = Monitor(self.run, trackers, self.config, stage, done, self.source.bad_samples, self.console)
+        monitor = Monitor(trackers, self.config, stage, done, self.source.bad_samples, self.console)
         settings, steps_before = self.config.checkpoint, self.config.steps_before(stage)
         every = self.config.validation.every
         writer = CheckpointWriter(self.run.checkpoints, settings, self.config.digest, self.ranks)
@@ -399,9 +399,7 @@ class Trainer:
             return
         figures = self.validation.losses(step, ema_unet)
         if trackers is not None:
-            global_step = self.config.steps_before(stage) + number
-            self.run.append_metrics({"stage": stage.name, "step": number, "global_step": global_step, **figures})
-            trackers.write(figures, stage, global_step)
+            trackers.log(figures, stage, number)
         told = ", ".join(f"{name.removeprefix('validation_')} {value:.5g}" for name, value in figures.items())
         self.console.print(f"{stage.name}: validation at step {number}: {told}", highlight=False)
 

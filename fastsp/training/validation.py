@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fastsp_kernels import Stream, diffuse
+from fastsp_kernels import Stream
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -25,8 +25,7 @@ from fastsp.data.order import permute
 from fastsp.data.source import Source
 from fastsp.diffusion.draws import Seeded
 from fastsp.errors import UserError
-from fastsp.families import family_of
-from fastsp.loss import SelfPerceptualLoss
+from fastsp.loss import SelfPerceptualLoss, squared_error
 from fastsp.training.distributed import Ranks
 from fastsp.training.step import TrainingStep
 
@@ -118,19 +117,8 @@ class Validation:
         positions = FIRST_POSITION + indices
         latents, conditioning = still.latents(batch, positions), still.conditioning(batch, positions)
         t = still.process.draw(Stratified(Stream.TIMESTEP, indices, self.count))
-        noisy_latents, target = diffuse(
-            latents,
-            still.process.marginal(t),
-            seed=still.seed,
-            positions=positions,
-            dtype=still.dtype,
-            memory_format=torch.channels_last,
-        )
-        assert target is not None
-        keywords = family_of(still.unet).keywords(conditioning)
-        model_pred = still.unet(noisy_latents, still.process.model_time(t), **keywords, return_dict=False)[0]
-        mse = (model_pred.float() - target.float()).square().flatten(1).mean(1)
-        found = {"weight": batch.weights, "validation_mse": mse}
+        model_pred, target, keywords = still.predict(latents, conditioning, t, positions)
+        found = {"weight": batch.weights, "validation_mse": squared_error(model_pred, target)}
         if objective.self_perceptual is not None:
             random = Stratified(Stream.PERCEPTUAL_TIMESTEP, indices, self.count)
             t_prime = still.process.draw_perceptual(random, t, objective.timestep_sampling)

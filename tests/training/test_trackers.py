@@ -194,7 +194,7 @@ def test_the_monitor_reads_the_device_at_the_log_interval_alone(tmp_path):
             yield number
 
     with RunDirectory(config) as run, Trackers(run, config, 0) as trackers:
-        monitor = Monitor(run, trackers, config, config.stages[0], 0, bad_samples, Console(quiet=True))
+        monitor = Monitor(trackers, config, config.stages[0], 0, bad_samples, Console(quiet=True))
         with monitor, pytest.raises(Diverged, match=r"steps 6 to 8 of stage mse, sample positions 160 to 255"):
             for number in monitor.watched(batches()):
                 time.sleep(0.02)
@@ -222,7 +222,7 @@ def test_figures_on_their_way_are_written_a_step_later_and_none_is_lost(tmp_path
     with (
         RunDirectory(config) as run,
         Trackers(run, config, 0) as trackers,
-        Monitor(run, trackers, config, config.stages[0], 0, bad_samples, Console(quiet=True)) as monitor,
+        Monitor(trackers, config, config.stages[0], 0, bad_samples, Console(quiet=True)) as monitor,
     ):
         for number in range(1, 6):
             told = result(float(number))
