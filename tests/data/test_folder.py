@@ -56,7 +56,7 @@ def test_name_of_the_folder(tmp_path):
     assert reader.notes == [(str(tmp_path / "my_cats"), f'{note} "my cats" (1 of them)')]
     kohya = FolderReader(write(tmp_path / "kohya", {"10_sks dog/0.jpg": b"", "10_sks dog/1.jpg": b""}))
     ((_, what),) = kohya.notes
-    assert what == f'{note} "10 sks dog" (2 of them)'
+    assert what == f'{note} "10 sks dog" (2 of them); a number before it is part of it, and repeats nothing'
     assert FolderReader(tmp_path / "kohya", captioned=False).notes == []
 
 
@@ -128,6 +128,15 @@ def test_lines_of_metadata_without_their_image_are_named(tmp_path):
 def test_of_several_files_of_metadata_one_counts(tmp_path):
     both = {"metadata.jsonl": '{"file_name": "0.jpg", "text": "a"}', "metadata.csv": "file_name,text\n0.jpg,b\n"}
     reader = FolderReader(write(tmp_path, {"0.jpg": b"", **both}))
+    assert captions(reader) == {"0.jpg": "a"}
+
+
+def test_metadata_of_other_kinds_is_said_not_to_be_read(tmp_path):
+    reader = FolderReader(write(tmp_path, {"0.jpg": b"", "metadata.parquet": b"PAR1"}))
+    why = "is not read: captions of this kind go into metadata.jsonl"
+    assert reader.notes[0] == (f"{tmp_path}/metadata.parquet", why)
+    both = {"metadata.jsonl": '{"file_name": "0.jpg", "text": "a"}', "metadata.csv": "file_name,text\n0.jpg,b\n"}
+    reader = FolderReader(write(tmp_path, both))
     assert captions(reader) == {"0.jpg": "a"}
 
 

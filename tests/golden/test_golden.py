@@ -1,7 +1,7 @@
-"""The golden record holds: bit for bit on the kinds of machine that have one, within rounding on others.
+"""The golden record holds: bit for bit on the kinds of machine that have one, within rounding of one on others.
 
-Other instructions add in another order. Between the recorded machines the losses differ by 5e-7 at most, the gradient
-norms by 1.1e-5 of their value: the self-perceptual loss is a difference of nearly equal features.
+Other instructions add in another order. Between AVX-512 and AVX2 on one processor the losses differed by 3e-7 at most,
+the gradient norms by 5e-6 of their value: the self-perceptual loss is a difference of nearly equal features.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from golden import record
 pytest.importorskip("nvidia.dali")
 
 LOSS_TOLERANCE = 1e-6
-GRADIENT_NORM_TOLERANCE = 3e-5
+GRADIENT_NORM_TOLERANCE = 1e-5
 
 
 def test_losses_and_gradient_norms_are_those_of_the_record(tmp_path):
@@ -31,14 +31,33 @@ def test_losses_and_gradient_norms_are_those_of_the_record(tmp_path):
     print(f"this is {machine}, there are records of {' and '.join(records)}: compared {how}")
     for run in record.RUNS:
         if machine in records:
+            assert len(records[machine][run]) == 3 * record.STEPS
             assert steps[run] == records[machine][run], run
-        for expected in records.values():
-            assert_close(run, steps[run], expected[run])
+        else:
+            nearest = min(records.values(), key=lambda expected: distance(steps[run], expected[run]))
+            assert_close(run, steps[run], nearest[run])
 
 
-def assert_close(run: str, steps: list[record.Step], expected: list[record.Step]) -> None:
+def test_the_records_differ_by_rounding_alone():
+    """They are of different processors: their norms differ by 1.02e-5 at most."""
+    first, *others = record.records().values()
+    for other in others:
+        for run in record.RUNS:
+            assert_close(run, other[run], first[run], norm_tolerance=1.1e-5)
+
+
+def distance(steps: list[record.Step], expected: list[record.Step]) -> float:
+    return max(abs(ours[-1] / theirs[-1] - 1) for ours, theirs in zip(steps, expected, strict=True))
+
+
+def assert_close(
+    run: str,
+    steps: list[record.Step],
+    expected: list[record.Step],
+    norm_tolerance: float = GRADIENT_NORM_TOLERANCE,
+) -> None:
     assert len(expected) == 3 * record.STEPS
     for (*place, loss, norm), (*expected_place, expected_loss, expected_norm) in zip(steps, expected, strict=True):
         assert place == expected_place
         assert loss == pytest.approx(expected_loss, rel=LOSS_TOLERANCE, abs=LOSS_TOLERANCE), (run, *place)
-        assert norm == pytest.approx(expected_norm, rel=GRADIENT_NORM_TOLERANCE), (run, *place)
+        assert norm == pytest.approx(expected_norm, rel=norm_tolerance), (run, *place)

@@ -219,7 +219,10 @@ def test_one_sample_of_a_strided_batch(device: torch.device) -> None:
             {"marginal": torch.zeros(4, 2)},
             r"marginal must be torch.float32 of shape \(4, 3\) on cpu, got torch.float32 of shape \(4, 2\)",
         ),
-        ({"marginal": torch.zeros(4, 3).double()}, r"marginal must be torch.float32 of shape .*, got torch.float64"),
+        (
+            {"marginal": torch.zeros(4, 3).double()},
+            r"marginal must be torch.float32 of shape \(4, 3\) on cpu, got torch.float64",
+        ),
         ({"dtype": torch.int32}, "dtype must be torch.float32 or .* got torch.int32"),
         ({"memory_format": torch.preserve_format}, "memory_format must be"),
     ],
@@ -236,8 +239,8 @@ def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
     [
         (torch.tensor([1]), torch.arange(3), r"seed must be torch.int64 of shape \(\) .* shape \(1,\)"),
         (torch.tensor(1.0), torch.arange(3), r"seed must be torch.int64 of shape \(\) .* got torch.float32"),
-        (torch.tensor(1), torch.arange(4), "positions must be torch.int64 of shape"),
-        (torch.tensor(1), torch.tensor(0.0), "positions must be torch.int64 of shape"),
+        (torch.tensor(1), torch.arange(4), r"positions must be torch.int64 of shape \(3,\) .* of shape \(4,\)"),
+        (torch.tensor(1), torch.tensor(0.0), r"positions must be torch.int64 of shape \(3,\) .* got torch.float32"),
     ],
 )
 def test_wrong_seeds(seed: Tensor, positions: Tensor, message: str) -> None:

@@ -257,9 +257,18 @@ def test_backward_saves_the_coefficients_alone(device: torch.device) -> None:
     ("change", "message"),
     [
         ({"latents": torch.zeros(0, 4, 7, 6)}, "latents must be a non-empty"),
-        ({"model_pred": torch.zeros(3, 4, 7, 5)}, "model_pred must be .* of shape .*, got .* of shape"),
-        ({"noisy_latents": torch.zeros(1, 4, 7, 6)}, "noisy_latents must be .* of shape .*, got .* of shape"),
-        ({"noise": torch.zeros(2, 4, 7, 6)}, "noise must be .* of shape .*, got .* of shape"),
+        (
+            {"model_pred": torch.zeros(3, 4, 7, 5)},
+            r"model_pred must be .* of shape \(3, 4, 7, 6\) on cpu, got .* of shape \(3, 4, 7, 5\)",
+        ),
+        (
+            {"noisy_latents": torch.zeros(1, 4, 7, 6)},
+            r"noisy_latents must be .* of shape \(3, 4, 7, 6\) on cpu, got .* of shape \(1, 4, 7, 6\)",
+        ),
+        (
+            {"noise": torch.zeros(2, 4, 7, 6)},
+            r"noise must be .* of shape \(3, 4, 7, 6\) on cpu, got .* of shape \(2, 4, 7, 6\)",
+        ),
         ({"noise": None}, "either noise, or both seed and positions"),
         ({"seed": torch.tensor(1)}, "either noise, or both seed and positions"),
         ({"noise": None, "seed": torch.tensor(1)}, "either noise, or both seed and positions"),

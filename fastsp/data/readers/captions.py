@@ -21,6 +21,7 @@ from fastsp.utils.files import decode_text, read_text
 
 JSON_KEYS = ("caption", "text")
 METADATA = ("metadata.jsonl", "metadata.csv", "meta_cap.json")  # the first that is there
+UNREAD_METADATA = "metadata.parquet"  # which Hugging Face's imagefolder takes too
 _TOO_LONG = "more columns than the first line: quote what has commas"
 
 Line = tuple[int, tuple[str, Any] | str]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +19,14 @@ from typing import Any
 from fastsp.data.config import DataConfig
 from fastsp.data.inventory import MAX_NAMES, Inventory, Part
 from fastsp.data.readers import names
-from fastsp.data.readers.captions import METADATA, caption_from_json, caption_from_record, caption_of, read_metadata
+from fastsp.data.readers.captions import (
+    METADATA,
+    UNREAD_METADATA,
+    caption_from_json,
+    caption_from_record,
+    caption_of,
+    read_metadata,
+)
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size
 from fastsp.errors import UserError
 from fastsp.utils.progress import late_bar
@@ -70,7 +78,9 @@ class FolderReader:
             (directory, count), total = self._named_by_folder.most_common(1)[0], self._named_by_folder.total()
             example = f'"{self._name_as_caption(directory)}" ({count} of them)'
             what = f"pictures without a caption of their own, which take their folder's name: {total}, as {example}"
-            self.notes.append((self._name(""), what))
+            kohya = any(re.match(r"\d+[_ ]", Path(one).name) for one in self._named_by_folder)
+            repeats = "; a number before it is part of it, and repeats nothing" if kohya else ""
+            self.notes.append((self._name(""), what + repeats))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -154,6 +164,9 @@ class FolderReader:
                 raise UserError(": ".join(wrong[0]))
             self.damaged += wrong
             return True
+        if UNREAD_METADATA in there:
+            why = f"is not read: captions of this kind go into {METADATA[0]}"
+            self.notes.append((self._name(os.path.join(directory, UNREAD_METADATA)), why))
         return False
 
     def _match_metadata(self) -> None:
