@@ -60,7 +60,7 @@ def encode(
     model = _frozen_parts(settings, device)
     out.mkdir(parents=True, exist_ok=True)
     source = open_source(
-        data,
+        data.model_copy(update={"in_memory": False}),
         tokenizer=model.tokenizer if text_features else None,
         tokenizer_2=model.tokenizer_2 if text_features else None,
         channels=3,

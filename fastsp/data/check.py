@@ -72,9 +72,8 @@ def check_source(config: DataConfig, limit: int | None = None) -> tuple[dict[str
         how many are enlarged; `caption_characters`; `images_per_second`, decoded in this process; `seconds`; `stop`,
         why a run would stop, or None. Sizes and lengths are `smallest`, `median` and `largest`.
     """
-    source = open_source(
-        config.model_copy(update={"max_bad_fraction": 1.0}), tokenizer=None, channels=3, seed=0, progress=True
-    )
+    once = config.model_copy(update={"max_bad_fraction": 1.0, "in_memory": False})
+    source = open_source(once, tokenizer=None, channels=3, seed=0, progress=True)
     count = min(len(source), limit or len(source))
     sizes: list[Tensor] = []
     lengths: list[int] = []

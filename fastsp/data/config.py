@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from fastsp.errors import UserError
 from fastsp.utils.section import Fraction, NonNegative, PathText, Positive, Section
@@ -67,6 +67,13 @@ class DataConfig(Section):
     workers: Positive = 8  # threads that read files
     threads: NonNegative = 0  # CPU threads of the decoder; 0: one per core
     prefetch: Positive = 2  # batches ready ahead of the training
+    in_memory: bool = False  # decode every picture once and keep all on the device, which small data sets allow
+
+    @model_validator(mode="after")
+    def _pictures_stay_the_same(self) -> Self:
+        if self.in_memory and (self.crop == "random" or self.flip or self.source == "latents"):
+            raise ValueError("in_memory: true needs crop: center, flip: false and a source of pictures")
+        return self
 
     def given_path(self) -> str | list[str]:
         """`path`, of a source that needs one and has no splits; else UserError."""

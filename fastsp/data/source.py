@@ -21,11 +21,15 @@ from fastsp.data.collate import Collator, ImageCollator, LatentCollator
 from fastsp.data.config import SOURCES, DataConfig
 from fastsp.data.images import library
 from fastsp.data.images.pipeline import ImagePipeline
+from fastsp.data.kept import KeptCollator, KeptPictures, KeptReader
 from fastsp.data.order import SampleOrder
 from fastsp.data.prefetch import Prefetcher
 from fastsp.data.readers.latents import LatentReader
-from fastsp.data.samples import ReadStep, SampleReader, in_shares
+from fastsp.data.samples import BadSample, ReadStep, SampleReader, in_shares
 from fastsp.errors import UserError
+from fastsp.utils.progress import steps_bar
+
+_AT_ONCE = 256  # pictures that are decoded together to be kept
 
 
 def open_source(
@@ -75,8 +79,14 @@ def open_source(
         drawn_by = seed if shuffle else None
         return tuple(texts) if raw_captions else captions_at(texts, config.captions, drawn_by, positions)
 
+    place = torch.device(device)
+    pictures = None
+    if config.in_memory:
+        pictures, reader = _kept(reader, config, channels, place, progress)
+
     def open_collator(batch_size: int) -> Collator:
-        place = torch.device(device)
+        if pictures is not None:
+            return KeptCollator(pictures, tokenizers, captions, place)
         if isinstance(reader, LatentReader):
             return LatentCollator(reader.header, tokenizers, captions, place)
         images = ImagePipeline(config, batch_size=batch_size, channels=channels, seed=seed, device=place)
@@ -98,6 +108,32 @@ def check_path(config: DataConfig) -> Callable[[bool], SampleReader]:
     if config.source != "latents":
         library("nvidia.dali"), library("simplejpeg")  # at once, not when the first batch is made
     return resolve_name(SOURCES[config.source])(config)
+
+
+def _kept(
+    reader: SampleReader, config: DataConfig, channels: int, device: torch.device, progress: bool
+) -> tuple[KeptPictures, SampleReader]:
+    """Decode a whole data set, in its order; what is left to read are the captions."""
+    count = len(reader)
+    captions: list[str] = []
+    size = 4 * count * channels * config.resolution**2
+    if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] // 2:
+        needed = f"{count} pictures take {size / 1e9:.1f} GB, more than half of the device's free memory"
+        raise UserError(f"data.in_memory is true; {needed}: set it to false")
+    pictures = KeptPictures(count)
+    images = ImagePipeline(config, batch_size=min(count, _AT_ONCE), channels=channels, seed=0, device=device)
+    with (
+        closing(ImageCollator(images, {}, lambda texts, _: tuple(texts))) as collate,
+        ThreadPoolExecutor(config.workers, "fastsp-read") as pool,
+        steps_bar("decoding all pictures", count, shown=progress, late=True) as advance,
+    ):
+        for positions in torch.arange(count).split(_AT_ONCE):
+            indices = positions.tolist()
+            samples = list(in_shares(pool, config.workers, reader.read, indices))
+            captions += ["" if isinstance(sample, BadSample) else sample.caption for sample in samples]
+            pictures.add(*collate(ReadStep(positions, indices, samples)))
+            advance(len(indices))
+    return pictures, KeptReader(reader, captions, pictures.reasons)
 
 
 @dataclass(eq=False)

@@ -24,6 +24,7 @@ from torch import Generator, Tensor, nn
 from fastsp.errors import UserError
 from fastsp.evaluation.features import FeatureModel
 from fastsp.utils.cache import cache_folder
+from fastsp.utils.devices import best_device
 from fastsp.utils.files import new_file
 from fastsp.utils.progress import Bar, no_bar
 
@@ -144,19 +145,21 @@ def _train(model: CaptionClassifier, train: Captioned, bar: Bar) -> None:
         steps, batch_size, jitter = int(_COLOUR_STEPS * STEPS), _COLOUR_BATCH * BATCH, _mirror_and_move
     labels = torch.tensor([names.index(caption) for caption in train.captions])
     images, targets = shrunk(train.images), F.one_hot(labels, len(names)).float()
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    device = best_device()
+    optimizer = torch.optim.AdamW(model.to(device).parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     generator = Generator().manual_seed(0)
     with torch.enable_grad(), bar("training the classifier", steps) as advance:
         for _ in range(steps):
             chosen = torch.randint(len(images), (batch_size,), generator=generator)
             batch, target = _mixup(jitter(images[chosen], generator), targets[chosen], generator)
-            loss = F.cross_entropy(model.head(model.trunk(batch)), target)
+            loss = F.cross_entropy(model.head(model.trunk(batch.to(device))), target.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             advance()
+    model.cpu()
 
 
 def shrunk(images: Tensor) -> Tensor:

@@ -17,7 +17,15 @@ from fastsp.training.checkpoint_folder import Progress
 # No sample and no draw depends on these, and no weight but for rounding.
 _FREE = (
     *("run_dir", "checkpoint", "distributed", "distributed_timeout", "evaluation", "final", "log", "samples"),
-    *("validation", "data.max_bad_fraction", "data.prefetch", "data.threads", "data.workers", "optimizer.max_skipped"),
+    *(
+        "validation",
+        "data.in_memory",
+        "data.max_bad_fraction",
+        "data.prefetch",
+        "data.threads",
+        "data.workers",
+        "optimizer.max_skipped",
+    ),
 )
 _ROUNDED = (
     *("data.microbatch", "precision", "compile", "compile_mode", "deterministic", "gradient_checkpointing"),
