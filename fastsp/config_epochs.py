@@ -24,8 +24,8 @@ _KEYS = {
 def in_steps(tree: dict[str, Any]) -> None:
     """Replace every number of epochs in a configuration's plain values by steps, at least one, in place.
 
-    An epoch is as many samples as the source has. Only where there are epochs is the source opened, which may list a
-    large folder.
+    An epoch is as many samples as the source has, with `data.repeats` each as often as it comes. Only where there are
+    epochs is the source opened, which may list a large folder.
 
     Raises:
         UserError: the source cannot be opened.
@@ -39,9 +39,10 @@ def in_steps(tree: dict[str, Any]) -> None:
         data = DataConfig.model_validate(tree.get("data"))
     except ValidationError:
         return  # which the whole configuration's validation names
+    from fastsp.data.repeats import epoch_length
     from fastsp.data.source import check_path
 
-    per_epoch = len(check_path(data)(False)) / data.batch_size
+    per_epoch = epoch_length(check_path(data)(False)) / data.batch_size
     for section, key, epochs in found:
         section[key] = max(1, math.ceil(epochs * per_epoch))
 

@@ -65,6 +65,8 @@ def allowed(field: dict[str, Any]) -> str:
         return ", ".join(json.dumps(value).strip('"') for value in field["enum"])
     if field["type"] == "null":
         return "null"
+    if field["type"] == "object":
+        return f"map of text to {allowed(field['additionalProperties'])}"
     if field["type"] == "array":
         few = {1: " (at least one)", 2: " (two)"}.get(field.get("minItems"), "")
         return f"list of {allowed(field['items'])}{few}"

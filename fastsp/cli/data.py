@@ -24,6 +24,9 @@ def check(
     source: Annotated[str, typer.Argument(help="digits, a folder of images or of tars, a tar, or a pattern of tars.")],
     resolution: Annotated[int, typer.Option(min=1, help="Side of the crops, in pixels.")] = 512,
     split: Annotated[str | None, typer.Option(help="For digits: train (the default) or heldout.")] = None,
+    repeats: Annotated[
+        str | None, typer.Option(help="The run's data.repeats: folders, or such as cats=10,dogs=5.", metavar="TEXT")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read at most this many samples.")] = None,
     max_bad_fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="The run's data.max_bad_fraction.")] = 0.01,
     contact_sheet: Annotated[
@@ -48,7 +51,7 @@ def check(
     for option, file in (("--contact-sheet", contact_sheet), ("--json", json_file)):
         if file is not None:
             check_writable(file, force, option)
-    config = config_for(source, resolution, split).model_copy(update={"max_bad_fraction": max_bad_fraction})
+    config = config_for(source, resolution, split, repeats).model_copy(update={"max_bad_fraction": max_bad_fraction})
     report, images, labels = check_source(config, limit)
     typer.echo("\n".join(report_lines(report)))
     if contact_sheet is not None and labels:

@@ -19,6 +19,7 @@ from fastsp.data.config import DataConfig
 from fastsp.data.readers.digits import SPLITS
 from fastsp.data.readers.latents import HEADER
 from fastsp.data.readers.names import IMAGE_SUFFIXES, split_name
+from fastsp.data.repeats import Share, epoch_length, repeats_lines, shares_of
 from fastsp.data.source import Source, open_source
 from fastsp.errors import UserError
 from fastsp.utils.progress import steps_bar
@@ -29,11 +30,11 @@ SHEET_IMAGES = 64
 THUMBNAIL = 128  # pixels
 
 
-def config_for(source: str, resolution: int, split: str | None = None) -> DataConfig:
+def config_for(source: str, resolution: int, split: str | None = None, repeats: str | None = None) -> DataConfig:
     """What a person's SOURCE means: "digits", a folder of images, or shards (a tar, a folder of them, a pattern).
 
     A folder with images in it is one of images, though there may be tars in it too. UserError: there is nothing at
-    SOURCE, it holds latents, or it has no such split.
+    SOURCE, it holds latents, or it has no such split. `repeats` is "folders", or NAME=TIMES with commas between them.
     """
     folder = Path(source).expanduser()
     if split is not None and (source != "digits" or split not in SPLITS):
@@ -48,8 +49,17 @@ def config_for(source: str, resolution: int, split: str | None = None) -> DataCo
         raise UserError(f"{source} does not exist: give a folder of images, tars, a folder of tars or 'digits'")
     else:
         kind = "shards"
-    options = {"split": split} if split else {"path": source} if kind != "digits" else {}
+    options: dict[str, Any] = {"split": split} if split else {"path": source} if kind != "digits" else {}
+    if repeats is not None:
+        options["repeats"] = _repeats(repeats, kind)
     return DataConfig.model_validate({"source": kind, "resolution": resolution, "batch_size": BATCH_SIZE, **options})
+
+
+def _repeats(text: str, kind: str) -> str | dict[str, int]:
+    found = [part.rpartition("=") for part in text.split(",")]
+    if kind != "images" or (text != "folders" and not all(name and n.isdecimal() and int(n) for name, _, n in found)):
+        raise UserError(f"--repeats is {text!r}; allowed: folders, or such as cats=10,dogs=5, for a folder of images")
+    return text if text == "folders" else {name: int(times) for name, _, times in found}
 
 
 def _holds_images(folder: Path) -> bool:
@@ -66,14 +76,16 @@ def check_source(config: DataConfig, limit: int | None = None) -> tuple[dict[str
         The report, as it is written to JSON; and for a contact sheet the first good images, (N, 3, S, S) float32 in
         [-1, 1] with N up to 64 and S at most 128, and their labels: file names, or keys in a shard, and captions.
 
-        Keys of the report: `samples` in an epoch, bad ones included, of which `read` were read; `bad`, names and
-        reasons; `lost`, samples that damaged shards have lost, at least; `notes`, pairs of a file and what may surprise
-        though nothing is lost; of the good images `heights` and `widths` in pixels, upright; `smaller_than_resolution`,
-        how many are enlarged; `caption_characters`; `images_per_second`, decoded in this process; `seconds`; `stop`,
-        why a run would stop, or None. Sizes and lengths are `smallest`, `median` and `largest`.
+        Keys of the report: `samples`, bad ones included, of which `read` were read; `bad`, names and reasons; `lost`,
+        samples that damaged shards have lost, at least; `epoch`, samples in one with repeats, and `repeats` by folder;
+        `notes`, pairs of a file and what may surprise though nothing is lost; of the good images `heights` and `widths`
+        in pixels, upright; `smaller_than_resolution`, how many are enlarged; `caption_characters`; `images_per_second`,
+        decoded in this process; `seconds`; `stop`, why a run would stop, or None. Sizes and lengths are `smallest`,
+        `median` and `largest`.
     """
     once = config.model_copy(update={"max_bad_fraction": 1.0, "in_memory": False})
-    source = open_source(once, tokenizer=None, channels=3, seed=0, progress=True)
+    source = open_source(once, tokenizer=None, channels=3, seed=0, repeat=False, progress=True)
+    shares = shares_of(source.reader)
     count = min(len(source), limit or len(source))
     sizes: list[Tensor] = []
     lengths: list[int] = []
@@ -101,6 +113,8 @@ def check_source(config: DataConfig, limit: int | None = None) -> tuple[dict[str
         "read": count,
         "bad": dict(source.bad_samples.reasons),
         "lost": source.reader.lost,
+        "epoch": epoch_length(source.reader),
+        "repeats": [share._asdict() for share in shares],
         "notes": _notes(config, source, lengths),
         "heights": _spread(heights.tolist()),
         "widths": _spread(widths.tolist()),
@@ -130,6 +144,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         "speed": f"{report['images_per_second']:.0f} images/s ({report['seconds']:.1f} s)",
     }
     lines = [f"{name:<18}{text}" for name, text in rows.items()]
+    if shares := [Share(**share) for share in report["repeats"]]:
+        lines += [f"{'repeats':<18}{report['epoch']} samples an epoch", *(f"  {x}" for x in repeats_lines(shares))]
     for name, found in (("bad", report["bad"].items()), ("notes", report["notes"])):
         lines += [f"{name:<18}{len(found)}", *(f"  {where}: {what}" for where, what in sorted(found))]
     return lines

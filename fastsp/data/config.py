@@ -63,6 +63,8 @@ class DataConfig(Section):
     caption_dropout: Fraction = 0.1  # share of captions replaced by the empty prompt
     captions: CaptionsConfig | None = None  # None: as they are, of a JSON list the first
     unconditional: bool = False  # every caption is empty
+    # how often pictures come in an epoch: as `10_name`, their folder, says, or by folder; see fastsp.data.repeats
+    repeats: Literal["folders"] | dict[str, Positive] | None = None
     max_bad_fraction: Fraction = 0.01  # of the source; see fastsp.data.bad_samples
     workers: Positive = 8  # threads that read files
     threads: NonNegative = 0  # CPU threads of the decoder; 0: one per core

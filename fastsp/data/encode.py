@@ -21,6 +21,7 @@ from fastsp.data.batch import Batch
 from fastsp.data.prefetch import Prefetcher
 from fastsp.data.readers.latents import DTYPES, LatentsHeader, bad_sample, shard_path
 from fastsp.data.readers.shards import add_members
+from fastsp.data.repeats import shares_of
 from fastsp.data.source import Source
 from fastsp.diffusion.conditioning import Conditioning
 from fastsp.diffusion.latents import encode_moments, fingerprint
@@ -77,6 +78,7 @@ class LatentEncoder:
             text_sha256=text_sha256,
             captioned=source.reader.captioned,
             names_sha256=source.names_sha256(),
+            repeats=tuple(shares_of(source.reader)),
         )
 
     def missing(self, folder: Path, rank: int = 0, world_size: int = 1) -> list[int]:

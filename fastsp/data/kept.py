@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from fastsp.data.batch import Batch
 from fastsp.data.collate import Captions, Collator
 from fastsp.data.inventory import Inventory
+from fastsp.data.repeats import Share, shares_of
 from fastsp.data.samples import BadSample, EncodedSample, ReadStep, SampleReader
 
 
@@ -51,6 +52,10 @@ class KeptReader:
         self.reader, self.captions, self.reasons = reader, captions, reasons
         self.captioned, self.damaged = reader.captioned, reader.damaged
         self.notes, self.lost = reader.notes, reader.lost
+
+    @property
+    def repeats(self) -> Sequence[Share]:
+        return shares_of(self.reader)
 
     def __len__(self) -> int:
         return len(self.reader)

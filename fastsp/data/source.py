@@ -25,6 +25,7 @@ from fastsp.data.kept import KeptCollator, KeptPictures, KeptReader
 from fastsp.data.order import SampleOrder
 from fastsp.data.prefetch import Prefetcher
 from fastsp.data.readers.latents import LatentReader
+from fastsp.data.repeats import Places, Share, shares_of
 from fastsp.data.samples import BadSample, ReadStep, SampleReader, in_shares
 from fastsp.errors import UserError
 from fastsp.utils.progress import steps_bar
@@ -42,6 +43,7 @@ def open_source(
     device: torch.device | str = "cpu",
     bad_samples_file: Path | None = None,
     shuffle: bool = True,
+    repeat: bool = True,
     vae_sha256: str | None = None,
     text_sha256: str | None = None,
     raw_captions: bool = False,
@@ -58,6 +60,7 @@ def open_source(
         bad_samples_file: `bad_samples.jsonl` of the run, which is appended to; None: bad samples are only counted.
         shuffle: a new order every epoch, and captions drawn as `data.captions` says; else the order of the data set,
             and of several captions the first.
+        repeat: shuffled samples come as often as `data.repeats` says; else once, as in the order of the data set.
         vae_sha256, text_sha256: of latents, the `fingerprint` of the VAE and of the text encoders; None: any.
         raw_captions: leave them as they were read, to be kept.
         progress: show it on a terminal where listing files or indexing tars takes long.
@@ -70,6 +73,9 @@ def open_source(
         name, reason = reader.damaged[0]
         what_to_do = "`fastsp data check` lists all: fix them, or set data.max_bad_fraction higher"
         raise UserError(f"{why}; the first is {name} ({reason}); {what_to_do}")
+    shares = shares_of(reader) if config.repeats is not None and shuffle and repeat else ()
+    if config.repeats is not None and shuffle and repeat and not shares:
+        raise UserError("data.repeats is set; a folder of images has repeats, and latents that were encoded with it")
     if isinstance(reader, LatentReader):
         reader.header.check(config, vae_sha256, text_sha256)
     named = {"input_ids": tokenizer, "input_ids_2": tokenizer_2}
@@ -94,12 +100,21 @@ def open_source(
 
     return Source(
         reader,
-        order=SampleOrder(len(reader), seed) if shuffle else (lambda positions: positions % len(reader)),
+        order=_order(reader, shares, seed) if shuffle else (lambda positions: positions % len(reader)),
+        epoch=len(Places(shares)) if shares else len(reader),
         open_collator=open_collator,
         bad_samples=BadSampleLog(bad_samples_file, config.max_bad_fraction, len(reader)),
         workers=config.workers,
         prefetch=config.prefetch,
     )
+
+
+def _order(reader: SampleReader, shares: Sequence[Share], seed: int) -> Callable[[Tensor], Tensor]:
+    if not shares:
+        return SampleOrder(len(reader), seed)
+    places = Places(shares)
+    order = SampleOrder(len(places), seed)
+    return lambda positions: places(order(positions))
 
 
 def check_path(config: DataConfig) -> Callable[[bool], SampleReader]:
@@ -146,10 +161,11 @@ class Source:
     bad_samples: BadSampleLog  # where rejected samples are named and counted
     workers: int  # threads that read
     prefetch: int  # batches ready ahead of their use
+    epoch: int  # samples in one epoch, repeated ones as often as they come
 
     def __len__(self) -> int:
-        """Samples in one epoch, bad ones included."""
-        return len(self.reader)
+        """Samples in one epoch, bad ones included, and repeated ones as often as they come."""
+        return self.epoch
 
     def names_sha256(self) -> str:
         """Of the samples' names in the source's order, without the folders that they lie in."""

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastsp.config import EMAConfig
+from fastsp.data.repeats import repeats_lines, shares_of
 from fastsp.data.samples import SampleReader
+from fastsp.data.source import Source
 from fastsp.models import TextToImageModel
 from fastsp.models.schedulers import meaning_of
 from fastsp.objectives import StageConfig
@@ -39,6 +41,12 @@ def data_lines(reader: SampleReader) -> Iterator[str]:
     yield from (f"note: {name}: {what}" for name, what in told[:_NOTES])
     if (more := len(told) - _NOTES) > 0:
         yield f"note: {more} more about the data; `fastsp data check` has them all"
+
+
+def repeats_line(source: Source) -> Iterator[str]:
+    """What an epoch consists of, where samples come more than once."""
+    if shares := shares_of(source.reader):
+        yield f"repeats: an epoch has {len(source)} samples: {', '.join(repeats_lines(shares))}"
 
 
 def headline(stage: StageConfig, done: int) -> str:

@@ -36,6 +36,7 @@ _MEANING = dict.fromkeys(_ROUNDED, "the same samples and draws, rounded otherwis
     "data.batch_size": "positions are counted in batches: samples come again or are left out",
     "data.source": "other samples from here on",
     "data.path": "other samples from here on, unless it is the same data",
+    "data.repeats": "another order of the samples from here on",
     "data.split": "other samples from here on",
 }
 

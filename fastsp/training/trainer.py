@@ -144,7 +144,7 @@ class Trainer:
         console.print(announcements.prediction(self.model), highlight=False)
         if (times := config.data.batch_size / len(self.source)) > 1:
             console.print(f"data.batch_size {config.data.batch_size}: every sample occurs {times:.1f} times per step")
-        for line in announcements.data_lines(self.source.reader):
+        for line in (*announcements.repeats_line(self.source), *announcements.data_lines(self.source.reader)):
             console.print(line, highlight=False, markup=False)
         if changed_data:
             console.print(f"changed: the data ({changed_data})")

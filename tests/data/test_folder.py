@@ -56,7 +56,8 @@ def test_name_of_the_folder(tmp_path):
     assert reader.notes == [(str(tmp_path / "my_cats"), f'{note} "my cats" (1 of them)')]
     kohya = FolderReader(write(tmp_path / "kohya", {"10_sks dog/0.jpg": b"", "10_sks dog/1.jpg": b""}))
     ((_, what),) = kohya.notes
-    assert what == f'{note} "10 sks dog" (2 of them); a number before it is part of it, and repeats nothing'
+    number = "a number before it is part of it, and repeats nothing (data.repeats: folders would)"
+    assert what == f'{note} "10 sks dog" (2 of them); {number}'
     assert FolderReader(tmp_path / "kohya", captioned=False).notes == []
 
 

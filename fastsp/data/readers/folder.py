@@ -12,9 +12,11 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastsp.data.config import DataConfig
 from fastsp.data.inventory import MAX_NAMES, Inventory, Part
@@ -27,6 +29,7 @@ from fastsp.data.readers.captions import (
     caption_of,
     read_metadata,
 )
+from fastsp.data.repeats import Share
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size
 from fastsp.errors import UserError
 from fastsp.utils.progress import late_bar
@@ -35,7 +38,7 @@ from fastsp.utils.progress import late_bar
 def find(config: DataConfig) -> Callable[[bool], FolderReader]:
     """The folder that a `data.path` names, see `fastsp.data.config.register`."""
     folder = _image_folder(config.folder())
-    return lambda progress: FolderReader(folder, not config.unconditional, progress)
+    return lambda progress: FolderReader(folder, not config.unconditional, progress, config.repeats)
 
 
 def _image_folder(folder: str | Path) -> Path:
@@ -49,12 +52,21 @@ class FolderReader:
     """The images below a folder, sorted by path, with captions or, unless `captioned`, with empty ones. What is hidden
     is skipped, links are followed.
 
+    `repeats` is a configuration's `data.repeats`.
+
     UserError: the folder is missing or holds no images, or of its metadata nothing can be read.
     """
 
-    def __init__(self, folder: str | Path, captioned: bool = True, progress: bool = False):
+    def __init__(
+        self,
+        folder: str | Path,
+        captioned: bool = True,
+        progress: bool = False,
+        repeats: Literal["folders"] | Mapping[str, int] | None = None,
+    ):
         self.root = _image_folder(folder)
         self.captioned = captioned
+        self._repeats = repeats
         self.damaged: list[tuple[str, str]] = []  # what could not be used, with the reason
         self.notes: list[tuple[str, str]] = []  # what may surprise, though nothing is lost
         self.lost = 0  # folders that could not be read: samples, at least
@@ -79,8 +91,8 @@ class FolderReader:
             example = f'"{self._name_as_caption(directory)}" ({count} of them)'
             what = f"pictures without a caption of their own, which take their folder's name: {total}, as {example}"
             kohya = any(re.match(r"\d+[_ ]", Path(one).name) for one in self._named_by_folder)
-            repeats = "; a number before it is part of it, and repeats nothing" if kohya else ""
-            self.notes.append((self._name(""), what + repeats))
+            numbers = "; a number before it is part of it, and repeats nothing (data.repeats: folders would)"
+            self.notes.append((self._name(""), what + numbers if kohya and repeats != "folders" else what))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -100,6 +112,33 @@ class FolderReader:
             sha256 = hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest()
             parts.append(Part(names.printable(path), len(files), sha256))
         return Inventory(tuple(parts), tuple(map(names.printable, self.paths)) if len(self.paths) <= MAX_NAMES else ())
+
+    @cached_property
+    def repeats(self) -> tuple[Share, ...]:
+        """How often images come; empty without `data.repeats`. UserError: one of its folders holds no images."""
+        if self._repeats is None:
+            return ()
+        folders = dict.fromkeys(path.rpartition("/")[0] for path in self.paths)
+        found = {folder: self._times(folder) for folder in folders}
+        if not isinstance(self._repeats, str):
+            used = {folder for folder, _ in found.values()}
+            if unused := [folder for folder in self._repeats if _below(folder) not in used]:
+                raise UserError(f"data.repeats: {unused[0]!r} is no folder with images in {self.root}")
+        runs = groupby(found[path.rpartition("/")[0]] for path in self.paths)
+        return tuple(Share(names.printable(folder) or ".", len([*run]), times) for (folder, times), run in runs)
+
+    def _times(self, directory: str) -> tuple[str, int]:
+        """The folder that says how often a directory's images come, and how often: the innermost that does."""
+        parts = directory.split("/")
+        for folder in ["/".join(parts[:end]) for end in range(len(parts), -1, -1)]:
+            if isinstance(self._repeats, Mapping):
+                times = next((times for name, times in self._repeats.items() if _below(name) == folder), None)
+            else:
+                found = _number_and_name(folder)
+                times = None if found is None else int(found[1])
+            if times is not None:
+                return folder, times
+        return parts[0], 1
 
     def read(self, index: int) -> EncodedSample:
         """One sample; raises BadSample."""
@@ -183,6 +222,8 @@ class FolderReader:
 
     def _name_as_caption(self, directory: str) -> str:
         name = Path(directory).name or self.root.resolve().name
+        if self._repeats == "folders" and (found := _number_and_name(name)) is not None:
+            name = found[2]
         return names.printable(name).replace("_", " ").replace("-", " ").strip()
 
     def _name(self, path: str) -> str:
@@ -198,6 +239,17 @@ class FolderReader:
         files = [self.root / directory / name for name in beside]
         there = (file for file in files if file.is_file())
         return caption_of((names.split_name(file.name)[1], _read_file(file, "caption")) for file in there)
+
+
+def _number_and_name(folder: str) -> re.Match[str] | None:
+    """kohya's `10_name`: how often the folder's images come, and what they show. 0 would be a folder left out."""
+    return re.fullmatch(r"0*([1-9]\d*)_(.*)", folder.rpartition("/")[2], re.DOTALL)
+
+
+def _below(folder: str) -> str:
+    """A folder as people write it, below the source: `dogs`, `./dogs/`, `.`."""
+    path = os.path.normpath(folder)
+    return "" if path == "." else path
 
 
 def _holds_caption(file: Path) -> bool:

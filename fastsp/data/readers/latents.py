@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastsp.data.config import DataConfig
 from fastsp.data.readers.shards import ShardReader
+from fastsp.data.repeats import Share
 from fastsp.data.samples import BadSample
 from fastsp.errors import UserError
 from fastsp.utils.files import read_text, write_file
@@ -49,7 +50,7 @@ def find(config: DataConfig) -> Callable[[bool], LatentReader]:
             f"data.path is {config.path!r}; {len(missing)} of {len(shards)} shards are missing, such as "
             f"{missing[0].name}: put back what was there, or let fastsp encode make it"
         )
-    return lambda progress: LatentReader(header, shards, not config.unconditional, progress)
+    return lambda progress: LatentReader(header, shards, not config.unconditional, progress, config.repeats is not None)
 
 
 class LatentReader(ShardReader):
@@ -57,9 +58,10 @@ class LatentReader(ShardReader):
 
     suffixes = ("safetensors",)
 
-    def __init__(self, header: LatentsHeader, shards: Sequence[Path], captioned: bool, progress: bool):
+    def __init__(self, header: LatentsHeader, shards: Sequence[Path], captioned: bool, progress: bool, repeated: bool):
         super().__init__(shards, captioned, progress)
         self.header = header
+        self.repeats = header.repeats if repeated else ()
 
     def check(self, content: bytes) -> None:
         """Refuse what stands in the place of a bad sample."""
@@ -85,6 +87,7 @@ class LatentsHeader:
     text_sha256: str | None = None  # `fingerprint` of the text encoders, where there are text features
     captioned: bool | None = None  # whether samples, and text features, have captions; None: of an earlier version
     names_sha256: str | None = None  # `Source.names_sha256` of what was encoded: no other pictures are added to it
+    repeats: tuple[Share, ...] = ()  # how often samples come in an epoch, where that was configured
     version: int = VERSION
 
     @property
@@ -145,6 +148,7 @@ class LatentsHeader:
             fields = json.loads(read_text(path))
             fields.pop("contents_sha256", None)  # of earlier versions
             fields |= {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
+            fields["repeats"] = tuple(Share(*share) for share in fields.get("repeats", ()))
             header = cls(**fields)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
