@@ -77,7 +77,10 @@ class SampleOrder:
         """The samples at positions `start` .. `start + BLOCK - 1`, of which the latest block is kept."""
         latest, samples = self._latest  # read and replaced as one: several threads may ask
         if latest != start:
-            positions = torch.arange(start, start + BLOCK)
-            samples = permute(positions % self.size, self.size, self.seed, positions // self.size)
+            samples = self.at(torch.arange(start, start + BLOCK))
             self._latest = (start, samples)
         return samples
+
+    def at(self, positions: Tensor) -> Tensor:
+        """The samples at positions, computed anew."""
+        return permute(positions % self.size, self.size, self.seed, positions // self.size)
