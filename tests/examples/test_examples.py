@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -20,16 +20,25 @@ STEPS = {
     "diffusers_accelerate": ["--max-train-steps", "3", "--gradient-accumulation-steps", "2"],
     "lightning_module": ["--max-steps", "3"],
     "learned_loss": ["--steps", "3", "--warmup-steps", "1"],
+    "flow_matching": ["--mse-steps", "2", "--sp-steps", "3"],
 }
+QUICK = ("plain_pytorch", "learned_loss", "flow_matching")
 
 
-def initial_weights() -> dict[str, torch.Tensor]:
+def initial_and_trained(output: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights of the network before and after."""
     sys.path.insert(0, str(EXAMPLES))
     try:
+        from flow_matching import tiny_transformer
         from tiny_model import tiny_pipeline
     finally:
         sys.path.remove(str(EXAMPLES))
-    return tiny_pipeline().unet.state_dict()
+    if (output / "transformer").is_dir():
+        torch.manual_seed(0)
+        initial, kind, part = tiny_transformer(), SD3Transformer2DModel, "transformer"
+    else:
+        initial, kind, part = tiny_pipeline().unet, UNet2DConditionModel, "unet"
+    return initial.state_dict(), kind.from_pretrained(output, subfolder=part).state_dict()
 
 
 def run(command: list[str], output: Path) -> list[float]:
@@ -45,22 +54,19 @@ def run(command: list[str], output: Path) -> list[float]:
     assert result.returncode == 0, result.stderr[-3000:]
     losses = [float(value) for value in re.findall(r"loss (\S+)", result.stdout)]
     assert losses and all(math.isfinite(loss) and loss > 0 for loss in losses)
-    trained = UNet2DConditionModel.from_pretrained(output, subfolder="unet").state_dict()
-    changed = sum(not torch.equal(trained[name], weight) for name, weight in initial_weights().items())
+    initial, trained = initial_and_trained(output)
+    changed = sum(not torch.equal(trained[name], weight) for name, weight in initial.items())
     assert changed > 0.9 * len(trained)
     return losses
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("plain_pytorch", "learned_loss") else pytest.param(name, marks=pytest.mark.slow)
-        for name in STEPS
-    ],
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STEPS],
 )
 def test_example_trains(name, tmp_path):
     losses = run([sys.executable, f"examples/{name}.py", *STEPS[name]], tmp_path / "out")
-    assert len(losses) == (5 if name == "plain_pytorch" else 3)
+    assert len(losses) == (5 if "--mse-steps" in STEPS[name] else 3)
 
 
 def test_every_example_is_tested():
