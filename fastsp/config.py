@@ -79,10 +79,21 @@ class ModelConfig(Section):
         return self
 
 
+class ProdigyConfig(Section):
+    """How Prodigy estimates the distance d to the solution, by which it multiplies the learning rate."""
+
+    d0: AboveZero = 1e-6  # the first estimate
+    d_coef: AboveZero = 1.0  # factor of the estimate
+    growth_rate: Annotated[float, Field(gt=1.0)] | None = None  # largest growth of d in a step; None: any
+    bias_correction: bool = False  # as Adam's
+    safeguard_warmup: bool = False  # leave the learning rate out of the estimate: with a warm-up
+
+
 class OptimizerConfig(Section):
     """The optimizer; its state and the warm-up of the learning rate start anew in every stage."""
 
-    kind: str = "adamw"  # or muon, or one that is registered in :mod:`fastsp.training.update`
+    kind: str = "adamw"  # a key of `fastsp.options.OPTIMIZERS`; see :mod:`fastsp.training.update`
+    prodigy: ProdigyConfig = ProdigyConfig()
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     eps: AboveZero = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0

@@ -144,6 +144,10 @@ def captured(step: TrainingStep) -> TrainingStep | CapturedStep:
                 "cuda_graph: true is not possible with distributed: fsdp, which moves the weights; use auto"
             )
         return step
+    if not step.optimizer.rule.captures:  # with cuda_graph: true the run has been refused
+        kind = step.config.optimizer.kind
+        _log.warning("cuda_graph: auto runs without a CUDA graph: optimizer.kind: %s reads values back", kind)
+        return step
     # A rank that continued without its graph would wait in other collectives than the others.
     several = isinstance(step.gradients, ReplicatedGradients)
     return CapturedStep(step, required=several or step.config.cuda_graph is True)

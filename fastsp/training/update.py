@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastsp.config import Config, OptimizerConfig
-from fastsp.errors import UserError
+from fastsp.errors import UserError, install_command
 from fastsp.options import OPTIMIZERS
 
 _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -45,9 +46,13 @@ class Update:
     Attributes:
         state: the tensors that an exact resume needs, by name. They are live: loading happens in place.
         shards: whether it may be given a part of every tensor, as FSDP2 does.
+        captures: whether a CUDA graph can hold its step: nothing is read back.
+        library: what must be installed for it, besides PyTorch; None: nothing.
     """
 
     shards = True
+    captures = True
+    library: str | None = None
 
     def __init__(self, masters: dict[str, Tensor], config: OptimizerConfig) -> None:
         self.config = config
@@ -64,12 +69,16 @@ class Update:
         """
         raise NotImplementedError
 
+    def clip(self, norm: Tensor) -> Tensor:
+        """What gradients of this norm (0-d float32) are multiplied by."""
+        return (self.max_norm / (norm + _CLIP_EPSILON)).clamp(max=1.0)
+
     def apply(self, weights: Weights, gradients: list[Tensor], norm: Tensor) -> None:
         """Clip, step and average, in place; where ``norm`` is not finite only ``skipped`` changes."""
         finite = norm.isfinite()
         weights.step_count.add_(finite)
         weights.skipped.add_(~finite)
-        clip = (self.max_norm / (norm + _CLIP_EPSILON)).clamp(max=1.0)
+        clip = self.clip(norm)
         gradients = [(gradient.float() * clip).masked_fill_(~finite, 0.0) for gradient in gradients]
         before = [tensor.clone() for tensor in self.state.values()]
         directions = self.directions(gradients)
@@ -78,11 +87,16 @@ class Update:
         rate = weights.learning_rate.masked_fill(~finite, 0.0)
         torch._foreach_mul_(weights.masters, 1 - rate * self.config.weight_decay)
         torch._foreach_add_(weights.masters, torch._foreach_mul(directions, rate))
-        share = (1 - weights.ema_decay).masked_fill(~finite, 0.0)
-        for average, master in zip(weights.averages, weights.masters, strict=True):
-            average.lerp_(master, share)
-        if weights.copies:
-            torch._foreach_copy_(weights.copies, weights.masters)
+        follow(weights, finite)
+
+
+def follow(weights: Weights, finite: Tensor) -> None:
+    """Let averages and half-precision copies follow the masters; where not ``finite`` (0-d bool) they stay."""
+    share = (1 - weights.ema_decay).masked_fill(~finite, 0.0)
+    for average, master in zip(weights.averages, weights.masters, strict=True):
+        average.lerp_(master, share)
+    if weights.copies:
+        torch._foreach_copy_(weights.copies, weights.masters)
 
 
 def register(kind: str, update: type[Update]) -> None:
@@ -94,13 +108,19 @@ def update_of(config: Config) -> type[Update]:
     """The class that `optimizer.kind` names.
 
     Raises:
-        UserError: it cannot work on shards, and `distributed` asks for them.
+        UserError: its library is missing; it cannot work on shards, and `distributed` asks for them; or it cannot be
+            captured, and `cuda_graph` is true.
     """
     kind = config.optimizer.kind
     found = OPTIMIZERS[kind]
     update: type[Update] = resolve_name(found) if isinstance(found, str) else found
     if config.distributed == "fsdp" and not update.shards:
-        raise UserError(f"optimizer.kind: {kind} needs whole matrices, and distributed: fsdp shards them; use ddp")
+        raise UserError(f"optimizer.kind: {kind} needs whole tensors, and distributed: fsdp shards them; use ddp")
+    if config.cuda_graph is True and not update.captures:
+        raise UserError(f"cuda_graph: true is not possible with optimizer.kind: {kind}, which reads values; use auto")
+    if update.library is not None and find_spec(update.library) is None:
+        command = install_command("optimizers")
+        raise UserError(f"optimizer.kind: {kind} needs {update.library}, which is not installed: {command}")
     return update
 
 

@@ -285,3 +285,13 @@ def test_gpu_after_a_recording_that_fails():
         record_cuda_graphs([lambda: total.add_(1).item()])
     assert torch.cuda.current_stream() == before
     assert float(total + torch.rand(1 << 20, device="cuda").mean()) > 0
+
+
+def test_an_optimizer_that_reads_back_runs_without_a_graph(caplog, monkeypatch):
+    """As on a GPU, where `cuda_graph: auto` asks for one."""
+    step = make("cpu", "mse", kind="prodigy")
+    monkeypatch.setattr(type(step.config), "captures_on", lambda self, device: True)
+    with caplog.at_level(logging.WARNING, "fastsp"):
+        assert captured(step) is step
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == "cuda_graph: auto runs without a CUDA graph: optimizer.kind: prodigy reads values back"

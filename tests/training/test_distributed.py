@@ -147,6 +147,23 @@ def test_many_processes_are_as_one(runs, name):
 
 
 @pytest.mark.slow
+def test_every_optimizer_of_two_processes_is_as_one_s(tmp_path):
+    kinds = {
+        "adamw8bit": [],
+        "prodigy": ["optimizer.prodigy={d0: 1e-2, d_coef: 0.5}"],
+        "muon": [],
+    }
+    for processes in (1, 2):
+        settings = {kind: [f"optimizer.kind={kind}", *more] for kind, more in kinds.items()}
+        launch(processes, tmp_path, *(job(tmp_path / f"{kind}{processes}", *settings[kind]) for kind in kinds))
+    for kind in kinds:
+        one, two = tmp_path / f"{kind}1", tmp_path / f"{kind}2"
+        for figure in ("loss", "grad_norm"):
+            torch.testing.assert_close(column(two, figure), column(one, figure), rtol=2e-3, atol=0)
+        torch.testing.assert_close(final_weights(two), final_weights(one), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two_ddp_critic", "two_fsdp_critic"])
 def test_a_critic_of_many_processes_is_as_one_s(runs, name):
     """Its figures, its heads, and the network that it has changed."""

@@ -14,7 +14,9 @@ from training.test_capture import make as make_step
 
 from fastsp.config import EMAConfig, OptimizerConfig, load_config
 from fastsp.errors import UserError
+from fastsp.training.adamw8bit import AdamW8bit
 from fastsp.training.optimizer import Optimizer, ema_decay, learning_rate, trained_share
+from fastsp.training.prodigy import Prodigy
 from fastsp.training.update import AdamW, Muon, TorchUpdate, Update, Weights, register, update_of
 
 
@@ -106,10 +108,11 @@ def test_agrees_with_torch_over_microbatches(update):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("update", [AdamW, Muon])
+@pytest.mark.parametrize("update", [AdamW, AdamW8bit, Muon, Prodigy])
 def test_bfloat16_weights_follow_float32_masters(update):
     unet, _, optimizer = make(torch.bfloat16, update)
-    optimizer.learning_rate.fill_(1e-5)  # far below a bfloat16 step of most weights
+    # far below a bfloat16 step of most weights; Prodigy's rate is a factor of 1e-6
+    optimizer.learning_rate.fill_(10.0 if update is Prodigy else 1e-5)
     before = [master.clone() for master in optimizer.masters]
     for step in range(3):
         gradients(unet, step)
@@ -131,7 +134,7 @@ def test_microbatches_add_up_in_float32():
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(optimizer.gradients, exact, strict=True))
 
 
-@pytest.mark.parametrize("update", [AdamW, Muon])
+@pytest.mark.parametrize("update", [AdamW, AdamW8bit, Muon, Prodigy])
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(update):
     unet, _, optimizer = make(torch.float32, update)
     before = {name: tensor.clone() for name, tensor in optimizer.state.items()}
@@ -175,9 +178,98 @@ def test_muon_steps_as_torch_s_muon_and_adamw():
     assert all(parts.values()) and any(p.ndim == 4 and "block" in name for name, p in unet.named_parameters())
 
 
-def test_muon_goes_on_exactly_from_its_state():
-    _, _, straight = make(torch.float32, Muon)
-    _, _, first = make(torch.float32, Muon)
+def theirs_and_ours(update: type[Update], **settings):
+    """A small model of linear layers twice: with our optimizer, and to be stepped by its library."""
+    torch.manual_seed(0)
+    ours = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 96), torch.nn.Linear(96, 3))
+    torch.nn.init.zeros_(ours[1].weight)
+    theirs = copy.deepcopy(ours)
+    config = OptimizerConfig(weight_decay=0.01, grad_clip=None, **settings)
+    optimizer = Optimizer(ours, copy.deepcopy(ours).requires_grad_(False), config, update)
+    return ours, theirs, optimizer
+
+
+def steps_of_both(ours, theirs, optimizer, library, rates):
+    """The same gradients to both, of one direction; every step in float32."""
+    for number, rate in enumerate(rates, start=1):
+        for model in (ours, theirs):
+            gradients(model, 0)
+            for p in model.parameters():
+                p.grad *= number
+        optimizer.learning_rate.fill_(rate)
+        optimizer.accumulate()
+        optimizer.update()
+        group = library.param_groups[0]
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = optimizer.learning_rate.item()
+        library.step()
+
+
+def test_adamw8bit_steps_as_torchao_s():
+    """Bit for bit, with its step uncompiled as ours is on a CPU: 8-bit codes, scales and weights."""
+    from torchao.optim import AdamW8bit as Theirs
+
+    ours, theirs, optimizer = theirs_and_ours(AdamW8bit)
+    library = Theirs(theirs.parameters(), lr=1e-3, weight_decay=0.01)
+    with torch.compiler.set_stance("force_eager"):
+        steps_of_both(ours, theirs, optimizer, library, (1e-3, 5e-4, 2e-3, 1e-3))
+    for (name, one), two in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, two), name
+        state = library.state[two]["exp_avg_sq"]
+        if two.numel() >= 4096:
+            assert torch.equal(optimizer.state[f"exp_avg_sq_codes.{name}"].flatten(), state.codes.flatten())
+            assert torch.equal(optimizer.state[f"exp_avg_sq_scale.{name}"], state.scale)
+        else:
+            assert torch.equal(optimizer.state[f"exp_avg_sq.{name}"], state.flatten())
+    assert optimizer.state["exp_avg_codes.0.weight"].dtype == torch.uint8
+
+
+@pytest.mark.slow
+def test_adamw8bit_s_step_can_be_compiled():
+    """As on a GPU, once for all sizes; rounding may turn a code into its neighbour."""
+    (ours, _, plain), (compiled, _, optimizer) = theirs_and_ours(AdamW8bit), theirs_and_ours(AdamW8bit)
+    torch._dynamo.reset()
+    optimizer.rule.step = torch.compile(optimizer.rule.step, dynamic=True, fullgraph=True)
+    for seed in range(3):
+        for model, one in ((ours, plain), (compiled, optimizer)):
+            gradients(model, seed)
+            one.learning_rate.fill_(1e-3)
+            one.accumulate()
+            one.update()
+    for one, two in zip(ours.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=2e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("settings", [{}, {"bias_correction": True, "safeguard_warmup": True, "d_coef": 2.0}])
+def test_prodigy_steps_as_its_library_does(settings):
+    """Bit for bit, its estimate too; one parameter starts at zero, as half of an adapter does."""
+    import prodigyopt
+
+    ours, theirs, optimizer = theirs_and_ours(Prodigy, prodigy=settings)
+    named = {"use_bias_correction": settings.get("bias_correction", False)}
+    more = {name: value for name, value in settings.items() if name != "bias_correction"}
+    library = prodigyopt.Prodigy(theirs.parameters(), lr=1.0, weight_decay=0.01, **named, **more)
+    steps_of_both(ours, theirs, optimizer, library, (0.5, 1.0, 1.0, 0.7, 0.1) * 4)
+    for one, two in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert optimizer.state["prodigy.d"] == library.param_groups[0]["d"] != 1e-6
+
+
+@pytest.mark.parametrize(
+    ("update", "parts"),
+    [
+        (Muon, {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}),
+        (AdamW8bit, {"exp_avg_codes", "exp_avg_scale", "exp_avg_sq_codes", "exp_avg_sq_scale", "exp_avg"}),
+        (Prodigy, {"exp_avg", "exp_avg_sq", "s", "p0", "prodigy"}),
+    ],
+)
+def test_an_optimizer_goes_on_exactly_from_its_state(update, parts):
+    _, _, straight = make(torch.float32, update)
+    _, _, first = make(torch.float32, update)
 
     def steps(optimizer, numbers):
         for number in numbers:
@@ -189,12 +281,12 @@ def test_muon_goes_on_exactly_from_its_state():
 
     steps(straight, range(4))
     steps(first, range(2))
-    _, _, second = make(torch.float32, Muon)
+    _, _, second = make(torch.float32, update)
     for name, tensor in second.state.items():
         tensor.copy_(first.state[name])
     second.after_loading()
     steps(second, range(2, 4))
-    assert {name.split(".")[0] for name in second.state} >= {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
+    assert {name.split(".")[0] for name in second.state} >= parts
     assert all(torch.equal(tensor, straight.state[name]) for name, tensor in second.state.items())
 
 
@@ -225,8 +317,13 @@ def test_an_optimizer_from_outside_of_the_package():
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["optimizer.kind=adamx"], r"optimizer\.kind: 'adamx' is not allowed: input should be adamw, muon"),
-        (["optimizer.kind=muon", "distributed=fsdp"], r"optimizer\.kind: muon needs whole matrices, .*use ddp"),
+        (
+            ["optimizer.kind=adamx"],
+            r"optimizer\.kind: 'adamx' is not .*: input should be adamw, adamw8bit, muon, prodigy",
+        ),
+        (["optimizer.kind=muon", "distributed=fsdp"], r"optimizer\.kind: muon needs whole tensors, .*use ddp"),
+        (["optimizer.kind=adamw8bit", "distributed=fsdp"], r"optimizer\.kind: adamw8bit needs whole tensors, "),
+        (["optimizer.kind=prodigy", "cuda_graph=true"], r"cuda_graph: true .* optimizer\.kind: prodigy, .*use auto"),
     ],
 )
 def test_an_optimizer_that_cannot_work_is_refused(overrides, said):
@@ -234,7 +331,13 @@ def test_an_optimizer_that_cannot_work_is_refused(overrides, said):
         update_of(load_config(QUICKSTART, overrides))
 
 
-@pytest.mark.parametrize("kind", ["muon", "sign"])
+def test_a_missing_library_is_one_line(monkeypatch):
+    monkeypatch.setattr("fastsp.training.update.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"prodigy needs prodigyopt, which is not installed: pip install .*optimizers"):
+        update_of(load_config(QUICKSTART, ["optimizer.kind=prodigy"]))
+
+
+@pytest.mark.parametrize("kind", ["adamw8bit", "muon", "sign"])
 def test_any_optimizer_s_steps_can_be_captured(kind):
     register("sign", SignDescent)
     expected, ours = (make_step("cpu", "mse", kind=kind) for _ in range(2))
@@ -244,11 +347,11 @@ def test_any_optimizer_s_steps_can_be_captured(kind):
     assert take_step.recording is not None
 
 
-@pytest.mark.parametrize("update", [Muon, SignDescent])
+@pytest.mark.parametrize("update", [AdamW8bit, Muon, SignDescent])
 def test_an_update_reads_nothing_back(update):
     """On the meta device, which has no values; AdamW's part of Muon is torch's own capturable one."""
     masters = {
-        name: torch.zeros(shape, device="meta") for name, shape in (("block.a", (4, 6)), ("block.b", (6, 2, 3, 3)))
+        name: torch.zeros(shape, device="meta") for name, shape in (("block.a", (64, 64)), ("block.b", (6, 2, 3, 3)))
     }
     rule = update(masters, OptimizerConfig(weight_decay=0.1))
     numbers = [torch.zeros((), device="meta") for _ in range(3)]

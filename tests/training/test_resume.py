@@ -61,6 +61,8 @@ def straight(tmp_path_factory) -> Path:
 
 
 MUON = ("optimizer.kind=muon", "stages=[{name: mse, objective: mse, steps: 9, learning_rate: 1e-3}]", "final=mse")
+EIGHT_BIT = ("optimizer.kind=adamw8bit", *MUON[1:])
+PRODIGY = ("optimizer.kind=prodigy", "optimizer.prodigy={d0: 1e-3, d_coef: 2.0}", "precision=bf16", *MUON[1:])
 CRITIC = ("stages.0.steps=2", "stages.1.steps=20", "stages.1.critic={heads: 16, warmup_steps: 3, learning_rate: 1e-2}")
 
 
@@ -69,11 +71,13 @@ CRITIC = ("stages.0.steps=2", "stages.1.steps=20", "stages.1.critic={heads: 16, 
     ("short", "at", "number", "code", "resumed"),
     [
         (MUON, 3, signal.SIGTERM, 128 + signal.SIGTERM, "step_0000000"),
+        (EIGHT_BIT, 3, signal.SIGTERM, 128 + signal.SIGTERM, "step_0000000"),
+        (PRODIGY, 3, signal.SIGTERM, 128 + signal.SIGTERM, "step_0000000"),
         (CRITIC, 15, signal.SIGKILL, -signal.SIGKILL, "step_000000"),
     ],
 )
 def test_other_state_goes_on_exactly(tmp_path, short, at, number, code, resumed):
-    """Muon's, and that of a critic's heads, go through the files of a checkpoint too."""
+    """That of other optimizers, and that of a critic's heads, go through the files of a checkpoint too."""
     finish(tmp_path / "straight", *short)
     assert stop_at(tmp_path / "run", at, number, *short) == code
     assert f"resuming {resumed}" in finish(tmp_path / "run", *short, "--resume")
