@@ -28,9 +28,9 @@ app = typer.Typer(
 
 def _say_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from fastsp.utils.versions import installed_version
 
-        typer.echo(f"fastsp {version('fastsp')}")
+        typer.echo(f"fastsp {installed_version('fastsp')}")
         raise typer.Exit
 
 

@@ -5,22 +5,20 @@ import json
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from fastsp.utils.files import write_file
+from fastsp.utils.versions import installed_version
 
 _PACKAGES = ("fastsp", "torch", "diffusers", "transformers", "scikit-learn", "nvidia-dali-cuda130", "triton")
 
 
 def environment() -> dict[str, str]:
     """Name -> version or description, of this process."""
-    facts = {"python": platform.python_version(), **dict.fromkeys(_PACKAGES, "not installed"), "commit": _commit()}
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            facts[package] = version(package)
+    facts = {"python": platform.python_version(), "commit": _commit()}
+    facts |= {package: installed_version(package) for package in _PACKAGES}
     facts |= {"device": f"CPU, {os.cpu_count()} cores", "platform": platform.platform(terse=True)}
     if torch.cuda.is_available():
         facts |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}

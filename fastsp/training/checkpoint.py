@@ -10,7 +10,6 @@ import platform
 import shutil
 import warnings
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 from typing import Self
@@ -37,6 +36,7 @@ from fastsp.training.checkpoint_folder import (
 from fastsp.training.distributed import Ranks
 from fastsp.training.update import local
 from fastsp.utils.files import commit_folder, unfinished_path
+from fastsp.utils.versions import installed_version
 
 # One process has no group on purpose. (Set for good, because `catch_warnings` is not safe with threads.)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -67,7 +67,11 @@ class CheckpointWriter:
         self.facts = {
             "config": config_digest,
             "world_size": ranks.world_size,
-            "versions": {"fastsp": version("fastsp"), "torch": torch.__version__, "python": platform.python_version()},
+            "versions": {
+                "fastsp": installed_version("fastsp"),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
         }
         self._staged: dict[str, Tensor] = {}  # reused, because pinning memory is slow
         self._thread: Thread | None = None
