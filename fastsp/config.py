@@ -63,6 +63,8 @@ class ModelConfig(Section):
     unet: UNetConfig | None = None  # of a preset; None: its own size
     lora: LoRAConfig | None = None  # None: all weights of the UNet are trained
     prediction: Keep | None = None  # None: keep with lora, else v_zero_snr; `config.yaml` has the outcome
+    token_chunks: Positive | None = None  # of 75 tokens, that a caption may have; None: the model's own, else one
+    clip_skip: Positive | None = None  # the text encoders' layer, from the last one; None: the model's own, else usual
 
     @model_validator(mode="after")
     def _exactly_one(self, info: ValidationInfo) -> Self:
@@ -72,6 +74,8 @@ class ModelConfig(Section):
             raise ValueError("give either preset or pretrained")
         if self.unet is not None and self.preset is None:
             raise ValueError("unet goes with preset")
+        if self.preset is not None and (self.token_chunks or self.clip_skip):
+            raise ValueError("token_chunks and clip_skip go with pretrained")
         if self.config is not None and self.pretrained is None:
             raise ValueError("config goes with pretrained")
         if self.lora is not None and self.pretrained is None:

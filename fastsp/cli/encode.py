@@ -38,7 +38,6 @@ def encode(
     from fastsp.data.encode import LatentEncoder
     from fastsp.data.readers.latents import DTYPES
     from fastsp.data.source import check_path, open_source
-    from fastsp.diffusion.latents import fingerprint
     from fastsp.errors import UserError
     from fastsp.utils.files import check_folder_writable
     from fastsp.utils.gpu_settings import gpu_settings
@@ -63,6 +62,7 @@ def encode(
         data.model_copy(update={"in_memory": False}),
         tokenizer=model.tokenizer if text_features else None,
         tokenizer_2=model.tokenizer_2 if text_features else None,
+        token_chunks=model.text.token_chunks,
         channels=3,
         seed=settings.seed,
         device=device,
@@ -77,7 +77,7 @@ def encode(
         vae_name=f"{settings.model.pretrained}/vae",
         resolution=data.resolution,
         encode_text=model.encode_ids if text_features else None,
-        text_sha256=fingerprint(*model.text_encoders) if text_features else None,
+        text_sha256=model.text_fingerprint() if text_features else None,
         dtype=dtype,
         batch_size=batch_size,
     )
@@ -106,6 +106,7 @@ def _frozen_parts(config: Config, device: torch.device) -> TextToImageModel:
     if name is None:
         raise UserError(f"model.preset {config.model.preset!r} has no VAE; fastsp encode needs model.pretrained")
     model = load_pipeline(name, config.model.config, with_unet=False)
+    model = model.reading(config.model.token_chunks, config.model.clip_skip)
     if model.vae is None:
         raise UserError(f"model.pretrained {name!r} has no VAE; there is nothing to encode with")
     model.place(device, config.compiles_on(device))

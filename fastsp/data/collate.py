@@ -17,14 +17,15 @@ from fastsp.data.readers.latents import LatentsHeader
 from fastsp.data.samples import BadSample, EncodedSample, ReadStep
 
 Captions = Callable[[Sequence[str], Tensor], tuple[str, ...]]
+Tokenizers = Mapping[str, Callable[[Sequence[str]], Tensor]]
 
 
 class Collator(ABC):
     """Batches, and which rows were rejected and why. For a GPU everything that is not there yet is pinned. The
-    tokenizers are named by the batch's fields that their ids go to; `captions` makes captions of the samples' texts,
-    at their positions."""
+    tokenizers make ids of captions, and are named by the batch's fields that these go to; `captions` makes captions of
+    the samples' texts, at their positions."""
 
-    def __init__(self, tokenizers: Mapping[str, Any], captions: Captions, device: torch.device):
+    def __init__(self, tokenizers: Tokenizers, captions: Captions, device: torch.device):
         self.tokenizers, self.captions, self.device = tokenizers, captions, device
 
     def __call__(self, step: ReadStep) -> tuple[Batch, dict[int, BadSample]]:
@@ -35,7 +36,7 @@ class Collator(ABC):
         ]
         captions = self.captions(texts, step.positions)
         weights = torch.tensor([float(row not in bad) for row in range(len(captions))])
-        ids = {name: _token_ids(tokenizer, captions) for name, tokenizer in self.tokenizers.items()}
+        ids = {name: tokenize(captions) for name, tokenize in self.tokenizers.items()}
         batch = Batch(step.positions, weights, captions, **ids, **tensors)
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):  # page-locking would take memory on GPU 0 else
@@ -53,7 +54,7 @@ class Collator(ABC):
 class ImageCollator(Collator):
     """Batches of pixels."""
 
-    def __init__(self, pipeline: ImagePipeline, tokenizers: Mapping[str, Any], captions: Captions):
+    def __init__(self, pipeline: ImagePipeline, tokenizers: Tokenizers, captions: Captions):
         super().__init__(tokenizers, captions, pipeline.device)
         self.pipeline = pipeline
 
@@ -75,7 +76,7 @@ class LatentCollator(Collator):
 
     FIELDS = {"original_size": "original_sizes", "crop_offset": "crop_offsets"}  # noqa: RUF012 - others: as in the files
 
-    def __init__(self, header: LatentsHeader, tokenizers: Mapping[str, Any], captions: Captions, device: torch.device):
+    def __init__(self, header: LatentsHeader, tokenizers: Tokenizers, captions: Captions, device: torch.device):
         super().__init__(tokenizers, captions, device)
         self.placeholder = header.placeholder()
 
@@ -101,12 +102,3 @@ class LatentCollator(Collator):
             if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
                 return BadSample(f"the latents' {name} does not fit their header")
         return tensors
-
-
-def _token_ids(tokenizer: Any, captions: Sequence[str]) -> Tensor:
-    """(B, L) int64, padded and truncated to the length that the text encoder was trained with."""
-    length = tokenizer.model_max_length
-    if not captions:
-        return torch.zeros(0, length, dtype=torch.int64)
-    encoded = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length)
-    return torch.tensor(encoded["input_ids"], dtype=torch.int64)

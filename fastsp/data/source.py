@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -27,6 +28,7 @@ from fastsp.data.prefetch import Prefetcher
 from fastsp.data.readers.latents import LatentReader
 from fastsp.data.repeats import Places, Share, shares_of
 from fastsp.data.samples import BadSample, ReadStep, SampleReader, in_shares
+from fastsp.diffusion.text import token_ids
 from fastsp.errors import UserError
 from fastsp.utils.progress import steps_bar
 
@@ -38,6 +40,7 @@ def open_source(
     *,
     tokenizer: Any,
     tokenizer_2: Any = None,
+    token_chunks: int = 1,
     channels: int,
     seed: int,
     device: torch.device | str = "cpu",
@@ -54,6 +57,7 @@ def open_source(
     Args:
         config: the `data` section of a configuration.
         tokenizer, tokenizer_2: of transformers, the second for Stable Diffusion XL; None: without their `input_ids`.
+        token_chunks: of captions, see `fastsp.diffusion.text`.
         channels: of the images, 1 (grey) or 3 (RGB).
         seed: of the run: order, crops and flips.
         device: where images are decoded and `pixel_values` lie. Everything else is on the CPU, see `Batch.to`.
@@ -79,7 +83,9 @@ def open_source(
     if isinstance(reader, LatentReader):
         reader.header.check(config, vae_sha256, text_sha256)
     named = {"input_ids": tokenizer, "input_ids_2": tokenizer_2}
-    tokenizers = {name: tokenizer for name, tokenizer in named.items() if tokenizer is not None}
+    tokenizers = {
+        name: partial(token_ids, tokenizer, chunks=token_chunks) for name, tokenizer in named.items() if tokenizer
+    }
 
     def captions(texts: Sequence[str], positions: Tensor) -> tuple[str, ...]:
         drawn_by = seed if shuffle else None

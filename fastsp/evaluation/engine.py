@@ -84,6 +84,8 @@ class Evaluation:
                 raise UserError(f"{name} makes no digits: give --reference, and a file of Inception-v3's weights")
             say(f"{name} makes no digits: in the features of their classifier, FID and IS say little of it")
         identity = fingerprint(model.unet, *model.frozen_parts())
+        if not model.text.usual:
+            identity = hashlib.sha256(f"{identity} {model.text}".encode()).hexdigest()
         for job in jobs:
             captions = self.captions(job.seed)
             row = self._question(job, captions, model, identity)

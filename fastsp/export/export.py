@@ -54,10 +54,11 @@ def export_run(
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(DTYPES[dtype])
-    card = model_card(run, chosen, pipeline, single_file is not None, DTYPES[dtype], raw)
+    card = model_card(run, chosen, pipeline, single_file is not None, DTYPES[dtype], raw, model.text)
     written = [out]
     with new_folder(out) as unfinished:
         save_pipeline(pipeline, unfinished)
+        model.text.save(unfinished)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
     if single_file is not None:
         save_single_file(pipeline, single_file, DTYPES[dtype], single_file.stem)

@@ -10,6 +10,7 @@ import jinja2
 import torch
 import yaml
 
+from fastsp.diffusion.text import TextSettings
 from fastsp.evaluation.rows import by_setting
 from fastsp.evaluation.run_files import RunFiles
 from fastsp.export.layout import noise_marks
@@ -18,7 +19,7 @@ from fastsp.models.schedulers import meaning_of
 
 
 def model_card(
-    run: RunFiles, stage: str, pipeline: Any, with_single_file: bool, dtype: torch.dtype, raw: bool = False
+    run: RunFiles, stage: str, pipeline: Any, with_single_file: bool, dtype: torch.dtype, raw: bool, text: TextSettings
 ) -> str:
     """The card as Markdown with the front matter of Hugging Face's hub.
 
@@ -39,8 +40,8 @@ def model_card(
         (setting, *(mean(row[key] for row in group) for key in ("fid", "inception_score")), len(group))
         for setting, group in by_setting(rows).items()
     ]
-    text = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
-    template = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    source = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    template = jinja2.Template(source, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return template.render(
         front=yaml.safe_dump(front, sort_keys=False),
         run=config["run_dir"].rstrip("/").rpartition("/")[2],
@@ -52,6 +53,7 @@ def model_card(
         with_single_file=with_single_file,
         predicts=predicts,
         schedule=schedule,
+        advice=text.advice(pipeline_class.startswith("StableDiffusionXL")),
         marks=noise_marks(pipeline.scheduler.config),
         way=way,
         cell=_cell,

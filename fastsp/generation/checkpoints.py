@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -52,7 +53,8 @@ def initial_model(config: Config) -> TextToImageModel:
     start, side = config.model, config.data.resolution
     lora = start.lora.model_dump() if start.lora else None
     sizes = start.unet.model_dump() if start.unet else None
-    return load_model(start.preset, start.pretrained, side, config.seed, start.config, lora, sizes, start.prediction)
+    how: dict[str, Any] = start.model_dump(include={"prediction", "token_chunks", "clip_skip"})
+    return load_model(start.preset, start.pretrained, side, config.seed, start.config, lora, sizes, **how)
 
 
 def read_into(folder: Path, state: dict[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastsp.diffusion.text import USUAL, TextSettings
 from fastsp.errors import UserError, install_command
 from fastsp.families import family_of
 from fastsp.models.schedulers import meaning_of
@@ -50,6 +52,8 @@ class Base(NamedTuple):
     """Of its network, see :func:`fingerprint`; None: not known."""
     prediction: Keep = "v_zero_snr"
     """Whether the adapters keep what it predicts; those written before there was a choice do not."""
+    text: TextSettings = USUAL
+    """How captions become features, in their training."""
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -108,7 +112,7 @@ def save_adapters(unet: Any, folder: Path, base: Base) -> None:
     path = Path(base.name).expanduser()
     relative = os.path.relpath(path.resolve(), folder.resolve()) if path.exists() else None
     known = {"base_path": relative, "base_config": base.config, "base_fingerprint": base.fingerprint}
-    known["prediction"] = base.prediction
+    known |= {"prediction": base.prediction, "text": None if base.text.usual else json.dumps(asdict(base.text))}
     metadata |= {key: value for key, value in known.items() if value is not None}
     save_tensors(_contiguous(adapters(unet)), folder / DIFFUSERS_FILE, metadata)
 
@@ -143,7 +147,8 @@ def base_of(folder: Path) -> Base:
     prediction: Any = found.get("prediction", "v_zero_snr")
     if prediction not in get_args(Keep):
         raise UserError(f"{folder / DIFFUSERS_FILE} is of a newer fastsp: its prediction is {prediction!r}")
-    return Base(name, found.get("base_config"), found.get("base_fingerprint"), prediction)
+    text = TextSettings.parse(found.get("text", "{}"), str(folder / DIFFUSERS_FILE))
+    return Base(name, found.get("base_config"), found.get("base_fingerprint"), prediction, text)
 
 
 def fuse_adapters(unet: Any, folder: Path) -> None:
@@ -173,6 +178,7 @@ def save_for_use(unet: Any, folder: Path, base: Base, scheduler: Any) -> None:
     facts["pipeline"] = family_of(unet).pipeline_class(unet.config)
     facts["load"] = "from_single_file" if is_file else "from_pretrained"
     facts["predicts"], facts["schedule"] = meaning_of(scheduler.config)
+    facts["prompts"] = f"{advice}\n\n" if (advice := base.text.advice("XL" in facts["pipeline"])) else ""
     facts["sampling"], facts["programs"] = _KEPT if base.prediction == "keep" else _CONVERTED
     (folder / "README.md").write_text(_README.read_text(encoding="utf-8").format(**facts), encoding="utf-8")
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fastsp.diffusion.conditioning import Conditioning, time_ids
+from fastsp.diffusion.latents import fingerprint
 from fastsp.diffusion.process import Process, process_of
 from fastsp.diffusion.sampling import NO_GUIDANCE, Guidance, ddim, guided_denoiser
+from fastsp.diffusion.text import USUAL, TextSettings, hidden_states, token_ids
 from fastsp.errors import UserError
 from fastsp.families import family_of
 from fastsp.models.lora import Base
@@ -43,6 +45,8 @@ class TextToImageModel:
     zeros_for_empty_prompt: bool = False
     """Guidance starts from zeros, as SDXL folders ask for by ``force_zeros_for_empty_prompt``, and not from the
     features of the empty prompt, which is what fastsp trains and writes."""
+    text: TextSettings = USUAL
+    """How captions become features."""
     loaded_prediction_type: str | None = None
     """What the weights as they were loaded predict, where that may differ from what they are trained for."""
 
@@ -86,6 +90,18 @@ class TextToImageModel:
         """One, or Stable Diffusion XL's two."""
         return tuple(encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None)
 
+    def reading(self, token_chunks: int | None, clip_skip: int | None) -> TextToImageModel:
+        """The same with other text settings, where they are given; UserError for a layer that is not there."""
+        text = self.text.but(token_chunks, clip_skip)
+        if (fault := text.fault(self.text_encoders)) is not None:
+            raise UserError(f"model.{fault}")
+        return replace(self, text=text)
+
+    def text_fingerprint(self) -> str:
+        """Of the text encoders and of how they are used: what text features depend on."""
+        plain = fingerprint(*self.text_encoders)
+        return plain if self.text.usual else f"{plain} {self.text.token_chunks} {self.text.clip_skip}"
+
     def frozen_parts(self) -> tuple[Any, ...]:
         """Text encoders and VAE, which are never trained."""
         return (*self.text_encoders, *([] if self.vae is None else [self.vae]))
@@ -124,24 +140,24 @@ class TextToImageModel:
 
     @torch.no_grad()
     def encode_ids(self, input_ids: Tensor, input_ids_2: Tensor | None = None) -> Conditioning:
-        """Token ids (B, L), of each tokenizer, -> text features, without sizes.
+        """Token ids (B, n L) of :func:`token_ids`, by each tokenizer, -> text features, without sizes.
 
         Stable Diffusion 1.x and 2.x take the encoder's last state; XL takes the last but one of both encoders, side by
         side, and the second one's pooled features (Podell et al., arXiv 2307.01952, section 2.1).
         """
-        input_ids = input_ids.to(self.text_encoder.device)
         if self.text_encoder_2 is None:
-            return Conditioning(self.text_encoder(input_ids)[0])
+            states, _ = hidden_states(self.text_encoder, input_ids, self.text, normed=True)
+            return Conditioning(states)
         assert input_ids_2 is not None
-        first = self.text_encoder(input_ids, output_hidden_states=True)
-        second = self.text_encoder_2(input_ids_2.to(self.text_encoder_2.device), output_hidden_states=True)
-        states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        return Conditioning(states, second.text_embeds)
+        first, _ = hidden_states(self.text_encoder, input_ids, self.text, normed=False)
+        second, pooled = hidden_states(self.text_encoder_2, input_ids_2, self.text, normed=False)
+        return Conditioning(torch.cat([first, second], dim=-1), pooled)
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Texts -> text features, without sizes; padded and truncated to the tokenizers' length."""
-        ids = tokenize(self.tokenizer, prompts)
-        return self.encode_ids(ids, None if self.tokenizer_2 is None else tokenize(self.tokenizer_2, prompts))
+        """Texts -> text features, without sizes; padded and truncated to the tokenizers' length, or chunks of it."""
+        chunks = self.text.token_chunks
+        second = None if self.tokenizer_2 is None else token_ids(self.tokenizer_2, prompts, chunks)
+        return self.encode_ids(token_ids(self.tokenizer, prompts, chunks), second)
 
     def encode_no_prompt(self) -> Conditioning:
         """What guidance starts from, for one sample: the empty prompt's features, or zeros."""
@@ -225,13 +241,12 @@ class TextToImageModel:
     def save(self, folder: Path) -> None:
         """Write a diffusers pipeline folder, safetensors only."""
         save_pipeline(self.pipeline(), folder)
+        self.text.save(folder)
 
 
 def tokenize(tokenizer: Any, prompts: list[str]) -> Tensor:
     """Texts -> token ids (B, L) int64, padded and truncated to ``tokenizer.model_max_length``."""
-    return tokenizer(
-        prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-    ).input_ids
+    return token_ids(tokenizer, prompts)
 
 
 class PixelTextToImagePipeline(DiffusionPipeline):

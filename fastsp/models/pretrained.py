@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
+from fastsp.diffusion.text import TextSettings
 from fastsp.errors import UserError
 from fastsp.families import NetworkFamily, family_named, family_of
 from fastsp.families.unet import pooled_width
@@ -79,11 +80,14 @@ def load_model(
     lora: Mapping[str, Any] | None = None,
     unet: Mapping[str, Any] | None = None,
     prediction: Keep | None = None,
+    token_chunks: int | None = None,
+    clip_skip: int | None = None,
 ) -> TextToImageModel:
     """The model that a configuration trains: a preset with seeded random weights, or what ``load_pipeline`` takes.
 
     ``unet`` has the sizes of a preset's UNet, see :func:`fastsp.models.presets.preset_model`; ``prediction`` is that of
-    :meth:`TextToImageModel.for_training`, None: v_zero_snr.
+    :meth:`TextToImageModel.for_training`, None: v_zero_snr; ``token_chunks`` and ``clip_skip`` are those of
+    :class:`fastsp.diffusion.text.TextSettings`, None: the model's own.
     With ``lora`` (rank, alpha, target_modules) its UNet has adapters, which alone are trainable. Those of a folder of
     adapters are trained further; without ``lora`` they are fused, and all weights are trained.
 
@@ -98,7 +102,7 @@ def load_model(
         return preset_model(preset, resolution, seed, **(unet or {}))
     prediction = prediction or "v_zero_snr"
     if lora is None:
-        return load_pipeline(pretrained, config).for_training(prediction)
+        return load_pipeline(pretrained, config).for_training(prediction).reading(token_chunks, clip_skip)
     path = _find(pretrained)
     if given := (path / DIFFUSERS_FILE).is_file():
         model, base = _load_base(path)
@@ -108,8 +112,8 @@ def load_model(
             )
     else:
         model, base = load_pipeline(pretrained, config), Base(pretrained, config)
-    model = model.for_training(prediction)
-    base = base._replace(fingerprint=fingerprint(model.unet), prediction=prediction)
+    model = model.for_training(prediction).reading(token_chunks, clip_skip)
+    base = base._replace(fingerprint=fingerprint(model.unet), prediction=prediction, text=model.text)
     add_adapters(model.unet, **lora, seed=seed)
     if given:
         load_adapters(model.unet, path)
@@ -254,9 +258,10 @@ def _load_base(folder: Path, instead: str | None = None, with_unet: bool = True)
     """The model under the adapters in ``folder``, as it was trained, or the one to take ``instead`` of it."""
     named = base_of(folder)
     if instead is not None:
-        named = Base(instead, prediction=named.prediction)
+        named = Base(instead, prediction=named.prediction, text=named.text)
     with _naming_base_of(folder):
         model = load_pipeline(named.name, named.config, with_unet).for_training(named.prediction)
+        model = replace(model, text=named.text)
     trained_on = adapters_header(folder).get("base_fingerprint")
     if model.unet is not None and trained_on not in (None, fingerprint(model.unet)):
         if instead is None:
@@ -285,6 +290,7 @@ def _load_folder(root: Path, name: str, with_unet: bool) -> TextToImageModel:
     return TextToImageModel(
         unet=_load_network(root / "unet") if with_unet else None,
         scheduler=loaded_scheduler(_read_json(root / "scheduler" / "scheduler_config.json"), name),
+        text=TextSettings.load(root),
         zeros_for_empty_prompt="text_encoder_2" in parts and bool(index.get("force_zeros_for_empty_prompt", True)),
         **{part: _load_part(kind, root / part) for part, kind in _CLASSES.items() if part in parts},
         **{part: _tokenizer(root / part) for part in ("tokenizer", "tokenizer_2") if part in parts},
@@ -381,6 +387,8 @@ def _faults(model: TextToImageModel) -> Iterator[str]:
         if not _NUM_BYTES <= size <= known:
             reason = "it lacks its vocabulary, or is of another model"
             yield f"its {part} has {size} tokens, its text encoder {known}: {reason}"
+    if fault := model.text.fault(model.text_encoders):
+        yield fault
     if model.unet is None:
         return
     config, vae = model.unet.config, None if model.vae is None else model.vae.config

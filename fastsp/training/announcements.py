@@ -43,6 +43,13 @@ def data_lines(reader: SampleReader) -> Iterator[str]:
         yield f"note: {more} more about the data; `fastsp data check` has them all"
 
 
+def captions(model: TextToImageModel) -> str:
+    """How captions become features, where it is not as usual."""
+    tokens = model.text.token_chunks * (model.tokenizer.model_max_length - 2)
+    layer = f", from layer {-model.text.clip_skip} of the text encoder" if model.text.clip_skip else ""
+    return f"captions of up to {tokens} tokens{layer}; programs that sample the model have to do the same"
+
+
 def repeats_line(source: Source) -> Iterator[str]:
     """What an epoch consists of, where samples come more than once."""
     if shares := shares_of(source.reader):

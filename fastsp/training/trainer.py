@@ -142,6 +142,8 @@ class Trainer:
             f"{announcements.size(self.model.unet)}, {config.precision} on {device_name(self.device)}{share}"
         )
         console.print(announcements.prediction(self.model), highlight=False)
+        if not self.model.text.usual:
+            console.print(announcements.captions(self.model), highlight=False)
         if (times := config.data.batch_size / len(self.source)) > 1:
             console.print(f"data.batch_size {config.data.batch_size}: every sample occurs {times:.1f} times per step")
         for line in (*announcements.repeats_line(self.source), *announcements.data_lines(self.source.reader)):
@@ -156,6 +158,7 @@ class Trainer:
             data,
             tokenizer=model.tokenizer,
             tokenizer_2=model.tokenizer_2,
+            token_chunks=model.text.token_chunks,
             channels=model.channels,
             seed=self.config.seed,
             device=self.device,
@@ -426,7 +429,7 @@ class Trainer:
 
 def _fingerprints(model: TextToImageModel) -> dict[str, Any]:
     """Of the networks that must have made the latents and the text features beside them."""
-    return {"vae_sha256": fingerprint(model.vae), "text_sha256": fingerprint(*model.text_encoders)}
+    return {"vae_sha256": fingerprint(model.vae), "text_sha256": model.text_fingerprint()}
 
 
 def _due(number: int, every: int, last: int) -> bool:

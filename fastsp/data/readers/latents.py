@@ -119,7 +119,10 @@ class LatentsHeader:
             fixed = f"the latents in {config.path} hold text features"
             raise UserError(f"data.captions is set, but {fixed} of captions as they were: add data.captions=null")
         if None not in (text_sha256, self.text_sha256) and text_sha256 != self.text_sha256:
-            raise UserError(f"the text features in {config.path} come from other text encoders than the model's")
+            raise UserError(
+                f"the text features in {config.path} come from other text encoders than the model's, or with "
+                "other model.token_chunks or model.clip_skip"
+            )
 
     def save(self, folder: Path) -> None:
         """Write it, or see that the folder already has the same; UserError where it has another one, of which the first
