@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -27,6 +28,8 @@ def main() -> None:
     # Notices of the libraries would break our display. The hub's bars stay: a download takes minutes.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in ("torchao", "torch.utils._pytree"):  # which diffusers imports: kernels for other GPUs
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from fastsp.cli import app
 
