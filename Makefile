@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 OUT ?= out
 
-.PHONY: quickstart results test test-all lint unit slow golden bench gpu-test gpu-bench clean
+.PHONY: quickstart results test test-all lint unit slow golden bench gpu-test gpu-first gpu-bench clean
 
 quickstart: $(VENV)/.train
 	@echo "== training and evaluating: configs/quickstart.yaml (continues if it was interrupted)"
@@ -73,6 +73,12 @@ ON_GPU = mkdir -p $(OUT) && $(GPU_ENV) timeout -s INT -k 20 $(LIMIT) $(PYTHON_GP
 gpu-test:
 	$(ON_GPU) pytest -p no:cacheprovider -m "$(MARK)" $(TESTS) --continue-on-collection-errors --durations=10 \
 		--junitxml=$(OUT)/$(NAME).xml $(if $(findstring benchmark,$(MARK)),--benchmark-json=$(OUT)/$(NAME).json) $(ARGS)
+
+# What to run first, some five minutes: the tests in parallel, beside the compiling of the benchmark; then the kernels.
+gpu-first:
+	$(MAKE) gpu-test ARGS="-q -n 8" LIMIT=150 TESTS="tests/kernels tests/training tests/perceptual tests/models" & \
+		$(MAKE) gpu-bench LIMIT=245; wait
+	$(MAKE) gpu-test NAME=kernels TESTS=benchmarks/kernels MARK=benchmark LIMIT=60
 
 gpu-bench:
 	$(ON_GPU) fastsp bench --force --json $(OUT)/step.json $(ARGS)

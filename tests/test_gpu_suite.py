@@ -40,6 +40,16 @@ def test_every_call_of_the_page_is_one_command_with_a_limit(tmp_path):
             assert program == "timeout" and arguments[:2] == ["-s", "INT"] and arguments[2].isdecimal()
 
 
+def test_the_first_call_has_three_parts_with_limits(tmp_path):
+    done = make("--dry-run", "gpu-first", out=tmp_path)
+    assert done.returncode == 0, done.stderr
+    limits = re.findall(r"timeout -s INT -k 20 (\d+) ", done.stdout)
+    assert limits == ["150", "245", "60"] and sum(map(int, limits[1:])) < 360
+    for path in re.findall(r"(?:tests|benchmarks)/[\w/.-]+", done.stdout):
+        assert (ROOT / path).exists(), path
+    assert "-n 8" in done.stdout
+
+
 @pytest.mark.slow
 def test_the_calls_run_and_their_results_are_collected(tmp_path):
     out, folder = tmp_path / "out", tmp_path / "results"
