@@ -293,8 +293,8 @@ class Config(Section):
     def held_out(self, path: str | list[str] | None) -> DataConfig | None:
         """The data section of samples that are not trained on: the digits' own, or those of a path; None: no path."""
         if self.data.source == "digits":
-            return self.data.model_copy(update={"split": "heldout"})
-        return None if path is None else self.data.model_copy(update={"path": path})
+            return self.data.model_copy(update={"split": "heldout", "buckets": "off"})
+        return None if path is None else self.data.model_copy(update={"path": path, "buckets": "off"})
 
     @property
     def validation_data(self) -> DataConfig | None:

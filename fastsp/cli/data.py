@@ -27,6 +27,10 @@ def check(
     repeats: Annotated[
         str | None, typer.Option(help="The run's data.repeats: folders, or such as cats=10,dogs=5.", metavar="TEXT")
     ] = None,
+    buckets: Annotated[int | None, typer.Option(min=1, help="The run's data.buckets: at most so many shapes.")] = None,
+    microbatch: Annotated[
+        int, typer.Option(min=1, help="The run's data.microbatch: a shape of fewer pictures is left out.")
+    ] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Read at most this many samples.")] = None,
     max_bad_fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="The run's data.max_bad_fraction.")] = 0.01,
     contact_sheet: Annotated[
@@ -51,7 +55,8 @@ def check(
     for option, file in (("--contact-sheet", contact_sheet), ("--json", json_file)):
         if file is not None:
             check_writable(file, force, option)
-    config = config_for(source, resolution, split, repeats).model_copy(update={"max_bad_fraction": max_bad_fraction})
+    more = {"max_bad_fraction": max_bad_fraction, "buckets": buckets or "off", "microbatch": microbatch}
+    config = config_for(source, resolution, split, repeats).model_copy(update=more)
     report, images, labels = check_source(config, limit)
     typer.echo("\n".join(report_lines(report)))
     if contact_sheet is not None and labels:

@@ -29,16 +29,22 @@ class Batch:
     pooled_text_features: Tensor | None = None  # (B, P): Stable Diffusion XL's pooled ones beside them
     original_sizes: Tensor | None = None  # (B, 2) int64: height and width before resizing, upright, for SDXL
     crop_offsets: Tensor | None = None  # (B, 2) int64: top and left of the crop in the resized, perhaps mirrored image
+    parts: tuple[Batch, ...] = ()  # of one shape each, where there are several; then only they hold what is optional
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __getitem__(self, rows: slice) -> Batch:
-        """The samples of a slice, as views."""
+        """The samples of a slice of a batch of one shape, as views."""
+        assert not self.parts
         return replace(self, **{name: value[rows] for name, value in self._fields().items()})
 
     def microbatches(self, size: int | None) -> Iterator[Batch]:
-        """Contiguous slices of `size` samples, the last one perhaps smaller; None: the batch as it is."""
+        """Slices of `size` samples of one shape, the last one of a shape perhaps smaller; None: as large as can be."""
+        for part in self.parts:
+            yield from part.microbatches(size)
+        if self.parts:
+            return
         size = size or len(self)
         for start in range(0, len(self), size):
             yield self[start : start + size]
@@ -57,18 +63,19 @@ class Batch:
         for tensor in moved.values():
             if tensor.is_cuda:
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        return replace(self, **moved)
+        return replace(self, **moved, parts=tuple(part.to(device) for part in self.parts))
 
     def copy_to(self, device: torch.device | str) -> Batch:
         """A copy with every tensor on `device`, in separate memory."""
         return self._mapped(lambda tensor: tensor.to(device, copy=True))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What there is of the data, by field; all but the captions."""
+        """What there is of the data, by field; all but captions and parts."""
         return {name: value for name, value in self._fields().items() if isinstance(value, Tensor)}
 
     def _mapped(self, function: Callable[[Tensor], Any]) -> Batch:
-        return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
+        mapped = {name: function(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **mapped, parts=tuple(part._mapped(function) for part in self.parts))
 
     def _fields(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None and name != "parts"}

@@ -7,17 +7,22 @@ pure function of seed and position: no leftovers, no padding, no state, and the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from fastsp_kernels.philox import MASK, Stream, philox_4x32_10
 from torch import Tensor
 
+from fastsp.data.config import DataConfig
 from fastsp.data.order import SampleOrder, permute
+from fastsp.data.repeats import Places, shares_of
+from fastsp.data.samples import SampleReader
+from fastsp.errors import UserError
 
 Shape = tuple[int, int]  # height and width, pixels
 MULTIPLE = 64  # pixels of both sides, where the resolution allows it
 CYCLE = 8  # how often each sample comes in a cycle of groups, about
+_AT_ONCE = 1 << 20  # sizes looked at together
 _WHOLE = 1 << 20  # the share that a crop keeps is counted in these parts: sums of integers do not depend on their order
 
 
@@ -59,7 +64,9 @@ def choose_shapes(sizes: Tensor, resolution: int, most: int, group: int) -> list
         most: how many shapes, at least 1.
         group: samples in a group.
     """
-    known, counts = sizes[sizes.amin(1) > 0].unique(dim=0, return_counts=True)
+    height, width = sizes[sizes.amin(1) > 0].T
+    codes, counts = (height << 32 | width).unique(return_counts=True)
+    known = torch.stack([codes >> 32, codes & 0xFFFFFFFF], dim=1)
     left = ladder(resolution)
     if not len(known):
         return left[:1]
@@ -83,8 +90,15 @@ def choose_shapes(sizes: Tensor, resolution: int, most: int, group: int) -> list
 
 def nearest(sizes: Tensor, shapes: Sequence[Shape]) -> Tensor:
     """The number of each picture's shape: (N, 2) int64 -> (N,) int64. Of several that are as near it is the first."""
-    shares = kept(sizes, shapes)
-    return (shares == shares.amax(1, keepdim=True)).long().argmax(1)
+    parts = (kept(part, shapes) for part in sizes.split(_AT_ONCE))
+    return torch.cat([(shares == shares.amax(1, keepdim=True)).long().argmax(1) for shares in parts])
+
+
+def cropped(sizes: Tensor, shapes: Sequence[Shape]) -> float:
+    """Which share of the pictures' pixels is cut away, of each the same weight."""
+    known = sizes[sizes.amin(1) > 0]
+    total = sum(int(kept(part, shapes).amax(1).sum()) for part in known.split(_AT_ONCE))
+    return 1.0 - total / _WHOLE / len(known) if len(known) else 0.0
 
 
 class Buckets:
@@ -93,14 +107,59 @@ class Buckets:
     Args:
         shapes: their heights and widths, pixels.
         numbers: (N,) integers, the number of each sample's shape.
+        lost, lost_by_squares: which share of the pixels is cut away, and which one squares would cut.
     """
 
-    def __init__(self, shapes: Sequence[Shape], numbers: Tensor) -> None:
+    def __init__(
+        self, shapes: Sequence[Shape], numbers: Tensor, lost: float = 0.0, lost_by_squares: float = 0.0
+    ) -> None:
         self.shapes, self.numbers = list(shapes), numbers.to(torch.uint8)
         self.counts: list[int] = torch.bincount(numbers, minlength=len(shapes)).tolist()
         self.starts = [sum(self.counts[:number]) for number in range(len(shapes))]  # in `members`
+        self.lost, self.lost_by_squares = lost, lost_by_squares
         self.members = self.numbers.argsort(stable=True)
         """(N,) int64: the samples of the first shape in their order, then those of the second, and so on."""
+
+    def of(self, samples: Tensor) -> Buckets:
+        """The same for other samples: these, (P,) int64."""
+        return Buckets(self.shapes, self.numbers[samples].long())
+
+
+def open_buckets(
+    reader: SampleReader, config: DataConfig, progress: bool, shapes: Sequence[Shape] | None = None
+) -> Buckets:
+    """The buckets of a data set.
+
+    Args:
+        reader: has `sizes(workers, progress)`: (N, 2) int64, heights and widths of the upright pictures; 0 where they
+            are not known. Of latents it has the shapes too.
+        config: with `data.buckets`.
+        progress: show it on a terminal where reading the sizes takes long.
+        shapes: those of other data; None: chosen for this data, in which samples weigh as much as they repeat.
+
+    Raises:
+        UserError: the reader knows no sizes.
+    """
+    if (find := getattr(reader, "sizes", None)) is None:
+        unable = f"data.source {config.source!r} does not tell the sizes of its pictures"
+        raise UserError(f"data.buckets is {config.buckets}; {unable}: use off")
+    sizes = find(config.workers, progress)
+    shapes = shapes or getattr(getattr(reader, "header", None), "shapes", None)
+    if not shapes:
+        of_an_epoch = sizes
+        if config.repeats is not None and (shares := shares_of(reader)):
+            places = Places(shares)
+            of_an_epoch = sizes[places(torch.arange(len(places)))]
+        assert config.buckets != "off"
+        shapes = choose_shapes(of_an_epoch, config.resolution, config.buckets, config.group)
+    return Buckets(shapes, nearest(sizes, shapes), cropped(sizes, shapes), cropped(sizes, [(1, 1)]))
+
+
+def bucket_lines(buckets: Buckets) -> Iterator[str]:
+    """The shapes, and how many samples have each; then what is cut away."""
+    for (height, width), count in zip(buckets.shapes, buckets.counts, strict=True):
+        yield f"{width} x {height}: {count}"
+    yield f"{buckets.lost:.1%} of the pixels are cropped away, by squares it would be {buckets.lost_by_squares:.1%}"
 
 
 class BucketOrder(SampleOrder):

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsp.data.bad_samples import too_many, too_many_lost
+from fastsp.data.buckets import bucket_lines
 from fastsp.data.config import DataConfig
+from fastsp.data.order import SampleOrder
 from fastsp.data.readers.digits import SPLITS
 from fastsp.data.readers.latents import HEADER
 from fastsp.data.readers.names import IMAGE_SUFFIXES, split_name
@@ -79,30 +82,33 @@ def check_source(config: DataConfig, limit: int | None = None) -> tuple[dict[str
         Keys of the report: `samples`, bad ones included, of which `read` were read; `bad`, names and reasons; `lost`,
         samples that damaged shards have lost, at least; `epoch`, samples in one with repeats, and `repeats` by folder;
         `notes`, pairs of a file and what may surprise though nothing is lost; of the good images `heights` and `widths`
-        in pixels, upright; `smaller_than_resolution`, how many are enlarged; `caption_characters`; `images_per_second`,
-        decoded in this process; `seconds`; `stop`, why a run would stop, or None. Sizes and lengths are `smallest`,
-        `median` and `largest`.
+        in pixels, upright; `smaller_than_resolution`, how many are enlarged; `buckets`, with buckets a line for each
+        shape and one for what is cropped away; `caption_characters`; `images_per_second`, decoded in this process;
+        `seconds`; `stop`, why a run would stop, or None. Sizes and lengths are `smallest`, `median` and `largest`.
     """
     once = config.model_copy(update={"max_bad_fraction": 1.0, "in_memory": False})
     source = open_source(once, tokenizer=None, channels=3, seed=0, repeat=False, progress=True)
     shares = shares_of(source.reader)
+    source.order, source.group = SampleOrder(len(source), seed=0), None  # with buckets too, each once
     count = min(len(source), limit or len(source))
     sizes: list[Tensor] = []
     lengths: list[int] = []
     images: list[Tensor] = []
     labels: list[str] = []
     side = min(THUMBNAIL, config.resolution)
+    enlarged = 0
     start = time.perf_counter()
     batches = source.batches(batch_size=BATCH_SIZE, last_position=count)
     with closing(batches), steps_bar("read", count) as advance:
-        for batch in batches:
+        for batch in chain.from_iterable(mixed.microbatches(None) for mixed in batches):
             good = batch.weights.nonzero()[:, 0]
             assert batch.original_sizes is not None and batch.pixel_values is not None
             sizes.append(batch.original_sizes[good])
+            enlarged += int((sizes[-1] < torch.tensor(batch.pixel_values.shape[2:])).any(1).sum())
             captions = [batch.captions[row] for row in good.tolist()]
             lengths += map(len, captions)
             if len(labels) < SHEET_IMAGES:
-                images.append(F.interpolate(batch.pixel_values[good], (side, side), mode="bilinear", antialias=True))
+                images.append(_thumbnails(batch.pixel_values[good], side))
                 names = map(source.reader.name, source.order(batch.positions[good]).tolist())
                 labels += [f"{re.split('[/#]', name)[-1]}: {text}" for name, text in zip(names, captions, strict=True)]
             advance(len(batch))
@@ -118,7 +124,8 @@ def check_source(config: DataConfig, limit: int | None = None) -> tuple[dict[str
         "notes": _notes(config, source, lengths),
         "heights": _spread(heights.tolist()),
         "widths": _spread(widths.tolist()),
-        "smaller_than_resolution": int((torch.minimum(heights, widths) < config.resolution).sum()),
+        "smaller_than_resolution": enlarged,
+        "buckets": [] if source.buckets is None else [*bucket_lines(source.buckets)],
         "caption_characters": _spread(lengths),
         "images_per_second": count / seconds,
         "seconds": seconds,
@@ -144,6 +151,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         "speed": f"{report['images_per_second']:.0f} images/s ({report['seconds']:.1f} s)",
     }
     lines = [f"{name:<18}{text}" for name, text in rows.items()]
+    if report["buckets"]:
+        lines += [f"{'buckets':<18}width x height: images", *(f"  {line}" for line in report["buckets"])]
     if shares := [Share(**share) for share in report["repeats"]]:
         lines += [f"{'repeats':<18}{report['epoch']} samples an epoch", *(f"  {x}" for x in repeats_lines(shares))]
     for name, found in (("bad", report["bad"].items()), ("notes", report["notes"])):
@@ -160,6 +169,14 @@ def _notes(config: DataConfig, source: Source, lengths: list[int]) -> list[tuple
     if config.source == "images" and (tars := len(list(Path(str(config.path)).glob("*.tar")))):
         notes.append((str(config.path), f"read as a folder of images; the {tars} tars in it are '{config.path}/*.tar'"))
     return notes
+
+
+def _thumbnails(images: Tensor, side: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, side, side), of another shape with white margins."""
+    height, width = (max(1, round(side * each / max(images.shape[2:]))) for each in images.shape[2:])
+    small = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
+    left, top = (side - width) // 2, (side - height) // 2
+    return F.pad(small, (left, side - width - left, top, side - height - top), value=1.0)
 
 
 def _spread(numbers: Sequence[float]) -> dict[str, float] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from fastsp.data.batch import Batch
 from fastsp.data.images.pipeline import ImagePipeline
 from fastsp.data.readers.latents import LatentsHeader
-from fastsp.data.samples import BadSample, EncodedSample, ReadStep
+from fastsp.data.samples import BadSample, EncodedSample, Part, ReadStep
 
 Captions = Callable[[Sequence[str], Tensor], tuple[str, ...]]
 Tokenizers = Mapping[str, Callable[[Sequence[str]], Tensor]]
@@ -37,7 +38,8 @@ class Collator(ABC):
         captions = self.captions(texts, step.positions)
         weights = torch.tensor([float(row not in bad) for row in range(len(captions))])
         ids = {name: tokenize(captions) for name, tokenize in self.tokenizers.items()}
-        batch = Batch(step.positions, weights, captions, **ids, **tensors)
+        whole = Batch(step.positions, weights, captions)
+        batch = in_parts(whole, ids | tensors, step.parts)
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):  # page-locking would take memory on GPU 0 else
                 batch = batch.pinned()
@@ -45,7 +47,8 @@ class Collator(ABC):
 
     @abstractmethod
     def tensors(self, step: ReadStep) -> tuple[dict[str, Any], dict[int, BadSample]]:
-        """The fields of a batch that are not captions, and the bad rows."""
+        """The fields of a batch that are not captions, and the bad rows. A field whose shape depends on the sample's is
+        a list, of a tensor for each part of the step."""
 
     def close(self) -> None:  # noqa: B027 - not all have threads
         """End the threads."""
@@ -63,11 +66,16 @@ class ImageCollator(Collator):
 
     def tensors(self, step: ReadStep) -> tuple[dict[str, Any], dict[int, BadSample]]:
         files = [b"" if isinstance(sample, BadSample) else sample.content for sample in step.samples]
-        pixels = self.pipeline(files, step.positions)
-        unread = {row: sample for row, sample in enumerate(step.samples) if isinstance(sample, BadSample)}
-        bad = pixels.rejections | unread  # what kept a sample from being read says more than its empty file
-        sizes, offsets = pixels.original_sizes, pixels.crop_offsets
-        return {"pixel_values": pixels.values, "original_sizes": sizes, "crop_offsets": offsets}, bad
+        parts = step.parts
+        if parts is None:
+            found, rows = [self.pipeline(files, step.positions)], [[*range(len(files))]]
+        else:
+            found, rows = self.pipeline.in_parts(files, step.positions, parts), [part.rows for part in parts]
+        bad = {own[row]: bad for own, part in zip(rows, found, strict=True) for row, bad in part.rejections.items()}
+        # What kept a sample from being read says more than its empty file.
+        bad |= {row: sample for row, sample in enumerate(step.samples) if isinstance(sample, BadSample)}
+        fields = {"pixel_values": "values", "original_sizes": "original_sizes", "crop_offsets": "crop_offsets"}
+        return {name: [getattr(part, own) for part in found] for name, own in fields.items()}, bad
 
 
 class LatentCollator(Collator):
@@ -78,27 +86,50 @@ class LatentCollator(Collator):
 
     def __init__(self, header: LatentsHeader, tokenizers: Tokenizers, captions: Captions, device: torch.device):
         super().__init__(tokenizers, captions, device)
-        self.placeholder = header.placeholder()
+        self.header = header
 
     def tensors(self, step: ReadStep) -> tuple[dict[str, Any], dict[int, BadSample]]:
-        rows = [self._row(sample) for sample in step.samples]
-        bad = {index: row for index, row in enumerate(rows) if isinstance(row, BadSample)}
-        whole = [self.placeholder if isinstance(row, BadSample) else row for row in rows]
+        everything = [*range(len(step.samples))]
+        parts: Sequence[tuple[list[int], Any]] = [(everything, None)] if step.parts is None else step.parts
+        empty: dict[int, dict[str, Tensor]] = {}
+        for rows, shape in parts:
+            empty |= dict.fromkeys(rows, self.header.placeholder(shape))
+        found = [_latents(step.samples[row], empty[row]) for row in everything]
+        bad = {row: sample for row, sample in enumerate(found) if isinstance(sample, BadSample)}
+        whole = [empty[row] if isinstance(sample, BadSample) else sample for row, sample in enumerate(found)]
         fields = {
-            self.FIELDS.get(name, name): torch.stack([row[name] for row in whole]) if whole else empty[None][:0]
-            for name, empty in self.placeholder.items()
+            self.FIELDS.get(name, name): [
+                torch.stack([whole[row][name] for row in rows]) if rows else nothing[None][:0] for rows, _ in parts
+            ]
+            for name, nothing in self.header.placeholder().items()
         }
         return fields, bad
 
-    def _row(self, sample: EncodedSample | BadSample) -> dict[str, Tensor] | BadSample:
-        if isinstance(sample, BadSample):
-            return sample
-        try:
-            tensors = load(sample.content)
-        except (SafetensorError, ValueError) as error:
-            return BadSample(f"the latents cannot be read: {error}")
-        for name, expected in self.placeholder.items():
-            found = tensors.get(name)
-            if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
-                return BadSample(f"the latents' {name} does not fit their header")
-        return tensors
+
+def _latents(sample: EncodedSample | BadSample, placeholder: Mapping[str, Tensor]) -> dict[str, Tensor] | BadSample:
+    """A sample's tensors, which have the shapes and dtypes of its placeholder."""
+    if isinstance(sample, BadSample):
+        return sample
+    try:
+        tensors = load(sample.content)
+    except (SafetensorError, ValueError) as error:
+        return BadSample(f"the latents cannot be read: {error}")
+    for name, expected in placeholder.items():
+        found = tensors.get(name)
+        if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
+            return BadSample(f"the latents' {name} does not fit their header")
+    return tensors
+
+
+def in_parts(whole: Batch, fields: Mapping[str, Any], parts: Sequence[Part] | None) -> Batch:
+    """A batch with more fields: (B, ...) tensors, or lists of a tensor for each part. One part is a batch of one shape,
+    several are its `parts`."""
+    if parts is None or len(parts) == 1:
+        single = {name: value[0] if isinstance(value, list) else value for name, value in fields.items()}
+        return replace(whole, **single)
+    batches = []
+    for number, (rows, _) in enumerate(parts):
+        own = {name: value[number] if isinstance(value, list) else value[rows] for name, value in fields.items()}
+        captions = tuple(whole.captions[row] for row in rows)
+        batches.append(Batch(whole.positions[rows], whole.weights[rows], captions, **own))
+    return replace(whole, parts=tuple(batches))

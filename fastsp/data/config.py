@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from fastsp.errors import UserError
 from fastsp.utils.section import Fraction, NonNegative, PathText, Positive, Section
@@ -33,6 +33,13 @@ def _known(source: str) -> str:
     return source
 
 
+def _off(buckets: object) -> object:
+    return "off" if buckets is False else buckets  # which is what `off` means in YAML
+
+
+Buckets = Annotated[Literal["off"] | Positive, BeforeValidator(_off)]
+
+
 class CaptionsConfig(Section):
     """What becomes of captions in training, drawn anew for every position; see :mod:`fastsp.data.captions`."""
 
@@ -55,7 +62,8 @@ class DataConfig(Section):
     source: Annotated[str, AfterValidator(_known)]
     path: PathText | list[PathText] | None = None  # a folder, or shard patterns; not for digits
     split: Literal["train", "heldout"] = "train"  # for digits
-    resolution: Positive  # side of the square images, pixels
+    resolution: Positive  # side of the square images, pixels; with buckets, of a square of their area
+    buckets: Buckets = "off"  # at most so many shapes instead of one square; see fastsp.data.buckets
     crop: Literal["center", "random"] = "center"
     flip: bool = False  # mirror half of the samples
     batch_size: Positive  # samples of one optimizer step, over all ranks
@@ -75,7 +83,14 @@ class DataConfig(Section):
     def _pictures_stay_the_same(self) -> Self:
         if self.in_memory and (self.crop == "random" or self.flip or self.source == "latents"):
             raise ValueError("in_memory: true needs crop: center, flip: false and a source of pictures")
+        if self.in_memory and self.buckets != "off":
+            raise ValueError("in_memory: true keeps pictures of one shape: it needs buckets: off")
         return self
+
+    @property
+    def group(self) -> int:
+        """Samples in a row that have one shape, with buckets."""
+        return self.microbatch or self.batch_size
 
     def given_path(self) -> str | list[str]:
         """`path`, of a source that needs one and has no splits; else UserError."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -52,6 +52,13 @@ def in_shares(
     return chain.from_iterable(pool.map(lambda part: [*map(result, part)], parts))
 
 
+class Part(NamedTuple):
+    """Samples of a step that have one shape."""
+
+    rows: list[int]
+    shape: tuple[int, int]  # height and width, pixels
+
+
 @dataclass(frozen=True)
 class ReadStep:
     """One rank's samples of one optimizer step as they were read, in the order of their positions."""
@@ -59,6 +66,7 @@ class ReadStep:
     positions: Tensor  # (B,) int64: positions in the run
     indices: list[int]  # the samples' indices in the data set
     samples: list[EncodedSample | BadSample]
+    parts: Sequence[Part] | None = None  # where shapes may differ; None: all have that of the configuration
 
 
 class SampleReader(Protocol):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastsp.data.bad_samples import BadSampleLog, too_many_lost
 from fastsp.data.batch import Batch
+from fastsp.data.buckets import BucketOrder, Buckets, Shape, open_buckets
 from fastsp.data.captions import captions_at
 from fastsp.data.collate import Collator, ImageCollator, LatentCollator
 from fastsp.data.config import SOURCES, DataConfig
@@ -27,7 +28,7 @@ from fastsp.data.order import SampleOrder
 from fastsp.data.prefetch import Prefetcher
 from fastsp.data.readers.latents import LatentReader
 from fastsp.data.repeats import Places, Share, shares_of
-from fastsp.data.samples import BadSample, ReadStep, SampleReader, in_shares
+from fastsp.data.samples import BadSample, Part, ReadStep, SampleReader, in_shares
 from fastsp.diffusion.text import token_ids
 from fastsp.errors import UserError
 from fastsp.utils.progress import steps_bar
@@ -51,6 +52,7 @@ def open_source(
     text_sha256: str | None = None,
     raw_captions: bool = False,
     progress: bool = False,
+    shapes: Sequence[Shape] | None = None,
 ) -> Source:
     """Open the data that a configuration names; `Source.batches` then gives batches.
 
@@ -68,6 +70,7 @@ def open_source(
         vae_sha256, text_sha256: of latents, the `fingerprint` of the VAE and of the text encoders; None: any.
         raw_captions: leave them as they were read, to be kept.
         progress: show it on a terminal where listing files or indexing tars takes long.
+        shapes: with `data.buckets`, those of other data; None: chosen for this data.
 
     Raises:
         UserError: a path that holds nothing, latents that do not fit, too many lost samples, a package is missing.
@@ -92,6 +95,7 @@ def open_source(
         return tuple(texts) if raw_captions else captions_at(texts, config.captions, drawn_by, positions)
 
     place = torch.device(device)
+    buckets = None if config.buckets == "off" else open_buckets(reader, config, progress, shapes)
     pictures = None
     if config.in_memory:
         pictures, reader = _kept(reader, config, channels, place, progress)
@@ -106,21 +110,26 @@ def open_source(
 
     return Source(
         reader,
-        order=_order(reader, shares, seed) if shuffle else (lambda positions: positions % len(reader)),
+        order=_order(reader, shares, seed, buckets, config) if shuffle else (lambda positions: positions % len(reader)),
         epoch=len(Places(shares)) if shares else len(reader),
         open_collator=open_collator,
         bad_samples=BadSampleLog(bad_samples_file, config.max_bad_fraction, len(reader)),
         workers=config.workers,
         prefetch=config.prefetch,
+        buckets=buckets,
+        group=config.group if shuffle else None,
     )
 
 
-def _order(reader: SampleReader, shares: Sequence[Share], seed: int) -> Callable[[Tensor], Tensor]:
-    if not shares:
-        return SampleOrder(len(reader), seed)
-    places = Places(shares)
-    order = SampleOrder(len(places), seed)
-    return lambda positions: places(order(positions))
+def _order(
+    reader: SampleReader, shares: Sequence[Share], seed: int, buckets: Buckets | None, config: DataConfig
+) -> Callable[[Tensor], Tensor]:
+    places = Places(shares) if shares else None
+    order = SampleOrder(len(reader) if places is None else len(places), seed)
+    if buckets is not None:
+        of_places = buckets if places is None else buckets.of(places(torch.arange(len(places))))
+        order = BucketOrder(of_places, config.group, seed)
+    return order if places is None else (lambda positions: places(order(positions)))
 
 
 def check_path(config: DataConfig) -> Callable[[bool], SampleReader]:
@@ -168,6 +177,8 @@ class Source:
     workers: int  # threads that read
     prefetch: int  # batches ready ahead of their use
     epoch: int  # samples in one epoch, repeated ones as often as they come
+    buckets: Buckets | None = None  # None: one shape
+    group: int | None = None  # of positions, from 0 on: samples of one shape; None: those of a step in any order
 
     def __len__(self) -> int:
         """Samples in one epoch, bad ones included, and repeated ones as often as they come."""
@@ -210,7 +221,18 @@ class Source:
         with ThreadPoolExecutor(self.workers, "fastsp-read") as pool:
             for positions in steps:
                 indices = self.order(positions).tolist()
-                yield ReadStep(positions, indices, list(in_shares(pool, self.workers, self.reader.read, indices)))
+                samples = list(in_shares(pool, self.workers, self.reader.read, indices))
+                yield ReadStep(positions, indices, samples, self._parts(positions, indices))
+
+    def _parts(self, positions: Tensor, indices: list[int]) -> list[Part] | None:
+        """The samples of a step that have one shape: a group, or without groups all of that shape."""
+        if self.buckets is None or not indices:
+            return None
+        groups = positions // self.group if self.group else torch.zeros_like(positions)
+        rows: dict[tuple[int, int], list[int]] = {}
+        for row, key in enumerate(zip(groups.tolist(), self.buckets.numbers[indices].tolist(), strict=True)):
+            rows.setdefault(key, []).append(row)
+        return [Part(own, self.buckets.shapes[number]) for (_, number), own in rows.items()]
 
     def _collate_steps(self, steps: Prefetcher[ReadStep], batch_size: int) -> Iterator[Batch]:
         with closing(steps), closing(self.open_collator(batch_size)) as collate:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastsp.config import EMAConfig
+from fastsp.data.buckets import bucket_lines
 from fastsp.data.repeats import repeats_lines, shares_of
 from fastsp.data.samples import SampleReader
 from fastsp.data.source import Source
@@ -54,6 +55,13 @@ def repeats_line(source: Source) -> Iterator[str]:
     """What an epoch consists of, where samples come more than once."""
     if shares := shares_of(source.reader):
         yield f"repeats: an epoch has {len(source)} samples: {', '.join(repeats_lines(shares))}"
+
+
+def buckets_line(source: Source) -> Iterator[str]:
+    """The shapes of the samples, where they have several, with their numbers."""
+    if source.buckets is not None:
+        *shapes, lost = bucket_lines(source.buckets)
+        yield f"buckets: {', '.join(shapes)} pictures (width x height); {lost}"
 
 
 def headline(stage: StageConfig, done: int) -> str:

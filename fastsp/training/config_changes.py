@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -36,6 +36,7 @@ _MEANING = dict.fromkeys(_ROUNDED, "the same samples and draws, rounded otherwis
     "data.batch_size": "positions are counted in batches: samples come again or are left out",
     "data.source": "other samples from here on",
     "data.path": "other samples from here on, unless it is the same data",
+    "data.buckets": "other shapes and another order of the samples from here on",
     "data.repeats": "another order of the samples from here on",
     "data.split": "other samples from here on",
 }
@@ -48,6 +49,7 @@ class Change:
     key: str
     old: Any
     new: Any
+    meaning: str | None = None
 
     @property
     def free(self) -> bool:
@@ -55,8 +57,7 @@ class Change:
         return any(self.key == key or self.key.startswith(f"{key}.") for key in _FREE)
 
     def __str__(self) -> str:
-        meaning = _MEANING.get(self.key)
-        return f"{self.key} {self.old!r} -> {self.new!r}" + (f" ({meaning})" if meaning else "")
+        return f"{self.key} {self.old!r} -> {self.new!r}" + (f" ({self.meaning})" if self.meaning else "")
 
 
 def config_changes(old: str, new: Config) -> list[Change]:
@@ -65,7 +66,11 @@ def config_changes(old: str, new: Config) -> list[Change]:
     before = yaml.safe_load(old)
     with suppress(ValidationError):  # of a version with other keys
         before = Config.model_validate(before, context={"reading": True}).model_dump(mode="json")
-    return _differing(before, new.model_dump(mode="json"), "")
+    meanings = _MEANING
+    if new.data.buckets != "off":  # groups of other sizes
+        meanings = _MEANING | {"data.microbatch": "another order of the samples from here on"}
+    changes = _differing(before, new.model_dump(mode="json"), "")
+    return [replace(change, meaning=meanings.get(change.key)) for change in changes]
 
 
 def _differing(old: Any, new: Any, path: str) -> list[Change]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,8 @@ class Trainer:
             console.print(announcements.captions(self.model), highlight=False)
         if (times := config.data.batch_size / len(self.source)) > 1:
             console.print(f"data.batch_size {config.data.batch_size}: every sample occurs {times:.1f} times per step")
-        for line in (*announcements.repeats_line(self.source), *announcements.data_lines(self.source.reader)):
+        about = announcements.repeats_line(self.source), announcements.buckets_line(self.source)
+        for line in chain(*about, announcements.data_lines(self.source.reader)):
             console.print(line, highlight=False, markup=False)
         if changed_data:
             console.print(f"changed: the data ({changed_data})")

@@ -166,3 +166,22 @@ def test_nothing_but_bad_files(tmp_path):
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert "sheet.png is not written: no picture could be read" in result.output
     assert "heights           no pixels" in result.output and "a.png: the image file is empty" in result.output
+
+
+def test_buckets_are_printed_with_their_counts(shard, tmp_path):
+    """Each picture is read once, whatever the groups of a run."""
+    (tmp_path / "set" / "pictures").mkdir()
+    for index in range(7):
+        pixels = photo(index, 40, 40 if index == 3 else 92)
+        (tmp_path / "set" / "pictures" / f"{index}.png").write_bytes(encode(pixels, "PNG"))
+    arguments = ["check", str(tmp_path / "set" / "pictures"), "--resolution", "32", "--buckets", "3"]
+    sheet, report = tmp_path / "sheet.png", tmp_path / "report.json"
+    more = ["--contact-sheet", str(sheet), "--json", str(report)]
+    result = CliRunner().invoke(app, [*arguments, *more], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    lost = "3.6% of the pixels are cropped away, by squares it would be 48.4%"
+    assert json.loads(report.read_text())["buckets"] == ["32 x 32: 1", "48 x 20: 6", lost]
+    assert f"buckets           width x height: images\n  32 x 32: 1\n  48 x 20: 6\n  {lost}\n" in result.output
+    assert "samples           7\n" in result.output and "sheet.png: the first 7 crops" in result.output
+    result = CliRunner().invoke(app, [*arguments, "--microbatch", "2"], catch_exceptions=False)
+    assert "  48 x 20: 7\n" in result.output, "one picture is no group of two"

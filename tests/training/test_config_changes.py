@@ -138,3 +138,14 @@ def test_a_changed_run_goes_on_where_it_stopped(tmp_path):
     assert (run_dir / "config.1.yaml").read_text() == before
     rates = [(row["step"], row["learning_rate"]) for row in metrics(run_dir)]
     assert rates == [(step, 1e-3 if step <= reached else 1e-4) for step in range(1, reached + 4)]
+
+
+def test_with_buckets_a_microbatch_is_the_size_of_groups(run_dir):
+    tree = yaml.safe_load((run_dir / "config.yaml").read_text())
+    tree["data"]["buckets"] = 5
+    changes = config_changes(yaml.safe_dump(tree), changed(run_dir, "data.buckets=5", "data.microbatch=8"))
+    assert [str(change) for change in changes] == [
+        "data.microbatch None -> 8 (another order of the samples from here on)"
+    ]
+    changes = config_changes(yaml.safe_dump(tree), changed(run_dir))
+    assert "other shapes and another order" in str(changes[0])

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import warnings
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -75,6 +77,38 @@ def open_image(file: bytes) -> ImageFile:
         raise BadSample(f"the image is a line: {width} x {height} pixels")
     scan = image.fp.tell() if isinstance(image, JpegImageFile) and image.fp else 0
     return ImageFile(file, image, scan)
+
+
+def upright_size(head: bytes) -> tuple[int, int] | None:
+    """Height and width of an image as it is seen, by the file's first bytes, without decoding; None: it is no image, or
+    more of the file is needed. Of a PNG, EXIF that follows the pixels is not looked at."""
+    if head.startswith(b"WEBP", 8) and (size := _webp_size(head)) is not None:
+        return size
+    with suppress(Exception):  # see below
+        kind = next((kind for kind, magic in KINDS.items() if head.startswith(magic)), "WEBP")
+        if kind == "WEBP" and not head.startswith(b"WEBP", 8):
+            return None
+        opened = JpegImageFile if kind == "JPEG" else partial(Image.open, formats=[kind])
+        with closing(opened(io.BytesIO(head))) as image:
+            turned = kind != "TIFF" and "exif" in image.info and orientation_of(image) > 4  # Pillow turns TIFFs itself
+            return (image.width, image.height) if turned else (image.height, image.width)
+    return None
+
+
+def _webp_size(head: bytes) -> tuple[int, int] | None:
+    """Of a WebP file whose first chunk has the size, unless EXIF, which comes last, may turn it. Pillow wants all of
+    the file. (WebP Container Specification; VP8: RFC 6386, section 9.1.)"""
+    kind, data = head[12:16], head[20:30]
+    if len(data) < 10:
+        return None
+    if kind == b"VP8X" and not data[0] & 0x08:
+        return int.from_bytes(data[7:10], "little") + 1, int.from_bytes(data[4:7], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[1:5], "little")
+        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    if kind == b"VP8 ":
+        return int.from_bytes(data[8:10], "little") & 0x3FFF, int.from_bytes(data[6:8], "little") & 0x3FFF
+    return None
 
 
 def decode_image(image: Image.Image, channels: int) -> np.ndarray:

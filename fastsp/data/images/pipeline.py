@@ -14,7 +14,7 @@ from fastsp.data.config import DataConfig
 from fastsp.data.images import library
 from fastsp.data.images.decode import ImageDecoder
 from fastsp.data.images.files import ImageFile
-from fastsp.data.samples import BadSample
+from fastsp.data.samples import BadSample, Part
 
 # Decoded at once, at full size: 400 MB of RGB. Large photographs would otherwise take many gigabytes a batch.
 CHUNK_PIXELS = 2**27
@@ -31,7 +31,7 @@ class Pixels:
 
 
 class ImagePipeline:
-    """Decodes, resizes the shortest side with antialiasing, crops a square, mirrors and normalises, as configured.
+    """Decodes, resizes with antialiasing, crops a square or another shape, mirrors and normalises, as configured.
 
     Deterministic. Batches have up to `batch_size` images, of 1 (grey) or 3 (RGB) channels, on the device.
     """
@@ -41,41 +41,53 @@ class ImagePipeline:
         # On a GPU a separate stream: on the default one it would queue behind the training.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.decoder = ImageDecoder(channels, device, config.threads)
-        self.dali = _dali_pipeline(batch_size, channels, config.resolution, self.decoder.threads, device)
+        self.dali = _dali_pipeline(batch_size, channels, self.decoder.threads, device)
 
     def __call__(self, files: Sequence[bytes], positions: Tensor) -> Pixels:
-        """Images from B files, perhaps none, and the (B,) int64 positions of the samples in the run."""
+        """Square images from B files, perhaps none, and the (B,) int64 positions of the samples in the run."""
+        square = (self.config.resolution, self.config.resolution)
         if not files:
             nothing = torch.zeros(0, 2, dtype=torch.int64)
-            shape = (0, self.channels, self.config.resolution, self.config.resolution)
-            return Pixels(torch.zeros(shape, device=self.device), nothing, nothing, {})
+            return Pixels(torch.zeros(0, self.channels, *square, device=self.device), nothing, nothing, {})
+        return self.in_parts(files, positions, [Part([*range(len(files))], square)])[0]
+
+    def in_parts(self, files: Sequence[bytes], positions: Tensor, parts: Sequence[Part]) -> list[Pixels]:
+        """The same where parts of the images have shapes of their own; their rows are all rows. Rejections are by row
+        of the part."""
         with torch.cuda.stream(self.stream):  # does nothing on the CPU
-            return self._pixels(files, positions)
+            return self._pixels(files, positions, parts)
 
     def close(self) -> None:
         """End the decoder's threads; DALI's end with the pipeline itself."""
         self.decoder.close()
 
-    def _pixels(self, files: Sequence[bytes], positions: Tensor) -> Pixels:
+    def _pixels(self, files: Sequence[bytes], positions: Tensor, parts: Sequence[Part]) -> list[Pixels]:
+        shapes = torch.empty(len(files), 2, dtype=torch.int64)
+        for part in parts:
+            shapes[part.rows] = torch.tensor(part.shape)
         opened = self.decoder.open(files)
         rejections: dict[int, BadSample] = {}
-        parts: list[tuple[Tensor, ...]] = []
+        done: list[tuple[Sequence[Tensor], Tensor, Tensor]] = []
         for rows in chunks(opened):
             decoded = self.decoder.decode(opened[rows])
             rejections |= {rows.start + row: image for row, image in enumerate(decoded) if isinstance(image, BadSample)}
             black = torch.zeros(1, 1, self.channels, dtype=torch.uint8, device=self.device)
             images = [black if isinstance(image, BadSample) else image for image in decoded]
-            parts.append(self._cropped(images, positions[rows]))
-        values, sizes, offsets = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+            done.append(self._cropped(images, positions[rows], shapes[rows]))
+        values, sizes, offsets = (list(column) for column in zip(*done, strict=True))
+        found = _of_parts(parts, values, torch.cat(sizes), torch.cat(offsets), rejections)
         if self.stream is not None:
             self.stream.synchronize()  # of this thread alone: what it gives away is there
-        return Pixels(values, sizes, offsets, rejections)
+        return found
 
-    def _cropped(self, images: list[Tensor], positions: Tensor) -> tuple[Tensor, ...]:
-        """Values, sizes and offsets of some images of a batch, see `Pixels`."""
+    def _cropped(
+        self, images: list[Tensor], positions: Tensor, shapes: Tensor
+    ) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+        """Values, (H, W, C) of each image and where all have one shape a tensor, sizes and offsets of some images of a
+        batch, see `Pixels`."""
         sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.int64)
-        geometry = crop_geometry(sizes, positions, self.seed, self.config)
-        slack = (geometry.resized_sizes - self.config.resolution).clamp(min=1)
+        geometry = crop_geometry(sizes, positions, self.seed, self.config, shapes)
+        slack = (geometry.resized_sizes - shapes).clamp(min=1)
         places = (geometry.crop_offsets / slack).float()  # DALI's crop position: 0 .. 1
         (output,) = self.dali.run(
             # Without a copy: DALI reads the same memory, as an array or, on a GPU, as a tensor in stream order.
@@ -84,25 +96,52 @@ class ImagePipeline:
             top=places[:, 0].contiguous().numpy(),
             left=places[:, 1].contiguous().numpy(),
             mirror=geometry.flips.to(torch.int32).numpy(),
+            height=shapes[:, 0].float().numpy(),
+            width=shapes[:, 1].float().numpy(),
         )
-        values = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)  # a view: channels_last
-        if self.stream is not None:
-            values = values.clone()  # off DALI's memory, which it takes back without regard for who still reads it
+        if (shapes != shapes[0]).any():
+            values: Sequence[Tensor] = [torch.from_dlpack(output[row]).clone() for row in range(len(images))]
+        else:
+            values = torch.from_dlpack(output.as_tensor())  # type: ignore[assignment]
+            if self.stream is not None:
+                values = values.clone()  # off DALI's memory, which it takes back without regard for who still reads it
         return values, sizes, geometry.seen_offsets
+
+
+def _of_parts(
+    parts: Sequence[Part],
+    values: Sequence[Sequence[Tensor]],
+    sizes: Tensor,
+    offsets: Tensor,
+    rejections: dict[int, BadSample],
+) -> list[Pixels]:
+    """What was decoded chunk by chunk, part by part."""
+    if len(parts) == 1:
+        whole = values[0] if len(values) == 1 else torch.cat(values)  # type: ignore[arg-type]
+        return [Pixels(whole.permute(0, 3, 1, 2), sizes, offsets, rejections)]  # a view: channels_last
+    images = [image for chunk in values for image in chunk]
+    found = []
+    for rows, _ in parts:
+        stacked = torch.stack([images[row] for row in rows]).permute(0, 3, 1, 2)
+        rejected = {index: rejections[row] for index, row in enumerate(rows) if row in rejections}
+        found.append(Pixels(stacked, sizes[rows], offsets[rows], rejected))
+    return found
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How B images of any size become B images of one size. All tensors on the CPU."""
+    """How B images of any size become B images of given shapes. All tensors on the CPU."""
 
-    resized_sizes: Tensor  # (B, 2) int64: height and width after resizing, the shortest side being the resolution
+    resized_sizes: Tensor  # (B, 2) int64: height and width after resizing, one of them that of the shape
     crop_offsets: Tensor  # (B, 2) int64: top and left of the crop in the resized image
     flips: Tensor  # (B,) bool: mirrored left to right, after the crop
     seen_offsets: Tensor  # (B, 2) int64: what was cut off above and on the left of the image as it is seen, for SDXL
 
 
-def crop_geometry(sizes: Tensor, positions: Tensor, seed: int, config: DataConfig) -> Geometry:
-    """Resize the shortest side to `resolution`, in pixels, then crop a square, at the centre or at random.
+def crop_geometry(
+    sizes: Tensor, positions: Tensor, seed: int, config: DataConfig, shapes: Tensor | None = None
+) -> Geometry:
+    """Resize the side that is shorter in relation to the shape's, then crop the other, at the centre or at random.
 
     The draws are of stream 5: word 0 says whether to flip (its highest bit), words 1 and 2 place the crop, its top and
     left being the high word of `word * (number of places)`. A centre crop is rounded towards the top left.
@@ -110,10 +149,15 @@ def crop_geometry(sizes: Tensor, positions: Tensor, seed: int, config: DataConfi
     Args:
         sizes: (B, 2) int64, heights and widths of the upright images, at least 1.
         positions: (B,) int64, positions of the samples in the run; with its seed they determine the draws.
+        shapes: (B, 2) int64, heights and widths after the crop; None: squares of `resolution`.
     """
-    shortest = sizes.amin(1, keepdim=True)
-    resized = (sizes * config.resolution + shortest // 2) // shortest  # rounded; the shortest side is exact
-    slack = resized - config.resolution
+    if shapes is None:
+        shapes = torch.full_like(sizes, config.resolution)
+    by_width = sizes[:, :1] * shapes[:, 1:] > sizes[:, 1:] * shapes[:, :1]  # of the shape's width, and too high
+    shortest = torch.where(by_width, sizes[:, 1:], sizes[:, :1])
+    exact = torch.where(by_width, shapes[:, 1:], shapes[:, :1])
+    resized = (sizes * exact + shortest // 2) // shortest  # rounded; the shortest side is exact
+    slack = resized - shapes
     offsets, flips = slack // 2, torch.zeros(len(sizes), dtype=torch.bool)
     if config.crop == "random" or config.flip:
         words = random_words(seed, Stream.CROP_AND_FLIP, positions, 3)
@@ -135,7 +179,7 @@ def chunks(images: Sequence[ImageFile | BadSample]) -> Iterator[slice]:
     yield slice(start, len(images))
 
 
-def _dali_pipeline(batch_size: int, channels: int, resolution: int, threads: int, device: torch.device) -> Any:
+def _dali_pipeline(batch_size: int, channels: int, threads: int, device: torch.device) -> Any:
     library("nvidia.dali")
     from nvidia.dali import Pipeline, fn, types
 
@@ -147,10 +191,13 @@ def _dali_pipeline(batch_size: int, channels: int, resolution: int, threads: int
         top = fn.external_source(name="top", dtype=types.FLOAT, ndim=0)
         left = fn.external_source(name="left", dtype=types.FLOAT, ndim=0)
         mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
+        height = fn.external_source(name="height", dtype=types.FLOAT, ndim=0)
+        width = fn.external_source(name="width", dtype=types.FLOAT, ndim=0)
         images = fn.resize_crop_mirror(
             images,
             size=size,
-            crop=(resolution, resolution),
+            crop_h=height,
+            crop_w=width,
             crop_pos_y=top,
             crop_pos_x=left,
             mirror=mirror,

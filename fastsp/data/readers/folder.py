@@ -18,7 +18,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from fastsp.data.config import DataConfig
+from fastsp.data.images.files import upright_size
 from fastsp.data.inventory import MAX_NAMES, Inventory, Part
 from fastsp.data.readers import names
 from fastsp.data.readers.captions import (
@@ -29,6 +32,7 @@ from fastsp.data.readers.captions import (
     caption_of,
     read_metadata,
 )
+from fastsp.data.readers.sizes import measure_all, measured
 from fastsp.data.repeats import Share
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size
 from fastsp.errors import UserError
@@ -139,6 +143,17 @@ class FolderReader:
             if times is not None:
                 return folder, times
         return parts[0], 1
+
+    def sizes(self, workers: int, progress: bool) -> Tensor:
+        """(N, 2) int64, heights and widths of the upright images by their headers; 0 where they are not known."""
+
+        def size(index: int) -> tuple[int, int]:
+            def first(count: int | None) -> bytes:
+                return _read_file(self.root / self.paths[index], "image", count)
+
+            return measured(first, upright_size)
+
+        return measure_all(size, len(self), workers, progress)
 
     def read(self, index: int) -> EncodedSample:
         """One sample; raises BadSample."""
@@ -259,7 +274,8 @@ def _holds_caption(file: Path) -> bool:
         return False
 
 
-def _read_file(path: Path, what: str) -> bytes:
+def _read_file(path: Path, what: str, count: int | None = None) -> bytes:
+    """A file, or its first bytes; BadSample where it cannot be read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # so that a pipe does not wait
         with os.fdopen(descriptor, "rb", buffering=0) as file:
@@ -267,6 +283,6 @@ def _read_file(path: Path, what: str) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 raise BadSample(f"cannot read the {what}: not a regular file")
             check_file_size(status.st_size)
-            return file.readall()
+            return file.readall() if count is None else file.read(count)
     except OSError as error:
         raise BadSample(f"cannot read the {what}: {error.strerror or error}") from error

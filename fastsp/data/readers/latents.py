@@ -34,9 +34,23 @@ _MAY_BE_NULL = ("captioned", "names_sha256")  # in a header: not compared then
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def bad_sample(reason: str) -> bytes:
-    """What stands in the place of a sample that could not be encoded: safetensors without a tensor."""
-    return save({}, metadata={"bad": reason})
+def bad_sample(reason: str, shape: tuple[int, int] | None = None) -> bytes:
+    """What stands in the place of a sample that could not be encoded: safetensors without a tensor. With buckets it has
+    a shape all the same, that of the latents."""
+    return save({}, metadata={"bad": reason} | ({} if shape is None else {"shape": json.dumps(shape)}))
+
+
+def latents_size(head: bytes) -> tuple[int, int] | None:
+    """Height and width of a sample's latents by its first bytes; (0, 0): they do not say, None: more are needed."""
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 8 + length:
+        return None
+    with suppress(ValueError, KeyError, TypeError):
+        header = json.loads(head[8 : 8 + length])
+        place = header["moments"]["shape"][1:] if "moments" in header else json.loads(header["__metadata__"]["shape"])
+        height, width = map(int, place)
+        return height, width
+    return 0, 0
 
 
 def find(config: DataConfig) -> Callable[[bool], LatentReader]:
@@ -57,11 +71,16 @@ class LatentReader(ShardReader):
     """The samples of a folder of latents, in the order of the pictures that they were made of."""
 
     suffixes = ("safetensors",)
+    size_of = staticmethod(latents_size)
 
     def __init__(self, header: LatentsHeader, shards: Sequence[Path], captioned: bool, progress: bool, repeated: bool):
         super().__init__(shards, captioned, progress)
         self.header = header
         self.repeats = header.repeats if repeated else ()
+
+    def sizes(self, workers: int, progress: bool) -> Tensor:
+        """(N, 2) int64, heights and widths of the encoded images in pixels, upright; 0 where they are not known."""
+        return super().sizes(workers, progress) * self.header.scale_factor
 
     def check(self, content: bytes) -> None:
         """Refuse what stands in the place of a bad sample."""
@@ -88,6 +107,8 @@ class LatentsHeader:
     captioned: bool | None = None  # whether samples, and text features, have captions; None: of an earlier version
     names_sha256: str | None = None  # `Source.names_sha256` of what was encoded: no other pictures are added to it
     repeats: tuple[Share, ...] = ()  # how often samples come in an epoch, where that was configured
+    buckets: int | str = "off"  # `data.buckets`
+    shapes: tuple[tuple[int, int], ...] = ()  # with buckets, heights and widths in pixels; moments_shape is the first's
     version: int = VERSION
 
     @property
@@ -95,16 +116,24 @@ class LatentsHeader:
         """How many tars the whole data set has."""
         return -(-self.source_samples // self.samples_per_shard)
 
-    def placeholder(self) -> dict[str, Tensor]:
-        """A sample of zeros, in the shapes and dtypes of every sample."""
-        dtype, pair = DTYPES[self.dtype], torch.zeros(2, dtype=torch.int64)
-        tensors = {"moments": torch.zeros(self.moments_shape, dtype=dtype), "original_size": pair, "crop_offset": pair}
+    @property
+    def scale_factor(self) -> int:
+        """Pixels of an image's side for one of the latents' side."""
+        return (self.shapes[0][0] if self.shapes else self.resolution) // self.moments_shape[1]
+
+    def placeholder(self, shape: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """A sample of zeros, in the shapes and dtypes of every sample, or with buckets of those of one shape."""
+        dtype, pair, moments_shape = DTYPES[self.dtype], torch.zeros(2, dtype=torch.int64), self.moments_shape
+        if shape is not None:
+            moments_shape = (moments_shape[0], *(side // self.scale_factor for side in shape))
+        tensors = {"moments": torch.zeros(moments_shape, dtype=dtype), "original_size": pair, "crop_offset": pair}
         shapes = zip(TEXT_TENSORS, (self.text_shape, self.pooled_text_shape), strict=True)
         return tensors | {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes if shape is not None}
 
     def check(self, config: DataConfig, vae_sha256: str | None = None, text_sha256: str | None = None) -> None:
         """Refuse a configuration that these latents do not fit: UserError names the key, its value and the header's."""
-        for key, value in {"resolution": self.resolution, "crop": "center", "flip": False}.items():
+        fixed_by = {"resolution": self.resolution, "buckets": self.buckets, "crop": "center", "flip": False}
+        for key, value in fixed_by.items():
             given, fixed = str(getattr(config, key)).lower(), str(value).lower()
             if given != fixed:
                 of_the_latents = f"of the latents in {config.path} it is {fixed}"
@@ -152,6 +181,7 @@ class LatentsHeader:
             fields.pop("contents_sha256", None)  # of earlier versions
             fields |= {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
             fields["repeats"] = tuple(Share(*share) for share in fields.get("repeats", ()))
+            fields["shapes"] = tuple((height, width) for height, width in fields.get("shapes", ()))
             header = cls(**fields)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from fastsp.data.config import DataConfig
+from fastsp.data.images.files import upright_size
 from fastsp.data.inventory import Inventory, Part
 from fastsp.data.readers.captions import caption_of
 from fastsp.data.readers.names import IMAGE_SUFFIXES, printable
-from fastsp.data.readers.tar_index import load_or_build_index
+from fastsp.data.readers.sizes import Size, measure_all, measured
+from fastsp.data.readers.tar_index import load_or_build_index, with_column
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size
 from fastsp.errors import UserError
 
@@ -95,6 +97,7 @@ class ShardReader:
     """
 
     suffixes: Sequence[str] = IMAGE_SUFFIXES  # of the members that make a sample, see `scan_tar`
+    size_of: Callable[[bytes], Size | None] = staticmethod(upright_size)  # see `fastsp.data.readers.sizes.measured`
 
     def __init__(self, patterns: Patterns, captioned: bool = True, progress: bool = False):
         self.index = load_or_build_index(expand_shards(patterns), self.suffixes, progress)
@@ -138,6 +141,23 @@ class ShardReader:
 
     def check(self, content: bytes) -> None:
         """Raises BadSample for content that says of itself that it is none; images do not."""
+
+    def sizes(self, workers: int, progress: bool) -> Tensor:
+        """(N, 2) int64, heights and widths of the upright images by their headers; 0 where they are not known. They are
+        kept with the index."""
+
+        def size(index: int) -> Size:
+            shard, offset, length, *_ = self.index.columns["locations"][index].tolist()
+
+            def first(count: int | None) -> bytes:
+                try:
+                    return self._open(self.index.shards[shard]).read(offset, min(count or length, length))
+                except OSError as error:
+                    raise BadSample(str(error)) from error
+
+            return measured(first, self.size_of)
+
+        return with_column(self.index, "sizes", self.suffixes, lambda: measure_all(size, len(self), workers, progress))
 
     def read(self, index: int) -> EncodedSample:
         """One sample; raises BadSample. The tar stays open for the next ones, since opening it is what takes time on a

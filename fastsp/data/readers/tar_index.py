@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class TarIndex:
     shards: list[str]
     columns: dict[str, Tensor]
     """`locations` (N, 7) int64: shard, then offset and size of image, text and JSON; `keys` uint8: the keys' bytes one
-    after the other; `key_ends` (N,) int64."""
+    after the other; `key_ends` (N,) int64; perhaps `sizes` (N, 2) int64, see :func:`with_column`."""
     damaged: list[tuple[str, str]]
     """Tars that are broken, and members that cannot be read (`TAR#MEMBER`), with the reason."""
     notes: list[tuple[str, str]]  # tars in which something may surprise, though nothing is lost
@@ -63,16 +63,34 @@ def load_or_build_index(
     """The index of these tars, from its file if that is up to date, else made and kept. Suffixes: see `scan_tar`."""
     # Links are not followed: their names say more than those that a hub's cache gives what they lead to.
     paths = [Path(os.path.abspath(shard)) for shard in shards]
-    # Looked at before the tars are read: one that is still being written is indexed anew the next time.
-    signature = json.dumps([VERSION, list(suffixes), [_signature(path) for path in paths]])
-    name = f"index-{hashlib.sha256(json.dumps([str(path) for path in paths]).encode()).hexdigest()[:16]}.safetensors"
-    places = (paths[0].parent / f".fastsp-{name}", cache_folder() / name)
+    signature, places = _signature_of_all(paths, suffixes), _places(paths)
     for place in places:
         if (index := _load(place, paths, signature)) is not None:
             return index
     index = build_index(paths, suffixes, progress)
     any(_save(index, signature, place) for place in places)  # in the first that can be written
     return index
+
+
+def with_column(index: TarIndex, name: str, suffixes: Sequence[str], make: Callable[[], Tensor]) -> Tensor:
+    """A further column of the index, one row per sample; made if it is not there, and kept in the index's file."""
+    if name not in index.columns:
+        paths = [Path(shard) for shard in index.shards]
+        signature = _signature_of_all(paths, suffixes)
+        index.columns[name] = make()
+        any(_save(index, signature, place) for place in _places(paths))
+    return index.columns[name]
+
+
+def _signature_of_all(paths: Sequence[Path], suffixes: Sequence[str]) -> str:
+    """Asked for before the tars are read: one that is still being written is indexed anew the next time."""
+    return json.dumps([VERSION, list(suffixes), [_signature(path) for path in paths]])
+
+
+def _places(paths: Sequence[Path]) -> tuple[Path, Path]:
+    """Where the index of these tars may lie."""
+    name = f"index-{hashlib.sha256(json.dumps([str(path) for path in paths]).encode()).hexdigest()[:16]}.safetensors"
+    return paths[0].parent / f".fastsp-{name}", cache_folder() / name
 
 
 def build_index(shards: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES, progress: bool = False) -> TarIndex:
@@ -123,7 +141,7 @@ def _load(place: Path, shards: Sequence[Path], signature: str) -> TarIndex | Non
     with suppress(OSError, SafetensorError, ValueError, TypeError, LookupError), safe_open(place, "pt") as file:
         metadata = file.metadata()
         if metadata["signature"] == signature:
-            columns = {name: file.get_tensor(name) for name in ("locations", "keys", "key_ends")}
+            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
             damaged, notes, lost = json.loads(metadata["found"])
             return TarIndex([str(path) for path in shards], columns, [*map(tuple, damaged)], [*map(tuple, notes)], lost)
     return None
