@@ -56,6 +56,16 @@ class _Loss(nn.Module):
         self.process.to(model_pred.device)
         return self.process.from_model_time(name, t).to(model_pred.device)
 
+    def _weights(self, weights: Tensor | None, latents: Tensor) -> Tensor | None:
+        """As (B, 1, H, W) float32 on the latents' device, checked."""
+        if weights is None:
+            return None
+        weights = weights[:, None] if weights.ndim == 3 else weights
+        if latents.ndim != 4 or weights.shape != (len(latents), 1, *latents.shape[2:]):
+            of = f"weights {tuple(weights.shape)} must be (B, H, W) or (B, 1, H, W) of latents {tuple(latents.shape)}"
+            raise ValueError(of + (", and have no frames" if latents.ndim == 5 else ""))
+        return weights.to(latents.device, torch.float32)
+
     def _target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What a perfect network predicts at t, float32."""
         _, _, p, q = self.process.marginal(t).view(4, -1, *[1] * (latents.ndim - 1))
@@ -100,17 +110,20 @@ class DenoisingLoss(_Loss):
         noise: Tensor,
         timesteps: Tensor,
         encoder_hidden_states: Tensor | None = None,
+        weights: Tensor | None = None,
         **unused: Any,
     ) -> Tensor:
         """Scalar float32 loss, or (B,) with ``reduction="none"``. Arguments as for :class:`SelfPerceptualLoss`."""
         del encoder_hidden_states, unused
         self._check_shapes(model_pred, latents, noise)
         t = self._times("timesteps", timesteps, model_pred)
-        return self._reduced(self.per_sample(model_pred, self._target(latents, noise, t), t))
+        weights = self._weights(weights, latents)
+        return self._reduced(self.per_sample(model_pred, self._target(latents, noise, t), t, weights))
 
-    def per_sample(self, model_pred: Tensor, target: Tensor, t: Tensor) -> Tensor:
-        """Mean squared error of each sample against a target at hand, weighted by min-SNR. (B,) float32."""
-        loss = squared_error(model_pred, target)
+    def per_sample(self, model_pred: Tensor, target: Tensor, t: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Mean squared error of each sample against a target at hand, weighted by min-SNR, and place by place by
+        ``weights``, (B, 1, H, W). (B,) float32."""
+        loss = squared_error(model_pred, target, weights)
         return loss if self.min_snr_gamma is None else loss * self.process.min_snr_weight(t, self.min_snr_gamma)
 
 
@@ -234,6 +247,7 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
         noisy_latents: Tensor | None = None,
         perceptual_timesteps: Tensor | None = None,
         generator: torch.Generator | None = None,
+        weights: Tensor | None = None,
         **conditions: Any,
     ) -> Tensor:
         """Equation (11) for one batch.
@@ -248,6 +262,9 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
             noisy_latents: x_t as the online network got it; None: equation (1).
             perceptual_timesteps: t', (B,); None: drawn.
             generator: for t'; None: torch's default one.
+            weights: of every place of the latents, (B, H, W) or (B, 1, H, W), such as a mask of zeros and ones: what a
+                place adds to the mean is multiplied by its weight. Features take the average of the weights that
+                each of their places covers. None: ones.
             **conditions: what the online network got beside that, under the names of its own forward, such as
                 ``added_cond_kwargs`` (SDXL's ``text_embeds`` and ``time_ids``), ``class_labels``,
                 ``pooled_projections``, ``guidance`` or ``encoder_attention_mask``. Packed latents' ids may be left out.
@@ -271,7 +288,7 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
         if unknown := set(conditions) - set(self.conditions):
             raise TypeError(f"unexpected {', '.join(sorted(unknown))}: this network takes {', '.join(self.conditions)}")
         conditioning = {"encoder_hidden_states": encoder_hidden_states, **conditions}
-        noise_source = {"noise": noise, "noisy_latents": noisy_latents}
+        noise_source = {"noise": noise, "noisy_latents": noisy_latents, "weights": self._weights(weights, latents)}
         return self._reduced(self.per_sample(model_pred, latents, t, t_prime, conditioning, **noise_source))
 
     def per_sample(
@@ -282,12 +299,13 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
         t_prime: Tensor,
         conditioning: dict[str, Any],
         transition: Tensor | None = None,
+        weights: Tensor | None = None,
         **noise_source: Any,
     ) -> Tensor:
         """The loss at given t and t', nothing checked. (B,) float32.
 
-        ``transition`` is the process's from t to t', if it is at hand. ``noise_source`` is ``noise`` and perhaps
-        ``noisy_latents``; or ``seed`` and ``positions``, to draw it again.
+        ``transition`` is the process's from t to t', if it is at hand. ``weights`` are (B, 1, H, W). ``noise_source``
+        is ``noise`` and perhaps ``noisy_latents``; or ``seed`` and ``positions``, to draw it again.
         """
         transition, metric = self.process.transition(t, t_prime) if transition is None else transition, self.metric
         layout: dict[str, Any] = {"dtype": metric.dtype, "memory_format": metric.memory_format}
@@ -296,7 +314,8 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
             noise_source = {k: v.flatten(2, -2) if v is not None and v.ndim > 4 else v for k, v in noise_source.items()}
         inputs = reproject(model_pred, latents, self.process.marginal(t), transition, **noise_source, **layout)
         inputs = inputs.unflatten(2, (*frames, -1)) if frames else inputs
-        distance = metric.distance(inputs, self.process.model_time(t_prime), conditioning)
+        weighted = {} if weights is None else {"weights": weights}
+        distance = metric.distance(inputs, self.process.model_time(t_prime), conditioning, **weighted)
         if self.displacement == "none":
             return distance
         return distance / transition[1].abs().clamp_min(SMALLEST_DISPLACEMENT) ** metric.order
@@ -369,10 +388,13 @@ class LearnedPerceptualLoss(SelfPerceptualLoss):
         t_prime: Tensor,
         conditioning: dict[str, Any],
         transition: Tensor | None = None,
+        weights: Tensor | None = None,
         target: Tensor | None = None,
         **noise_source: Any,
     ) -> Tensor:
         """As there. ``target`` is what a perfect network predicts; without it ``noise`` is needed."""
+        if weights is not None:
+            raise ValueError("weights: a critic judges whole pictures")
         transition = self.process.transition(t, t_prime) if transition is None else transition
         anchor = super().per_sample(model_pred, latents, t, t_prime, conditioning, transition, **noise_source)
         self.verdict = self.metric.judge(transition[1])
@@ -382,6 +404,7 @@ class LearnedPerceptualLoss(SelfPerceptualLoss):
         return anchor + self.weight * F.softplus(self.verdict.gap)
 
 
-def squared_error(model_pred: Tensor, target: Tensor) -> Tensor:
-    """Mean over a sample's elements, (B,) float32."""
-    return (model_pred.float() - target.float()).square().flatten(1).mean(1)
+def squared_error(model_pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean over a sample's elements, weighted by (B, 1, H, W), which need not sum to one. (B,) float32."""
+    error = (model_pred.float() - target.float()).square()
+    return (error if weights is None else error * weights).flatten(1).mean(1)

@@ -30,6 +30,7 @@ def algorithm_1(
     distance: str = "mse",
     cheat_with_true_noise: bool = False,
     normalize: bool = False,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Equations (5) to (11) as printed, in float64, the whole UNet as teacher, features taken by hooks."""
 
@@ -71,11 +72,25 @@ def algorithm_1(
     for p, r in zip(predicted, real, strict=True):
         difference = p - r.detach()
         power = 1 if distance == "mae" else 2
-        per_sample = (difference.abs() ** power).flatten(1).mean(1)
+        sizes = difference.abs() ** power
+        if weights is not None:
+            sizes = sizes * averages(weights, *sizes.shape[2:])[:, None]
+        per_sample = sizes.flatten(1).mean(1)
         if normalize:
             per_sample = per_sample / (r.detach().abs() ** power).flatten(1).mean(1)
         losses.append(per_sample.mean())
     return torch.stack(losses).mean()
+
+
+def averages(weights: Tensor, height: int, width: int) -> Tensor:
+    """(B, H, W) -> (B, height, width), block by block, by a loop."""
+    high, wide = weights.shape[1] // height, weights.shape[2] // width
+    blocks = [
+        weights[:, high * y : high * (y + 1), wide * x : wide * (x + 1)].flatten(1).mean(1)
+        for y in range(height)
+        for x in range(width)
+    ]
+    return torch.stack(blocks, 1).unflatten(1, (height, width))
 
 
 def to_double(data: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +160,83 @@ def test_normalized_and_mixed_with_mse(distance, teacher_mode):
     expected = (snr.clamp(max=5.0) / (snr + 1) * (answer - target) ** 2).mean() + 0.3 * perceptual
     assert relative_error(loss, expected) < 1e-5
     assert relative_error(gradient(loss, online), gradient(expected, exact_online)) < 1e-5
+
+
+def a_mask(size: int = 3) -> Tensor:
+    """(B, 8, 8): a rectangle of each sample, with a soft edge."""
+    mask = torch.zeros(size, 8, 8)
+    for number, rows in enumerate(mask):
+        rows[number : number + 4, 2:7] = 1.0
+        rows[number + 3, 2:7] = 0.3
+    return mask
+
+
+@pytest.mark.parametrize("teacher_mode", ["batched", "split"])
+@pytest.mark.parametrize(("kind", "options"), [
+    ("sd", {"layers": "mid"}),
+    ("sd", {"layers": "encoder+mid", "distance": "mae", "normalize": True}),
+    ("sdxl", {"layers": "decoder", "distance": "mse"}),
+])  # fmt: skip
+def test_weights_of_places(kind, options, teacher_mode):
+    """Features by the averages of the weights that their places cover; MSE place by place; loss and gradient."""
+    online, teacher = tiny_unet(kind, seed=1), tiny_unet(kind, seed=2)
+    sched, data, mask = scheduler(), batch(kind), a_mask()
+    perceptual, denoising = SelfPerceptualLoss(teacher, sched, teacher=teacher_mode, **options), DenoisingLoss(sched)
+    both = lambda *a, **k: perceptual(*a, weights=mask, **k) + denoising(*a, weights=mask[:, None], **k)  # noqa: E731
+    loss = online_step(both, online, sched, data)
+
+    exact_online, exact_teacher = copy.deepcopy(online).double(), copy.deepcopy(teacher).double()
+    table, exact = sched.alphas_cumprod.double(), to_double(data)
+    expected = algorithm_1(exact_online, exact_teacher, table, exact, "v_prediction", weights=mask.double(), **options)
+    alpha_bar = table[exact["timesteps"]].view(-1, 1, 1, 1)
+    a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    noisy, target = a * exact["latents"] + s * exact["noise"], a * exact["noise"] - s * exact["latents"]
+    given = {"added_cond_kwargs": exact["added_cond_kwargs"]}
+    answer = exact_online(noisy, exact["timesteps"], exact["encoder_hidden_states"], **given).sample
+    expected = expected + (mask.double()[:, None] * (answer - target) ** 2).mean()
+    assert relative_error(loss, expected) < 1e-5
+    assert relative_error(gradient(loss, online), gradient(expected, exact_online)) < 1e-5
+
+
+@pytest.mark.parametrize("normalize", ["none", "sample", "channel"])
+def test_weights_of_one_change_no_bit(normalize):
+    online, sched, data = tiny_unet(seed=1), scheduler(), batch()
+    ones = torch.ones(3, 8, 8)
+    for build in (
+        lambda: SelfPerceptualLoss(tiny_unet(seed=2), sched, layers="encoder+mid", normalize=normalize),
+        lambda: DenoisingLoss(sched, min_snr_gamma=5.0),
+    ):
+        found = []
+        for weights in (None, ones):
+            criterion = build()
+            loss = online_step(lambda *a, w=weights, c=criterion, **k: c(*a, weights=w, **k), online, sched, data)
+            found.append((loss, gradient(loss, online)))
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_weights_of_places_for_channels_and_tokens():
+    weights = a_mask()[:, None]
+    tokens = metric.weights_of_places(weights, torch.zeros(3, 16, 5))
+    expected = averages(weights[:, 0], 4, 4).flatten(1)[..., None].expand(3, 16, 5)
+    torch.testing.assert_close(tokens, expected)
+    wide = torch.arange(2 * 8 * 4.0).view(2, 1, 8, 4)
+    found = metric.weights_of_places(wide, torch.zeros(2, 8, 3))
+    torch.testing.assert_close(found[..., 0], averages(wide[:, 0], 4, 2).flatten(1))
+    with pytest.raises(ValueError, match="10 tokens are not the patches of 8 x 8 latents"):
+        metric.weights_of_places(weights, torch.zeros(3, 10, 5))
+    criterion = SelfPerceptualLoss(tiny_unet(seed=2), scheduler(), normalize="channel", layers="encoder+mid")
+    plain = SelfPerceptualLoss(tiny_unet(seed=2), scheduler(), normalize="channel", layers="encoder+mid")
+    whole = plain(torch.ones(3, 4, 8, 8), **batch())
+    halves = [criterion(torch.ones(3, 4, 8, 8), **batch(), weights=mask) for mask in (weights, 1 - weights)]
+    torch.testing.assert_close(sum(halves), whole)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8), (3, 4, 8, 8), (3, 8), (3, 4, 4)])
+@pytest.mark.parametrize("kind", ["perceptual", "mse"])
+def test_weights_of_another_shape(shape, kind):
+    criterion = SelfPerceptualLoss(tiny_unet(), scheduler()) if kind == "perceptual" else DenoisingLoss(scheduler())
+    with pytest.raises(ValueError, match=r"must be \(B, H, W\) or \(B, 1, H, W\) of latents \(3, 4, 8, 8\)"):
+        criterion(torch.ones(3, 4, 8, 8), **batch(), weights=torch.ones(shape))
 
 
 def test_normalized_loss_does_not_depend_on_the_size_of_the_features():

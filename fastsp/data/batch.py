@@ -28,6 +28,7 @@ class Batch:
     text_features: Tensor | None = None  # (B, L, D) of the text encoders, computed beforehand; else encode `input_ids`
     pooled_text_features: Tensor | None = None  # (B, P): Stable Diffusion XL's pooled ones beside them
     original_sizes: Tensor | None = None  # (B, 2) int64: height and width before resizing, upright, for SDXL
+    masks: Tensor | None = None  # (B, H, W) float32: weights of places in the loss; of pixels, or of latents
     crop_offsets: Tensor | None = None  # (B, 2) int64: top and left of the crop in the resized, perhaps mirrored image
     parts: tuple[Batch, ...] = ()  # of one shape each, where there are several; then only they hold what is optional
 

@@ -7,6 +7,7 @@ The loss asks a :class:`PerceptualMetric` and nothing else. To add one, subclass
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsp.options import Distance, Normalize, Teacher, one_of
@@ -48,13 +50,16 @@ class PerceptualMetric(AlwaysEval, ABC):
         return torch.contiguous_format
 
     @abstractmethod
-    def distance(self, inputs: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+    def distance(
+        self, inputs: Tensor, time: Tensor, conditioning: Conditioning, weights: Tensor | None = None
+    ) -> Tensor:
         """(B,) float32, differentiable with respect to the first half of ``inputs``.
 
         Args:
             inputs: [x^_t' ; x_t'], (2B, C, H, W): predicted half, then real half.
             time: what a network of the process is told about t', (B,).
             conditioning: of B samples.
+            weights: of every place, (B, 1, H, W) float32. A metric without this argument is not called with weights.
         """
 
     def compile_network(self, **options: Any) -> None:
@@ -181,14 +186,17 @@ class FrozenFeatures(PerceptualMetric):
     def memory_format(self) -> torch.memory_format:
         return self.network.memory_format
 
-    def distance(self, inputs: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """(B,) float32: each layer's distance within a sample, then the plain mean over layers."""
+    def distance(
+        self, inputs: Tensor, time: Tensor, conditioning: Conditioning, weights: Tensor | None = None
+    ) -> Tensor:
+        """(B,) float32: each layer's distance within a sample, then the plain mean over layers. Weights are averaged
+        over what each place of a feature covers."""
         conditioning = self.network.family.batched(conditioning, len(inputs) // 2)
         pred, real = self._features(inputs, {"timesteps": time, **conditioning})
-        if self.normalize == "channel":
-            pairs = zip(self.scales, pred, real, strict=True)
-            return torch.stack([self._scaled_distance(*pair) for pair in pairs]).mean(0)
-        return torch.stack([self._layer_distance(p, r) for p, r in zip(pred, real, strict=True)]).mean(0)
+        scaled = self._scaled_distance if self.normalize == "channel" else self._layer_distance
+        scales = self.scales if self.normalize == "channel" else [None] * len(real)
+        layers = zip(scales, pred, real, strict=True)
+        return torch.stack([scaled(*layer, weights) for layer in layers]).mean(0)
 
     def compile_network(self, **options: Any) -> None:
         """Compile both ways of calling it; neither costs anything before it is used."""
@@ -220,19 +228,47 @@ class FrozenFeatures(PerceptualMetric):
                 real_features = self.network(real.detach(), **conditioning)
             return self.network(pred, **conditioning), real_features
 
-    def _scaled_distance(self, scale: ChannelScale, pred: Tensor, real: Tensor) -> Tensor:
+    def _scaled_distance(self, scale: ChannelScale, pred: Tensor, real: Tensor, weights: Tensor | None) -> Tensor:
         """(B, ..., C) tokens or (B, C, H, W) images -> (B,), every channel in units of its own spread."""
+        weights = None if weights is None else weights_of_places(weights, real)
         if real.ndim == 4:
             pred, real = pred.movedim(1, -1), real.movedim(1, -1)
+            weights = None if weights is None else weights.movedim(1, -1)
         deviation = scale(real.float())
-        return self._mean(((pred.float() - real.float()) / deviation).flatten(1))
+        weights = None if weights is None else weights.flatten(1)
+        return self._mean(((pred.float() - real.float()) / deviation).flatten(1), weights)
 
-    def _layer_distance(self, pred: Tensor, real: Tensor) -> Tensor:
+    def _layer_distance(self, _scale: None, pred: Tensor, real: Tensor, weights: Tensor | None) -> Tensor:
         """(B, ...) features -> (B,)."""
+        weights = None if weights is None else weights_of_places(weights, real).flatten(1)
         pred, real = pred.float().flatten(1), real.float().flatten(1)
-        distance, tiny = self._mean(pred - real), torch.finfo(torch.float32).tiny
+        distance, tiny = self._mean(pred - real, weights), torch.finfo(torch.float32).tiny
         return distance if self.normalize == "none" else distance / self._mean(real).clamp_min(tiny)
 
-    def _mean(self, features: Tensor) -> Tensor:
-        """Mean square, or mean absolute value, of each sample: (B, N) -> (B,)."""
-        return features.abs().mean(1) if self.kind == "mae" else features.square().mean(1)
+    def _mean(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Mean square, or mean absolute value, of each sample, weighted: (B, N) -> (B,)."""
+        sizes = features.abs() if self.kind == "mae" else features.square()
+        return (sizes if weights is None else sizes * weights).mean(1)
+
+
+def weights_of_places(weights: Tensor, feature: Tensor) -> Tensor:
+    """Weights of the latents' places for a feature's: averages over what each covers.
+
+    Args:
+        weights: (B, 1, H, W).
+        feature: (B, C, h, w), or (B, N, C) of tokens that are the latents' patches, row by row.
+
+    Returns:
+        A view of the feature's shape.
+
+    Raises:
+        ValueError: the tokens are not the patches of such latents.
+    """
+    if feature.ndim == 4:
+        return F.adaptive_avg_pool2d(weights, (feature.shape[2], feature.shape[3])).expand_as(feature)
+    height, width = weights.shape[-2:]
+    side = math.isqrt(height * width // feature.shape[1]) or 1
+    pooled = F.adaptive_avg_pool2d(weights, (height // side, width // side)).flatten(2).movedim(1, 2)
+    if pooled.shape[1] != feature.shape[1]:
+        raise ValueError(f"weights: {feature.shape[1]} tokens are not the patches of {height} x {width} latents")
+    return pooled.expand_as(feature)

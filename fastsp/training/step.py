@@ -7,6 +7,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fastsp_kernels import Stream, diffuse
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -82,19 +83,20 @@ class Objective(nn.Module):
         conditioning: dict[str, Any],
         seed: Tensor,
         positions: Tensor,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Per-sample loss, (B,) float32. ``conditioning`` holds the network's keywords. The noise is not passed: it is
-        drawn again from ``seed`` and ``positions``."""
+        drawn again from ``seed`` and ``positions``. ``weights`` of places are (B, 1, H, W)."""
         if self.self_perceptual is None:
-            return self.denoising.per_sample(model_pred, target, t)
+            return self.denoising.per_sample(model_pred, target, t, weights)
         random = Seeded(seed, Stream.PERCEPTUAL_TIMESTEP, positions)
         t_prime = self.process.draw_perceptual(random, t, self.timestep_sampling)
-        noise_source = {"seed": seed, "positions": positions}
+        noise_source = {"seed": seed, "positions": positions, "weights": weights}
         if isinstance(self.self_perceptual, LearnedPerceptualLoss):
             noise_source["target"] = target
         loss = self.self_perceptual.per_sample(model_pred, latents, t, t_prime, conditioning, **noise_source)
         if self.mse_weight:
-            loss = loss + self.mse_weight * self.denoising.per_sample(model_pred, target, t)
+            loss = loss + self.mse_weight * self.denoising.per_sample(model_pred, target, t, weights)
         return loss
 
 
@@ -223,8 +225,16 @@ class TrainingStep:
         latents, conditioning = self.latents(batch, positions), self.conditioning(batch, positions)
         t = self.process.draw(Seeded(self.seed, Stream.TIMESTEP, positions))
         model_pred, target, keywords = self.predict(latents, conditioning, t, positions)
-        losses = self.objective(model_pred, target, latents, t, keywords, self.seed, positions)
+        weights = self.weights_of_places(batch, latents)
+        losses = self.objective(model_pred, target, latents, t, keywords, self.seed, positions, weights)
         return (batch.weights * losses).sum() / self.config.data.batch_size
+
+    @staticmethod
+    def weights_of_places(batch: Batch, latents: Tensor) -> Tensor | None:
+        """A batch's masks as weights of the latents' places, (B, 1, H, W): averages over what each covers."""
+        if batch.masks is None:
+            return None
+        return F.adaptive_avg_pool2d(batch.masks[:, None].float(), (latents.shape[2], latents.shape[3]))
 
     def predict(
         self, latents: Tensor, conditioning: Conditioning, t: Tensor, positions: Tensor

@@ -118,7 +118,8 @@ class Validation:
         latents, conditioning = still.latents(batch, positions), still.conditioning(batch, positions)
         t = still.process.draw(Stratified(Stream.TIMESTEP, indices, self.count))
         model_pred, target, keywords = still.predict(latents, conditioning, t, positions)
-        found = {"weight": batch.weights, "validation_mse": squared_error(model_pred, target)}
+        weights = still.weights_of_places(batch, latents)
+        found = {"weight": batch.weights, "validation_mse": squared_error(model_pred, target, weights)}
         if objective.self_perceptual is not None:
             random = Stratified(Stream.PERCEPTUAL_TIMESTEP, indices, self.count)
             t_prime = still.process.draw_perceptual(random, t, objective.timestep_sampling)
@@ -131,6 +132,7 @@ class Validation:
                 keywords,
                 seed=still.seed,
                 positions=positions,
+                weights=weights,
             )
         return found
 

@@ -167,6 +167,23 @@ def test_equal_halves_are_bitwise_equal(name):
     assert torch.equal(criterion(pred, **data | {"perceptual_timesteps": data["timesteps"]}), torch.zeros(3))
 
 
+@CLASSES
+def test_weights_of_places_add_up(name):
+    """Of a mask and of its opposite, to the whole loss; a mask of the left half hides what happens on the right."""
+    data = batch_of(name)
+    criterion = SelfPerceptualLoss(tiny_transformer(name), scheduler_of(name), reduction="none")
+    pred = torch.randn_like(data["latents"])
+    if pred.ndim == 5:
+        with pytest.raises(ValueError, match="and have no frames"):
+            criterion(pred, **data, weights=torch.ones(pred.shape[0], *pred.shape[3:]))
+        return
+    mask = torch.zeros(len(pred), *pred.shape[2:])
+    mask[..., : pred.shape[3] // 2] = 1.0
+    whole, *halves = (criterion(pred, **data, weights=weights) for weights in (None, mask, 1 - mask))
+    torch.testing.assert_close(sum(halves), whole)
+    assert all((half < whole).all() for half in halves)
+
+
 def test_ids_of_the_caller_are_used():
     network, data = tiny_transformer("FluxTransformer2DModel"), batch_of("FluxTransformer2DModel")
     rows = torch.arange(4.0)

@@ -46,3 +46,26 @@ def test_the_divisor_stays_the_nominal_batch(objective):
         step.batch = replace(step.batch, weights=torch.eye(SIZE)[row])
         parts.append(step.loss())
     torch.testing.assert_close(torch.stack(parts).sum(), whole)
+
+
+@pytest.mark.parametrize("objective", ["mse", "self_perceptual"])
+def test_masks_are_weights_of_places(objective):
+    """Ones change no bit; a mask and its opposite add up to the whole; one of pixels counts by its averages."""
+    step = FastspStep(tiny_workload(SIZE), objective)
+    plain = step.batch
+    side = tiny_workload(SIZE).latent_shape[-1]
+    mask = torch.rand(SIZE, 2 * side, 2 * side, generator=torch.Generator().manual_seed(0)).round()
+
+    def with_mask(masks: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        step.batch = replace(plain, masks=masks)
+        return loss_and_gradients(step)
+
+    loss, gradients = loss_and_gradients(step)
+    ones, same_gradients = with_mask(torch.ones(SIZE, side, side))
+    assert torch.equal(ones, loss)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same_gradients, strict=True))
+    (masked, _), (opposite, _) = with_mask(mask), with_mask(1 - mask)
+    torch.testing.assert_close(masked + opposite, loss)
+    pooled = mask.unflatten(1, (side, 2)).unflatten(3, (side, 2)).mean((2, 4))
+    torch.testing.assert_close(with_mask(pooled)[0], masked)
+    assert 0 < masked < loss
