@@ -291,16 +291,16 @@ class Config(Section):
             )
 
     def held_out(self, path: str | list[str] | None) -> DataConfig | None:
-        """The data section of samples that are not trained on: the digits' own, or those of a path; None: no path."""
+        """The data section of square samples that are not trained on: the digits' own, or of a path; None: no path."""
         if self.data.source == "digits":
             return self.data.model_copy(update={"split": "heldout", "buckets": "off"})
         return None if path is None else self.data.model_copy(update={"path": path, "buckets": "off"})
 
     @property
     def validation_data(self) -> DataConfig | None:
-        """That of the validation, cropped at the center and not mirrored."""
+        """That of the validation, cropped at the center, to the training's shapes, and not mirrored."""
         data = self.held_out(self.validation.path or self.evaluation.heldout)
-        still = {"crop": "center", "flip": False, "max_bad_fraction": 1.0}
+        still = {"crop": "center", "flip": False, "max_bad_fraction": 1.0, "buckets": self.data.buckets}
         return None if data is None else data.model_copy(update=still)
 
     def first_position(self, stage: StageConfig) -> int:

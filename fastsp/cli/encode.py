@@ -35,6 +35,7 @@ def encode(
     import torch
 
     from fastsp.config import load_config
+    from fastsp.data.buckets import bucket_lines
     from fastsp.data.encode import LatentEncoder
     from fastsp.data.readers.latents import DTYPES
     from fastsp.data.source import check_path, open_source
@@ -76,6 +77,7 @@ def encode(
         model.vae,
         vae_name=f"{settings.model.pretrained}/vae",
         resolution=data.resolution,
+        buckets=data.buckets,
         encode_text=model.encode_ids if text_features else None,
         text_sha256=model.text_fingerprint() if text_features else None,
         dtype=dtype,
@@ -92,7 +94,10 @@ def encode(
     share = f", of which process {rank} of {world_size} has made its share" if world_size > 1 else ""
     num_bad = source.bad_samples.met_before(len(source))
     but = f" but for {num_bad} bad ones, named in {out / 'bad_samples.jsonl'}" if num_bad else ""
-    how = f"train with data.source=latents data.path={out} data.crop=center data.flip=false"
+    if source.buckets is not None and rank == 0:
+        typer.echo("\n".join(bucket_lines(source.buckets)))
+    buckets = "" if data.buckets == "off" else f" data.buckets={data.buckets}"
+    how = f"train with data.source=latents data.path={out} data.crop=center data.flip=false{buckets}"
     typer.echo(f"{out}: latents of {len(source)} samples{but}{share}; {how}")
 
 

@@ -50,6 +50,12 @@ class Batch:
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
+    def image_shapes(self) -> set[tuple[int, ...]]:
+        """Those of the samples' images, or of what the VAE made of them."""
+        images = self.moments if self.moments is not None else self.pixel_values
+        own = set() if images is None else {tuple(images.shape[1:])}
+        return own.union(*(part.image_shapes() for part in self.parts))
+
     def pinned(self) -> Batch:
         """The batch with what lies in the CPU's memory page-locked, so that copies of it to a GPU do not wait."""
         return self._mapped(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)

@@ -7,6 +7,7 @@ pure function of seed and position: no leftovers, no padding, no state, and the 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from fastsp_kernels.philox import MASK, Stream, philox_4x32_10
 from torch import Tensor
 
 from fastsp.data.config import DataConfig
+from fastsp.data.inventory import Part
 from fastsp.data.order import SampleOrder, permute
 from fastsp.data.repeats import Places, shares_of
 from fastsp.data.samples import SampleReader
@@ -71,7 +73,8 @@ def choose_shapes(sizes: Tensor, resolution: int, most: int, group: int) -> list
     if not len(known):
         return left[:1]
     shares = kept(known, left)
-    best, total, chosen = torch.zeros(len(known), dtype=torch.int64), 0, []
+    best, total = torch.zeros(len(known), dtype=torch.int64), 0
+    chosen: list[Shape] = []
     while len(chosen) < min(most, len(left)):
         totals = (torch.maximum(best[:, None], shares) * counts[:, None]).sum(0).tolist()
         number = totals.index(max(totals))
@@ -120,6 +123,11 @@ class Buckets:
         self.members = self.numbers.argsort(stable=True)
         """(N,) int64: the samples of the first shape in their order, then those of the second, and so on."""
 
+    def part(self) -> Part:
+        """What an inventory says of them: other shapes, or other pictures in them, are another order."""
+        content = repr(self.shapes).encode() + self.numbers.numpy().tobytes()
+        return Part("the pictures' shapes (data.buckets)", 0, hashlib.sha256(content).hexdigest())
+
     def of(self, samples: Tensor) -> Buckets:
         """The same for other samples: these, (P,) int64."""
         return Buckets(self.shapes, self.numbers[samples].long())
@@ -135,7 +143,7 @@ def open_buckets(
             are not known. Of latents it has the shapes too.
         config: with `data.buckets`.
         progress: show it on a terminal where reading the sizes takes long.
-        shapes: those of other data; None: chosen for this data, in which samples weigh as much as they repeat.
+        shapes: those of other pictures; None: chosen for these, which weigh as much as they repeat.
 
     Raises:
         UserError: the reader knows no sizes.
@@ -144,7 +152,7 @@ def open_buckets(
         unable = f"data.source {config.source!r} does not tell the sizes of its pictures"
         raise UserError(f"data.buckets is {config.buckets}; {unable}: use off")
     sizes = find(config.workers, progress)
-    shapes = shapes or getattr(getattr(reader, "header", None), "shapes", None)
+    shapes = getattr(getattr(reader, "header", None), "shapes", None) or shapes
     if not shapes:
         of_an_epoch = sizes
         if config.repeats is not None and (shares := shares_of(reader)):

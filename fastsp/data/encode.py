@@ -36,9 +36,9 @@ class LatentEncoder:
     """Encodes a source into a folder of latents.
 
     Args:
-        source: of images, opened with `shuffle=False`.
+        source: of images, opened with `shuffle=False`. With buckets, each is encoded in its shape.
         vae: diffusers' `AutoencoderKL`, on its device, in float32 or bfloat16.
-        vae_name, resolution, text_sha256: for the header, see `LatentsHeader`.
+        vae_name, resolution, buckets, text_sha256: for the header, see `LatentsHeader`.
         encode_text: `TextToImageModel.encode_ids`, to keep the text features too; None: captions alone.
         dtype: of what is written: "float16" (moments fit it, unlike the VAE's activations), "bfloat16" or "float32".
         batch_size: images at once; UserError where it does not divide `samples_per_shard`.
@@ -52,6 +52,7 @@ class LatentEncoder:
         *,
         vae_name: str,
         resolution: int,
+        buckets: int | str = "off",
         encode_text: Callable[..., Conditioning] | None = None,
         text_sha256: str | None = None,
         dtype: str = "float16",
@@ -62,9 +63,16 @@ class LatentEncoder:
             raise UserError(f"batch size {batch_size} must divide the samples of a shard, {samples_per_shard}")
         self.source, self.vae, self.encode_text = source, vae, encode_text
         self.batch_size = batch_size
+        shapes_in_pixels = () if source.buckets is None else tuple(source.buckets.shapes)
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        if odd := [shape for shape in shapes_in_pixels if shape[0] % factor or shape[1] % factor]:
+            (height, width), of = odd[0], f"of {factor}, by which the VAE shrinks"
+            raise UserError(f"data.buckets is {buckets}; the shape {width} x {height} is no multiple {of}: use off")
         with closing(self._batches(0, 1)) as batches:
             sample = self._tensors(next(batches), DTYPES[dtype])
         shapes = {name: tuple(tensor.shape[1:]) for name, tensor in sample.items()}
+        if shapes_in_pixels:
+            shapes["moments"] = (shapes["moments"][0], *(side // factor for side in shapes_in_pixels[0]))
         self.header = LatentsHeader(
             vae=vae_name,
             vae_sha256=fingerprint(vae),
@@ -79,6 +87,8 @@ class LatentEncoder:
             captioned=source.reader.captioned,
             names_sha256=source.names_sha256(),
             repeats=tuple(shares_of(source.reader)),
+            buckets=buckets,
+            shapes=shapes_in_pixels,
         )
 
     def missing(self, folder: Path, rank: int = 0, world_size: int = 1) -> list[int]:
@@ -112,15 +122,26 @@ class LatentEncoder:
             left_by_a_kill.unlink(missing_ok=True)
         with new_file(path) as unfinished, tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
             for batch in batches:
-                tensors = self._tensors(batch, DTYPES[self.header.dtype])
-                for row, position in enumerate(batch.positions.tolist()):
-                    if batch.weights[row]:
-                        sample = save({name: value[row].contiguous() for name, value in tensors.items()})
-                    else:
-                        name = self.source.reader.name(position)
-                        sample = bad_sample(f"{name}: {self.source.bad_samples.reasons.get(name, 'a bad sample')}")
-                    add_members(tar, f"{position:09d}", safetensors=sample, txt=batch.captions[row].encode())
+                samples: dict[int, bytes] = {}
+                for part in batch.microbatches(None):
+                    samples |= self._samples(part)
+                for position, caption in zip(batch.positions.tolist(), batch.captions, strict=True):
+                    add_members(tar, f"{position:09d}", safetensors=samples[position], txt=caption.encode())
                 after_batch(len(batch))
+
+    def _samples(self, batch: Batch) -> dict[int, bytes]:
+        """Of images of one shape, by position, what is written."""
+        tensors = self._tensors(batch, DTYPES[self.header.dtype])
+        height, width = tensors["moments"].shape[-2:]
+        samples = {}
+        for row, position in enumerate(batch.positions.tolist()):
+            if batch.weights[row]:
+                samples[position] = save({name: value[row].contiguous() for name, value in tensors.items()})
+            else:
+                name = self.source.reader.name(position)
+                reason = f"{name}: {self.source.bad_samples.reasons.get(name, 'a bad sample')}"
+                samples[position] = bad_sample(reason, (height, width) if self.header.shapes else None)
+        return samples
 
     def _batches(self, first: int, last: int) -> Prefetcher[Batch]:
         return self.source.batches(first_position=first, last_position=last, batch_size=self.batch_size)

@@ -65,8 +65,8 @@ class Inventory:
         if change is None and before == after:  # names may repeat: tars of several folders
             part, other = next(pair for pair in zip(self.parts, now.parts, strict=True) if pair[0] != pair[1])
             numbers = f"had {part.samples} and has {other.samples}"
-            same = part.samples == other.samples
-            change = f"{part.name or _ROOT} {'has others of the same number' if same else numbers}"
+            same = "has others of the same number" if part.samples else "changed"
+            change = f"{part.name or _ROOT} {same if part.samples == other.samples else numbers}"
         return f"{self.samples} samples before, {now.samples} now, {change or 'in another order'}"
 
 

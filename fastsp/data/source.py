@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -23,6 +23,7 @@ from fastsp.data.collate import Collator, ImageCollator, LatentCollator
 from fastsp.data.config import SOURCES, DataConfig
 from fastsp.data.images import library
 from fastsp.data.images.pipeline import ImagePipeline
+from fastsp.data.inventory import Inventory
 from fastsp.data.kept import KeptCollator, KeptPictures, KeptReader
 from fastsp.data.order import SampleOrder
 from fastsp.data.prefetch import Prefetcher
@@ -183,6 +184,11 @@ class Source:
     def __len__(self) -> int:
         """Samples in one epoch, bad ones included, and repeated ones as often as they come."""
         return self.epoch
+
+    def inventory(self) -> Inventory:
+        """What it consists of, with the shapes that samples have in buckets."""
+        inventory = self.reader.inventory()
+        return inventory if self.buckets is None else replace(inventory, parts=(*inventory.parts, self.buckets.part()))
 
     def names_sha256(self) -> str:
         """Of the samples' names in the source's order, without the folders that they lie in."""

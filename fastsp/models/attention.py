@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -39,6 +39,7 @@ SECONDS_PER_MEASUREMENT = 0.05
 CALLS_PER_GRAPH = 10
 
 Shape = tuple[int, ...]  # (B, heads, length, width)
+Kernel = str | dict[int, str]  # a name, or names by the length of the queries
 Calls = Counter[tuple[Shape, Shape]]  # of query and key: how often a forward asks for it
 
 
@@ -66,6 +67,18 @@ class ChosenAttnProcessor(AttnProcessor2_0):
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         with sdpa_kernel(self.backend):
             return super().__call__(*args, **kwargs)
+
+
+class AttnProcessorByLength:
+    """A kernel for each length of the queries: for training on images of several shapes."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        self.processors = {length: _processor(name) for length, name in names.items()}
+        self.other = next(iter(self.processors.values()))
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        length = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2:].numel()
+        return self.processors.get(length, self.other)(attn, hidden_states, *args, **kwargs)
 
 
 def available(device: torch.device) -> tuple[str, ...]:
@@ -122,10 +135,26 @@ def kept_choice(file: Path, question: dict[str, Any], make: Callable[[], Choice]
     return choice
 
 
-def use_attention(network: Any, name: str) -> Any:
+def by_length(choices: Sequence[tuple[Choice, Callable[[], Calls]]]) -> Kernel:
+    """The kernels for images of several shapes, by the choice for each and what counts its calls."""
+    names = [choice.name for choice, _ in choices]
+    if len(set(names)) == 1:
+        return names[0]
+    lengths: dict[int, str] = {}
+    for choice, calls in choices:
+        for query, _ in calls():
+            lengths.setdefault(query[2], choice.name)  # two shapes seldom share a length; if so, that of the first
+    return lengths
+
+
+def use_attention(network: Any, kernel: Kernel) -> Any:
     """Set the kernel on a network's own processors, in place. Processors of other kinds stay as they are."""
-    plain = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, ChosenAttnProcessor)
-    family_of(network).exchange_attention(network, lambda old: _processor(name) if type(old) in plain else old)
+    plain = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, ChosenAttnProcessor, AttnProcessorByLength)
+
+    def new() -> Any:
+        return _processor(kernel) if isinstance(kernel, str) else AttnProcessorByLength(kernel)
+
+    family_of(network).exchange_attention(network, lambda old: new() if type(old) in plain else old)
     return network
 
 

@@ -74,16 +74,18 @@ class TextToImageModel:
         """Side in pixels of the images that the UNet was made for."""
         return family_of(self.unet).side(self.unet.config) * self.vae_scale_factor
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of a square image of ``resolution`` pixels.
+    def latent_shape(self, resolution: int | tuple[int, int]) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of a square image of ``resolution`` pixels, or of one of such a height and width.
 
         Raises:
             UserError: ``resolution`` is no multiple of the VAE's factor.
         """
         factor = self.vae_scale_factor
-        if resolution % factor:
-            raise UserError(f"resolution {resolution} must be a multiple of {factor}: the VAE shrinks by it")
-        return (self.unet.config.in_channels, resolution // factor, resolution // factor)
+        height, width = resolution if isinstance(resolution, tuple) else (resolution, resolution)
+        if height % factor or width % factor:
+            of = resolution if isinstance(resolution, int) else f"{width} x {height}"
+            raise UserError(f"resolution {of} must be a multiple of {factor}: the VAE shrinks by it")
+        return (self.unet.config.in_channels, height // factor, width // factor)
 
     @property
     def text_encoders(self) -> tuple[Any, ...]:

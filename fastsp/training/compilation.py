@@ -42,11 +42,12 @@ def compile_options(config: Config, device: torch.device, channels_last: bool = 
 
 
 @contextmanager
-def compiler_settings() -> Iterator[None]:
+def compiler_settings(shapes: int = 1) -> Iterator[None]:
     """How ``torch.compile`` works within it:
 
     - One version for every shape, never a generic one, and as many as there are: all stages' networks share the code of
       one class. A code object that runs out of versions would go on uncompiled with only a warning; here that fails.
+      With ``shapes`` of the data there may be as many times more.
     - One graph stays one under DDP. By default it is cut at the bounds of DDP's buckets (25 MB), so that their sums
       over ranks overlap with the backward; SD2.1's would become some 65 pieces, between which nothing is fused.
 
@@ -56,9 +57,11 @@ def compiler_settings() -> Iterator[None]:
     import torch._dynamo
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
+    most = _MOST_VERSIONS * shapes
     settings = {
         "automatic_dynamic_shapes": False,
-        "recompile_limit": _MOST_VERSIONS,
+        "recompile_limit": most,
+        "accumulated_recompile_limit": 4 * most,  # of a frame's code over all objects that have it
         "fail_on_recompile_limit_hit": True,
         "optimize_ddp": False,
     }
@@ -67,7 +70,7 @@ def compiler_settings() -> Iterator[None]:
             yield
     except FailOnRecompileLimitHit as error:
         raise RunFailed(
-            f"torch.compile would need more than {_MOST_VERSIONS} versions of one function, and the rest would run "
+            f"torch.compile would need more than {most} versions of one function, and the rest would run "
             "uncompiled; set compile: false, or see TORCH_LOGS=recompiles"
         ) from error
 

@@ -22,7 +22,7 @@ from fastsp.diffusion.process import Process
 from fastsp.families import family_of
 from fastsp.loss import DenoisingLoss, LearnedPerceptualLoss, SelfPerceptualLoss
 from fastsp.models import TextToImageModel
-from fastsp.models.attention import use_attention
+from fastsp.models.attention import Kernel, use_attention
 from fastsp.objectives import MSEStage, SelfPerceptualStage, StageConfig
 from fastsp.perceptual import cast, shared_copy
 from fastsp.training.compilation import compile_options
@@ -273,7 +273,10 @@ class TrainingStep:
         if conditioning.text_embeds is None:
             return conditioning
         assert batch.original_sizes is not None and batch.crop_offsets is not None
-        target_sizes = torch.full_like(batch.original_sizes, self.config.data.resolution)
+        images = batch.moments if batch.moments is not None else batch.pixel_values
+        assert images is not None
+        sides = (side * self.model.vae_scale_factor for side in images.shape[-2:])
+        target_sizes = torch.stack([torch.full_like(batch.original_sizes[:, 0], side) for side in sides], dim=1)
         return replace(conditioning, time_ids=time_ids(batch.original_sizes, batch.crop_offsets, target_sizes))
 
 
@@ -286,7 +289,7 @@ def build_step(
     initial: Any,
     frozen_network: Any,
     ranks: Ranks = ALONE,
-    attention: str = "sdpa",
+    attention: Kernel = "sdpa",
 ) -> tuple[TrainingStep, Any]:
     """The step of a stage and the float32 UNet of its moving average, on the device of ``empty``.
 
@@ -296,7 +299,7 @@ def build_step(
         frozen_network: the UNet that the objective's perceptual network is copied from, may be ``initial``; None where
             it needs none. Every rank holds the whole perceptual network.
         ranks: the processes of the run.
-        attention: the kernel of both, a name of :mod:`fastsp.models.attention`.
+        attention: the kernel of both, see :mod:`fastsp.models.attention`.
     """
     device, dtype = empty.encoder_hidden_states.device, COMPUTE_DTYPES[config.precision]
     sharded = ranks.world_size > 1 and config.distributed == "fsdp"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,17 @@ from fastsp.errors import UserError
 from fastsp.generation.checkpoints import initial_model
 from fastsp.generation.generate import RAW
 from fastsp.models import TextToImageModel, check_perceptual_network, check_predicts, load_unet
-from fastsp.models.attention import available, check_available, choose_attention, kept_choice
+from fastsp.models.attention import (
+    Calls,
+    Choice,
+    Kernel,
+    attention_calls,
+    available,
+    by_length,
+    check_available,
+    choose_attention,
+    kept_choice,
+)
 from fastsp.models.lora import load_adapters, save_adapters, save_for_use
 from fastsp.objectives import StageConfig
 from fastsp.perceptual import shared_copy
@@ -89,7 +100,7 @@ def train(
         compiles = config.compiles_on(ranks.device)
         with (
             gpu_settings(config.precision == "bf16", config.deterministic),
-            compiler_settings() if compiles else nullcontext(),
+            compiler_settings(len(trainer.shapes)) if compiles else nullcontext(),
         ):
             trainer.train(resume)
 
@@ -132,10 +143,15 @@ class Trainer:
             raise UserError("data.source: 'latents' needs a model with a VAE; this one works on pixels")
         self.model.place(self.device, config.compiles_on(self.device))
         self.source = self._open(config.data, bad_samples_file=run.bad_samples_file)
+        buckets = self.source.buckets
+        self.shapes = [(config.data.resolution,) * 2] if buckets is None else buckets.shapes
+        for shape in self.shapes:
+            self.model.latent_shape(shape)
         self.validation = None
         if config.validation.every and config.validation_data is not None:
-            self.validation = Validation(config, self._open(config.validation_data, shuffle=False), ranks)
-        self.inventory = self.source.reader.inventory()
+            held_out = self._open(config.validation_data, shuffle=False, shapes=self.shapes)
+            self.validation = Validation(config, held_out, ranks)
+        self.inventory = self.source.inventory()
         changed_data = run.check_data(self.inventory)
         share = f", {ranks.world_size} processes ({config.distributed})" if ranks.world_size > 1 else ""
         console.print(
@@ -223,9 +239,12 @@ class Trainer:
         settings, steps_before = self.config.checkpoint, self.config.steps_before(stage)
         every = self.config.validation.every
         writer = CheckpointWriter(self.run.checkpoints, settings, self.config.digest, self.ranks)
+        seen: set[tuple[int, ...]] = set()
         with closing(batches), monitor, writer:
             for number, batch in enumerate(monitor.watched(batches), start=done + 1):
-                with self._compiling(first=number == done + 1):
+                new = batch.image_shapes() - seen
+                seen |= new
+                with self._compiling(len(new)):
                     result = take_step(batch.to(self.device), number)
                 monitor.after_step(number, result)
                 if _due(number, self.config.samples.every, stage.steps):
@@ -281,17 +300,21 @@ class Trainer:
         self.console.print(f"{self.run.samples / 'comparison.png'} shows the stages side by side from equal noise")
 
     @contextmanager
-    def _compiling(self, first: bool) -> Iterator[None]:
-        """Around a step: for the first one of a stage, print how long compiling took."""
-        if not first or not self.config.compiles_on(self.device):
+    def _compiling(self, shapes: int) -> Iterator[None]:
+        """Around a step: where it has so many shapes that are new in the stage, print how long compiling took."""
+        if not shapes or not self.config.compiles_on(self.device):
             yield
             return
         folder, began = keep_compiled_code(), time.monotonic()
-        self.console.print(f"compiling UNet and perceptual network ({self.config.compile_mode}); kept in {folder}")
+        for_shapes, first = "", "the first step"
+        if len(self.shapes) > 1:
+            for_shapes, first = f" for {shapes} of {len(self.shapes)} shapes", "the first step with them"
+        told = f"compiling UNet and perceptual network{for_shapes} ({self.config.compile_mode}); kept in {folder}"
+        self.console.print(told)
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.console.print(f"compiled; the first step took {time.monotonic() - began:.1f} s")
+        self.console.print(f"compiled; {first} took {time.monotonic() - began:.1f} s")
 
     def _build(self, stage: StageConfig) -> tuple[TrainingStep, Any]:
         """The step of a stage and the UNet of its moving average, from the weights of the stage's `init`."""
@@ -307,33 +330,37 @@ class Trainer:
             attention=self.attention,
         )
 
-    def _choose_attention(self) -> str:
-        """The kernel for the whole run. The choice is kept, so that a resumed run uses the same."""
-        data, model, rows = self.config.data, self.model, self._microbatch()
+    def _choose_attention(self) -> Kernel:
+        """The kernel for the whole run, of each shape of its images. The choice is kept, so that a resumed run uses the
+        same."""
+        model, rows, file = self.model, self._microbatch(), self.run.attention_file
         text = (rows, *model.encode_no_prompt().encoder_hidden_states.shape[1:])
-        choice = kept_choice(
-            self.run.attention_file,
-            {
-                "wanted": self.config.attention,
-                "device": device_name(self.device),
-                "torch": torch.__version__,
-                "precision": self.config.precision,
-                "latents": [rows, *model.latent_shape(data.resolution)],
-                "text": list(text),
-                "available": list(available(self.device)),
-            },
-            lambda: choose_attention(
-                self.config.attention,
-                dict(model.unet.config),
-                (rows, *model.latent_shape(data.resolution)),
-                text,
-                COMPUTE_DTYPES[self.config.precision],
-                self.device,
-            ),
-        )
-        if choice.milliseconds:
-            self.console.print(str(choice), highlight=False)
-        return choice.name
+        choices: list[tuple[Choice, Callable[[], Calls]]] = []
+        for height, width in self.shapes:
+            latents = (rows, *model.latent_shape((height, width)))
+            place, of_shape = file, ""
+            if len(self.shapes) > 1:
+                place, of_shape = file.with_stem(f"{file.stem}-{width}x{height}"), f"{width} x {height}: "
+            choice = self._choice(place, latents, text)
+            if choice.milliseconds:
+                self.console.print(f"{of_shape}{choice}", highlight=False)
+            choices.append((choice, partial(attention_calls, dict(model.unet.config), latents, text)))
+        return by_length(choices)
+
+    def _choice(self, file: Path, latents: tuple[int, ...], text: tuple[int, ...]) -> Choice:
+        """Of the attention kernel for these shapes, kept in a file."""
+        wanted, device, network = self.config.attention, self.device, dict(self.model.unet.config)
+        question = {
+            "wanted": wanted,
+            "device": device_name(device),
+            "torch": torch.__version__,
+            "precision": self.config.precision,
+            "latents": list(latents),
+            "text": list(text),
+            "available": list(available(device)),
+        }
+        dtype = COMPUTE_DTYPES[self.config.precision]
+        return kept_choice(file, question, lambda: choose_attention(wanted, network, latents, text, dtype, device))
 
     def _microbatch(self) -> int:
         """Samples that go through this process's UNet at once."""

@@ -68,7 +68,17 @@ class Validation:
         settings, self.ranks = config.validation, ranks
         self.count, self.batch_size = min(settings.samples, len(source)), settings.batch_size
         self.source = source
-        source.order = lambda positions: positions * len(source) // self.count  # evenly spread over the data set
+        spread = torch.arange(self.count) * len(source) // self.count  # evenly over the data set
+        shapes = torch.zeros_like(spread) if source.buckets is None else source.buckets.numbers[spread].long()
+        self.samples = shapes.argsort(stable=True)
+        """(N,) int64, the sample at each of the source's positions: those of one shape side by side."""
+        self.bounds: list[tuple[int, int]] = []  # of the batches' positions; each has one shape
+        first = 0
+        for last in torch.bincount(shapes).cumsum(0).tolist():
+            starts = range(first, last, self.batch_size)
+            self.bounds += [(start, min(start + self.batch_size, last)) for start in starts]
+            first = last
+        source.order = lambda positions: spread[self.samples[positions]]
         data = config.data.model_copy(update={"caption_dropout": 0.0})
         self.config = config.model_copy(update={"data": data})
         self._batches: dict[int, Batch] = {}  # this rank's, on the CPU, with their features
@@ -86,22 +96,24 @@ class Validation:
         still = copy(step)
         still.config, still.seed = self.config, torch.tensor(SEED, device=step.seed.device)
         still.unet, still.dtype = average, average.dtype
-        total, world_size = -(-self.count // self.batch_size), self.ranks.world_size
+        total, world_size = len(self.bounds), self.ranks.world_size
         own: dict[str, Tensor] = {}
         with torch.compiler.set_stance("force_eager"):  # a shape that comes rarely is not worth compiling for
             # As many batches on every rank, for all gather a sharded network: at the end some come twice.
             for start in range(0, total, world_size):
                 number = min(start + self.ranks.rank, total - 1)
-                rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
+                rows = self.samples[slice(*self.bounds[number])]
                 for name, values in self._batch_losses(still, number).items():
-                    own.setdefault(name, torch.zeros(self.count, dtype=torch.float64))[rows] = values.cpu()
+                    own.setdefault(name, torch.zeros(self.count, dtype=torch.float64))[rows] = values.cpu().double()
         for module in average.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
         bits = torch.stack(list(own.values())).view(torch.int64)
         parts = self.ranks.exchange(bits.flatten().tolist()).view(torch.float64).view(world_size, *bits.shape)
-        samples = torch.arange(self.count)
-        weights, *losses = parts[samples // self.batch_size % world_size, :, samples].T
+        batches = torch.repeat_interleave(torch.tensor([last - first for first, last in self.bounds]))
+        owners = torch.empty_like(self.samples)
+        owners[self.samples] = batches % world_size
+        weights, *losses = parts[owners, :, torch.arange(self.count)].T
         if not (whole := weights > 0).any():
             raise UserError(f"validation: none of the {self.count} held-out samples can be read")
         means = (math.fsum(values[whole].tolist()) / int(whole.sum()) for values in losses)
@@ -113,7 +125,7 @@ class Validation:
         if number not in self._batches:
             self._batches[number] = still.encoded(self._read(number).to(device)).copy_to("cpu")
         batch = self._batches[number].to(device)
-        indices = batch.positions.to(device)
+        indices = self.samples[batch.positions].to(device)
         positions = FIRST_POSITION + indices
         latents, conditioning = still.latents(batch, positions), still.conditioning(batch, positions)
         t = still.process.draw(Stratified(Stream.TIMESTEP, indices, self.count))
@@ -137,7 +149,6 @@ class Validation:
         return found
 
     def _read(self, number: int) -> Batch:
-        first = number * self.batch_size
-        last = min(first + self.batch_size, self.count)
+        first, last = self.bounds[number]
         with closing(self.source.batches(first_position=first, last_position=last, batch_size=last - first)) as batches:
             return next(iter(batches))

@@ -12,9 +12,22 @@ import torch
 Work = Callable[[], None]
 
 
-def record_cuda_graphs(works: Sequence[Work]) -> list[Work]:
-    """A CUDA graph of each, recorded while threads that read data go on. They share memory: replay them in order."""
-    pool, graphs = torch.cuda.graph_pool_handle(), []
+class CudaGraphs:
+    """Records work as CUDA graphs, now and later, that share their memory: what one leaves there, the next one that is
+    replayed may overwrite."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+
+    def __call__(self, works: Sequence[Work]) -> list[Work]:
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        return record_cuda_graphs(works, self.pool)
+
+
+def record_cuda_graphs(works: Sequence[Work], pool: Any = None) -> list[Work]:
+    """A CUDA graph of each, recorded while threads that read data go on. They share memory, that of ``pool`` or of a
+    new one: replay them in order, unless nothing is to be kept in it."""
+    pool, graphs = pool or torch.cuda.graph_pool_handle(), []
     # The current stream as a context: torch's own stays on the recording's stream when a recording fails.
     with _no_garbage_collection(), _usable_generator(), torch.cuda.stream(torch.cuda.current_stream()):
         for work in works:

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 from tiny import TEXT_LENGTH, TEXT_WIDTH, batch, tiny_unet
 from torch.profiler import ProfilerActivity, profile
@@ -15,8 +16,10 @@ from fastsp.bench.workload import SD21_BASE_UNET
 from fastsp.errors import UserError
 from fastsp.models import attention
 from fastsp.models.attention import (
+    Choice,
     attention_calls,
     available,
+    by_length,
     check_available,
     choose_attention,
     kept_choice,
@@ -28,14 +31,15 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPES = ((2, 4, 8, 8), (2, TEXT_LENGTH, TEXT_WIDTH))
 
 
-def forward(unet) -> torch.Tensor:
+def forward(unet, shape: tuple[int, int] = (8, 8)) -> torch.Tensor:
     data = batch("sd", 2)
-    return unet(data["latents"], data["timesteps"], data["encoder_hidden_states"], return_dict=False)[0]
+    latents = F.interpolate(data["latents"], shape)
+    return unet(latents, data["timesteps"], data["encoder_hidden_states"], return_dict=False)[0]
 
 
-def operators(unet) -> set[str]:
+def operators(unet, shape: tuple[int, int] = (8, 8)) -> set[str]:
     with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.no_grad():
-        forward(unet)
+        forward(unet, shape)
     return {event.key for event in profiler.key_averages()}
 
 
@@ -47,6 +51,34 @@ def test_the_choice_reaches_the_kernels():
     assert fused in (by_default := operators(unet)) and plain not in by_default
     assert plain in (by_math := operators(use_attention(unet, "math"))) and fused not in by_math
     torch.testing.assert_close(forward(unet), expected, rtol=1e-4, atol=1e-5)
+    use_attention(unet, "sdpa")
+    assert {type(p) for p in unet.attn_processors.values()} == {AttnProcessor2_0}
+
+
+def test_images_of_several_shapes_have_a_kernel_each():
+    """An upright and a wide image have queries of the same lengths, a square one others."""
+    unet, config = tiny_unet(), dict(tiny_unet().config)
+    fused, plain = "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math"
+    shapes = {(8, 8): "math", (6, 10): "sdpa", (10, 6): "sdpa"}
+
+    def kernel(names: dict[tuple[int, int], str]):
+        text = (2, TEXT_LENGTH, TEXT_WIDTH)
+        return by_length(
+            [
+                (Choice(name, {}), lambda shape=shape: attention_calls(config, (2, 4, *shape), text))
+                for shape, name in names.items()
+            ]
+        )
+
+    assert kernel(dict.fromkeys(shapes, "math")) == "math", "nothing to choose"
+    lengths = kernel(shapes)
+    assert lengths[64] == "math" and lengths[60] == "sdpa"
+    expected = {shape: forward(unet, shape) for shape in shapes}
+    use_attention(unet, lengths)
+    for shape, name in shapes.items():
+        ran = operators(unet, shape)
+        assert (plain in ran) == (name == "math") and (fused in ran) == (name != "math"), shape
+        torch.testing.assert_close(forward(unet, shape), expected[shape], rtol=1e-4, atol=1e-5)
     use_attention(unet, "sdpa")
     assert {type(p) for p in unet.attn_processors.values()} == {AttnProcessor2_0}
 

@@ -1,4 +1,4 @@
-"""The captured step: the numbers of the uncaptured one, from copies of the batch, recorded anew for another shape.
+"""The captured step: the numbers of the uncaptured one, from copies of the batch, recorded once for every shape.
 
 Without a GPU the replays are the recorded functions themselves, which read and write the same tensors as a graph does.
 """
@@ -166,7 +166,7 @@ def test_what_is_recorded_meets_no_tensor_of_the_host(objective, teacher, microb
     assert seen[-2][-1] == "aten._to_copy.default" and seen[-1] == ["tensor"], "what is planted is noticed"
 
 
-def test_it_records_once_and_anew_for_another_shape():
+def test_it_records_once_for_every_shape_and_keeps_the_recordings():
     step, recordings = make("cpu", "mse"), []
 
     def record(works):
@@ -177,8 +177,51 @@ def test_it_records_once_and_anew_for_another_shape():
     for number, side in enumerate([8, 8, 8, 8, 16, 16, 16, 16, 8], start=1):
         take_step(batch(number, "cpu", side=side), number)
         seen.append(len(recordings))
-    assert seen == [0, 0, 1, 1, 1, 1, 2, 2, 2], "two steps warm up; a recording is used until the shape changes"
+    assert seen == [0, 0, 1, 1, 1, 1, 2, 2, 2], "two steps warm up; a recording is kept for its shape"
     assert int(step.optimizer.step_count) == 9
+    assert len(take_step.recordings) == 2
+
+
+def mixed(number: int, device: str, sides: tuple[int, ...]) -> Batch:
+    """Two samples of each side, in parts; one of each rejected now and then."""
+    parts = [batch(10 * number + index, device, size=2, side=side) for index, side in enumerate(sides)]
+    positions = torch.arange(2 * len(sides)) + 2 * len(sides) * number
+    parts = [replace(part, positions=own) for part, own in zip(parts, positions.split(2), strict=True)]
+    return Batch(positions, torch.cat([part.weights for part in parts]), ("",) * len(positions), parts=tuple(parts))
+
+
+@pytest.mark.parametrize("objective", ["mse", "self_perceptual", "critic"])
+def test_shapes_within_and_between_steps_have_a_recording_each(objective):
+    """One that is kept: coming back to a shape records nothing. The numbers are those of the uncaptured step."""
+    expected, ours = (make("cpu", objective, microbatch=2) for _ in range(2))
+    recorded = []
+    take_step = CapturedStep(ours, record=lambda works: recorded.append(len(works)) or list(works))
+    sides = [(8, 8), (8, 16), (16, 8), (8, 16), (16, 16), (8, 12), (8, 8), (12, 8), (16, 12), (8, 12)]
+    captured_steps = []
+    for number, pair in enumerate(sides, start=1):
+        one, other = take_step(mixed(number, "cpu", pair), number), expected(mixed(number, "cpu", pair), number)
+        captured_steps.append(take_step.recording is not None)
+        assert torch.equal(one.loss, other.loss) and torch.equal(one.grad_norm, other.grad_norm)
+    assert_same(ours, expected)
+    assert captured_steps == [number not in (1, 2, 3, 6, 8) for number in range(1, 11)], "two steps warm a shape up"
+    assert recorded == [2, 2, 2] and len(take_step.recordings) == 3, "one a shape, for a microbatch and for the last"
+    recordings = list(take_step.recordings.values())
+    assert len({id(each.totals) for each in recordings}) == 1, "they add to the same totals"
+    assert {each.inputs.pixel_values.shape[-1] for each in recordings} == {8, 12, 16}
+
+
+@pytest.mark.gpu
+def test_gpu_recordings_of_several_shapes_share_their_memory_and_change_nothing():
+    """In any order: what a replay leaves in the shared memory, the next one does not read."""
+    settings = {"compile": False, "cuda_graph": True}
+    expected, ours = (make("cuda", microbatch=2, **settings) for _ in range(2))
+    take_step = captured(ours)
+    sides = [(8, 8), (8, 16), (16, 8), (8, 16), (16, 16), (8, 8), (16, 8), (8, 16), (16, 16), (16, 8), (8, 8)]
+    for number, pair in enumerate(sides, start=1):
+        one, other = take_step(mixed(number, "cuda", pair), number), expected(mixed(number, "cuda", pair), number)
+        torch.testing.assert_close(one.loss, other.loss, rtol=1e-4, atol=0)
+        torch.testing.assert_close(one.grad_norm, other.grad_norm, rtol=1e-3, atol=0)
+    assert isinstance(take_step, CapturedStep) and len(take_step.recordings) == 2
 
 
 def test_a_recording_that_fails(caplog):

@@ -48,13 +48,17 @@ def test_the_first_compiled_step_says_what_it_does_and_how_long_it_took(monkeypa
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     config = load_config(QUICKSTART, [f"compile={str(compiles).lower()}"])
     console = Console(file=StringIO(), width=500)
-    trainer = SimpleNamespace(config=config, device=torch.device("cpu"), console=console)
-    with Trainer._compiling(trainer, first):
+    trainer = SimpleNamespace(config=config, device=torch.device("cpu"), console=console, shapes=[(8, 8)])
+    with Trainer._compiling(trainer, int(first)):
         so_far = console.file.getvalue()
     said = console.file.getvalue()
     if compiles and first:
         assert so_far == f"compiling UNet and perceptual network (default); kept in {tmp_path}\n"
         assert said.removeprefix(so_far) == "compiled; the first step took 0.0 s\n"
+        trainer.shapes = [(8, 8), (4, 16), (16, 4)]
+        with Trainer._compiling(trainer, 2):
+            pass
+        assert "perceptual network for 2 of 3 shapes (default)" in console.file.getvalue()
     else:
         assert said == ""
 

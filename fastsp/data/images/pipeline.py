@@ -67,14 +67,14 @@ class ImagePipeline:
             shapes[part.rows] = torch.tensor(part.shape)
         opened = self.decoder.open(files)
         rejections: dict[int, BadSample] = {}
-        done: list[tuple[Sequence[Tensor], Tensor, Tensor]] = []
+        done: list[tuple[Tensor | list[Tensor], Tensor, Tensor]] = []
         for rows in chunks(opened):
             decoded = self.decoder.decode(opened[rows])
             rejections |= {rows.start + row: image for row, image in enumerate(decoded) if isinstance(image, BadSample)}
             black = torch.zeros(1, 1, self.channels, dtype=torch.uint8, device=self.device)
             images = [black if isinstance(image, BadSample) else image for image in decoded]
             done.append(self._cropped(images, positions[rows], shapes[rows]))
-        values, sizes, offsets = (list(column) for column in zip(*done, strict=True))
+        values, sizes, offsets = zip(*done, strict=True)
         found = _of_parts(parts, values, torch.cat(sizes), torch.cat(offsets), rejections)
         if self.stream is not None:
             self.stream.synchronize()  # of this thread alone: what it gives away is there
@@ -82,7 +82,7 @@ class ImagePipeline:
 
     def _cropped(
         self, images: list[Tensor], positions: Tensor, shapes: Tensor
-    ) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+    ) -> tuple[Tensor | list[Tensor], Tensor, Tensor]:
         """Values, (H, W, C) of each image and where all have one shape a tensor, sizes and offsets of some images of a
         batch, see `Pixels`."""
         sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.int64)
@@ -100,24 +100,24 @@ class ImagePipeline:
             width=shapes[:, 1].float().numpy(),
         )
         if (shapes != shapes[0]).any():
-            values: Sequence[Tensor] = [torch.from_dlpack(output[row]).clone() for row in range(len(images))]
-        else:
-            values = torch.from_dlpack(output.as_tensor())  # type: ignore[assignment]
-            if self.stream is not None:
-                values = values.clone()  # off DALI's memory, which it takes back without regard for who still reads it
+            return [torch.from_dlpack(output[row]).clone() for row in range(len(images))], sizes, geometry.seen_offsets
+        values = torch.from_dlpack(output.as_tensor())
+        if self.stream is not None:
+            values = values.clone()  # off DALI's memory, which it takes back without regard for who still reads it
         return values, sizes, geometry.seen_offsets
 
 
 def _of_parts(
     parts: Sequence[Part],
-    values: Sequence[Sequence[Tensor]],
+    values: Sequence[Tensor | list[Tensor]],
     sizes: Tensor,
     offsets: Tensor,
     rejections: dict[int, BadSample],
 ) -> list[Pixels]:
     """What was decoded chunk by chunk, part by part."""
     if len(parts) == 1:
-        whole = values[0] if len(values) == 1 else torch.cat(values)  # type: ignore[arg-type]
+        tensors = [chunk for chunk in values if isinstance(chunk, Tensor)]
+        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         return [Pixels(whole.permute(0, 3, 1, 2), sizes, offsets, rejections)]  # a view: channels_last
     images = [image for chunk in values for image in chunk]
     found = []
