@@ -279,6 +279,9 @@ class Config(Section):
         if data.microbatch is not None and data.batch_size % data.microbatch:
             yield f"data.microbatch: {data.microbatch} does not divide data.batch_size, which is {data.batch_size}"
 
+        if data.masks and any(getattr(stage, "critic", None) is not None for stage in self.stages):
+            yield "data.masks: true does not go with a critic, which judges whole pictures"
+
     def check_world_size(self, world_size: int) -> None:
         """Raises a UserError if a batch cannot be split evenly over so many processes."""
         data = self.data

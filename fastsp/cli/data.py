@@ -27,6 +27,7 @@ def check(
     repeats: Annotated[
         str | None, typer.Option(help="The run's data.repeats: folders, or such as cats=10,dogs=5.", metavar="TEXT")
     ] = None,
+    masks: Annotated[bool, typer.Option("--masks", help="Read masks, as the run's data.masks.")] = False,
     buckets: Annotated[int | None, typer.Option(min=1, help="The run's data.buckets: at most so many shapes.")] = None,
     microbatch: Annotated[
         int, typer.Option(min=1, help="The run's data.microbatch: a shape of fewer pictures is left out.")
@@ -56,6 +57,7 @@ def check(
         if file is not None:
             check_writable(file, force, option)
     more = {"max_bad_fraction": max_bad_fraction, "buckets": buckets or "off", "microbatch": microbatch}
+    more["masks"] = masks
     config = config_for(source, resolution, split, repeats).model_copy(update=more)
     report, images, labels = check_source(config, limit)
     typer.echo("\n".join(report_lines(report)))

@@ -60,7 +60,7 @@ def encode(
     model = _frozen_parts(settings, device)
     out.mkdir(parents=True, exist_ok=True)
     source = open_source(
-        data.model_copy(update={"in_memory": False}),
+        data.model_copy(update={"in_memory": False, "unmasked_weight": 0.0}),
         tokenizer=model.tokenizer if text_features else None,
         tokenizer_2=model.tokenizer_2 if text_features else None,
         token_chunks=model.text.token_chunks,

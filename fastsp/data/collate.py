@@ -13,7 +13,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from fastsp.data.batch import Batch
-from fastsp.data.images.pipeline import ImagePipeline
+from fastsp.data.images.masks import MaskPipeline
+from fastsp.data.images.pipeline import ImagePipeline, Pixels
 from fastsp.data.readers.latents import LatentsHeader
 from fastsp.data.samples import BadSample, EncodedSample, Part, ReadStep
 
@@ -60,9 +61,14 @@ class ImageCollator(Collator):
     def __init__(self, pipeline: ImagePipeline, tokenizers: Tokenizers, captions: Captions):
         super().__init__(tokenizers, captions, pipeline.device)
         self.pipeline = pipeline
+        self.masks: MaskPipeline | None = None
+        if pipeline.config.masks:
+            self.masks = MaskPipeline(pipeline.config, batch_size=pipeline.batch_size, seed=pipeline.seed)
 
     def close(self) -> None:
         self.pipeline.close()
+        if self.masks is not None:
+            self.masks.close()
 
     def tensors(self, step: ReadStep) -> tuple[dict[str, Any], dict[int, BadSample]]:
         files = [b"" if isinstance(sample, BadSample) else sample.content for sample in step.samples]
@@ -75,18 +81,40 @@ class ImageCollator(Collator):
         # What kept a sample from being read says more than its empty file.
         bad |= {row: sample for row, sample in enumerate(step.samples) if isinstance(sample, BadSample)}
         fields = {"pixel_values": "values", "original_sizes": "original_sizes", "crop_offsets": "crop_offsets"}
-        return {name: [getattr(part, own) for part in found] for name, own in fields.items()}, bad
+        tensors = {name: [getattr(part, own) for part in found] for name, own in fields.items()}
+        if self.masks is not None:
+            tensors["masks"] = [self._masks(step, *pair, bad) for pair in zip(rows, found, strict=True)]
+        return tensors, bad
+
+    def _masks(self, step: ReadStep, rows: list[int], pixels: Pixels, bad: dict[int, BadSample]) -> Tensor:
+        """Of the samples of one shape, (n, H, W); those that cannot be read are added to the bad ones."""
+        assert self.masks is not None
+        shape = pixels.values.shape[2:]
+        files = [None if row in bad else step.samples[row].mask for row in rows]  # type: ignore[union-attr]
+        shapes = torch.tensor(shape).expand(len(rows), 2)
+        found = self.masks(files, pixels.original_sizes, step.positions[rows], shapes)
+        bad |= {row: mask for row, mask in zip(rows, found, strict=True) if isinstance(mask, BadSample)}
+        whole = [torch.ones(*shape) if isinstance(mask, BadSample) else mask for mask in found]
+        return torch.stack(whole) if whole else torch.zeros(0, *shape)
 
 
 class LatentCollator(Collator):
     """Batches of the VAE's moments, and of text features where the data set has them. Every sample must have the shapes
     and dtypes of the header."""
 
-    FIELDS = {"original_size": "original_sizes", "crop_offset": "crop_offsets"}  # noqa: RUF012 - others: as in the files
+    FIELDS = {"original_size": "original_sizes", "crop_offset": "crop_offsets", "mask": "masks"}  # noqa: RUF012 - others: as in the files
 
-    def __init__(self, header: LatentsHeader, tokenizers: Tokenizers, captions: Captions, device: torch.device):
+    def __init__(
+        self,
+        header: LatentsHeader,
+        tokenizers: Tokenizers,
+        captions: Captions,
+        device: torch.device,
+        unmasked_weight: float | None,
+    ):
         super().__init__(tokenizers, captions, device)
         self.header = header
+        self.unmasked_weight = unmasked_weight  # None: masks are not wanted
 
     def tensors(self, step: ReadStep) -> tuple[dict[str, Any], dict[int, BadSample]]:
         everything = [*range(len(step.samples))]
@@ -103,6 +131,8 @@ class LatentCollator(Collator):
             ]
             for name, nothing in self.header.placeholder().items()
         }
+        if (masks := fields.pop("masks", None)) is not None and (floor := self.unmasked_weight) is not None:
+            fields["masks"] = [floor + (1 - floor) * mask.float() if floor else mask.float() for mask in masks]
         return fields, bad
 
 

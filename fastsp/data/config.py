@@ -73,6 +73,8 @@ class DataConfig(Section):
     unconditional: bool = False  # every caption is empty
     # how often pictures come in an epoch: as `10_name`, their folder, says, or by folder; see fastsp.data.repeats
     repeats: Literal["folders"] | dict[str, Positive] | None = None
+    masks: bool = False  # a mask beside a picture weights its places in the loss; see fastsp.data.readers.masks
+    unmasked_weight: Fraction = 0.0  # of what a mask hides
     max_bad_fraction: Fraction = 0.01  # of the source; see fastsp.data.bad_samples
     workers: Positive = 8  # threads that read files
     threads: NonNegative = 0  # CPU threads of the decoder; 0: one per core

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
@@ -89,6 +90,7 @@ class LatentEncoder:
             repeats=tuple(shares_of(source.reader)),
             buckets=buckets,
             shapes=shapes_in_pixels,
+            masked="mask" in shapes,
         )
 
     def missing(self, folder: Path, rank: int = 0, world_size: int = 1) -> list[int]:
@@ -155,6 +157,9 @@ class LatentEncoder:
             "original_size": batch.original_sizes.cpu(),
             "crop_offset": batch.crop_offsets.cpu(),
         }
+        if batch.masks is not None:
+            height, width = tensors["moments"].shape[-2:]
+            tensors["mask"] = F.adaptive_avg_pool2d(batch.masks[:, None], (height, width))[:, 0].to("cpu", dtype)
         if self.encode_text is not None:
             ids = [ids for ids in (batch.input_ids, batch.input_ids_2) if ids is not None]
             features = self.encode_text(*ids).to("cpu", dtype)

@@ -30,8 +30,9 @@ class KeptPictures:
         """Take the next pictures."""
         assert batch.pixel_values is not None
         fields = batch.tensors() | {"pixel_values": batch.pixel_values.permute(0, 2, 3, 1)}
-        for name in ("pixel_values", "original_sizes", "crop_offsets"):
-            rows = fields[name]
+        for name in ("pixel_values", "original_sizes", "crop_offsets", "masks"):
+            if (rows := fields.get(name)) is None:
+                continue
             if name not in self.tensors:
                 self.tensors[name] = torch.empty(self.count, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
             self.tensors[name][self.filled : self.filled + len(rows)] = rows

@@ -23,6 +23,7 @@ class EncodedSample:
 
     content: bytes  # the image file (JPEG, PNG, WebP, ...), or the latents' safetensors
     caption: str
+    mask: bytes | None = None  # an image file, where masks are read and there is one
 
 
 class BadSample(Exception):  # noqa: N818 - it is the sample that is bad, and the run goes on

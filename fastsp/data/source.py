@@ -105,7 +105,8 @@ def open_source(
         if pictures is not None:
             return KeptCollator(pictures, tokenizers, captions, place)
         if isinstance(reader, LatentReader):
-            return LatentCollator(reader.header, tokenizers, captions, place)
+            floor = config.unmasked_weight if config.masks else None
+            return LatentCollator(reader.header, tokenizers, captions, place, floor)
         images = ImagePipeline(config, batch_size=batch_size, channels=channels, seed=seed, device=place)
         return ImageCollator(images, tokenizers, captions)
 

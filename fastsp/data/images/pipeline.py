@@ -41,7 +41,8 @@ class ImagePipeline:
         # On a GPU a separate stream: on the default one it would queue behind the training.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.decoder = ImageDecoder(channels, device, config.threads)
-        self.dali = _dali_pipeline(batch_size, channels, self.decoder.threads, device)
+        self.batch_size = batch_size
+        self.dali = dali_pipeline(batch_size, channels, self.decoder.threads, device)
 
     def __call__(self, files: Sequence[bytes], positions: Tensor) -> Pixels:
         """Square images from B files, perhaps none, and the (B,) int64 positions of the samples in the run."""
@@ -87,24 +88,31 @@ class ImagePipeline:
         batch, see `Pixels`."""
         sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.int64)
         geometry = crop_geometry(sizes, positions, self.seed, self.config, shapes)
-        slack = (geometry.resized_sizes - shapes).clamp(min=1)
-        places = (geometry.crop_offsets / slack).float()  # DALI's crop position: 0 .. 1
-        (output,) = self.dali.run(
-            # Without a copy: DALI reads the same memory, as an array or, on a GPU, as a tensor in stream order.
-            images=[image.numpy() for image in images] if self.device.type == "cpu" else images,
-            size=geometry.resized_sizes.float().numpy(),
-            top=places[:, 0].contiguous().numpy(),
-            left=places[:, 1].contiguous().numpy(),
-            mirror=geometry.flips.to(torch.int32).numpy(),
-            height=shapes[:, 0].float().numpy(),
-            width=shapes[:, 1].float().numpy(),
-        )
+        # Without a copy: DALI reads the same memory, as an array or, on a GPU, as a tensor in stream order.
+        arrays = [image.numpy() for image in images] if self.device.type == "cpu" else images
+        output = run_dali(self.dali, arrays, geometry, shapes)
         if (shapes != shapes[0]).any():
             return [torch.from_dlpack(output[row]).clone() for row in range(len(images))], sizes, geometry.seen_offsets
         values = torch.from_dlpack(output.as_tensor())
         if self.stream is not None:
             values = values.clone()  # off DALI's memory, which it takes back without regard for who still reads it
         return values, sizes, geometry.seen_offsets
+
+
+def run_dali(dali: Any, images: list[Any], geometry: Geometry, shapes: Tensor) -> Any:
+    """The pipeline's output for (H, W, C) images, which become of `shapes`, (B, 2) int64."""
+    slack = (geometry.resized_sizes - shapes).clamp(min=1)
+    places = (geometry.crop_offsets / slack).float()  # DALI's crop position: 0 .. 1
+    (output,) = dali.run(
+        images=images,
+        size=geometry.resized_sizes.float().numpy(),
+        top=places[:, 0].contiguous().numpy(),
+        left=places[:, 1].contiguous().numpy(),
+        mirror=geometry.flips.to(torch.int32).numpy(),
+        height=shapes[:, 0].float().numpy(),
+        width=shapes[:, 1].float().numpy(),
+    )
+    return output
 
 
 def _of_parts(
@@ -179,7 +187,7 @@ def chunks(images: Sequence[ImageFile | BadSample]) -> Iterator[slice]:
     yield slice(start, len(images))
 
 
-def _dali_pipeline(batch_size: int, channels: int, threads: int, device: torch.device) -> Any:
+def dali_pipeline(batch_size: int, channels: int, threads: int, device: torch.device) -> Any:
     library("nvidia.dali")
     from nvidia.dali import Pipeline, fn, types
 

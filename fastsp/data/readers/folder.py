@@ -32,6 +32,7 @@ from fastsp.data.readers.captions import (
     caption_of,
     read_metadata,
 )
+from fastsp.data.readers.masks import key_of_mask, note_on_masks
 from fastsp.data.readers.sizes import measure_all, measured
 from fastsp.data.repeats import Share
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size
@@ -42,7 +43,7 @@ from fastsp.utils.progress import late_bar
 def find(config: DataConfig) -> Callable[[bool], FolderReader]:
     """The folder that a `data.path` names, see `fastsp.data.config.register`."""
     folder = _image_folder(config.folder())
-    return lambda progress: FolderReader(folder, not config.unconditional, progress, config.repeats)
+    return lambda progress: FolderReader(folder, not config.unconditional, progress, config.repeats, config.masks)
 
 
 def _image_folder(folder: str | Path) -> Path:
@@ -56,7 +57,7 @@ class FolderReader:
     """The images below a folder, sorted by path, with captions or, unless `captioned`, with empty ones. What is hidden
     is skipped, links are followed.
 
-    `repeats` is a configuration's `data.repeats`.
+    `repeats` and `masks` are a configuration's `data.repeats` and `data.masks`.
 
     UserError: the folder is missing or holds no images, or of its metadata nothing can be read.
     """
@@ -67,10 +68,13 @@ class FolderReader:
         captioned: bool = True,
         progress: bool = False,
         repeats: Literal["folders"] | Mapping[str, int] | None = None,
+        masks: bool = False,
     ):
         self.root = _image_folder(folder)
         self.captioned = captioned
         self._repeats = repeats
+        self._masks: dict[str, str] | None = {} if masks else None  # of images, by path; None: masks are images too
+        self._look_like_masks: list[str] = []
         self.damaged: list[tuple[str, str]] = []  # what could not be used, with the reason
         self.notes: list[tuple[str, str]] = []  # what may surprise, though nothing is lost
         self.lost = 0  # folders that could not be read: samples, at least
@@ -90,6 +94,11 @@ class FolderReader:
             raise UserError(f"data.path is {str(folder)!r}; it holds {what}")
         self._match_metadata()
         self.notes += [(self._name(""), what) for what in notes]
+        if self._masks is not None:
+            self.notes.append((self._name(""), note_on_masks(len(self.paths), len(self._masks))))
+        if self._look_like_masks:
+            what = f"{names.and_more(self._look_like_masks)} looks like a mask, and is read as a picture"
+            self.notes.append((self._name(""), f"{what}: data.masks: true reads it as a mask"))
         if captioned and self._named_by_folder and not self._records:
             (directory, count), total = self._named_by_folder.most_common(1)[0], self._named_by_folder.total()
             example = f'"{self._name_as_caption(directory)}" ({count} of them)'
@@ -159,7 +168,10 @@ class FolderReader:
         """One sample; raises BadSample."""
         path = self.paths[index]
         image = _read_file(self.root / path, "image")
-        return EncodedSample(image, self._caption(path) if self.captioned else "")
+        caption = self._caption(path) if self.captioned else ""
+        if not self._masks or path not in self._masks:
+            return EncodedSample(image, caption)
+        return EncodedSample(image, caption, _read_file((self.root / path).with_name(self._masks[path]), "mask"))
 
     def _walk(self, directory: str, above: frozenset[tuple[int, int]], advance: Callable[[int], object]) -> None:
         """A directory and those below it. One that is reached from within itself, by a link, would lead round and
@@ -185,7 +197,17 @@ class FolderReader:
     def _add(self, directory: str, files: list[str]) -> None:
         """Take the images of one directory, and where its captions are."""
         prefix = f"{directory}/" if directory else ""
+        masks = {key: name for name in files if (key := key_of_mask(name)) is not None}
+        if self._masks is not None:
+            files = [name for name in files if name not in masks.values()]
         beside, unused = names.texts_by_image(files)
+        if self._masks is not None:
+            owners = {name: names.split_name(names.nfc(name))[0] for name in beside}
+            self._masks |= {prefix + name: masks[key] for name, key in owners.items() if key in masks}
+            left = masks.keys() - set(owners.values())
+            self._unused_texts += [prefix + name for key, name in masks.items() if key in left]
+        else:
+            self._look_like_masks += [prefix + name for name in masks.values()]
         self.paths += [prefix + image for image in beside]
         self._unread += [prefix + name for name in files if names.split_name(name)[1] in names.UNREAD_SUFFIXES]
         self._unused_texts += [prefix + name for name in unused]

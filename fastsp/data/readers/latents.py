@@ -4,8 +4,9 @@ A data set of latents is a folder with `latents.json`, the header, and tars `000
 layout. Each sample is `KEY.safetensors` and `KEY.txt`, its caption. The tensors are `moments` (2 C, H, W), mean and log
 variance of the VAE's posterior, `original_size` (2,) and `crop_offset` (2,) int64 and, if asked for, `text_features`
 (L, D) and Stable Diffusion XL's `pooled_text_features` (P,). The moments are as the VAE gives them: the scaling factor
-is applied when a latent is drawn. A sample that could not be encoded keeps its place, so that the order of an epoch is
-that of the pictures: its `KEY.safetensors` holds no tensors, and the reason under "bad" in its metadata.
+is applied when a latent is drawn. With masks
+`mask` (H, W) weights the latents' places. A sample that could not be encoded keeps its place, so that the order of an
+epoch is that of the pictures: its `KEY.safetensors` holds no tensors, and the reason under "bad" in its metadata.
 """
 
 from __future__ import annotations
@@ -109,6 +110,7 @@ class LatentsHeader:
     repeats: tuple[Share, ...] = ()  # how often samples come in an epoch, where that was configured
     buckets: int | str = "off"  # `data.buckets`
     shapes: tuple[tuple[int, int], ...] = ()  # with buckets, heights and widths in pixels; moments_shape is the first's
+    masked: bool = False  # whether there are masks, of the latents' places
     version: int = VERSION
 
     @property
@@ -127,6 +129,8 @@ class LatentsHeader:
         if shape is not None:
             moments_shape = (moments_shape[0], *(side // self.scale_factor for side in shape))
         tensors = {"moments": torch.zeros(moments_shape, dtype=dtype), "original_size": pair, "crop_offset": pair}
+        if self.masked:
+            tensors["mask"] = torch.zeros(moments_shape[1:], dtype=dtype)
         shapes = zip(TEXT_TENSORS, (self.text_shape, self.pooled_text_shape), strict=True)
         return tensors | {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes if shape is not None}
 
@@ -138,6 +142,8 @@ class LatentsHeader:
             if given != fixed:
                 of_the_latents = f"of the latents in {config.path} it is {fixed}"
                 raise UserError(f"data.{key} is {given}; {of_the_latents}: add data.{key}={fixed}")
+        if config.masks and not self.masked:
+            raise UserError(f"data.masks is true; the latents in {config.path} were encoded without masks")
         if vae_sha256 is not None and vae_sha256 != self.vae_sha256:
             raise UserError(f"the latents in {config.path} come from another VAE than the model's: {self.vae}")
         if self.captioned is False and not config.unconditional:

@@ -9,7 +9,7 @@ import os
 import re
 import resource
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from glob import escape, glob
 from pathlib import Path
@@ -21,20 +21,25 @@ from fastsp.data.config import DataConfig
 from fastsp.data.images.files import upright_size
 from fastsp.data.inventory import Inventory, Part
 from fastsp.data.readers.captions import caption_of
-from fastsp.data.readers.names import IMAGE_SUFFIXES, printable
+from fastsp.data.readers.masks import key_of_mask, note_on_masks
+from fastsp.data.readers.names import IMAGE_SUFFIXES, nfc, printable
 from fastsp.data.readers.sizes import Size, measure_all, measured
 from fastsp.data.readers.tar_index import load_or_build_index, with_column
-from fastsp.data.samples import BadSample, EncodedSample, check_file_size
+from fastsp.data.samples import BadSample, EncodedSample, SampleReader, check_file_size
 from fastsp.errors import UserError
 
 Patterns = str | Path | Iterable[str | Path]
+NO_MASK = -1
 _ALLOWED = "allowed: tar files, folders of them, brace and glob patterns, such as FOLDER/**/*.tar for folders in it"
 
 
-def find(config: DataConfig) -> Callable[[bool], ShardReader]:
+def find(config: DataConfig) -> Callable[[bool], SampleReader]:
     """The tars that a `data.path` names, see `fastsp.data.config.register`."""
     shards = expand_shards(config.given_path())
-    return lambda progress: ShardReader(shards, not config.unconditional, progress)
+    captioned = not config.unconditional
+    if config.masks:
+        return lambda progress: MaskedShards(ShardReader(shards, captioned, progress))
+    return lambda progress: ShardReader(shards, captioned, progress)
 
 
 def expand_shards(patterns: Patterns) -> list[Path]:
@@ -159,6 +164,15 @@ class ShardReader:
 
         return with_column(self.index, "sizes", self.suffixes, lambda: measure_all(size, len(self), workers, progress))
 
+    def content(self, index: int) -> bytes:
+        """A sample's image alone; raises BadSample."""
+        shard, offset, size, *_ = self.index.columns["locations"][index].tolist()
+        try:
+            return self._open(self.index.shards[shard]).read(offset, size)
+        except OSError as error:
+            self._open.cache_clear()
+            raise BadSample(f"cannot read the shard: {error.strerror or error}") from error
+
     def read(self, index: int) -> EncodedSample:
         """One sample; raises BadSample. The tar stays open for the next ones, since opening it is what takes time on a
         network's file system."""
@@ -174,6 +188,56 @@ class ShardReader:
             self._open.cache_clear()  # a stale handle may be replaced by a new one the next time
             raise BadSample(f"cannot read the shard: {error.strerror or error}") from error
         return EncodedSample(image, caption)
+
+
+class MaskedShards:
+    """A reader of tars in which some images are masks of others."""
+
+    def __init__(self, shards: ShardReader):
+        self.shards = shards
+        self.captioned, self.damaged, self.lost = shards.captioned, shards.damaged, shards.lost
+        self.pictures, self.masks = _split(shards)
+        masked = int((self.masks != NO_MASK).sum())
+        self.notes = [*shards.notes, (shards.index.shards[0], note_on_masks(len(self.pictures), masked))]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def name(self, index: int) -> str:
+        return self.shards.name(int(self.pictures[index]))
+
+    def inventory(self) -> Inventory:
+        return self.shards.inventory()
+
+    def sizes(self, workers: int, progress: bool) -> Tensor:
+        """See `ShardReader`."""
+        return self.shards.sizes(workers, progress)[self.pictures]
+
+    def read(self, index: int) -> EncodedSample:
+        sample = self.shards.read(int(self.pictures[index]))
+        mask = int(self.masks[index])
+        return sample if mask == NO_MASK else EncodedSample(sample.content, sample.caption, self.shards.content(mask))
+
+
+def _split(shards: ShardReader) -> tuple[Tensor, Tensor]:
+    """The pictures' indices, (N,) int64, and those of their masks, or NO_MASK."""
+    keys = [*_keys(shards)]
+    owners = {
+        index: owner for index, (shard, key) in enumerate(keys) if (owner := key_of_mask(f"{key}.png")) is not None
+    }
+    masks = {(keys[index][0], owner): index for index, owner in owners.items()}
+    pictures = [index for index in range(len(keys)) if index not in owners]
+    of_each = [masks.get((keys[index][0], nfc(keys[index][1])), NO_MASK) for index in pictures]
+    return torch.tensor(pictures, dtype=torch.int64), torch.tensor(of_each, dtype=torch.int64)
+
+
+def _keys(shards: ShardReader) -> Iterator[tuple[int, str]]:
+    """The shard and the key of every image."""
+    columns, start = shards.index.columns, 0
+    names = columns["keys"].numpy().tobytes()
+    for shard, end in zip(columns["locations"][:, 0].tolist(), columns["key_ends"].tolist(), strict=True):
+        yield shard, names[start:end].decode(errors="surrogateescape")
+        start = end
 
 
 class _OpenFile:
