@@ -25,7 +25,7 @@ def check(
     resolution: Annotated[int, typer.Option(min=1, help="Side of the crops, in pixels.")] = 512,
     split: Annotated[str | None, typer.Option(help="For digits: train (the default) or heldout.")] = None,
     repeats: Annotated[
-        str | None, typer.Option(help="The run's data.repeats: folders, or such as cats=10,dogs=5.", metavar="TEXT")
+        str | None, typer.Option(help="The run's data.repeats, or such as cats=10,dogs=5.", metavar="TEXT")
     ] = None,
     masks: Annotated[bool, typer.Option("--masks", help="Read masks, as the run's data.masks.")] = False,
     buckets: Annotated[int | None, typer.Option(min=1, help="The run's data.buckets: at most so many shapes.")] = None,
