@@ -21,6 +21,9 @@ def train(
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="With --resume: continue with a changed configuration.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the run needs of memory and disk; nothing is run.")
+    ] = False,
 ) -> None:
     """Train a model through the stages of the configuration, such as MSE, then self-perceptual.
 
@@ -31,6 +34,12 @@ def train(
 
     with said_once():
         loaded = load_config(config, overrides or [])  # a mistake is answered before torch is imported
+    if dry_run:
+        from fastsp.training.memory import report
+
+        for line in report(loaded, str(config)):
+            typer.echo(line)
+        return
     run_training(loaded, resume, allow_changes)
 
 

@@ -59,6 +59,11 @@ class Update:
         self.max_norm = math.inf if config.grad_clip is None else config.grad_clip
         self.state: dict[str, Tensor] = {}
 
+    @property
+    def held(self) -> list[Tensor]:
+        """Every tensor that it keeps from step to step."""
+        return list(self.state.values())
+
     def directions(self, gradients: list[Tensor]) -> list[Tensor]:
         """What is added to each weight at learning rate 1, without weight decay.
 
@@ -177,6 +182,10 @@ class TorchUpdate(Update):
         for optimizer in self.optimizers:
             for step, tensors in optimizer.state.items():
                 self.state |= {f"{kind}.{names[id(step)]}": tensor.zero_() for kind, tensor in tensors.items()}
+
+    @property
+    def held(self) -> list[Tensor]:
+        return [*super().held, *self.steps]
 
     def make(self, steps: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
         """The optimizers of these parameters, each with learning rate 1 and no weight decay."""

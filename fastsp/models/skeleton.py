@@ -1,0 +1,104 @@
+"""Models without weights, on PyTorch's meta device: made from configurations alone; nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from huggingface_hub import try_to_load_from_cache
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from fastsp.errors import UserError
+from fastsp.families import family_named
+from fastsp.models.hub import is_hub_id
+from fastsp.models.lora import add_adapters
+from fastsp.models.model import TextToImageModel
+from fastsp.models.presets import preset_model
+from fastsp.models.published import PUBLISHED
+from fastsp.models.schedulers import ddim_scheduler
+from fastsp.utils.files import read_text
+
+META = torch.device("meta")
+PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
+_TEXT_ENCODERS: dict[str, Any] = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
+
+
+def skeleton(
+    preset: str | None,
+    pretrained: str | None,
+    resolution: int,
+    lora: Mapping[str, Any] | None = None,
+    unet: Mapping[str, Any] | None = None,
+) -> TextToImageModel:
+    """The model that :func:`fastsp.models.load_model` gives for these arguments, on the meta device; no tokenizers.
+
+    Args:
+        preset, resolution, unet: of a preset.
+        pretrained: a folder in diffusers' layout, of which `config.json` files are enough, or a hub id that is known
+            here (:data:`fastsp.models.published.PUBLISHED`) or in Hugging Face's cache.
+        lora: adapters (rank, alpha, target_modules) that alone are trainable.
+
+    Raises:
+        UserError: the configurations are not on this machine, or are of models that cannot be trained.
+    """
+    if pretrained is None:
+        assert preset is not None
+        model = preset_model(preset, resolution, 0, **(unet or {}))
+        for part in (model.unet, *model.frozen_parts()):
+            part.to(META)
+        return model
+    parts = {name: _part(config, f"{pretrained}: {name}") for name, config in _configs(pretrained).items()}
+    network = parts.pop("unet", None) or parts.pop("transformer", None)
+    if network is None:
+        raise UserError(f"{pretrained} has no configuration of a network: neither unet/ nor transformer/config.json")
+    if lora is not None:
+        add_adapters(network, **lora)
+        network.to(META)
+    parts = {"text_encoder": None, **parts}
+    return TextToImageModel(unet=network, tokenizer=None, scheduler=ddim_scheduler(), **parts)
+
+
+def _configs(name: str) -> Mapping[str, Mapping[str, Any]]:
+    """By part, what its ``config.json`` says."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = {part: path / part / "config.json" for part in PARTS}
+        if (path / "unet" / "config.json").is_file() or (path / "transformer" / "config.json").is_file():
+            return {part: _read(file) for part, file in files.items() if file.is_file()}
+        raise UserError(f"{name} has neither unet/config.json nor transformer/config.json")
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    if path.is_file():
+        raise UserError(
+            f"{name}: what a single file needs is not counted; name its folder or hub id as model.pretrained"
+        )
+    found = {part: try_to_load_from_cache(name, f"{part}/config.json") for part in PARTS} if is_hub_id(name) else {}
+    if not any(isinstance(found.get(part), str) for part in ("unet", "transformer")):
+        raise UserError(f"{name} is neither a folder, nor in Hugging Face's cache, nor known: {', '.join(PUBLISHED)}")
+    return {part: _read(Path(file)) for part, file in found.items() if isinstance(file, str)}
+
+
+def _part(config: Mapping[str, Any], where: str) -> Any:
+    settings = {key: value for key, value in config.items() if key != "_class_name"}
+    kind = config.get("_class_name") or (config.get("architectures") or ["UNet2DConditionModel"])[0]
+    with META:
+        if kind in _TEXT_ENCODERS:
+            return _TEXT_ENCODERS[kind](CLIPTextConfig(**settings)).eval().requires_grad_(False)
+        if kind == "AutoencoderKL":
+            return AutoencoderKL.from_config(settings).eval().requires_grad_(False)
+        try:
+            return family_named(kind).network_class().from_config(settings)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(read_text(file, str(file)))
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    return content
