@@ -110,16 +110,14 @@ class Buckets:
     Args:
         shapes: their heights and widths, pixels.
         numbers: (N,) integers, the number of each sample's shape.
-        lost, lost_by_squares: which share of the pixels is cut away, and which one squares would cut.
+        lost: which share of the pixels is cut away, and which one squares would cut; None: it is not known.
     """
 
-    def __init__(
-        self, shapes: Sequence[Shape], numbers: Tensor, lost: float = 0.0, lost_by_squares: float = 0.0
-    ) -> None:
+    def __init__(self, shapes: Sequence[Shape], numbers: Tensor, lost: tuple[float, float] | None = None) -> None:
         self.shapes, self.numbers = list(shapes), numbers.to(torch.uint8)
         self.counts: list[int] = torch.bincount(numbers, minlength=len(shapes)).tolist()
         self.starts = [sum(self.counts[:number]) for number in range(len(shapes))]  # in `members`
-        self.lost, self.lost_by_squares = lost, lost_by_squares
+        self.lost = lost
         self.members = self.numbers.argsort(stable=True)
         """(N,) int64: the samples of the first shape in their order, then those of the second, and so on."""
 
@@ -152,7 +150,8 @@ def open_buckets(
         unable = f"data.source {config.source!r} does not tell the sizes of its pictures"
         raise UserError(f"data.buckets is {config.buckets}; {unable}: use off")
     sizes = find(config.workers, progress)
-    shapes = getattr(getattr(reader, "header", None), "shapes", None) or shapes
+    of_latents = getattr(getattr(reader, "header", None), "shapes", None)
+    shapes = of_latents or shapes
     if not shapes:
         of_an_epoch = sizes
         if config.repeats is not None and (shares := shares_of(reader)):
@@ -160,14 +159,17 @@ def open_buckets(
             of_an_epoch = sizes[places(torch.arange(len(places)))]
         assert config.buckets != "off"
         shapes = choose_shapes(of_an_epoch, config.resolution, config.buckets, config.group)
-    return Buckets(shapes, nearest(sizes, shapes), cropped(sizes, shapes), cropped(sizes, [(1, 1)]))
+    lost = None if of_latents else (cropped(sizes, shapes), cropped(sizes, [(1, 1)]))  # these are cut already
+    return Buckets(shapes, nearest(sizes, shapes), lost)
 
 
 def bucket_lines(buckets: Buckets) -> Iterator[str]:
     """The shapes, and how many samples have each; then what is cut away."""
     for (height, width), count in zip(buckets.shapes, buckets.counts, strict=True):
         yield f"{width} x {height}: {count}"
-    yield f"{buckets.lost:.1%} of the pixels are cropped away, by squares it would be {buckets.lost_by_squares:.1%}"
+    if buckets.lost is not None:
+        ours, squares = buckets.lost
+        yield f"{ours:.1%} of the pixels are cropped away, by squares it would be {squares:.1%}"
 
 
 class BucketOrder(SampleOrder):

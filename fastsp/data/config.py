@@ -34,7 +34,11 @@ def _known(source: str) -> str:
 
 
 def _off(buckets: object) -> object:
-    return "off" if buckets is False else buckets  # which is what `off` means in YAML
+    if buckets is False or buckets == "off":  # `off` means false in YAML
+        return "off"
+    if type(buckets) is not int or buckets < 1:
+        raise ValueError("input should be off, or how many shapes at most")
+    return buckets
 
 
 Buckets = Annotated[Literal["off"] | Positive, BeforeValidator(_off)]

@@ -60,8 +60,9 @@ def repeats_line(source: Source) -> Iterator[str]:
 def buckets_line(source: Source) -> Iterator[str]:
     """The shapes of the samples, where they have several, with their numbers."""
     if source.buckets is not None:
-        *shapes, lost = bucket_lines(source.buckets)
-        yield f"buckets: {', '.join(shapes)} pictures (width x height); {lost}"
+        lines = [*bucket_lines(source.buckets)]
+        shapes, lost = lines[: len(source.buckets.shapes)], lines[len(source.buckets.shapes) :]
+        yield "; ".join([f"buckets: {', '.join(shapes)} pictures (width x height)", *lost])
 
 
 def headline(stage: StageConfig, done: int) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from data.helpers import ByteTokenizer, Config, encode, photo, write_tar
 from PIL import Image
+from pydantic import ValidationError
 
 from fastsp.data.buckets import nearest
 from fastsp.data.images.files import upright_size
@@ -258,7 +259,8 @@ def test_mistakes(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"^data.buckets is 5; data.source 'toy' does not tell the sizes"):
         source_of("toy", ["1", "2"])
     for wrong in (0, -1, "on", 2.5, True):
-        with pytest.raises(ValueError, match="buckets"):
+        with pytest.raises(ValidationError, match="input should be off, or how many shapes at most") as caught:
             Config(buckets=wrong)
+        assert caught.value.error_count() == 1
     with pytest.raises(ValueError, match="in_memory: true keeps pictures of one shape"):
         Config(buckets=3, in_memory=True)

@@ -11,6 +11,7 @@ from data.helpers import ByteTokenizer, Config
 from data.test_buckets_in_sources import collect, write_pictures
 from diffusers import AutoencoderKL
 
+from fastsp.data.buckets import bucket_lines
 from fastsp.data.encode import LatentEncoder
 from fastsp.data.readers.latents import LatentsHeader
 from fastsp.data.source import Source, open_source
@@ -63,6 +64,8 @@ def test_training_sees_what_encoding_on_the_fly_would_give(vae, tmp_path):
             assert torch.allclose(part.moments[good], moments[good], atol=1e-5)
             seen.add(tuple(moments.shape[2:]))
     assert len(seen) == len(kept.buckets.shapes)
+    *lines, lost = bucket_lines(fly.buckets)
+    assert [*bucket_lines(kept.buckets)] == lines and "cropped away" in lost, "what was cut from latents is not known"
 
 
 def test_an_encoding_that_is_stopped_goes_on_and_is_the_same(vae, tmp_path):

@@ -93,3 +93,12 @@ def test_steps_that_would_run_uncompiled_are_refused():
             function(torch.zeros(size))
     with compiler_settings():
         assert len(function(torch.zeros(2))) == 2
+
+
+def test_every_shape_of_the_data_may_have_as_many_versions():
+    """PyTorch's own limit over all objects of one code, 256, is raised with it."""
+    function = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    with compiler_settings(shapes=7):
+        for size in range(2, 300):
+            function(torch.zeros(size))
+    torch._dynamo.reset()

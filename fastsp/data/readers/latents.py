@@ -38,7 +38,12 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 def bad_sample(reason: str, shape: tuple[int, int] | None = None) -> bytes:
     """What stands in the place of a sample that could not be encoded: safetensors without a tensor. With buckets it has
     a shape all the same, that of the latents."""
-    return save({}, metadata={"bad": reason} | ({} if shape is None else {"shape": json.dumps(shape)}))
+    if shape is None:
+        return save({}, metadata={"bad": reason})
+    # By hand: of several entries `save` writes now this one first, now another, and encoding again must give the same.
+    header = json.dumps({"__metadata__": {"bad": reason, "shape": json.dumps(shape)}}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
 
 
 def latents_size(head: bytes) -> tuple[int, int] | None:
