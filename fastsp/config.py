@@ -104,12 +104,14 @@ class OptimizerConfig(Section):
     grad_clip: AboveZero | None = 1.0  # largest norm of the whole gradient
     warmup_steps: NonNegative = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # the last two reach 0 after the stage's last step
+    offload: bool = False  # keep AdamW's moments in the host's memory
     max_skipped: Positive = 20  # updates in a row whose gradient is not finite; then the run stops
 
 
 class EMAConfig(Section):
     """Exponential moving average of the weights; each stage restarts its own."""
 
+    place: Literal["device", "host", "none"] = "device"  # host: in the CPU's memory; none: no average, raw weights
     decay: Decay = 0.9995
     warmup: bool = True  # the decay of step n of a stage is at most (1 + n) / (10 + n): a short stage forgets its start
 
@@ -269,6 +271,16 @@ class Config(Section):
         if self.optimizer.kind not in OPTIMIZERS and not reading:
             allowed = ", ".join(sorted(OPTIMIZERS))
             yield f"optimizer.kind: {self.optimizer.kind!r} is not allowed: input should be {allowed}"
+        if self.optimizer.offload and self.optimizer.kind != "adamw":
+            yield f"optimizer.offload: is for optimizer.kind adamw, and this is {self.optimizer.kind}"
+        for key, inside in (
+            ("optimizer.offload: true", self.optimizer.offload),
+            ("ema.place", self.ema.place != "device"),
+        ):
+            if inside and self.distributed == "fsdp":
+                yield f"{key}: is not possible with distributed: fsdp, where every process holds its share alone"
+            elif inside and self.cuda_graph is True and (key != "ema.place" or self.ema.place == "host"):
+                yield f"{key}: moves memory between host and device, which cuda_graph: true cannot; use auto"
         if self.distributed == "fsdp" and self.model.lora is not None:
             yield "distributed: 'fsdp' is for training all weights; model.lora takes ddp"
         if self.samples.guidance in (0.0, 1.0) and (self.samples.negative_prompt or self.samples.rescale):

@@ -39,7 +39,7 @@ def load_checkpoint(folder: Path, raw: bool = False, base: str | None = None) ->
     config = read_config(folder.parent.parent / "config.yaml")
     if base is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": base})})
-    model, which = initial_model(config), "master" if raw else "ema"
+    model, which = initial_model(config), "master" if raw or config.ema.place == "none" else "ema"
     trained = {f"{which}.{name}": p for name, p in model.unet.named_parameters() if p.requires_grad}
     read_into(folder, {name: parameter.data for name, parameter in trained.items()})
     if config.model.lora is not None:

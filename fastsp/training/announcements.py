@@ -74,6 +74,8 @@ def headline(stage: StageConfig, done: int) -> str:
 
 def average(ema: EMAConfig, steps: int) -> str:
     """What the moving average of a stage will consist of."""
+    if ema.place == "none":
+        return "no moving average: pictures, stages/ and final/ have the weights themselves"
     share = trained_share(ema, steps)
     text = f"moving average (EMA {ema.decay}): {share:.1%} of it will be weights of this stage's steps"
     if share > _MOSTLY:

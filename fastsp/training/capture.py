@@ -165,9 +165,8 @@ def captured(step: TrainingStep) -> TrainingStep | CapturedStep:
                 "cuda_graph: true is not possible with distributed: fsdp, which moves the weights; use auto"
             )
         return step
-    if not step.optimizer.rule.captures:  # with cuda_graph: true the run has been refused
-        kind = step.config.optimizer.kind
-        _log.warning("cuda_graph: auto runs without a CUDA graph: optimizer.kind: %s reads values back", kind)
+    if not step.optimizer.captures:  # with cuda_graph: true the run has been refused
+        _log.warning("cuda_graph: auto runs without a CUDA graph: the optimizer reads values or the host's memory")
         return step
     # A rank that continued without its graph would wait in other collectives than the others.
     several = isinstance(step.gradients, ReplicatedGradients)

@@ -32,6 +32,7 @@ from fastsp.training.step import TrainingStep, build_step
 BLOCK_BYTES = 512
 CLIP_LENGTH = 77  # tokens of one chunk of a caption
 GIB = 1 << 30
+STATE, AVERAGE = "optimizer's state", "moving average"
 ENCODING, ACTIVATIONS, UPDATE = "text and VAE", "forward and backward", "update"
 
 
@@ -43,6 +44,8 @@ class Needs:
     trained: int  # of them
     held: dict[str, int]
     """What lies there all the time, by what it is."""
+    on_host: dict[str, int]
+    """What lies in the host's memory instead."""
     gradients: int
     phases: dict[str, int]
     """The most that each part of a step has beside that, gradients and activations together."""
@@ -122,6 +125,8 @@ def needs(config: Config, stage: StageConfig, model: TextToImageModel) -> Needs:
     with fused_attention():
         step = _step(config, stage, model)
         held = _held(step, model)
+        settings = {STATE: config.optimizer.offload, AVERAGE: config.ema.place == "host"}
+        on_host = {name: held.pop(name, 0) for name, is_there in settings.items() if is_there}
         if stage.frozen_network is not None:
             step(batch, 1)  # its first call traces the perceptual network
         with Allocations() as allocations:
@@ -131,6 +136,7 @@ def needs(config: Config, stage: StageConfig, model: TextToImageModel) -> Needs:
         parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         held=held,
+        on_host=on_host,
         gradients=gradients,
         phases=phases,
         checkpoint=_bytes(step.state.values(), set()),
@@ -183,6 +189,8 @@ def _table(counted: dict[str, Needs], config: Config) -> Iterator[str]:
         told = f"+ {name}, {rows} samples" if name == ACTIVATIONS else f"+ {name}"
         yield row(told, (one.phases[name] for one in counted.values()))
     yield row("at once at most", (one.most for one in counted.values()))
+    for name in next(iter(counted.values())).on_host:
+        yield row(f"in the host's memory: {name}", (one.on_host[name] for one in counted.values()))
 
 
 def _disk(config: Config, checkpoint: int, needs: Needs) -> Iterator[str]:
@@ -220,8 +228,8 @@ def _held(step: TrainingStep, model: TextToImageModel) -> dict[str, int]:
     parts: dict[str, Iterable[Tensor]] = {
         "weights": _tensors(step.unet),
         "master weights": [tensor for name, tensor in state.items() if name.startswith("master.")],
-        "optimizer's state": optimizer.rule.held,
-        "moving average": [tensor for name, tensor in state.items() if name.startswith("ema.")],
+        STATE: optimizer.rule.held,
+        AVERAGE: [tensor for name, tensor in state.items() if name.startswith("ema.")],
         "perceptual network": _tensors(objective),
         "critic": [] if step.critic is None else step.critic.state.values(),
         "text encoders": [tensor for part in model.text_encoders for tensor in _tensors(part)],

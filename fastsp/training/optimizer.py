@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastsp.config import EMAConfig, OptimizerConfig
-from fastsp.training.update import AdamW, Update, Weights, local, present
+from fastsp.training.update import AdamW, Update, Weights, local, present, to_device, wait_for
 
 
 def learning_rate(config: OptimizerConfig, peak: float, step: int, num_steps: int) -> float:
@@ -51,20 +51,27 @@ class Optimizer:
     Args:
         unet: the online network. Parameters in half precision get float32 master weights.
         ema_unet: of the same shape, those parameters in float32: they become the moving average, starting as they are.
+            None: there is none.
         config: the learning rule and the largest gradient norm.
         update: the learning rule's class.
+        ema_on_host: hold the average in the host's memory. It passes the device in every update.
 
     All state lives in tensors: ``state`` names each of them, for checkpoints. The parameters may be sharded by FSDP2
     (``ema_unet``'s in the same way): the update then works on this rank's shards alone.
     """
 
     def __init__(
-        self, unet: nn.Module, ema_unet: nn.Module, config: OptimizerConfig, update: type[Update] = AdamW
+        self,
+        unet: nn.Module,
+        ema_unet: nn.Module | None,
+        config: OptimizerConfig,
+        update: type[Update] = AdamW,
+        ema_on_host: bool = False,
     ) -> None:
         params = {name: p for name, p in unet.named_parameters() if p.requires_grad}
-        averages = dict(ema_unet.named_parameters())
+        averages = {} if ema_unet is None else dict(ema_unet.named_parameters())
         self._masters = {name: p.data if p.dtype == torch.float32 else p.data.float() for name, p in params.items()}
-        self._averages = {name: averages[name].data for name in params}
+        self._averages = {name: averages[name].data for name in params if averages}
         self.rule = update(self._masters, config)
         masters = list(self._masters.values())
         self.params: list[nn.Parameter] = [p for p in params.values() if local(p.data).numel()]
@@ -73,12 +80,16 @@ class Optimizer:
         self.learning_rate, self.ema_decay = numbers[:2]
         self.step_count, self.skipped, self.skipped_in_a_row = (number.long() for number in numbers[2:])
         self.masters = present(masters)
+        self._on_host = present(list(self._averages.values())) if ema_on_host else []
+        # What follows with a decay of 0 is the masters: where no average is on the device, they stand for it.
+        fused = bool(self._averages) and not ema_on_host
+        self._fused_decay = self.ema_decay if fused else torch.zeros_like(self.ema_decay)
         self.weights = Weights(
             self.masters,
-            present(list(self._averages.values())),
+            present(list(self._averages.values())) if fused else self.masters,
             [p.data for p in params.values() if p.dtype != torch.float32],
             self.learning_rate,
-            self.ema_decay,
+            self._fused_decay,
             self.step_count,
             self.skipped,
         )
@@ -101,9 +112,21 @@ class Optimizer:
         if self.weights.copies:
             torch._foreach_copy_(self.weights.copies, self.masters)
 
+    @property
+    def captures(self) -> bool:
+        """Whether a CUDA graph can hold the update."""
+        return self.rule.captures and not self._on_host
+
+    def lend_masters(self, network: nn.Module) -> None:
+        """Let ``network``, of the same names, have the master weights themselves, where there is no average."""
+        for name, parameter in network.named_parameters():
+            if name in self._masters:
+                parameter.data = self._masters[name]
+
     def replace_averages(self) -> None:
         """Put the raw weights in the place of their averages, in whose network they can be written: a stage's end."""
-        torch._foreach_copy_(self.weights.averages, self.masters)
+        for average, master in zip(self._on_host or self.weights.averages, self.masters, strict=True):
+            average.copy_(master)
 
     def accumulate(self) -> None:
         """Take over the gradients of one microbatch and clear them. Several are added up in float32."""
@@ -131,8 +154,17 @@ class Optimizer:
         gradients, self.gradients = self.gradients, None
         norm = self._norm(gradients)
         self.rule.apply(self.weights, gradients, norm)
+        if self._on_host:
+            self._average_on_host(norm.isfinite())
         self.skipped_in_a_row.add_(1).mul_(~norm.isfinite())
         return norm
+
+    def _average_on_host(self, finite: Tensor) -> None:
+        """The average's step on the device, a tensor at a time; where not ``finite`` it stays."""
+        share = (1 - self.ema_decay).masked_fill(~finite, 0.0)
+        for average, master in zip(self._on_host, self.masters, strict=True):
+            average.copy_(to_device(average, master.device).lerp_(master, share), non_blocking=True)
+        wait_for(finite.device)
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """Over all ranks' shards. Where the network is replicated every rank has it all, bit for bit."""

@@ -30,7 +30,7 @@ from fastsp.training.critic import CriticTraining
 from fastsp.training.distributed import ALONE, Ranks
 from fastsp.training.optimizer import Optimizer, ema_decay, learning_rate
 from fastsp.training.parallel import Gradients, gather_gradients, shard
-from fastsp.training.update import update_of
+from fastsp.training.update import on_host, update_of
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -321,7 +321,7 @@ def build_step(
         ema_unet = shard(ema_unet, device, torch.float32)
     else:
         unet = placed(initial, dtype).train()
-        ema_unet = ema_unet.to(device).to(memory_format=torch.channels_last)
+        ema_unet = _placed_average(ema_unet, unet, device, config.ema.place)
         if options is not None:
             unet.compile(**options)
     if options is not None and objective.self_perceptual is not None:
@@ -330,7 +330,10 @@ def build_step(
         family = family_of(initial)
         for module in (objective,) if sharded else (objective, unet):
             family.keep_channels_last(module)
-    optimizer = Optimizer(unet, ema_unet, config.optimizer, update_of(config))
+    place, averaged = config.ema.place, None if config.ema.place == "none" else ema_unet
+    optimizer = Optimizer(unet, averaged, config.optimizer, update_of(config), ema_on_host=place == "host")
+    if averaged is None:
+        optimizer.lend_masters(ema_unet)
     gradients = gather_gradients(unet, optimizer, ranks)
     return TrainingStep(config, stage, gradients, objective, model, empty), ema_unet
 
@@ -355,3 +358,19 @@ def _moving_average(initial: Any) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return average.requires_grad_(False)
+
+
+def _placed_average(average: Any, unet: Any, device: torch.device, place: str) -> Any:
+    """On the device, its trained weights in the host's memory or, where masters will stand for them, nowhere."""
+    average.to(memory_format=torch.channels_last)
+    if place == "device":
+        return average.to(device)
+    trained = {name for name, p in unet.named_parameters() if p.requires_grad}
+    held = {p: p.data for name, p in average.named_parameters() if name in trained}
+    for parameter, data in held.items():
+        parameter.data = data.new_empty(0)
+    average.to(device)
+    if place == "host":
+        for parameter, data in held.items():
+            parameter.data = on_host(data, device)
+    return average

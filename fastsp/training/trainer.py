@@ -52,7 +52,7 @@ from fastsp.training.run_directory import RunDirectory
 from fastsp.training.samples import SampleDrawer
 from fastsp.training.step import COMPUTE_DTYPES, StepResult, TrainingStep, build_step
 from fastsp.training.trackers import Trackers, check_installed
-from fastsp.training.update import update_of
+from fastsp.training.update import on_device, update_of
 from fastsp.training.validation import Validation
 from fastsp.utils.devices import device_name
 from fastsp.utils.files import new_folder
@@ -417,7 +417,8 @@ class Trainer:
         whole = whole_unet(ema_unet, self.ranks)
         if whole is not None:
             at = "final" if step == stage.steps else f"step_{step:06d}"
-            picture = self.samples.draw(whole, f"{stage.name}_{at}")
+            with on_device(whole, self.device):
+                picture = self.samples.draw(whole, f"{stage.name}_{at}")
             assert trackers is not None
             trackers.show(picture, stage.name, self.config.steps_before(stage) + step)
             self._refresh_report()
@@ -429,7 +430,8 @@ class Trainer:
         """Log the validation's losses after a step, if there is a validation. All ranks take part."""
         if self.validation is None:
             return
-        figures = self.validation.losses(step, ema_unet)
+        with on_device(ema_unet, self.device):
+            figures = self.validation.losses(step, ema_unet)
         if trackers is not None:
             trackers.log(figures, stage, number)
         told = ", ".join(f"{name.removeprefix('validation_')} {value:.5g}" for name, value in figures.items())

@@ -6,7 +6,9 @@ To add one, subclass :class:`Update` in a new file and :func:`register` it under
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import Any
@@ -20,6 +22,7 @@ from fastsp.config import Config, OptimizerConfig
 from fastsp.errors import UserError, install_command
 from fastsp.options import OPTIMIZERS
 
+OFFLOADED_BYTES = 256 << 20  # of weights whose moments are on the device at once
 _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
@@ -130,21 +133,53 @@ def update_of(config: Config) -> type[Update]:
 
 
 class AdamW(Update):
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101), clipping, average and half-precision copies in one kernel."""
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101), clipping, average and half-precision copies in one kernel.
+
+    With `optimizer.offload` the moments lie in the host's memory, and pass the device some weights at a time: the
+    update is the same, bit for bit.
+    """
 
     def __init__(self, masters: dict[str, Tensor], config: OptimizerConfig) -> None:
         super().__init__(masters, config)
+        self.captures = not config.offload
         for kind in ("exp_avg", "exp_avg_sq"):
-            self.state |= {f"{kind}.{name}": torch.zeros_like(master) for name, master in masters.items()}
+            for name, master in masters.items():
+                zeros = on_host(master, master.device).zero_() if config.offload else torch.zeros_like(master)
+                self.state[f"{kind}.{name}"] = zeros
         moments = list(self.state.values())
         self.exp_avgs, self.exp_avg_sqs = present(moments[: len(masters)]), present(moments[len(masters) :])
 
     def apply(self, weights: Weights, gradients: list[Tensor], norm: Tensor) -> None:
+        if not self.config.offload:
+            self._apply(weights, gradients, norm, self.exp_avgs, self.exp_avg_sqs)
+            return
+        bounds = list(parts(weights.masters, OFFLOADED_BYTES))
+        for part in bounds:
+            last = part is bounds[-1]
+            some = replace(
+                weights,
+                masters=weights.masters[part],
+                averages=weights.averages[part],
+                copies=weights.copies[part],
+                step_count=weights.step_count if last else weights.step_count.clone(),  # counted once
+                skipped=weights.skipped if last else weights.skipped.clone(),
+            )
+            hosts = (self.exp_avgs[part], self.exp_avg_sqs[part])
+            moments = [[to_device(host, norm.device) for host in held] for held in hosts]
+            self._apply(some, gradients[part], norm, *moments)
+            for held, moved in zip(hosts, moments, strict=True):
+                for host, moment in zip(held, moved, strict=True):
+                    host.copy_(moment, non_blocking=True)
+        wait_for(norm.device)
+
+    def _apply(
+        self, weights: Weights, gradients: list[Tensor], norm: Tensor, first: list[Tensor], second: list[Tensor]
+    ) -> None:
         adamw_ema(
             weights.masters,
             gradients,
-            self.exp_avgs,
-            self.exp_avg_sqs,
+            first,
+            second,
             weights.averages,
             weights.copies,
             learning_rate=weights.learning_rate,
@@ -231,3 +266,43 @@ def local(tensor: Tensor) -> Tensor:
 def present(tensors: list[Tensor]) -> list[Tensor]:
     """This rank's shards, without the empty ones that a small tensor leaves to some ranks."""
     return [shard for tensor in tensors if (shard := local(tensor)).numel()]
+
+
+def on_host(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy in the host's memory, pinned for a GPU, in the same layout; for the meta device, there."""
+    if device.type == "meta":
+        return torch.empty_like(tensor, device=device)
+    return torch.empty_like(tensor, device="cpu", pin_memory=device.type == "cuda").copy_(tensor)
+
+
+@contextmanager
+def on_device(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within it, those of a network's weights that lie in the host's memory are on ``device``."""
+    hosts = {p: p.data for p in network.parameters() if p.device.type != device.type}
+    for parameter, host in hosts.items():
+        parameter.data = to_device(host, device)
+    yield
+    for parameter, host in hosts.items():
+        parameter.data = host
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy there, in the same layout."""
+    return torch.empty_like(tensor, device=device, pin_memory=False).copy_(tensor, non_blocking=True)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until copies to the host have arrived."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def parts(tensors: list[Tensor], size: int) -> Iterator[slice]:
+    """Slices of a list whose tensors have at most so many bytes together, or are one tensor."""
+    start = total = 0
+    for index, tensor in enumerate(tensors):
+        if total and total + tensor.nbytes > size:
+            yield slice(start, index)
+            start, total = index, 0
+        total += tensor.nbytes
+    yield slice(start, len(tensors))

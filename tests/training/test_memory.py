@@ -88,6 +88,16 @@ def test_what_is_held_adds_up():
     assert small.held["optimizer's state"] < 0.35 * found.held["optimizer's state"]
 
 
+def test_what_lies_in_the_host_s_memory_is_not_on_the_device():
+    config = load_config(QUICKSTART, ["precision=bf16", "optimizer.offload=true", "ema.place=host"])
+    found = needs(config, config.stage("mse"), skeleton_of(config))
+    assert found.on_host == {"optimizer's state": 8 * found.trained, "moving average": 4 * found.trained}
+    assert set(found.held) == {"weights", "master weights", "text encoders"}
+    config = load_config(QUICKSTART, ["precision=bf16", "ema.place=none"])
+    found = needs(config, config.stage("mse"), skeleton_of(config))
+    assert not found.on_host and set(found.held) == {"weights", "master weights", "optimizer's state", "text encoders"}
+
+
 def test_activations_grow_with_the_microbatch_and_checkpointing_saves_some():
     def activations(*overrides: str) -> int:
         config = load_config(QUICKSTART, overrides)

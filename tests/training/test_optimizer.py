@@ -17,7 +17,7 @@ from fastsp.errors import UserError
 from fastsp.training.adamw8bit import AdamW8bit
 from fastsp.training.optimizer import Optimizer, ema_decay, learning_rate, trained_share
 from fastsp.training.prodigy import Prodigy
-from fastsp.training.update import AdamW, Muon, TorchUpdate, Update, Weights, register, update_of
+from fastsp.training.update import AdamW, Muon, TorchUpdate, Update, Weights, parts, register, update_of
 
 
 def test_learning_rate():
@@ -363,3 +363,60 @@ def test_an_update_reads_nothing_back(update):
     with torch.no_grad(), HostTensors() as tensors, HostNumbers() as functions:
         rule.apply(weights, [torch.ones_like(master) for master in masters.values()], numbers[2])
     assert not tensors.operators and not functions.functions
+
+
+def steps(optimizer: Optimizer, unet, count: int) -> None:
+    """The third one is skipped."""
+    for seed in range(count):
+        gradients(unet, seed)
+        if seed == 2:
+            next(unet.parameters()).grad[0] = float("nan")
+        optimizer.accumulate()
+        optimizer.update()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_in_the_host_s_memory_change_no_bit(dtype, monkeypatch):
+    monkeypatch.setattr("fastsp.training.update.OFFLOADED_BYTES", 20_000)  # many parts
+    unet, _, expected = make(dtype)
+    steps(expected, unet, 4)
+    config = OptimizerConfig(weight_decay=0.01, grad_clip=0.5, offload=True)
+    unet = torch.nn.Module.to(tiny_unet(), dtype)
+    ours = Optimizer(unet, copy.deepcopy(tiny_unet()).requires_grad_(False), config)
+    ours.learning_rate.fill_(1e-3)
+    ours.ema_decay.fill_(0.9)
+    steps(ours, unet, 4)
+    assert int(ours.step_count) == 3 and int(ours.skipped) == 1
+    assert ours.state.keys() == expected.state.keys()
+    assert all(torch.equal(ours.state[name], tensor) for name, tensor in expected.state.items())
+    assert not ours.captures and expected.captures
+
+
+def test_a_list_in_parts():
+    tensors = [torch.zeros(n) for n in (3, 1, 9, 2, 2)]
+    assert list(parts(tensors, 16)) == [slice(0, 2), slice(2, 3), slice(3, 5)]
+    assert list(parts(tensors, 10**6)) == [slice(0, 5)] and list(parts(tensors[:1], 1)) == [slice(0, 1)]
+
+
+@pytest.mark.parametrize("update", [AdamW, AdamW8bit, Prodigy])
+def test_an_average_in_the_host_s_memory_or_none(update):
+    unet, _, expected = make(torch.bfloat16, update)
+    steps(expected, unet, 4)
+    for on_host in (True, False):
+        network = copy.deepcopy(tiny_unet()).requires_grad_(False)
+        unet = torch.nn.Module.to(tiny_unet(), torch.bfloat16)
+        config = OptimizerConfig(weight_decay=0.01, grad_clip=0.5)
+        ours = Optimizer(unet, network if on_host else None, config, update, ema_on_host=on_host)
+        if not on_host:
+            ours.lend_masters(network)
+        ours.learning_rate.fill_(1e-3)
+        ours.ema_decay.fill_(0.9)
+        steps(ours, unet, 4)
+        ema = {name for name in expected.state if name.startswith("ema.")}
+        assert expected.state.keys() - ours.state.keys() == (set() if on_host else ema)
+        for name, tensor in ours.state.items():
+            torch.testing.assert_close(tensor, expected.state[name], rtol=0, atol=1e-7 if name in ema else 0, msg=name)
+        for name, p in network.named_parameters():
+            assert torch.equal(p, ours.state[f"{'ema' if on_host else 'master'}.{name}"])
+        ours.replace_averages()
+        assert all(torch.equal(p, ours.state[f"master.{name}"]) for name, p in network.named_parameters())
