@@ -39,22 +39,29 @@ def flops_per_sample(provider: Provider, workload: Workload) -> float:
     recomputation by gradient checkpointing, and the update, which does not grow with the batch.
     """
     step = provider.build(workload.for_counting())
+    return counted_flops(lambda: step.loss().backward()) / workload.batch_size
+
+
+def counted_flops(call: Callable[[], Any]) -> int:
+    """Operations of one call on the ``meta`` device, after another one: the first may trace, which does not count."""
     attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
     with _FusedAttention():
-        step.loss().backward()  # the first call may trace, which is not to be counted
+        call()
         counter = FlopCounterMode(display=False, custom_mapping={attention_backward: _attention_backward_flops})
         with counter:
-            step.loss().backward()
-    return counter.get_total_flops() / workload.batch_size
+            call()
+    return int(counter.get_total_flops())
 
 
 class _FusedAttention(TorchFunctionMode):
     """Sends attention to its fused operator, which PyTorch would not choose for ``meta`` tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
-        return func(*args, **(kwargs or {}))
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            return torch.ops.aten._scaled_dot_product_flash_attention(given["query"], given["key"], given["value"])[0]
+        return func(*args, **kwargs)
 
 
 def _attention_backward_flops(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
