@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from tiny import batch, scheduler, tiny_unet
@@ -16,8 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastsp.diffusion.process import process_of
 from fastsp.loss import SelfPerceptualLoss
+from fastsp.perceptual.metric import ChannelScale
 
 PROCESSES, BATCH_SIZE = 2, 4
+FEATURES = (5, 9), 40  # samples of each rank in a call, and calls
 
 
 def share(data: dict[str, Any], rank: int, processes: int) -> dict[str, Any]:
@@ -66,4 +69,21 @@ def run(rank: int, folder: Path) -> None:
     with contextlib.suppress(ValueError):
         SelfPerceptualLoss(wrapped, scheduler())
         raise AssertionError("a sharded UNet was not refused")
+    dist.destroy_process_group()
+
+
+def features(call: int) -> tuple[Tensor, ...]:
+    """Of real samples in one call, a tensor for each rank: (B, tokens, channels), with means far from zero."""
+    generator = torch.Generator().manual_seed(call)
+    spread, mean = torch.tensor([1.0, 0.01, 100.0]), torch.tensor([0.0, 5.0, 3000.0])
+    return tuple(torch.randn(size, 4, 3, generator=generator) * spread + mean for size in FEATURES[0])
+
+
+def calibrate(rank: int, folder: Path) -> None:
+    """One rank of a loop whose ranks have batches of unequal sizes. Each writes its scale."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=PROCESSES)
+    scale = ChannelScale(3, torch.device("cpu"))
+    for call in range(FEATURES[1]):
+        scale(features(call)[rank])
+    save_file(scale.state_dict(), folder / f"scale{rank}.safetensors")
     dist.destroy_process_group()

@@ -68,7 +68,7 @@ class HalfBackward:
     def __init__(self, network: PerceptualNetwork) -> None:
         self.network = network
         self.compile_options: dict[str, Any] | None = None  # None: the graphs run as they are
-        self._programs: dict[tuple[Any, ...], Program] = {}
+        self._programs: dict[tuple[Any, ...], Program | str] = {}  # or why there is none
 
     def compile(self, options: dict[str, Any]) -> None:
         """Hand both graphs to ``torch.compile``, with its keywords; those built already are built again."""
@@ -96,8 +96,16 @@ class HalfBackward:
             if self.network.family.caches:
                 with torch.no_grad():
                     self.network.forward(**tree_map(lambda value: value[:1], inputs))
-            self._programs[key] = build(self.network, inputs, self.compile_options)
-        return _Function.apply(self._programs[key], list(_held(self.network).values()), *leaves)
+            self._programs[key] = self._built(inputs)
+        if isinstance(program := self._programs[key], str):
+            raise Misaligned(program)
+        return _Function.apply(program, list(_held(self.network).values()), *leaves)
+
+    def _built(self, inputs: dict[str, Any]) -> Program | str:
+        try:
+            return build(self.network, inputs, self.compile_options)
+        except Misaligned as reason:  # the next batch of this shape need not find out again
+            return str(reason)
 
 
 class _Function(torch.autograd.Function):

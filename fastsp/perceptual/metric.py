@@ -97,8 +97,8 @@ class ChannelScale(nn.Module):
     """The standard deviation of each channel of real features, from the first 64 samples seen, then frozen.
 
     It is in the ``state_dict``, and stays float32. In many processes it is that of all ranks' samples: each rank has to
-    take part in the first calls, as in a training loop. Nothing waits for a GPU. A channel's variance counts as at
-    least 1e-4 of the layer's mean one: what hardly varies is no measure.
+    take part in the first 64 / ranks calls, as in a training loop. Nothing waits for a GPU. A channel's variance counts
+    as at least 1e-4 of the layer's mean one: what hardly varies is no measure.
     """
 
     samples: Tensor
@@ -107,7 +107,7 @@ class ChannelScale(nn.Module):
 
     def __init__(self, channels: int, device: torch.device) -> None:
         super().__init__()
-        self.seen = 0  # in this process, known without asking the device
+        self.seen = 0  # at least so many by this process, known without asking the device
         self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("mean", torch.zeros(channels, device=device))
         self.register_buffer("variance", torch.zeros(channels, device=device))
@@ -122,13 +122,16 @@ class ChannelScale(nn.Module):
     def _calibrate(self, real: Tensor) -> None:
         """Add a batch's moments (Chan et al. 1979), where the samples so far are too few."""
         variance, mean = torch.var_mean(real.flatten(0, -2), dim=0, correction=0)
-        batch = len(real)
+        batch: Any = len(real)
+        self.seen += batch
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            moments = torch.stack([mean, variance + mean.square()]).double()
-            dist.all_reduce(moments)  # every rank's batch is of one size
-            batch *= dist.get_world_size()
-            moments /= dist.get_world_size()
-            mean, variance = moments[0].float(), (moments[1] - moments[0].square()).float()
+            # Ranks may hold batches of unequal sizes, and have to stop after the same call.
+            self.seen += dist.get_world_size() - batch
+            mean, variance = mean.double(), variance.double()
+            moments = batch * torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
+            dist.all_reduce(moments)
+            batch, (mean, square) = moments[0, 0].long(), moments[1:] / moments[0]
+            mean, variance = mean.float(), (square - mean.square()).float()
         share = batch / (self.samples + batch)
         shift = mean - self.mean
         mean_of_all = self.mean + share * shift
@@ -137,7 +140,6 @@ class ChannelScale(nn.Module):
         self.mean.copy_(torch.where(learning, mean_of_all, self.mean))
         self.variance.copy_(torch.where(learning, variance_of_all, self.variance))
         self.samples += batch * learning
-        self.seen += batch
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -173,6 +175,7 @@ class FrozenFeatures(PerceptualMetric):
         self.calls = one_of("teacher", calls, Teacher)
         self.network = PerceptualNetwork(unet, layers=layers, dtype=dtype, share_frozen=share_frozen)
         self._half_backward = HalfBackward(self.network)
+        self._told_of_one = False
         self.scales: Any = nn.ModuleList()
         if normalize == "channel":
             channels = [shape[0] if len(shape) == 3 else shape[-1] for shape in self.network.feature_shapes]
@@ -213,8 +216,14 @@ class FrozenFeatures(PerceptualMetric):
             halves = [feature.chunk(2) for feature in self._half_backward(inputs, conditioning)]
         except Misaligned as reason:
             features = self._split(inputs, conditioning)  # if the arguments are wrong, this raises, and nothing changes
-            _log.warning("teacher='batched' is not possible here, 'split' is used: %s", reason)
-            self.calls = "split"
+            if len(inputs) > 2 or self.network.family.trace_fault() is not None:
+                _log.warning("teacher='batched' is not possible here, 'split' is used: %s", reason)
+                self.calls = "split"
+            elif not self._told_of_one:  # some networks multiply one sample by other operators than two
+                _log.info(
+                    "a batch of one cannot be 'batched' here, 'split' is used for it, at the same cost: %s", reason
+                )
+                self._told_of_one = True
             return features
         return tuple(pred for pred, _ in halves), tuple(real.detach() for _, real in halves)
 
