@@ -9,6 +9,7 @@ The names of the arguments are those of diffusers' training scripts. Equation nu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from fastsp.options import Anchor, Displacement, Reduction, TimestepSampling, on
 from fastsp.perceptual.critic import Critic, Heads, Verdict
 from fastsp.perceptual.metric import build_metric
 from fastsp.perceptual.network import AlwaysEval, unwrap
+from fastsp.perceptual.pretrained import find_network, load_network, load_scheduler
 
+_log = logging.getLogger(__name__)
 SMALLEST_DISPLACEMENT = 0.1  # |c_f| below it counts as this much: the features' own rounding is what is left there
 
 
@@ -37,6 +40,7 @@ class _Loss(nn.Module):
         super().__init__()
         self.process = process_of(scheduler, prediction_type)
         self.reduction = one_of("reduction", reduction, Reduction)
+        self._seen_times = False
 
     def _check_shapes(self, model_pred: Tensor, latents: Tensor, noise: Tensor) -> None:
         if not model_pred.shape == latents.shape == noise.shape:
@@ -54,6 +58,10 @@ class _Loss(nn.Module):
         if t.shape != model_pred.shape[:1]:
             raise ValueError(f"{name} must have shape ({model_pred.shape[0]},), got {tuple(t.shape)}")
         self.process.to(model_pred.device)
+        if not self._seen_times and not torch.compiler.is_compiling():
+            self._seen_times = True  # the first call alone waits for a GPU
+            if t.is_floating_point() and bool((t < 1).all()):
+                _log.warning("%s are all below 1: give sigma x 1000, as before any division for the network", name)
         return self.process.from_model_time(name, t).to(model_pred.device)
 
     def _weights(self, weights: Tensor | None, latents: Tensor) -> Tensor | None:
@@ -200,27 +208,35 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str, scheduler: Any = None, **kwargs: Any) -> SelfPerceptualLoss:
-        """The criterion of an MSE model on disk or on the hub, safetensors only. Needs fastsp's extra ``train``.
+        """The criterion of an MSE model on disk or on the hub, safetensors only, read in ``dtype`` or float32.
 
         Args:
-            folder_or_hub_id: a diffusers pipeline, of which ``unet/`` and ``scheduler/`` are read; a ``.safetensors``
-                file of a whole model; or one of ``stages/`` of a run of ``fastsp train``, finished or not, with the
-                scheduler of the run.
+            folder_or_hub_id: a diffusers pipeline, of which ``transformer/`` or ``unet/``, and ``scheduler/`` are read.
+                With fastsp's extra ``train`` also a ``.safetensors`` file of a whole Stable Diffusion model; or one of
+                ``stages/`` of a run of ``fastsp train``, finished or not, with the scheduler of the run.
             scheduler: instead of the model's own.
             **kwargs: the constructor's other keywords.
 
         Raises:
-            ValueError: one of the two is not there, or cannot be loaded; the extra is not installed.
+            ValueError: one of the two is not there, or cannot be loaded; the extra is needed and not installed.
         """
+        name, folder = str(folder_or_hub_id), Path(folder_or_hub_id).expanduser()
+        part = find_network(name, ("transformer",))
         try:
-            from fastsp.models import load_unet, load_unet_and_scheduler  # takes seconds
+            if part is None:
+                from fastsp.models import load_unet, load_unet_and_scheduler  # takes seconds
         except ModuleNotFoundError as error:
-            command = install_command("train")
-            raise UserError(f"SelfPerceptualLoss.from_pretrained needs {error.name}: {command}") from None
-        folder = Path(folder_or_hub_id).expanduser()
+            if (part := find_network(name)) is None:
+                command = install_command("train")
+                raise UserError(
+                    f"SelfPerceptualLoss.from_pretrained needs {error.name} for {name}: {command}"
+                ) from None
+        if part is not None:
+            own = load_scheduler(name) if scheduler is None else scheduler
+            return cls(load_network(name, part, kwargs.get("dtype")), own, **kwargs)
         if scheduler is not None and folder.is_dir():
             return cls(load_unet(folder), scheduler, **kwargs)
-        unet, own = load_unet_and_scheduler(str(folder_or_hub_id))
+        unet, own = load_unet_and_scheduler(name)
         return cls(unet, own if scheduler is None else scheduler, **kwargs)
 
     @property
@@ -230,7 +246,11 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
 
     @property
     def teacher(self) -> str:
-        """How it is called: as asked for, or ``split`` where it turned out that it cannot be traced."""
+        """How it is called: as asked for, or ``split`` where it turned out that it cannot be traced.
+
+        SD3, Flux 2 and Sana are called twice for a batch of one, where PyTorch multiplies by other operators, whatever
+        this says. The cost is the same.
+        """
         return str(self.metric.calls)
 
     def compile_teacher(self, **options: Any) -> None:

@@ -6,6 +6,7 @@ import copy
 import sys
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from fastsp_kernels import reproject
@@ -565,9 +566,17 @@ def test_wrong_arguments_are_refused():
         DenoisingLoss(ones, prediction_type="sample")
 
 
-def test_from_pretrained_in_the_light_install_names_the_command(monkeypatch):
+@pytest.fixture
+def light(monkeypatch):
+    """As where transformers is not installed, and no hub is reachable."""
     for name in [name for name in sys.modules if name.split(".")[:2] == ["fastsp", "models"]]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"from_pretrained needs transformers: pip install .*\[train\]"):
-        SelfPerceptualLoss.from_pretrained("stabilityai/stable-diffusion-2-1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_from_pretrained_in_the_light_install_names_the_command_where_it_cannot_do_without(light, tmp_path):
+    tiny_unet().save_pretrained(tmp_path)  # a stage of a run, whose scheduler is to be found
+    for name in ("stabilityai/stable-diffusion-2-1", str(tmp_path)):
+        with pytest.raises(ValueError, match=r"from_pretrained needs transformers for .*: pip install .*\[train\]"):
+            SelfPerceptualLoss.from_pretrained(name)

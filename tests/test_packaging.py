@@ -8,7 +8,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import diffusers
 import pytest
+from tiny import scheduler, tiny_unet
+from tiny_transformers import tiny_transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,6 +43,26 @@ ours = {{name for name in set(sys.modules) - theirs}}
 print([name for name in ours if name.startswith({blocked!r})])
 """
     assert run(code) == "[]"
+
+
+def test_from_pretrained_needs_diffusers_alone(tmp_path):
+    """Pipelines with a UNet and with a transformer, where the extra's packages are not there."""
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    for name, part, network, own in (
+        ("unet", "unet", tiny_unet(), scheduler("epsilon")),
+        ("sd3", "transformer", tiny_transformer("SD3Transformer2DModel"), flow),
+    ):
+        network.save_pretrained(tmp_path / name / part)
+        own.save_pretrained(tmp_path / name / "scheduler")
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys(("transformers", "peft", "accelerate", "pydantic"))
+from fastsp.loss import SelfPerceptualLoss
+for name in ("unet", "sd3"):
+    criterion = SelfPerceptualLoss.from_pretrained({str(tmp_path)!r} + "/" + name)
+    print(criterion.perceptual_network.unet.__class__.__name__, criterion.process.__class__.__name__)
+"""
+    assert run(code) == "UNet2DConditionModel VariancePreserving\nSD3Transformer2DModel RectifiedFlow"
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -20,8 +21,8 @@ from tiny_transformers import (
 from torch import Tensor, nn
 
 from fastsp.families import family_named, family_of
-from fastsp.loss import SelfPerceptualLoss
-from fastsp.perceptual import PerceptualNetwork
+from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
+from fastsp.perceptual import PerceptualNetwork, half_backward
 
 CLASSES = pytest.mark.parametrize("name", list(CONFIGS))
 TIMES = ("latents", "noise", "timesteps", "perceptual_timesteps")
@@ -131,10 +132,16 @@ def oracle(network: Any, name: str, data: dict[str, Any], pred: Tensor, normaliz
     return losses.detach(), torch.autograd.grad(losses.sum(), pred)[0]
 
 
-def _row(value: Any, i: int) -> Any:
+def _row_of(value: Any, i: int) -> Any:
     if isinstance(value, dict):
-        return {key: _row(entry, i) for key, entry in value.items()}
-    value = value[i : i + 1]
+        return {key: _row_of(entry, i) for key, entry in value.items()}
+    return value[i : i + 1]
+
+
+def _row(value: Any, i: int) -> Any:
+    value = _row_of(value, i)
+    if isinstance(value, dict):
+        return {key: entry.double() for key, entry in value.items()}
     if isinstance(value, list):
         return [entry.double() if isinstance(entry, Tensor) else entry for entry in value]
     return value.double() if value.is_floating_point() else value
@@ -157,6 +164,20 @@ def test_loss_and_gradient_agree_with_a_plain_loop_in_float64(name, options):
         for value, exact in zip(ours, expected, strict=True):
             error = (value.double() - exact).flatten(1 if value.ndim > 1 else 0)
             assert float(error.norm() / exact.norm()) < 2e-4
+
+
+@CLASSES
+def test_a_batch_of_one_is_as_in_a_larger_batch_and_changes_nothing_for_later_ones(name, monkeypatch):
+    network, data = tiny_transformer(name), batch_of(name)
+    pred = torch.randn(data["latents"].shape, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    criterion = SelfPerceptualLoss(network, scheduler_of(name), reduction="none", normalize="none")
+    whole = torch.autograd.grad(criterion(pred, **data).sum(), pred)[0]
+    one = {key: _row_of(value, 0) for key, value in data.items()}
+    for _ in range(2):
+        loss = criterion(pred[:1], **one)
+        assert torch.allclose(torch.autograd.grad(loss.sum(), pred)[0][0], whole[0], rtol=1e-3, atol=1e-5)
+        monkeypatch.setattr(half_backward, "build", None)  # a shape is tried once
+    assert criterion.teacher == ("split" if name in SPLIT else "batched")
 
 
 @CLASSES
@@ -194,6 +215,39 @@ def test_ids_of_the_caller_are_used():
         for extra in ({}, {"img_ids": ids, "txt_ids": torch.zeros(5, 3)}, {"img_ids": 3 * ids[None].expand(3, -1, -1)})
     )
     assert torch.equal(plain, same) and not torch.allclose(plain, moved)
+
+
+def test_times_that_a_script_divided_for_its_network_are_noticed_once(caplog):
+    """As in Lumina 2's script, which overwrites its timesteps with sigma."""
+    data, criterion = batch_of("Lumina2Transformer2DModel"), DenoisingLoss(scheduler_of("Lumina2Transformer2DModel"))
+    pred = torch.randn_like(data["latents"])
+    with caplog.at_level(logging.WARNING, "fastsp"):
+        criterion(pred, **data)
+        assert not caplog.records
+        divided = data | {"timesteps": data["timesteps"] / 1000}
+        criterion = DenoisingLoss(scheduler_of("Lumina2Transformer2DModel"))
+        criterion(pred, **divided)
+        criterion(pred, **divided)
+    assert [record.getMessage() for record in caplog.records] == [
+        "timesteps are all below 1: give sigma x 1000, as before any division for the network"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["batched", "split"])
+def test_a_compiled_teacher_gives_the_same_numbers(teacher):
+    name = "SD3Transformer2DModel"
+    data = batch_of(name)
+    pred = torch.randn(data["latents"].shape, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    criterion = SelfPerceptualLoss(tiny_transformer(name), scheduler_of(name), teacher=teacher, normalize="none")
+    expected = criterion(pred, **data)
+    expected_gradient = torch.autograd.grad(expected, pred)[0]
+    criterion.compile_teacher()
+    loss = criterion(pred, **data)
+    gradient = torch.autograd.grad(loss, pred)[0]
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+    assert criterion.teacher == teacher
 
 
 def test_what_is_missing_unknown_or_out_of_reach_is_said_in_one_line():
