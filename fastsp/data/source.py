@@ -213,6 +213,8 @@ class Source:
         gets the slice `batch_size * r // W` up to `batch_size * (r + 1) // W`. `last_position` is exclusive, and the
         last step may be smaller; None: endless, epoch after epoch.
 
+        With buckets a batch may have parts of several shapes, which `Batch.microbatches` gives one by one.
+
         Raises:
             UserError: fewer samples in a batch than ranks; from the iterator, too many bad samples.
         """
