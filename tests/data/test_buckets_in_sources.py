@@ -31,7 +31,7 @@ def rotated(pixels: np.ndarray, kind: str, orientation: int) -> bytes:
     return encode(pixels, kind, exif=exif)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_sizes_by_the_header_are_those_of_the_decoded_image(kind, orientation):
     pixels = photo(3, 40, 60)

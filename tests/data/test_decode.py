@@ -15,7 +15,7 @@ from data.helpers import encode, photo
 from PIL import Image, ImageOps
 
 from fastsp.data.images.decode import ImageDecoder, JpegsOnGpu, default_threads
-from fastsp.data.images.files import open_image
+from fastsp.data.images.files import ORIENTATION, open_image, upright_size
 from fastsp.data.images.jpeg import is_whole
 from fastsp.data.samples import BadSample
 
@@ -241,6 +241,7 @@ def test_half_transparent_grey():
 
 
 JPEG, PNG, WEBP = encode(RGB, "JPEG", quality=95), encode(RGB, "PNG"), encode(RGB, "WEBP")
+AVIF = encode(RGB, "AVIF")
 
 
 def with_bytes_changed(file, at, count=1):
@@ -273,7 +274,9 @@ def jpeg_that_says(height, width):
         (save(Image.new("L", (1, 10_001)), "PNG"), "a line: 1 x 10001 pixels"),
         (jpeg_that_says(65_000, 65_000), "too large: 65000 x 65000"),
         (png((100, 100, 8, 2, 0, 0, 0), bytes(1000)), "truncated"),
-        (save(Image.fromarray(RGB), "AVIF"), "not an image of a known kind"),
+        (AVIF[: len(AVIF) // 2], "the AVIF file is truncated or damaged"),
+        (AVIF[:200], "the AVIF file is truncated or damaged"),
+        (AVIF.replace(b"ftypavif", b"ftypheic"), "not an image of a known kind"),
         (save(Image.fromarray(RGB), "JPEG2000"), "not an image of a known kind"),
         (save(Image.fromarray(RGB), "PPM"), "not an image of a known kind"),
         (save(Image.fromarray(RGB[..., 0].astype(np.float32)), "TIFF"), "floating-point"),
@@ -284,6 +287,23 @@ def test_rejected_with_a_reason_of_one_line(file, reason, capfd):
     assert isinstance(image, BadSample)
     assert re.search(reason, str(image)) and "\n" not in str(image)
     assert not capfd.readouterr().err
+
+
+def test_avif():
+    """As Pillow reads it, transparency over white, upright, at once by its header; damage is found or refused."""
+    assert difference(decode(AVIF), np.asarray(Image.open(io.BytesIO(AVIF)))) == 0
+    clear = Image.new("RGBA", (20, 30), (10, 20, 30, 0))
+    assert (np.asarray(decode(save(clear, "AVIF", quality=100))) >= 254).all()
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    turned = save(Image.fromarray(RGB), "AVIF", quality=100, exif=exif)
+    assert np.abs(np.asarray(decode(turned)).astype(int) - np.rot90(RGB, -1)).mean() < 5  # chroma is subsampled
+    assert upright_size(turned) == (RGB.shape[1], RGB.shape[0]) and upright_size(AVIF) == RGB.shape[:2]
+
+
+def test_a_pillow_without_avif(monkeypatch):
+    monkeypatch.setattr("fastsp.data.images.files.features.check", lambda name: False)
+    assert "this Pillow cannot read" in str(decode(AVIF))
 
 
 def test_bad_files_do_not_touch_their_neighbours():

@@ -81,7 +81,7 @@ def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="no images"):
         FolderReader(write(tmp_path, {"a.txt": "a"}))
     with pytest.raises(UserError, match=r"no images \(jpg, .*\); 0\.HEIC \(and 1 more\) is of a kind that is not read"):
-        FolderReader(write(tmp_path, {"0.HEIC": b"", "sub/1.avif": b""}))
+        FolderReader(write(tmp_path, {"0.HEIC": b"", "sub/1.jxl": b""}))
 
 
 @pytest.mark.parametrize(
@@ -212,8 +212,8 @@ def test_why_there_is_no_caption(tmp_path, record, reason):
 
 
 def test_what_may_surprise_is_noted(tmp_path):
-    reader = FolderReader(write(tmp_path, {"v1/0.jpg": b"", "v1/0.txt": "zero", "v1/sub/readme": b"", "1.avif": b""}))
-    assert reader.notes == [(str(tmp_path), "1.avif is of a kind that is not read")]
+    reader = FolderReader(write(tmp_path, {"v1/0.jpg": b"", "v1/0.txt": "zero", "v1/sub/readme": b"", "1.jxl": b""}))
+    assert reader.notes == [(str(tmp_path), "1.jxl is of a kind that is not read")]
 
 
 def test_half_of_a_surrogate_pair_is_no_caption(tmp_path):

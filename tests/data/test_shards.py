@@ -81,11 +81,11 @@ def test_a_tar_that_grew_while_it_was_indexed_is_indexed_again(shards, monkeypat
 
 
 def test_pictures_of_kinds_that_are_not_read_are_noted(tmp_path):
-    members = [("0.jfif", b"jpg"), ("0.txt", b"zero"), ("1.avif", b""), ("1.txt", b"one"), ("2.HEIC", b"")]
+    members = [("0.jfif", b"jpg"), ("0.txt", b"zero"), ("1.jxl", b""), ("1.txt", b"one"), ("2.HEIC", b"")]
     reader = ShardReader(write_tar(tmp_path / "0.tar", members))
     assert [reader.read(index).caption for index in range(len(reader))] == ["zero"]
     text = "1.txt captions no picture"
-    assert reader.notes == [(str(tmp_path / "0.tar"), f"1.avif (and 1 more) is of a kind that is not read; {text}")]
+    assert reader.notes == [(str(tmp_path / "0.tar"), f"1.jxl (and 1 more) is of a kind that is not read; {text}")]
 
 
 def test_a_missing_shard_is_named(shards):

@@ -1,4 +1,4 @@
-"""Image files: their headers, and decoding by Pillow of what is not a JPEG: PNG, WebP, GIF, BMP and TIFF.
+"""Image files: their headers, and decoding by Pillow of what is not a JPEG: PNG, WebP, AVIF, GIF, BMP and TIFF.
 
 No parser sees a file whose first bytes are not of one of these kinds. Pillow itself would open many more: its EPS
 reader runs Ghostscript.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import AvifImagePlugin, Image, PngImagePlugin, features
 from PIL.JpegImagePlugin import JpegImageFile
 
 from fastsp.data.samples import BadSample
@@ -38,6 +38,8 @@ KINDS = {
     "BMP": (b"BM",),
     "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
 }
+LATER = {"WEBP": (8, (b"WEBP",)), "AVIF": (4, (b"ftypavif", b"ftypavis"))}  # by some that follow them, from a place on
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the decoder has threads of its own
 
 
 @dataclass(frozen=True)
@@ -54,22 +56,30 @@ class ImageFile:
         return isinstance(self.image, JpegImageFile)
 
 
+def kind_of(head: bytes) -> str | None:
+    """The kind of an image file, Pillow's name of it, by its first bytes; None: it is of none that is read."""
+    kinds = (kind for kind, starts in KINDS.items() if head.startswith(starts))
+    later = (kind for kind, (place, marks) in LATER.items() if head.startswith(marks, place))
+    return next(kinds, None) or next(later, None)
+
+
 def open_image(file: bytes) -> ImageFile:
     """Read the header. BadSample: it is of no known kind, cut off or damaged, or the image is too large."""
     if not file:
         raise BadSample("the image file is empty")
-    kind = next((kind for kind, magic in KINDS.items() if file.startswith(magic)), None)
-    if kind is None and not file.startswith(b"WEBP", 8):
+    if (kind := kind_of(file)) is None:
         raise BadSample("not an image of a known kind")
+    if kind == "AVIF" and not features.check("avif"):
+        raise BadSample("an AVIF file, which this Pillow cannot read: install pillow 11.3 or newer")
     try:
         if kind == "PNG":  # its checksums and its end, which Pillow does not look at while it decodes
             Image.open(io.BytesIO(file), formats=[kind]).verify()
         if kind == "JPEG":  # by its class: Pillow's `open` takes some for several images
             image: Image.Image = JpegImageFile(io.BytesIO(file))
         else:
-            image = Image.open(io.BytesIO(file), formats=[kind or "WEBP"])
+            image = Image.open(io.BytesIO(file), formats=[kind])
     except Exception as error:  # Pillow raises anything from OSError to struct.error at damaged files
-        raise _damaged(kind or "WEBP", error) from None
+        raise _damaged(kind, error) from None
     width, height = image.size
     if height * width > MAX_PIXELS:
         raise BadSample(f"the image is too large: {width} x {height} pixels")
@@ -85,8 +95,7 @@ def upright_size(head: bytes) -> tuple[int, int] | None:
     if head.startswith(b"WEBP", 8) and (size := _webp_size(head)) is not None:
         return size
     with suppress(Exception):  # see below
-        kind = next((kind for kind, magic in KINDS.items() if head.startswith(magic)), "WEBP")
-        if kind == "WEBP" and not head.startswith(b"WEBP", 8):
+        if (kind := kind_of(head)) is None:
             return None
         opened = JpegImageFile if kind == "JPEG" else partial(Image.open, formats=[kind])
         with closing(opened(io.BytesIO(head))) as image:

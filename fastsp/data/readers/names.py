@@ -5,8 +5,8 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jfif", "jpe")
-UNREAD_SUFFIXES = ("avif", "heic", "heif", "jxl", "jp2", "svg", "psd", "tga", "exr", "dng", "cr2", "nef", "arw")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jfif", "jpe", "avif")
+UNREAD_SUFFIXES = ("heic", "heif", "jxl", "jp2", "svg", "psd", "tga", "exr", "dng", "cr2", "nef", "arw")
 UNREAD, UNUSED = "is of a kind that is not read", "captions no picture"
 CAPTION_SUFFIXES = ("txt", "json", "caption")  # in order of preference; what is empty counts as missing
 
