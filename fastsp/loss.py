@@ -58,7 +58,7 @@ class _Loss(nn.Module):
         if t.shape != model_pred.shape[:1]:
             raise ValueError(f"{name} must have shape ({model_pred.shape[0]},), got {tuple(t.shape)}")
         self.process.to(model_pred.device)
-        if not self._seen_times and not torch.compiler.is_compiling():
+        if not (self._seen_times or t.is_meta or torch.compiler.is_compiling()):
             self._seen_times = True  # the first call alone waits for a GPU
             if t.is_floating_point() and bool((t < 1).all()):
                 _log.warning("%s are all below 1: give sigma x 1000, as before any division for the network", name)
