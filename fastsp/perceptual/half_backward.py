@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fastsp.perceptual.network import PerceptualNetwork
@@ -142,11 +143,13 @@ def build(network: PerceptualNetwork, inputs: dict[str, Any], options: dict[str,
         options: of ``torch.compile``; None: the graphs run as they are.
 
     Raises:
-        Misaligned: an odd batch, or traces that save different tensors.
+        Misaligned: an odd batch, quantized weights, or traces that save different tensors.
     """
     whole = len(inputs["sample"])
     if whole % 2:
         raise Misaligned(f"a batch of {whole} has no halves")
+    if quantized := {type(value).__name__ for value in _held(network).values() if is_traceable_wrapper_subclass(value)}:
+        raise Misaligned(f"its weights are {', '.join(sorted(quantized))}s, of which the graphs would take the parts")
     partition = default_partition if options is None else min_cut_rematerialization_partition
     try:
         both, half = (trace(network, inputs, size, partition) for size in (whole, whole // 2))

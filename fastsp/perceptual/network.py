@@ -68,7 +68,10 @@ class PerceptualNetwork(AlwaysEval):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that ``forward`` expects its sample in."""
-        return self.family.input_weight(self.unet).dtype
+        weight: Tensor = self.family.input_weight(self.unet)
+        if weight.is_floating_point():
+            return weight.dtype
+        return next(p.dtype for p in self.unet.parameters() if p.is_floating_point())  # the others are quantized
 
     @property
     def device(self) -> torch.device:

@@ -205,6 +205,40 @@ def test_weights_of_places_add_up(name):
     assert all((half < whole).all() for half in halves)
 
 
+class Int8Linear(nn.Linear):
+    """Holds its weight as bitsandbytes' layers do: in integers."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+@pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
+def test_a_frozen_base_in_8_bit(library):
+    """Of LoRA: the loss is nearly that of the whole base, whose dtype the latents are given in."""
+    name = "FluxTransformer2DModel"
+    data, network = batch_of(name), tiny_transformer(name).requires_grad_(False).to(torch.bfloat16)
+    pred = torch.randn(data["latents"].shape, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    exact = SelfPerceptualLoss(network, scheduler_of(name))(pred, **data)
+    if library == "torchao":
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(network, quantization.Int8WeightOnlyConfig())
+    else:
+        network.x_embedder = Int8Linear(network.x_embedder)
+    criterion = SelfPerceptualLoss(network, scheduler_of(name), share_frozen=True)
+    assert criterion.metric.dtype == torch.bfloat16
+    for _ in range(2):
+        loss = criterion(pred, **data)
+        assert torch.autograd.grad(loss, pred)[0].isfinite().all()
+    torch.testing.assert_close(loss, exact, rtol=0.03, atol=0)
+    assert criterion.teacher == ("split" if library == "torchao" else "batched")
+
+
 def test_ids_of_the_caller_are_used():
     network, data = tiny_transformer("FluxTransformer2DModel"), batch_of("FluxTransformer2DModel")
     rows = torch.arange(4.0)
