@@ -16,7 +16,9 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny import tiny_stable_diffusion
+from torch._dynamo.testing import CompileCounter
 from training.processes import Run, logged_steps, metrics, start
+from training.test_capture import make, mixed
 from training.test_distributed import job, launch
 from training.test_validation import Half
 
@@ -26,9 +28,10 @@ from fastsp.config import load_config
 from fastsp.data.source import open_source
 from fastsp.errors import UserError
 from fastsp.models import load_model
-from fastsp.models.attention import AttnProcessorByLength, Choice
+from fastsp.models.attention import AttnProcessorByLength, Choice, use_attention
 from fastsp.training import step as step_module
 from fastsp.training import trainer as trainer_module
+from fastsp.training.compilation import compiler_settings
 from fastsp.training.step import build_step
 from fastsp.training.trainer import train
 from fastsp.training.validation import Validation
@@ -200,6 +203,23 @@ def test_each_shape_has_the_attention_kernel_that_is_best_for_it(tmp_path, monke
     assert set(kernel.values()) == {"sdpa", "math"}
     assert len(list((tmp_path / "run").glob("attention-*.json"))) == len(asked)
     assert AttnProcessorByLength(kernel).processors.keys() == kernel.keys()
+
+
+def test_every_shape_is_compiled_once():
+    """Online network and both graphs of the teacher; with a kernel for each length, and coming back to a shape."""
+    counter = CompileCounter()
+    expected, step = (make("cpu", "self_perceptual", "batched", microbatch=2) for _ in range(2))
+    use_attention(step.unet, {64: "math", 144: "sdpa"})
+    step.unet.compile(backend=counter, dynamic=False)
+    step.objective.self_perceptual.compile_teacher(backend=counter)
+    counts = []
+    with compiler_settings(shapes=2):
+        for number, sides in enumerate([(8, 8), (8, 12), (12, 8), (12, 12), (8, 12)], start=1):
+            ours, plain = step(mixed(number, "cpu", sides), number), expected(mixed(number, "cpu", sides), number)
+            torch.testing.assert_close(ours.loss, plain.loss, rtol=1e-4, atol=0)
+            counts.append(counter.frame_count)
+    torch._dynamo.reset()
+    assert counts == [3, 6, 6, 6, 6]
 
 
 @pytest.mark.slow
