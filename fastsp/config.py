@@ -22,7 +22,7 @@ from fastsp.config_text import apply_override, dump_yaml, parse_yaml
 from fastsp.data.config import DataConfig as DataConfig
 from fastsp.errors import UserError
 from fastsp.objectives import SelfPerceptualStage, Stage, StageConfig
-from fastsp.options import OPTIMIZERS, Keep
+from fastsp.options import OPTIMIZERS, FlowTimes, Keep
 from fastsp.utils.files import read_text
 from fastsp.utils.section import AboveZero, Decay, Fraction, NonNegative, PathText, Positive, Section, is_reading
 
@@ -54,13 +54,34 @@ class UNetConfig(Section):
     layers_per_block: Positive = 1
 
 
+class DiTConfig(Section):
+    """The size of a preset's transformer."""
+
+    width: Width = 64  # of a token
+    depth: Positive = 4  # blocks
+    patch_size: Positive = 2  # side of a token's patch, pixels
+
+
+class FlowConfig(Section):
+    """How training spreads the times of a flow; see :meth:`fastsp.diffusion.process.RectifiedFlow.training`."""
+
+    times: FlowTimes = "logit_normal"
+    logit_mean: float = 0.0  # of logit_normal; positive: more noise
+    logit_std: AboveZero = 1.0
+    mode_scale: float = 1.29  # of mode
+    shift: AboveZero | None = None  # None: as the pipeline samples images of data.resolution
+
+
 class ModelConfig(Section):
     """Where the model comes from: exactly one of the first two."""
 
     preset: Literal["digits", "photographs"] | None = None
     pretrained: PathText | None = None  # a diffusers folder, a hub id, or a file in Stable Diffusion's layout
     config: PathText | None = None  # of such a file: a folder or hub id with its tokenizer; None: diffusers' choice
+    network: Literal["unet", "dit"] | None = None  # of a preset; None: unet
     unet: UNetConfig | None = None  # of a preset; None: its own size
+    dit: DiTConfig | None = None  # the same with network: dit
+    flow: FlowConfig | None = None  # of models that are trained on a flow; None: its defaults
     lora: LoRAConfig | None = None  # None: all weights of the UNet are trained
     prediction: Keep | None = None  # None: keep with lora, else v_zero_snr; `config.yaml` has the outcome
     token_chunks: Positive | None = None  # of 75 tokens, that a caption may have; None: the model's own, else one
@@ -72,8 +93,13 @@ class ModelConfig(Section):
             self.prediction = "keep" if self.lora is not None and not is_reading(info) else "v_zero_snr"
         if (self.preset is None) == (self.pretrained is None):
             raise ValueError("give either preset or pretrained")
-        if self.unet is not None and self.preset is None:
-            raise ValueError("unet goes with preset")
+        for key in ("network", "unet", "dit"):
+            if getattr(self, key) is not None and self.preset is None:
+                raise ValueError(f"{key} goes with preset")
+        if self.preset is not None and getattr(self, "unet" if self.network == "dit" else "dit") is not None:
+            raise ValueError(f"{'unet goes' if self.network == 'dit' else 'dit goes'} with another network")
+        if self.flow is not None and self.preset is not None and self.network != "dit":
+            raise ValueError("flow goes with network: dit")
         if self.preset is not None and (self.token_chunks or self.clip_skip):
             raise ValueError("token_chunks and clip_skip go with pretrained")
         if self.config is not None and self.pretrained is None:
@@ -153,7 +179,7 @@ class SamplesConfig(Section):
     negative_prompt: str = ""  # what guidance leads away from
     resolution: Positive | None = None  # side in pixels; None: data.resolution
     count: Positive = 20  # images in a grid
-    steps: Positive = 25  # DDIM steps
+    steps: Positive = 25  # of DDIM, or on a flow Euler's
     seed: int = 0
 
 
@@ -180,7 +206,7 @@ class EvaluationConfig(Section):
     enabled: Auto = "auto"  # auto: for the digits, and if heldout or captions is set; `config.yaml` has the outcome
     num_samples: Positive = 500  # of one row
     seeds: Annotated[list[NonNegative], Field(min_length=1)] = [0, 1, 2]  # of the initial noise
-    steps: Annotated[list[Positive], Field(min_length=1)] = [25, 50]  # DDIM steps of the rows without guidance
+    steps: Annotated[list[Positive], Field(min_length=1)] = [25, 50]  # of the sampler, in rows without guidance
     guidance: list[GuidanceConfig] = []
     unconditional: bool = True  # every stage with the empty prompt too, at the first step count
     batch_size: Positive | None = None  # samples made at once; None: 256, or 16 where a VAE decodes them
@@ -215,6 +241,14 @@ class Config(Section):
     validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     final: str | None = None  # the stage whose EMA weights become final/; None: the last one
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_earlier_version(cls, tree: Any, info: ValidationInfo) -> Any:
+        """Runs from before there were transformers spelled out what a UNet has by default."""
+        if is_reading(info) and isinstance(tree, dict) and "flow" not in (tree.get("model") or {}):
+            tree = {**tree, "stages": [_without_defaults(stage) for stage in tree.get("stages") or []]}
+        return tree
 
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> Self:
@@ -409,6 +443,13 @@ def _tree(file: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{file} is empty or no mapping: a configuration has keys such as run_dir, model, data, stages")
     return tree
+
+
+def _without_defaults(stage: Any) -> Any:
+    if not isinstance(stage, dict):
+        return stage
+    ours = {"normalize": ("none", False), "displacement": ("none",)}
+    return {key: value for key, value in stage.items() if value not in ours.get(key, ())}
 
 
 def _earlier(names: list[str]) -> str:

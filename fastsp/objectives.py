@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from fastsp.options import Anchor, Displacement, Distance, Layers, Teacher, TimestepSampling
+from fastsp.options import Anchor, Displacement, Distance, Layers, Normalize, Teacher, TimestepSampling
 from fastsp.utils.section import AboveZero, Name, NonNegative, PathText, Positive, Section, is_reading
 
 OBJECTIVES: dict[str, type[StageConfig]] = {}
@@ -39,7 +39,8 @@ def _named(normalize: Any) -> Any:
     return ("sample" if normalize else "none") if isinstance(normalize, bool) else normalize
 
 
-FeatureNormalization = Annotated[Literal["none", "sample"], BeforeValidator(_named)]
+FeatureNormalization = Annotated[Normalize, BeforeValidator(_named)]
+Depth = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 class StageConfig(Section):
@@ -97,12 +98,15 @@ class SelfPerceptualStage(StageConfig):
     objective: Literal["self_perceptual"]
     min_snr_gamma: AboveZero | None = None  # of the share that mse_weight adds
     perceptual_network: PathText | None = None  # an earlier stage, or a folder with a UNet; None: `init`
-    layers: Layers = "mid"
+    layers: Layers | Depth | Annotated[list[Positive], Field(min_length=1)] = "mid"  # a transformer's: depth, or blocks
     distance: Distance = "mse"
     timestep_sampling: TimestepSampling = "uniform"
     teacher: Teacher = "batched"
-    normalize: FeatureNormalization = "none"  # sample: divide the features' distance by the real ones' mean square
-    displacement: Displacement = "none"  # normalized: divide by max(c_f^2, 0.01), so that near and far t' count alike
+    # sample: divide the features' distance by the real ones' mean square; channel: each channel by its own variance;
+    # None: channel for transformers, none for UNets
+    normalize: FeatureNormalization | None = None
+    # normalized: divide by max(c_f^2, 0.01), so that near and far t' count alike; None: transformers yes, UNets no
+    displacement: Displacement | None = None
     mse_weight: Annotated[float, Field(ge=0.0)] = 0.0  # adds this much of the MSE objective to the self-perceptual one
     critic: CriticConfig | None = None
 
@@ -121,8 +125,9 @@ class SelfPerceptualStage(StageConfig):
             return self
         if self.steps <= self.critic.warmup_steps and self.critic.weight:
             raise ValueError(f"critic.warmup_steps {self.critic.warmup_steps} leaves none of the {self.steps} steps")
-        idle = {"distance": "mse", "normalize": "none", "displacement": "none", "mse_weight": 0.0}
-        changed = [key for key, default in idle.items() if getattr(self, key) != default]
+        idle: dict[str, tuple[Any, ...]] = {"distance": ("mse",), "mse_weight": (0.0,)}
+        idle |= dict.fromkeys(("normalize", "displacement"), (None, "none"))
+        changed = [key for key, defaults in idle.items() if getattr(self, key) not in defaults]
         if self.critic.anchor == "mse" and changed:
             raise ValueError(f"critic.anchor 'mse' is the plain MSE, which does not take {' and '.join(changed)}")
         return self

@@ -7,6 +7,7 @@ PredictionType = Literal["v_prediction", "epsilon", "sample"]  # diffusers' name
 Keep = Literal["keep", "v_zero_snr"]  # what training makes of a model's own prediction type and noise schedule
 Distance = Literal["mse", "mae"]
 TimestepSampling = Literal["uniform", "normal", "offset", "same", "lower"]  # policies for t' (Table 4 of the paper)
+FlowTimes = Literal["uniform", "logit_normal", "mode"]  # how the times of a flow are spread in training
 Teacher = Literal["batched", "split"]
 Normalize = Literal["none", "sample", "channel"]
 Anchor = Literal["self_perceptual", "mse"]  # what a critic's share is added to

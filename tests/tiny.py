@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,24 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     PNDMScheduler,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from tiny_transformers import tiny_transformer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from fastsp.models import digits_tokenizer
 
@@ -130,16 +142,72 @@ def tiny_stable_diffusion(folder: Path, kind: str = "sd15") -> Path:
     return folder
 
 
-def _tiny_vae(scaling_factor: float) -> AutoencoderKL:
+def tiny_flow_pipeline(folder: Path, kind: str = "sd35") -> Path:
+    """A pipeline folder in the layout and classes of Stable Diffusion 3.5 or FLUX, for 16x16 images (8x8 latents).
+
+    Kinds: ``sd35`` (two CLIPs and T5, dual attention, shift 3), ``sd3`` (without T5), ``flux`` (dev: told the scale of
+    guidance, shifted by size) and ``schnell`` (neither).
+    """
+    name = "SD3Transformer2DModel" if kind.startswith("sd3") else "FluxTransformer2DModel"
+    pooled = {"pooled_projection_dim": 2 * POOLED_WIDTH if kind.startswith("sd3") else TEXT_WIDTH}
+    told = {} if kind.startswith("sd3") else {"guidance_embeds": kind == "flux"}
+    vae = _tiny_vae(0.4, (8, 8), shift_factor=0.3, use_quant_conv=False, use_post_quant_conv=False)
+    parts: dict[str, Any] = {
+        "vae": vae,
+        "transformer": tiny_transformer(name, **pooled, **told),
+        "tokenizer": digits_tokenizer(),
+    }
+    if kind.startswith("sd3"):
+        tokenizer = digits_tokenizer()
+        tokenizer.pad_token = "!"
+        StableDiffusion3Pipeline(
+            **parts,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            text_encoder=_tiny_text_encoder(CLIPTextModelWithProjection, TEXT_WIDTH // 2, seed=3),
+            text_encoder_2=_tiny_text_encoder(CLIPTextModelWithProjection, TEXT_WIDTH // 2, seed=4),
+            tokenizer_2=tokenizer,
+            text_encoder_3=tiny_t5() if kind == "sd35" else None,
+            tokenizer_3=tiny_t5_tokenizer() if kind == "sd35" else None,
+        ).save_pretrained(folder)
+        return folder
+    dynamic = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64}
+    FluxPipeline(
+        **parts,
+        scheduler=FlowMatchEulerDiscreteScheduler(**(dynamic if kind == "flux" else {"shift": 1.0})),
+        text_encoder=_tiny_text_encoder(CLIPTextModel, TEXT_WIDTH, seed=3),
+        text_encoder_2=tiny_t5(),
+        tokenizer_2=tiny_t5_tokenizer(),
+    ).save_pretrained(folder)
+    return folder
+
+
+T5_LENGTH = 7
+
+
+def tiny_t5() -> T5EncoderModel:
+    torch.manual_seed(6)
+    width, heads = TEXT_WIDTH, 2
+    sizes = {"d_model": width, "d_kv": width // heads, "d_ff": 32, "num_layers": 2, "num_heads": heads}
+    return T5EncoderModel(T5Config(vocab_size=32, feed_forward_proj="gated-gelu", **sizes)).to(torch.bfloat16)
+
+
+def tiny_t5_tokenizer() -> T5TokenizerFast:
+    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -2.0), *letters]
+    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=T5_LENGTH)
+
+
+def _tiny_vae(scaling_factor: float, block_out_channels: Sequence[int] = (8, 8, 8), **more: Any) -> AutoencoderKL:
     torch.manual_seed(5)
     return AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=block_out_channels,
+        down_block_types=("DownEncoderBlock2D",) * len(block_out_channels),
+        up_block_types=("UpDecoderBlock2D",) * len(block_out_channels),
         norm_num_groups=4,
         latent_channels=4,
         sample_size=16,
         scaling_factor=scaling_factor,
+        **more,
     )
 
 

@@ -119,10 +119,10 @@ SPLIT = ("Lumina2Transformer2DModel", "ZImageTransformer2DModel")
 UNPADDED = {"Lumina2Transformer2DModel": (2, 5, 3), "ZImageTransformer2DModel": (40, 5, 3)}  # texts of unequal length
 
 
-def tiny_transformer(name: str, seed: int = 0) -> Any:
+def tiny_transformer(name: str, seed: int = 0, **overrides: Any) -> Any:
     """Of class ``name``, in eval mode. Weights that start at zero are drawn too: a block has to do something."""
     torch.manual_seed(seed)
-    network = getattr(diffusers, name)(**CONFIGS[name])
+    network = getattr(diffusers, name)(**CONFIGS[name] | overrides)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.abs().max() == 0:

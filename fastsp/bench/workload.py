@@ -139,8 +139,8 @@ def workload_of(file: Path, device: torch.device, overrides: Sequence[str] = ())
     if config.model.lora is not None:
         raise UserError(f"{file}: fastsp bench measures the training of whole UNets: remove model.lora")
     model = initial_model(config)
-    if model.text_encoder_2 is not None:
-        raise UserError(f"{file}: fastsp bench measures Stable Diffusion 1.x, 2.x and the digits, not XL yet")
+    if model.text_encoder_2 is not None or model.kind.is_flow:
+        raise UserError(f"{file}: fastsp bench measures Stable Diffusion 1.x, 2.x and the digits' UNet, not others yet")
     return _workload(str(file), config, model, device)
 
 

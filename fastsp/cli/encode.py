@@ -63,6 +63,7 @@ def encode(
         data.model_copy(update={"in_memory": False, "unmasked_weight": 0.0}),
         tokenizer=model.tokenizer if text_features else None,
         tokenizer_2=model.tokenizer_2 if text_features else None,
+        tokenizer_3=model.tokenizer_3 if text_features else None,
         token_chunks=model.text.token_chunks,
         channels=3,
         seed=settings.seed,

@@ -39,7 +39,7 @@ def evaluate(
     num_samples: Annotated[
         int | None, typer.Option(min=2, help="Captions to sample. Default: 10000 of COCO's, all of a text file.")
     ] = None,
-    steps: Annotated[list[int] | None, typer.Option(min=1, help="DDIM steps; repeatable. Default: 25.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="Sampler steps; repeatable. Default: 25.")] = None,
     guidance: Annotated[
         list[float] | None, typer.Option(min=0.0, help="Scale of classifier-free guidance; repeatable. Default: 0.")
     ] = None,

@@ -44,7 +44,7 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A text; repeatable.")] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="A file with one text per line.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="DDIM steps.")] = 25,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of DDIM, or on a flow Euler's.")] = 25,
     guidance: Annotated[float, typer.Option(min=0.0, help="Scale of classifier-free guidance; 0: none.")] = 0.0,
     rescale: Annotated[float, typer.Option(min=0.0, max=1.0, help="Guidance rescale (phi).")] = 0.0,
     negative_prompt: Annotated[str, typer.Option(help="A text that guidance leads away from.")] = "",
@@ -102,7 +102,7 @@ def sample(
     if negative_prompt and not guided.active:
         raise UserError("--negative-prompt changes guidance, and there is none: give --guidance too, not 0 or 1")
     settings = Sampling(steps, guided, seed, resolution, batch_size, negative_prompt)
-    rows, side = _sample_models(model, (model_config, base), texts, settings, files, trajectory)
+    rows, side, sampler = _sample_models(model, (model_config, base), texts, settings, files, trajectory)
     layout: dict[str, Any] = {"captions": texts, "min_size": 128}  # of one model
     if trajectory:
         named = [f"{title}: {text}" if len(titles) > 1 else text for title in titles for text in texts]
@@ -114,7 +114,7 @@ def sample(
     save_png(picture, out, prompts="\n".join(texts), **_facts(settings, "\n".join(model)))
     drawn = len(texts) * len(model)
     shown = f", shown at {rows[0][0].width} px" if max(rows[0][0].size) < side else ""
-    typer.echo(f"{out}: {drawn} picture{'s' * (drawn != 1)} in {steps} DDIM step{'s' * (steps != 1)}{shown}")
+    typer.echo(f"{out}: {drawn} picture{'s' * (drawn != 1)} in {steps} {sampler} step{'s' * (steps != 1)}{shown}")
     if singles is not None:
         typer.echo(f"{singles}: the same pictures one by one")
 
@@ -128,13 +128,15 @@ def short_names(models: Sequence[str]) -> list[str]:
     return names if len(set(names)) == len(names) else list(models)
 
 
-def parameters(prompt: str, settings: Sampling, index: int, model: str, size: tuple[int, int]) -> dict[str, str]:
+def parameters(
+    prompt: str, settings: Sampling, index: int, model: str, size: tuple[int, int], sampler: str
+) -> dict[str, str]:
     """Metadata of one picture: plain keys, and the text under `parameters` that A1111 and its kin read."""
     guidance = settings.guidance
     negative = f"Negative prompt: {settings.negative_prompt}\n" if settings.negative_prompt else ""
     line = {
         "Steps": settings.steps,
-        "Sampler": "DDIM",
+        "Sampler": sampler,
         "Schedule type": "SGM Uniform",  # their name of trailing timesteps
         "CFG scale": f"{guidance.scale if guidance.active else 1:g}",
         "Seed": settings.seed,
@@ -157,8 +159,9 @@ def _facts(settings: Sampling, model: str) -> dict[str, str]:
 
 def _sample_models(
     models: list[str], origins: Sequence[str | None], texts: list[str], settings: Sampling, files: Files, is_way: bool
-) -> tuple[list[list[Image]], int]:
-    """For each model its pictures in the order of ``texts``, made small enough for one grid, and their full side."""
+) -> tuple[list[list[Image]], int, str]:
+    """For each model its pictures in the order of ``texts``, made small enough for one grid; their full side, and the
+    samplers."""
     from fastsp.errors import UserError
     from fastsp.generation import generate
     from fastsp.generation.grids import TRAJECTORY_FRAMES, TRAJECTORY_SIDE, cell_side, save_png
@@ -167,28 +170,29 @@ def _sample_models(
     for name in models[1:]:  # the first is loaded at once
         generate.check_for_sampling(name, origins[1])
     rows: list[list[Image]] = []
-    size = None
+    size, samplers = None, dict[str, None]()
     frames = TRAJECTORY_FRAMES if is_way else 1
     cells = len(models) * len(texts) * len(generate.frame_steps(settings.steps, frames))
     total = len(models) * generate.num_batches(len(texts), settings.batch_size) * settings.steps
     with steps_bar("sampling", total) as advance:
         for place, name in enumerate(models):
             model = generate.load_for_sampling(name, *origins)
-            side = settings.resolution or model.default_resolution
+            side, sampler = settings.resolution or model.default_resolution, model.process.sampler
+            samplers[sampler] = None
             if size is not None and side != size:
                 raise UserError(f"--model {name} makes pictures of {side} px, the others of {size}: give --resolution")
             size = side
 
-            def save(index: int, picture: Image, name: str = name, place: int = place) -> None:
+            def save(index: int, picture: Image, name: str = name, place: int = place, sampler: str = sampler) -> None:
                 if files:
-                    facts = parameters(texts[index], settings, index, name, picture.size)
+                    facts = parameters(texts[index], settings, index, name, picture.size, sampler)
                     save_png(picture, files[place][index], **facts)
 
             shown = cell_side(min(side, TRAJECTORY_SIDE) if is_way else side, cells)
             more = {"after_step": advance, "frames": frames}
             rows.append(generate.generate_pictures(model, texts, settings, shown, save, **more))
             del model  # before the next one is loaded
-    return rows, size or 0
+    return rows, size or 0, " and ".join(samplers)
 
 
 def _single_files(singles: Path | None, titles: list[str], count: int) -> Files:

@@ -22,11 +22,12 @@ class Batch:
     weights: Tensor  # (B,) float32: 1, or 0 for a sample that was rejected
     captions: tuple[str, ...]  # the B captions as text
     input_ids: Tensor | None = None  # (B, L) int64: token ids of the captions, padded; None without a tokenizer
-    input_ids_2: Tensor | None = None  # (B, L) int64: those of Stable Diffusion XL's second tokenizer
+    input_ids_2: Tensor | None = None  # (B, L) int64: those of a second tokenizer, of Stable Diffusion XL, 3 and FLUX
+    input_ids_3: Tensor | None = None  # (B, L) int64: those of Stable Diffusion 3's third tokenizer
     pixel_values: Tensor | None = None  # (B, C, H, W) float32 in [-1, 1] on the source's device, channels_last
     moments: Tensor | None = None  # (B, 2 C, H, W): mean and log variance of the VAE's posterior; of latents
     text_features: Tensor | None = None  # (B, L, D) of the text encoders, computed beforehand; else encode `input_ids`
-    pooled_text_features: Tensor | None = None  # (B, P): Stable Diffusion XL's pooled ones beside them
+    pooled_text_features: Tensor | None = None  # (B, P): the pooled ones beside them, of all but Stable Diffusion 1, 2
     original_sizes: Tensor | None = None  # (B, 2) int64: height and width before resizing, upright, for SDXL
     masks: Tensor | None = None  # (B, H, W) float32: weights of places in the loss; of pixels, or of latents
     crop_offsets: Tensor | None = None  # (B, 2) int64: top and left of the crop in the resized, perhaps mirrored image
@@ -39,6 +40,11 @@ class Batch:
         """The samples of a slice of a batch of one shape, as views."""
         assert not self.parts
         return replace(self, **{name: value[rows] for name, value in self._fields().items()})
+
+    @property
+    def token_ids(self) -> list[Tensor]:
+        """Those of each tokenizer."""
+        return [ids for ids in (self.input_ids, self.input_ids_2, self.input_ids_3) if ids is not None]
 
     def microbatches(self, size: int | None) -> Iterator[Batch]:
         """Slices of `size` samples of one shape, the last one of a shape perhaps smaller; None: as large as can be."""

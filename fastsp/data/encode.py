@@ -161,8 +161,7 @@ class LatentEncoder:
             height, width = tensors["moments"].shape[-2:]
             tensors["mask"] = F.adaptive_avg_pool2d(batch.masks[:, None], (height, width))[:, 0].to("cpu", dtype)
         if self.encode_text is not None:
-            ids = [ids for ids in (batch.input_ids, batch.input_ids_2) if ids is not None]
-            features = self.encode_text(*ids).to("cpu", dtype)
+            features = self.encode_text(*batch.token_ids).to("cpu", dtype)
             tensors["text_features"] = features.encoder_hidden_states
             if features.text_embeds is not None:
                 tensors["pooled_text_features"] = features.text_embeds

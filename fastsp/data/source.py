@@ -42,6 +42,7 @@ def open_source(
     *,
     tokenizer: Any,
     tokenizer_2: Any = None,
+    tokenizer_3: Any = None,
     token_chunks: int = 1,
     channels: int,
     seed: int,
@@ -59,7 +60,7 @@ def open_source(
 
     Args:
         config: the `data` section of a configuration.
-        tokenizer, tokenizer_2: of transformers, the second for Stable Diffusion XL; None: without their `input_ids`.
+        tokenizer, tokenizer_2, tokenizer_3: of transformers, as many as the model has; None: without their `input_ids`.
         token_chunks: of captions, see `fastsp.diffusion.text`.
         channels: of the images, 1 (grey) or 3 (RGB).
         seed: of the run: order, crops and flips.
@@ -86,7 +87,7 @@ def open_source(
         raise UserError("data.repeats is set; a folder of images has repeats, and latents that were encoded with it")
     if isinstance(reader, LatentReader):
         reader.header.check(config, vae_sha256, text_sha256)
-    named = {"input_ids": tokenizer, "input_ids_2": tokenizer_2}
+    named = {"input_ids": tokenizer, "input_ids_2": tokenizer_2, "input_ids_3": tokenizer_3}
     tokenizers = {
         name: partial(token_ids, tokenizer, chunks=token_chunks) for name, tokenizer in named.items() if tokenizer
     }

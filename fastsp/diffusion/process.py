@@ -19,16 +19,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass
+from math import exp, pi
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from fastsp.options import PredictionType, one_of
+from fastsp.options import FlowTimes, PredictionType, one_of
 
 # How t' is drawn from around t (Table 4 of the paper), in thousandths of the process: the normal's spread, the offset.
 NORMAL_STD = 100.0
 OFFSET = 40
+SMALLEST_SIGMA = 2.0**-24  # that training draws
 FLOW_RANGE = (0.02, 0.98)  # of t' on a flow: at the ends a network is told of a time that it hardly ever saw
 
 # Stable Diffusion's betas, 1.x, 2.x and XL alike.
@@ -58,10 +62,12 @@ class Process(ABC):
     Attributes:
         dtype: of times.
         last: the largest time; the smallest is 0.
+        sampler: what its deterministic sampler is called.
     """
 
     dtype: torch.dtype
     last: float
+    sampler = "DDIM"
 
     @abstractmethod
     def exact_marginal(self, t: Tensor) -> Tensor:
@@ -124,6 +130,11 @@ class Process(ABC):
 
     def reversed(self) -> Process:
         """The same process told from the other end, if it is one that some networks are told so."""
+        return self
+
+    def of_size(self, tokens: int) -> Process:
+        """The process for images of so many tokens, where it depends on that."""
+        del tokens
         return self
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
@@ -266,6 +277,21 @@ class VariancePreserving(Process):
         return (t + _displacement(random, policy).round().long()).clamp(0, self.last)
 
 
+@dataclass(frozen=True)
+class ShiftBySize:
+    """The shift of a flow by the number of an image's tokens, as diffusers' pipelines compute it: mu lies on the line
+    through two points; the shift is e^mu, or mu itself."""
+
+    tokens: tuple[int, int] = (256, 4096)
+    mu: tuple[float, float] = (0.5, 1.15)
+    exponential: bool = True
+
+    def __call__(self, tokens: int) -> float:
+        slope = (self.mu[1] - self.mu[0]) / (self.tokens[1] - self.tokens[0])
+        mu = self.mu[0] + slope * (tokens - self.tokens[0])
+        return exp(mu) if self.exponential else mu
+
+
 class RectifiedFlow(Process):
     """``x = (1 - sigma) x0 + sigma eps``; the network predicts the velocity ``eps - x0`` (arXiv 2209.03003).
 
@@ -275,14 +301,60 @@ class RectifiedFlow(Process):
         shift: moves training times and sampling grid towards noise, ``shift u / (1 + (shift - 1) u)`` (Esser et al.,
             arXiv 2403.03206, equation 23).
         time_scale: the network is told ``time_scale * sigma``.
+
+    Attributes:
+        shift_by_size: gives the shift in its place, once :meth:`of_size` is asked.
+        grid_end: the grid's last noisy time before it is shifted; None: the grid is evenly spaced down to 0.
+        times, logit_mean, logit_std, mode_scale: how :meth:`draw` spreads times, see :meth:`training`.
     """
 
-    dtype, last = torch.float32, 1
+    dtype, last, sampler = torch.float32, 1, "Euler"
+    shift_by_size: ShiftBySize | None = None
+    grid_end: float | None = None
+    times: FlowTimes = "uniform"
+    logit_mean, logit_std, mode_scale = 0.0, 1.0, 1.29
 
     def __init__(self, shift: float = 1.0, time_scale: float = 1000.0) -> None:
         if not shift > 0:
             raise ValueError(f"shift {shift!r} must be greater than 0")
         self.shift, self.time_scale = shift, time_scale
+
+    def training(
+        self,
+        times: FlowTimes = "logit_normal",
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        mode_scale: float = 1.29,
+        shift: float | None = None,
+    ) -> Self:
+        """A copy whose times for training are spread otherwise (Esser et al., arXiv 2403.03206, section 3.1).
+
+        Args:
+            times: ``uniform``; ``logit_normal``, sigma = sigmoid(n), n normal with ``logit_mean`` and ``logit_std``;
+                or ``mode``, sigma = 1 - u - ``mode_scale`` (cos^2(pi u / 2) - 1 + u), u uniform. All are then shifted.
+                A positive mean draws more noise, as in the paper.
+            logit_mean, logit_std, mode_scale: see there.
+            shift: of these times and the grid; None: as it is.
+        """
+        flow = copy(self)
+        vars(flow).update(times=times, logit_mean=logit_mean, logit_std=logit_std, mode_scale=mode_scale)
+        if shift is not None:
+            flow.shift, flow.shift_by_size = shift, None
+        return flow
+
+    def on_table(self) -> Self:
+        """A copy whose grid ends at the smallest of the scheduler's times, as diffusers' does unless a pipeline gives
+        it another. Where the shift is fixed, diffusers applies it to that end twice."""
+        flow, smallest = copy(self), 1.0 / self.time_scale
+        flow.grid_end = smallest if self.shift_by_size else self._shifted(smallest)
+        return flow
+
+    def of_size(self, tokens: int) -> Process:
+        if self.shift_by_size is None:
+            return self
+        flow = copy(self)
+        flow.shift, flow.shift_by_size = self.shift_by_size(tokens), None
+        return flow
 
     def exact_marginal(self, t: Tensor) -> Tensor:
         sigma, one = t.double(), torch.ones_like(t, dtype=torch.float64)
@@ -294,10 +366,20 @@ class RectifiedFlow(Process):
     def grid(self, num_steps: int) -> Tensor:
         if num_steps < 1:
             raise ValueError(f"number of sampling steps {num_steps} must be at least 1")
+        if self.grid_end is not None:
+            times = torch.linspace(1.0, self.grid_end, num_steps, dtype=torch.float64)
+            return torch.cat([self._shifted(times), times.new_zeros(1)]).float()
         return self._shifted(torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)).float()
 
     def draw(self, random: Random) -> Tensor:
-        return self._shifted(1.0 - random.uniforms())  # never the clean sample
+        if self.times == "logit_normal":
+            u = (self.logit_mean + self.logit_std * random.normals()).sigmoid()
+        elif self.times == "mode":
+            u = random.uniforms()
+            u = 1.0 - u - self.mode_scale * ((pi / 2 * u).cos().square() - 1.0 + u)
+        else:
+            u = 1.0 - random.uniforms()
+        return self._shifted(u.clamp(SMALLEST_SIGMA, 1.0))  # never the clean sample
 
     def draw_perceptual(self, random: Random, t: Tensor, policy: str = "uniform") -> Tensor:
         """In [0.02, 0.98]: ``uniform`` in sigma, ``lower`` likewise below t; others reflected at the ends."""
@@ -317,9 +399,11 @@ class RectifiedFlow(Process):
         return (_within(name, t, self.time_scale).double() / self.time_scale).float()
 
     def reversed(self) -> Process:
-        return ReversedFlow(self.shift, self.time_scale)
+        flow = ReversedFlow(self.shift, self.time_scale)
+        vars(flow).update(vars(self))
+        return flow
 
-    def _shifted(self, u: Tensor) -> Tensor:
+    def _shifted(self, u: Any) -> Any:
         return self.shift * u / (1.0 + (self.shift - 1.0) * u)
 
 
@@ -394,8 +478,14 @@ def process_of(scheduler: Any, prediction_type: str | None = None) -> Process:
     if type(scheduler).__name__.startswith("FlowMatch") or own == "flow_prediction":
         if prediction_type not in (None, "flow_prediction"):
             raise ValueError(f"prediction_type {prediction_type!r} does not fit a flow: leave it out")
-        shift = 1.0 if config.get("use_dynamic_shifting") else config.get("shift", config.get("flow_shift", 1.0))
-        return RectifiedFlow(shift or 1.0, float(config.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS)))
+        dynamic = config.get("use_dynamic_shifting")
+        shift = 1.0 if dynamic else config.get("shift", config.get("flow_shift", 1.0))
+        flow = RectifiedFlow(shift or 1.0, float(config.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS)))
+        if dynamic and "base_shift" in config:
+            tokens = config["base_image_seq_len"], config["max_image_seq_len"]
+            mu = config["base_shift"], config["max_shift"]
+            flow.shift_by_size = ShiftBySize(tokens, mu, config.get("time_shift_type") != "linear")
+        return flow
     if prediction_type is None:
         prediction_type = own
     return VariancePreserving(NoiseSchedule.of(scheduler), prediction_type)

@@ -77,20 +77,25 @@ def guided_denoiser(
 ) -> Denoiser:
     """The UNet as a :data:`Denoiser`; with guidance, both conditions go through it in one batch.
 
+    A network that embeds the scale of guidance is told it instead: 1, as in training, where there is none.
+
     Args:
         unet: diffusers' UNet, in any dtype.
         conditioning: c, of B samples.
         empty: of the empty prompt, of one sample or of B.
         guidance: scale and rescale.
     """
-    if guidance.active:
+    family, scale = family_of(unet), 1.0
+    doubled = guidance.active
+    if doubled and family.embeds_guidance(unet.config):
+        doubled, scale = False, guidance.scale
+    if doubled:
         conditioning = conditioning.with_empty(empty)
-    family = family_of(unet)
-    keywords = family.keywords(conditioning.to(dtype=unet.dtype))
+    keywords = family.keywords(unet.config, conditioning.to(dtype=unet.dtype), scale)
 
     def denoise(x_t: Tensor, time: Tensor) -> Tensor:
-        x_t = torch.cat([x_t, x_t]) if guidance.active else x_t
+        x_t = torch.cat([x_t, x_t]) if doubled else x_t
         model_pred = family.call(unet, x_t.to(unet.dtype), time.expand(len(x_t)), keywords)
-        return guidance.combine(*model_pred.float().chunk(2)) if guidance.active else model_pred
+        return guidance.combine(*model_pred.float().chunk(2)) if doubled else model_pred
 
     return denoise

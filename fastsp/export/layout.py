@@ -92,7 +92,10 @@ def noise_marks(scheduler: Any) -> list[str]:
 
     ComfyUI, A1111 and Forge look for them in files of Stable Diffusion XL, Forge for `ztsnr` in all.
     """
-    marks = {"v_pred": scheduler["prediction_type"] == "v_prediction", "ztsnr": scheduler["rescale_betas_zero_snr"]}
+    marks = {
+        "v_pred": scheduler.get("prediction_type") == "v_prediction",
+        "ztsnr": scheduler.get("rescale_betas_zero_snr"),
+    }
     return [mark for mark, there in marks.items() if there]
 
 
@@ -101,6 +104,8 @@ def layout_of(pipeline: Any) -> Layout:
 
     The files say nothing of activations: OpenAI's text layout means quick GELU, OpenCLIP's GELU, so that decides.
     """
+    if getattr(pipeline, "unet", None) is None and getattr(pipeline, "vae", None) is not None:
+        raise UserError("--single-file: fastsp knows the original layout of Stable Diffusion 1, 2 and XL alone")
     if getattr(pipeline, "vae", None) is None:
         raise UserError("--single-file: the model works on pixels; the original layout has a VAE")
     if getattr(pipeline, "text_encoder_2", None) is not None:

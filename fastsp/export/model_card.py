@@ -14,6 +14,7 @@ from fastsp.diffusion.text import TextSettings
 from fastsp.evaluation.rows import by_setting
 from fastsp.evaluation.run_files import RunFiles
 from fastsp.export.layout import noise_marks
+from fastsp.families import family_of
 from fastsp.models.hub import is_hub_id
 from fastsp.models.schedulers import meaning_of
 
@@ -52,6 +53,7 @@ def model_card(
         dtype=None if dtype == torch.float32 else dtype,  # diffusers' own
         with_single_file=with_single_file,
         predicts=predicts,
+        family=family_of(getattr(pipeline, "unet", None) or pipeline.transformer),
         schedule=schedule,
         advice=text.advice(pipeline_class.startswith("StableDiffusionXL")),
         marks=noise_marks(pipeline.scheduler.config),

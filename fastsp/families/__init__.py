@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from fastsp.families.mmdit import MMDITS
 from fastsp.families.transformers import TRANSFORMERS
 from fastsp.families.unet import UNetFamily
 
@@ -77,6 +78,10 @@ class MetricFamily(Protocol):
 class NetworkFamily(MetricFamily, Protocol):
     """What the trainer has to know beside that."""
 
+    part: str
+    """What diffusers' pipelines call such a network."""
+    chooses_attention: bool
+    """Whether its attention takes the kernel that it is given; else it is not asked for `example_inputs`."""
     lora_targets: tuple[str, ...]
     """The layers that usually get adapters, by the ends of their names."""
     input_keys: tuple[str, ...]
@@ -85,11 +90,29 @@ class NetworkFamily(MetricFamily, Protocol):
     def network_class(self) -> type[Any]:
         """The class itself, with diffusers' ``from_config`` and ``from_pretrained``."""
 
-    def layers(self, config: Config) -> tuple[str, ...]:
-        """The choices of ``layers`` that its perceptual network can answer with."""
-
     def side(self, config: Config) -> int:
         """Side of the square latents that it was made for."""
+
+    def largest_side(self, config: Config) -> int | None:
+        """Of the latents that it takes; None: there is no such limit."""
+
+    def patch(self, config: Config) -> int:
+        """The sides of latents have to be multiples of it."""
+
+    def tokens(self, config: Config, height: int, width: int) -> int:
+        """How many tokens it makes of such latents."""
+
+    def latent_channels(self, config: Config) -> int:
+        """Channels of the latents that it takes."""
+
+    def text_widths(self, config: Config) -> tuple[int, int | None]:
+        """Of the text features that it takes, and of the pooled ones; None: it takes none of these."""
+
+    def takes_sizes(self, config: Config) -> bool:
+        """Whether it is told the sizes of images, as Stable Diffusion XL is."""
+
+    def embeds_guidance(self, config: Config) -> bool:
+        """Whether it is told the scale of guidance, and answers as if guided."""
 
     def pipeline_class(self, config: Config) -> str:
         """The diffusers class of the pipelines that such a network belongs to."""
@@ -97,8 +120,11 @@ class NetworkFamily(MetricFamily, Protocol):
     def kohya_base(self, config: Config) -> str:
         """What kohya's scripts call the base model of adapters, or ``unknown``."""
 
-    def keywords(self, conditioning: Any) -> dict[str, Any]:
-        """A ``fastsp.diffusion.conditioning.Conditioning`` as keywords of the forward and of the losses."""
+    def keywords(self, config: Config, conditioning: Any, guidance: float = 1.0) -> dict[str, Any]:
+        """A ``fastsp.diffusion.conditioning.Conditioning`` as keywords of the forward and of the losses.
+
+        ``guidance`` is the scale that a network which embeds it is told.
+        """
 
     def example_inputs(self, config: Config, latents: tuple[int, ...], text: tuple[int, ...]) -> dict[str, Any]:
         """Keywords of one forward, of latents (B, C, H, W) and text features (B, L, D); values do not matter."""
@@ -162,5 +188,5 @@ def family_named(class_name: str) -> NetworkFamily:
 
 
 register(UNetFamily())
-for _family in TRANSFORMERS:
+for _family in (*TRANSFORMERS, *MMDITS):
     register(_family)

@@ -1,4 +1,4 @@
-"""Diffusers' diffusion transformers, one instance for each class: SD3, Flux, Flux2, Chroma, PixArt, DiT and others.
+"""Diffusers' diffusion transformers, one instance for each class: Flux2, Chroma, PixArt, DiT and others.
 
 They differ in how they are told the time, in what a block returns, and in where the image's tokens are. All else is the
 same: a list or two of blocks, one after the other. A truncated copy has pass-throughs in the place of the blocks after
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 _CAST = ("encoder_hidden_states", "pooled_projections", "encoder_hidden_states_image")
-_IDS = ("img_ids", "txt_ids")
+IDS = ("img_ids", "txt_ids")
 
 
 class Pass(nn.Module):
@@ -100,7 +100,7 @@ class TransformerFamily:
 
     def batched(self, conditioning: Mapping[str, Any], rows: int) -> dict[str, Any]:
         given = {name: value for name, value in conditioning.items() if value is not None and name != "img_shapes"}
-        for name in _IDS:
+        for name in IDS:
             if name in given and given[name].ndim == 2:  # one for all samples
                 given[name] = given[name].expand(rows, -1, -1)
         return given
@@ -160,7 +160,7 @@ class PackedFamily(TransformerFamily):
         if axes == 4:  # Flux2's fourth is the place in the text
             texts[:, 3] = torch.arange(text, **kind)
         made = {"img_ids": image.flatten(0, 1), "txt_ids": texts}
-        return given | {name: given[name][0] if name in given else made[name] for name in _IDS}
+        return given | {name: given[name][0] if name in given else made[name] for name in IDS}
 
     def _prediction(self, answer: Tensor, sample: Tensor) -> Tensor:
         images = sample.flatten(1, -3)
@@ -203,34 +203,24 @@ class ZImageFamily(TransformerFamily):
         return -torch.stack(list(answer)).view(sample.shape)
 
 
-_LISTS = ("transformer_blocks", "single_transformer_blocks")
-_FLUX: dict[str, Any] = {"lists": _LISTS, "input": "x_embedder", "divisor": 1000}
+LISTS = ("transformer_blocks", "single_transformer_blocks")
+FLUX: dict[str, Any] = {"lists": LISTS, "input": "x_embedder", "divisor": 1000}
 _MASK = ("encoder_hidden_states", "encoder_attention_mask")
 
 TRANSFORMERS: tuple[TransformerFamily, ...] = (
-    TransformerFamily(
-        "SD3Transformer2DModel", ("encoder_hidden_states", "pooled_projections"), pairs=("transformer_blocks",)
-    ),
-    PackedFamily(
-        "FluxTransformer2DModel",
-        ("encoder_hidden_states", "pooled_projections"),
-        ("guidance", *_IDS),
-        pairs=_LISTS,
-        **_FLUX,
-    ),
     PackedFamily(
         "Flux2Transformer2DModel",
-        takes=("guidance", *_IDS),
+        takes=("guidance", *IDS),
         pairs=("transformer_blocks",),
         text_first=True,
-        **_FLUX,
+        **FLUX,
     ),
     PackedFamily(
         "ChromaTransformer2DModel",
-        takes=("attention_mask", *_IDS),
+        takes=("attention_mask", *IDS),
         pairs=("transformer_blocks",),
         text_first=True,
-        **_FLUX,
+        **FLUX,
     ),
     TransformerFamily("PixArtTransformer2DModel", takes=("encoder_attention_mask", "added_cond_kwargs")),
     TransformerFamily("DiTTransformer2DModel", ("class_labels",)),

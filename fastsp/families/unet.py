@@ -26,6 +26,7 @@ class UNetFamily:
     class_name = "UNet2DConditionModel"
     conditions: tuple[str, ...] = ("added_cond_kwargs", "class_labels")
     normalize, displacement, reversed_time, caches = "none", "none", False, False
+    part, chooses_attention = "unet", True
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     input_keys: tuple[str, ...] = (
         "in_channels",
@@ -105,6 +106,27 @@ class UNetFamily:
             return 64 if pooled_width(config) is None else 128
         return size if isinstance(size, int) else min(size)
 
+    def largest_side(self, config: Mapping[str, Any]) -> int | None:
+        return None
+
+    def patch(self, config: Mapping[str, Any]) -> int:
+        return 1
+
+    def tokens(self, config: Mapping[str, Any], height: int, width: int) -> int:
+        return height * width
+
+    def latent_channels(self, config: Mapping[str, Any]) -> int:
+        return int(config["in_channels"])
+
+    def text_widths(self, config: Mapping[str, Any]) -> tuple[int, int | None]:
+        return config["cross_attention_dim"], pooled_width(config)
+
+    def takes_sizes(self, config: Mapping[str, Any]) -> bool:
+        return pooled_width(config) is not None
+
+    def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
+        return False
+
     def pipeline_class(self, config: Mapping[str, Any]) -> str:
         return "StableDiffusionPipeline" if pooled_width(config) is None else "StableDiffusionXLPipeline"
 
@@ -112,7 +134,7 @@ class UNetFamily:
         names = {768: "sd_v1", 1024: "sd_v2_v", 2048: "sdxl_base_v1-0"}
         return names.get(config["cross_attention_dim"], "unknown")
 
-    def keywords(self, conditioning: Any) -> dict[str, Any]:
+    def keywords(self, config: Mapping[str, Any], conditioning: Any, guidance: float = 1.0) -> dict[str, Any]:
         added = None
         if conditioning.text_embeds is not None:
             assert conditioning.time_ids is not None

@@ -52,8 +52,9 @@ def initial_model(config: Config) -> TextToImageModel:
     """What a run trains, before its first step; see :func:`fastsp.models.load_model`."""
     start, side = config.model, config.data.resolution
     lora = start.lora.model_dump() if start.lora else None
-    sizes = start.unet.model_dump() if start.unet else None
-    how: dict[str, Any] = start.model_dump(include={"prediction", "token_chunks", "clip_skip"})
+    sized = start.dit if start.network == "dit" else start.unet
+    sizes = sized.model_dump() if sized else None
+    how: dict[str, Any] = start.model_dump(include={"network", "flow", "prediction", "token_chunks", "clip_skip"})
     return load_model(start.preset, start.pretrained, side, config.seed, start.config, lora, sizes, **how)
 
 

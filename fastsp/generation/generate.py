@@ -31,7 +31,7 @@ RAW = "raw"  # in a stage's folder, beside the average
 class Sampling:
     """How images are sampled. Only the rounding of sums depends on the batch size; the VAE decodes one by one."""
 
-    steps: int = 25  # of DDIM, 1 .. T
+    steps: int = 25  # of DDIM, 1 .. T, or on a flow Euler's
     guidance: Guidance = NO_GUIDANCE
     seed: int = 0  # of the initial noise
     resolution: int | None = None  # side in pixels; None: the UNet's own
@@ -124,7 +124,7 @@ def generate(
 
     Args:
         first: index of the first image to sample, the start of a batch.
-        after_step: called after every DDIM step of a batch.
+        after_step: called after every step of a batch.
         frames: how often x0^ is yielded for a batch, see :func:`frame_steps`. The last one is the finished image.
 
     Yields for each frame of each batch the indices, and images on the CPU: (B, C, H, W) float32 in [-1, 1].

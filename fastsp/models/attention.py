@@ -110,6 +110,8 @@ def choose_attention(
         UserError: ``wanted`` is not available, or cannot compute these shapes in this dtype.
     """
     check_available(wanted, device)
+    if not family_named(network_config.get("_class_name", "UNet2DConditionModel")).chooses_attention:
+        return Choice("sdpa", {})
     if wanted in ("sdpa", "math") or (wanted == "auto" and device.type != "cuda"):
         return Choice("sdpa" if wanted == "auto" else wanted, {})
     names = available(device) if wanted == "auto" else (wanted, "sdpa")

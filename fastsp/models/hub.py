@@ -14,7 +14,10 @@ from fastsp.models.quiet import quiet_libraries
 VARIANTS = (None, "fp16", "bf16")  # of the weights' files, in the order of preference
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")  # owner/model
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
-_PARTS = ("unet", "scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+_PARTS = (
+    *("unet", "transformer", "scheduler", "vae", "text_encoder", "tokenizer"),
+    *("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"),
+)
 
 
 def is_hub_id(name: str) -> bool:

@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from fastsp.diffusion.text import USUAL, TextSettings
 from fastsp.errors import UserError, install_command
 from fastsp.families import family_of
-from fastsp.models.schedulers import meaning_of
+from fastsp.models.schedulers import is_flow, meaning_of
 from fastsp.options import Keep
 from fastsp.utils.files import save_tensors
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # what `pipeline.load_lora_weights(folder)` looks for
 KOHYA_FILE = "kohya_lora.safetensors"  # what ComfyUI, A1111, Forge and kohya's scripts read
+COMFYUI_FILE = "comfyui_lora.safetensors"  # of transformers: diffusers' names, and alpha
+_README_OF_FLOWS = Path(__file__).with_name("lora_readme_flow.md")
 _README = Path(__file__).with_name("lora_readme.md")
 _CONVERTED = (
     "sample with that\nscheduler, from the last timestep on (trailing spacing), whatever the base model's own says.",
@@ -97,8 +99,8 @@ def add_adapters(unet: Any, rank: int, alpha: float, target_modules: Sequence[st
 
 def adapters(unet: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters by their names in diffusers' files; empty without adapters."""
-    parameters = unet.named_parameters()
-    return {f"unet.{name.replace('.default.', '.')}": p for name, p in parameters if ".lora_" in name}
+    parameters, part = unet.named_parameters(), family_of(unet).part
+    return {f"{part}.{name.replace('.default.', '.')}": p for name, p in parameters if ".lora_" in name}
 
 
 def save_adapters(unet: Any, folder: Path, base: Base) -> None:
@@ -107,7 +109,7 @@ def save_adapters(unet: Any, folder: Path, base: Base) -> None:
     A base on this machine is named by its path as given, and by its path from ``folder``: it is found from another
     working directory too, and after both have been moved together.
     """
-    settings = {f"unet.{key}": value for key, value in _settings(unet).items()}
+    settings = {f"{family_of(unet).part}.{key}": value for key, value in _settings(unet).items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings), "base_model": base.name}
     path = Path(base.name).expanduser()
     relative = os.path.relpath(path.resolve(), folder.resolve()) if path.exists() else None
@@ -123,11 +125,11 @@ def load_adapters(unet: nn.Module, folder: Path) -> None:
     Raises:
         UserError: they are of another rank or alpha, or in other layers.
     """
-    ours, theirs = adapters(unet), load_file(folder / DIFFUSERS_FILE)
+    ours, theirs, part = adapters(unet), load_file(folder / DIFFUSERS_FILE), family_of(unet).part
     settings = json.loads(header(folder).get("lora_adapter_metadata", "{}"))
     same = {name: p.shape for name, p in ours.items()} == {name: t.shape for name, t in theirs.items()}
-    if not same or settings.get("unet.lora_alpha") != _settings(unet)["lora_alpha"]:
-        rank, alpha, targets = (settings.get(f"unet.{key}") for key in ("r", "lora_alpha", "target_modules"))
+    if not same or settings.get(f"{part}.lora_alpha") != _settings(unet)["lora_alpha"]:
+        rank, alpha, targets = (settings.get(f"{part}.{key}") for key in ("r", "lora_alpha", "target_modules"))
         raise UserError(
             f"{folder / DIFFUSERS_FILE} has adapters of another rank or alpha, or in other layers, than model.lora; "
             f"theirs: rank {rank}, alpha {alpha}, target_modules {targets}"
@@ -158,7 +160,7 @@ def fuse_adapters(unet: Any, folder: Path) -> None:
         UserError: they do not fit.
     """
     try:
-        unet.load_lora_adapter(str(folder), weight_name=DIFFUSERS_FILE, prefix="unet")
+        unet.load_lora_adapter(str(folder), weight_name=DIFFUSERS_FILE, prefix=family_of(unet).part)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder / DIFFUSERS_FILE} does not fit its base model: {reason}") from None
@@ -170,17 +172,20 @@ def fuse_adapters(unet: Any, folder: Path) -> None:
 def save_for_use(unet: Any, folder: Path, base: Base, scheduler: Any) -> None:
     """Everything that other programs need of a finished run: both layouts, the scheduler, and how to use them."""
     save_adapters(unet, folder, base)
-    weights, metadata = kohya_layout(unet, scheduler)
-    save_tensors(weights, folder / KOHYA_FILE, metadata)
+    flow = is_flow(scheduler.config)
+    file = COMFYUI_FILE if flow else KOHYA_FILE
+    weights, metadata = comfyui_layout(unet) if flow else kohya_layout(unet, scheduler)
+    save_tensors(weights, folder / file, metadata)
     scheduler.save_pretrained(folder / "scheduler")
     settings, is_file = _settings(unet), Path(base.name).expanduser().is_file()
-    facts = {"base": base.name, "rank": settings["r"], "alpha": settings["lora_alpha"], "kohya": KOHYA_FILE}
+    facts = {"base": base.name, "rank": settings["r"], "alpha": settings["lora_alpha"], "kohya": file}
     facts["pipeline"] = family_of(unet).pipeline_class(unet.config)
     facts["load"] = "from_single_file" if is_file else "from_pretrained"
     facts["predicts"], facts["schedule"] = meaning_of(scheduler.config)
     facts["prompts"] = f"{advice}\n\n" if (advice := base.text.advice("XL" in facts["pipeline"])) else ""
     facts["sampling"], facts["programs"] = _KEPT if base.prediction == "keep" else _CONVERTED
-    (folder / "README.md").write_text(_README.read_text(encoding="utf-8").format(**facts), encoding="utf-8")
+    readme = (_README_OF_FLOWS if flow else _README).read_text(encoding="utf-8")
+    (folder / "README.md").write_text(readme.format(**facts), encoding="utf-8")
 
 
 def kohya_layout(unet: Any, scheduler: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -203,6 +208,14 @@ def kohya_layout(unet: Any, scheduler: Any) -> tuple[dict[str, Tensor], dict[str
         "ss_v_parameterization": str(is_v),
         "ss_zero_terminal_snr": str(bool(scheduler.config.get("rescale_betas_zero_snr"))),
     }
+
+
+def comfyui_layout(unet: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights (``transformer.PATH.lora_A.weight``, ``.lora_B.weight``, ``.alpha``) and header that ComfyUI reads for
+    Stable Diffusion 3 and FLUX. Without alpha it would take the rank."""
+    weights, alpha = _contiguous(adapters(unet)), float(_settings(unet)["lora_alpha"])
+    layers = {name.partition(".lora_")[0] for name in weights}
+    return {**weights, **{f"{layer}.alpha": torch.tensor(alpha) for layer in layers}}, {"format": "pt"}
 
 
 def header(folder: Path) -> dict[str, str]:

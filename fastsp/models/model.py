@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fastsp.diffusion.conditioning import Conditioning, time_ids
 from fastsp.diffusion.latents import fingerprint
-from fastsp.diffusion.process import Process, process_of
+from fastsp.diffusion.process import Process, RectifiedFlow, process_of
 from fastsp.diffusion.sampling import NO_GUIDANCE, Guidance, ddim, guided_denoiser
-from fastsp.diffusion.text import USUAL, TextSettings, hidden_states, token_ids
+from fastsp.diffusion.text import USUAL, TextSettings, token_ids
 from fastsp.errors import UserError
 from fastsp.families import family_of
+from fastsp.models.kinds import Kind, kind_named, on_its_device, register_kind
 from fastsp.models.lora import Base
 from fastsp.models.saving import save_pipeline
-from fastsp.models.schedulers import trained_scheduler
+from fastsp.models.schedulers import is_flow, trained_scheduler
 from fastsp.options import Keep
 
 
@@ -30,7 +31,8 @@ from fastsp.options import Keep
 class TextToImageModel:
     """The parts of a pipeline. Pixel-space models have no VAE: their latents are the pixels in [-1, 1].
 
-    Stable Diffusion XL has a second text encoder, and a UNet that takes pooled features and sizes.
+    Stable Diffusion XL has a second text encoder, and a UNet that takes pooled features and sizes. Stable Diffusion 3
+    and FLUX have a transformer in the place of the UNet.
     """
 
     unet: Any
@@ -40,6 +42,14 @@ class TextToImageModel:
     vae: Any = None
     text_encoder_2: Any = None
     tokenizer_2: Any = None
+    text_encoder_3: Any = None
+    tokenizer_3: Any = None
+    text_width: int | None = None
+    """Of the text features that the network takes, where it is not loaded and no text encoder tells it."""
+    pipeline_class: str | None = None
+    """Of diffusers; None: a pixel-space one, Stable Diffusion 1.x and 2.x or XL, by the parts that are there."""
+    flow: Mapping[str, Any] | None = None
+    """How training spreads the times of a flow: ``fastsp.config.FlowConfig``, by key; None: as by default there."""
     base: Base | None = None
     """Of a UNet with adapters in training: the model that they belong to."""
     zeros_for_empty_prompt: bool = False
@@ -53,16 +63,36 @@ class TextToImageModel:
     @property
     def process(self) -> Process:
         """The noise process, a new one: its tables move to wherever they are used."""
-        return process_of(self.scheduler)
+        return self.kind.process(process_of(self.scheduler))
+
+    def process_at(self, height: int, width: int) -> Process:
+        """The process as latents of that size are sampled."""
+        return self.process.of_size(family_of(self.unet).tokens(self.unet.config, height, width))
+
+    def training_process(self, resolution: int) -> Process:
+        """The process from which training draws the times of square images of ``resolution`` pixels."""
+        process = self.process_at(*self.latent_shape(resolution)[1:])
+        return process.training(**(self.flow or {})) if isinstance(process, RectifiedFlow) else process
+
+    @property
+    def kind(self) -> Kind:
+        """What class of pipelines it belongs to."""
+        name = self.pipeline_class
+        if name is None:
+            latent = "StableDiffusionPipeline" if self.text_encoder_2 is None else "StableDiffusionXLPipeline"
+            name = "PixelTextToImagePipeline" if self.vae is None else latent
+        kind = kind_named(name, "transformer" if is_flow(self.scheduler.config) else "unet")
+        assert kind is not None
+        return kind
 
     @property
     def prediction_type(self) -> str:
-        return self.scheduler.config.prediction_type
+        return "flow_prediction" if is_flow(self.scheduler.config) else self.scheduler.config.prediction_type
 
     @property
     def channels(self) -> int:
         """Of the images: 1 (grey) or 3."""
-        return self.unet.config.in_channels if self.vae is None else self.vae.config.in_channels
+        return self.unet.config["in_channels"] if self.vae is None else self.vae.config.in_channels
 
     @property
     def vae_scale_factor(self) -> int:
@@ -78,26 +108,46 @@ class TextToImageModel:
         """(C, H, W) of the latents of a square image of ``resolution`` pixels, or of one of such a height and width.
 
         Raises:
-            UserError: ``resolution`` is no multiple of the VAE's factor.
+            UserError: ``resolution`` is no multiple of the VAE's factor and of the network's patches, or too large for
+                the network.
         """
-        factor = self.vae_scale_factor
+        family, config, factor = family_of(self.unet), self.unet.config, self.vae_scale_factor
         height, width = resolution if isinstance(resolution, tuple) else (resolution, resolution)
+        of = resolution if isinstance(resolution, int) else f"{width} x {height}"
         if height % factor or width % factor:
-            of = resolution if isinstance(resolution, int) else f"{width} x {height}"
             raise UserError(f"resolution {of} must be a multiple of {factor}: the VAE shrinks by it")
-        return (self.unet.config.in_channels, height // factor, width // factor)
+        if height % (multiple := factor * family.patch(config)) or width % multiple:
+            raise UserError(f"resolution {of} must be a multiple of {multiple}: so large are its patches")
+        largest = family.largest_side(config)
+        if largest is not None and max(height, width) > largest * factor:
+            raise UserError(f"resolution {of} is too large for this network: it has places for {largest * factor}")
+        return (family.latent_channels(config), height // factor, width // factor)
 
     @property
     def text_encoders(self) -> tuple[Any, ...]:
-        """One, or Stable Diffusion XL's two."""
-        return tuple(encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None)
+        """One, Stable Diffusion XL's and FLUX's two, or Stable Diffusion 3's two or three."""
+        every = self.text_encoder, self.text_encoder_2, self.text_encoder_3
+        return tuple(encoder for encoder in every if encoder is not None)
+
+    @property
+    def tokenizers(self) -> tuple[Any, ...]:
+        """Those of the text encoders."""
+        every = self.tokenizer, self.tokenizer_2, self.tokenizer_3
+        return tuple(tokenizer for tokenizer in every if tokenizer is not None)
 
     def reading(self, token_chunks: int | None, clip_skip: int | None) -> TextToImageModel:
         """The same with other text settings, where they are given; UserError for a layer that is not there."""
         text = self.text.but(token_chunks, clip_skip)
-        if (fault := text.fault(self.text_encoders)) is not None:
+        model = replace(self, text=text)
+        if (fault := model.text_fault()) is not None:
             raise UserError(f"model.{fault}")
-        return replace(self, text=text)
+        return model
+
+    def text_fault(self) -> str | None:
+        """Why the text settings cannot be used with these text encoders."""
+        if not self.kind.has_text_settings and not self.text.usual:
+            return f"token_chunks and clip_skip: {self.kind.name} has neither"
+        return self.text.fault(self.text_encoders)
 
     def text_fingerprint(self) -> str:
         """Of the text encoders and of how they are used: what text features depend on."""
@@ -111,7 +161,8 @@ class TextToImageModel:
     def place(self, device: torch.device | str, compiles: bool = False) -> None:
         """Move the frozen parts to ``device`` and compile those that training calls: text encoders, the VAE's encoder.
 
-        They stay float32: Stable Diffusion's VAEs overflow in float16, and ``final/`` has them unchanged.
+        They stay in the dtype in which they were loaded, float32, T5 in bfloat16: Stable Diffusion's VAEs overflow in
+        float16, and ``final/`` has them unchanged.
         """
         for part in self.frozen_parts():
             part.to(device)
@@ -121,17 +172,23 @@ class TextToImageModel:
             for part in self.frozen_parts():
                 (part.encoder if part is self.vae else part).compile()
 
-    def for_training(self, prediction: Keep = "v_zero_snr") -> TextToImageModel:
+    def for_training(self, prediction: Keep = "v_zero_snr", flow: Mapping[str, Any] | None = None) -> TextToImageModel:
         """As fastsp trains it: trailing timesteps; no prompt is the empty prompt.
 
         Args:
             prediction: "keep" leaves what it predicts and its noise schedule; "v_zero_snr" makes them v-prediction with
-                zero terminal SNR, which the first stage teaches a model of epsilon by MSE, as in the paper.
+                zero terminal SNR, which the first stage teaches a model of epsilon by MSE, as in the paper. A flow
+                stays as it is.
+            flow: how the times of a flow are spread; None: as by default.
 
         Raises:
-            UserError: a prediction that is to be kept cannot be trained on its schedule.
+            UserError: a prediction that is to be kept cannot be trained on its schedule; ``flow`` for another process.
         """
         own, scheduler = self.prediction_type, self.scheduler
+        if self.kind.is_flow:
+            return replace(self, loaded_prediction_type=own, flow=flow)
+        if flow is not None:
+            raise UserError("model.flow is set, and this model is not trained on a flow: remove it")
         if prediction == "v_zero_snr":
             scheduler = trained_scheduler(scheduler.config)
         try:
@@ -141,25 +198,15 @@ class TextToImageModel:
         return replace(self, scheduler=scheduler, zeros_for_empty_prompt=False, loaded_prediction_type=own)
 
     @torch.no_grad()
-    def encode_ids(self, input_ids: Tensor, input_ids_2: Tensor | None = None) -> Conditioning:
-        """Token ids (B, n L) of :func:`token_ids`, by each tokenizer, -> text features, without sizes.
-
-        Stable Diffusion 1.x and 2.x take the encoder's last state; XL takes the last but one of both encoders, side by
-        side, and the second one's pooled features (Podell et al., arXiv 2307.01952, section 2.1).
-        """
-        if self.text_encoder_2 is None:
-            states, _ = hidden_states(self.text_encoder, input_ids, self.text, normed=True)
-            return Conditioning(states)
-        assert input_ids_2 is not None
-        first, _ = hidden_states(self.text_encoder, input_ids, self.text, normed=False)
-        second, pooled = hidden_states(self.text_encoder_2, input_ids_2, self.text, normed=False)
-        return Conditioning(torch.cat([first, second], dim=-1), pooled)
+    def encode_ids(self, *ids: Tensor) -> Conditioning:
+        """Token ids (B, n L) of :func:`token_ids`, by each tokenizer, -> text features, without sizes; see
+        :mod:`fastsp.models.kinds`."""
+        return self.kind.encode(self, ids)
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """Texts -> text features, without sizes; padded and truncated to the tokenizers' length, or chunks of it."""
         chunks = self.text.token_chunks
-        second = None if self.tokenizer_2 is None else token_ids(self.tokenizer_2, prompts, chunks)
-        return self.encode_ids(token_ids(self.tokenizer, prompts, chunks), second)
+        return self.encode_ids(*(token_ids(tokenizer, prompts, chunks) for tokenizer in self.tokenizers))
 
     def encode_no_prompt(self) -> Conditioning:
         """What guidance starts from, for one sample: the empty prompt's features, or zeros."""
@@ -189,7 +236,7 @@ class TextToImageModel:
         guidance: Guidance = NO_GUIDANCE,
         negative_prompt: str = "",
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Deterministic DDIM from ``noise``: yields ``(x_next, x0^)`` after each step.
+        """Deterministic DDIM from ``noise``, on a flow Euler's steps: yields ``(x_next, x0^)`` after each step.
 
         Args:
             prompts: B texts; empty ones sample without condition.
@@ -198,11 +245,14 @@ class TextToImageModel:
             negative_prompt: what guidance starts from; empty: :meth:`encode_no_prompt`.
         """
         conditioning = self._with_own_size(self.encode_prompts(prompts), noise)
-        empty = conditioning
-        if guidance.active:
+        empty, embedded = conditioning, family_of(self.unet).embeds_guidance(self.unet.config)
+        if embedded and negative_prompt:
+            raise UserError("this model is told the scale of guidance, and takes no negative prompt")
+        if guidance.active and not embedded:
             empty = self.encode_prompts([negative_prompt]) if negative_prompt else self.encode_no_prompt()
         denoise = guided_denoiser(self.unet, conditioning, empty, guidance)
-        yield from ddim(denoise, self.process.to(noise.device), noise, num_steps)
+        process = self.process_at(*noise.shape[-2:]).to(noise.device)
+        yield from ddim(denoise, process, noise, num_steps)
 
     def generate(
         self,
@@ -219,7 +269,7 @@ class TextToImageModel:
 
     def _with_own_size(self, conditioning: Conditioning, latents: Tensor) -> Conditioning:
         """For SDXL: an image that was never resized or cropped, as diffusers' pipeline has it by default."""
-        if conditioning.text_embeds is None:
+        if not family_of(self.unet).takes_sizes(self.unet.config):
             return conditioning
         size = torch.tensor(latents.shape[-2:], device=latents.device) * self.vae_scale_factor
         sizes = size.expand(len(latents), 2)
@@ -227,18 +277,7 @@ class TextToImageModel:
 
     def pipeline(self) -> DiffusionPipeline:
         """The same parts as a diffusers pipeline."""
-        if self.vae is None:
-            return PixelTextToImagePipeline(self.unet, self.text_encoder, self.tokenizer, self.scheduler)
-        # Here, for they take seconds to import and warn of a missing torchvision.
-        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
-        names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-        parts: dict[str, Any] = {name: getattr(self, name) for name in names}
-        if self.text_encoder_2 is None:
-            checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            return StableDiffusionPipeline(**parts, **checker)
-        parts |= {"text_encoder_2": self.text_encoder_2, "tokenizer_2": self.tokenizer_2}
-        return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=self.zeros_for_empty_prompt)
+        return self.kind.pipeline(self)
 
     def save(self, folder: Path) -> None:
         """Write a diffusers pipeline folder, safetensors only."""
@@ -257,17 +296,20 @@ class PixelTextToImagePipeline(DiffusionPipeline):
     ``PixelTextToImagePipeline.from_pretrained("runs/quickstart/final")("a handwritten seven").images[0]``
     """
 
-    model_cpu_offload_seq = "text_encoder->unet"
+    model_cpu_offload_seq = "text_encoder->unet->transformer"
+    _optional_components = ["unet", "transformer"]  # noqa: RUF012 - it has one of the two
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
-        scheduler: DDIMScheduler,
+        scheduler: Any,
+        unet: Any = None,
+        transformer: Any = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
+        networks = {"unet": unet, "transformer": transformer}
+        self.register_modules(text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler, **networks)
 
     def __call__(
         self,
@@ -279,11 +321,11 @@ class PixelTextToImagePipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """Sample one image for every prompt by deterministic DDIM; no guidance by default.
+        """Sample one image for every prompt by deterministic DDIM, on a flow by Euler's steps; no guidance by default.
 
         Args:
             prompt: one text or several.
-            num_inference_steps: DDIM steps, trailing spacing.
+            num_inference_steps: of the sampler, trailing spacing.
             guidance_scale: 0: none.
             guidance_rescale: phi of the rescaled guidance.
             latents: initial noise (B, C, H, W); None: drawn from ``generator``.
@@ -291,7 +333,8 @@ class PixelTextToImagePipeline(DiffusionPipeline):
             output_type: ``pil``, or ``pt`` for float32 (B, C, H, W) in [-1, 1].
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        model = TextToImageModel(self.unet, self.text_encoder, self.tokenizer, self.scheduler)
+        network = self.transformer if self.unet is None else self.unet
+        model = TextToImageModel(network, self.text_encoder, self.tokenizer, self.scheduler)
         if latents is None:
             shape = (len(prompts), *model.latent_shape(model.default_resolution))
             latents = randn_tensor(shape, generator=generator, device=self.device)
@@ -299,3 +342,31 @@ class PixelTextToImagePipeline(DiffusionPipeline):
         if output_type != "pt":
             images = self.numpy_to_pil((images / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy())
         return ImagePipelineOutput(images=images)
+
+
+class Pixel(Kind):
+    """fastsp's own, without a VAE. A transformer takes the encoder's pooled features too, and is trained on a flow."""
+
+    name = "PixelTextToImagePipeline"
+    has_vae = False
+
+    def encode(self, model: Any, ids: Sequence[Tensor]) -> Conditioning:
+        seen = model.text_encoder(*on_its_device(model.text_encoder, ids))
+        return Conditioning(seen[0], seen.pooler_output if self.is_flow else None)
+
+    def widths(self, model: Any) -> tuple[int | None, int | None]:
+        width = model.text_encoder.config.hidden_size
+        return width, width if self.is_flow else None
+
+    def pipeline(self, model: Any) -> Any:
+        return PixelTextToImagePipeline(**self._named(model))
+
+
+class PixelFlow(Pixel):
+    """With a transformer."""
+
+    network, is_flow = "transformer", True
+
+
+register_kind(Pixel())
+register_kind(PixelFlow())

@@ -13,29 +13,32 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import AutoencoderKL, DDIMScheduler
 from safetensors import SafetensorError
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
+from transformers import CLIPTokenizer, PreTrainedModel, T5EncoderModel, T5TokenizerFast
 
 from fastsp.diffusion.text import TextSettings
 from fastsp.errors import UserError
 from fastsp.families import NetworkFamily, family_named, family_of
-from fastsp.families.unet import pooled_width
 from fastsp.models.hub import VARIANTS, download_pipeline, is_hub_id
+from fastsp.models.kinds import Kind, kind_named, kind_names
 from fastsp.models.lora import DIFFUSERS_FILE, Base, add_adapters, base_of, fingerprint, fuse_adapters, load_adapters
 from fastsp.models.lora import header as adapters_header
 from fastsp.models.model import TextToImageModel
 from fastsp.models.presets import PRESETS, preset_model
 from fastsp.models.quiet import quiet_libraries
-from fastsp.models.schedulers import ddim_scheduler, loaded_scheduler, trained_scheduler
+from fastsp.models.schedulers import (
+    ddim_scheduler,
+    flow_scheduler,
+    is_flow,
+    loaded_flow_scheduler,
+    loaded_scheduler,
+    trained_scheduler,
+)
 from fastsp.models.single_file import load_single_file, tensor_names
 from fastsp.options import Keep
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixelTextToImagePipeline")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-_PARTS = ("unet", "text_encoder", "tokenizer", "scheduler")
-_OPTIONAL_PARTS = ("text_encoder_2", "tokenizer_2", "vae")  # Stable Diffusion XL; latents
-_CLASSES = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection, "vae": AutoencoderKL}
+_NETWORKS = ("unet", "transformer")
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last one has the safety checker
 _NUM_BYTES = 256  # CLIP's tokenizers have a token for each
 _log = logging.getLogger(__name__)
@@ -44,14 +47,14 @@ _log = logging.getLogger(__name__)
 def load_pipeline(
     name: str, config: str | None = None, with_unet: bool = True, base: str | None = None
 ) -> TextToImageModel:
-    """A Stable Diffusion 1.x, 2.x or XL pipeline, or a pixel-space one of fastsp's, in float32 on the CPU.
+    """A Stable Diffusion 1.x, 2.x, XL or 3, a FLUX or a pixel-space pipeline, in float32 on the CPU; T5 in bfloat16.
 
     Args:
         name: a folder in diffusers' layout, a hub id, or a ``.safetensors`` file in Stable Diffusion's own layout;
             or a folder with the adapters of a LoRA run, which come fused into the model they name.
         base: for adapters, the model to take instead of the one they name.
         config: for a single file, a folder or hub id with tokenizer and configuration; None: diffusers' choice.
-        with_unet: load the UNet too; else it is None.
+        with_unet: load the UNet or transformer too; else it is None.
 
     Raises:
         UserError: it is not there, is of another kind, or lacks a part; a part does not fit the others; pickled
@@ -78,16 +81,18 @@ def load_model(
     seed: int,
     config: str | None = None,
     lora: Mapping[str, Any] | None = None,
-    unet: Mapping[str, Any] | None = None,
+    sizes: Mapping[str, Any] | None = None,
     prediction: Keep | None = None,
     token_chunks: int | None = None,
     clip_skip: int | None = None,
+    network: str | None = None,
+    flow: Mapping[str, Any] | None = None,
 ) -> TextToImageModel:
     """The model that a configuration trains: a preset with seeded random weights, or what ``load_pipeline`` takes.
 
-    ``unet`` has the sizes of a preset's UNet, see :func:`fastsp.models.presets.preset_model`; ``prediction`` is that of
-    :meth:`TextToImageModel.for_training`, None: v_zero_snr; ``token_chunks`` and ``clip_skip`` are those of
-    :class:`fastsp.diffusion.text.TextSettings`, None: the model's own.
+    ``sizes`` are those of a preset's network, see :func:`fastsp.models.presets.preset_model`; ``prediction`` and
+    ``flow`` are those of :meth:`TextToImageModel.for_training`, None: v_zero_snr, and the default; ``token_chunks`` and
+    ``clip_skip`` are those of :class:`fastsp.diffusion.text.TextSettings`, None: the model's own.
     With ``lora`` (rank, alpha, target_modules) its UNet has adapters, which alone are trainable. Those of a folder of
     adapters are trained further; without ``lora`` they are fused, and all weights are trained.
 
@@ -99,10 +104,10 @@ def load_model(
     if pretrained is None:
         if preset not in PRESETS:
             raise UserError(f"model.preset {preset!r} is unknown: use one of {', '.join(PRESETS)}")
-        return preset_model(preset, resolution, seed, **(unet or {}))
+        return preset_model(preset, resolution, seed, network or "unet", **(sizes or {})).for_training(flow=flow)
     prediction = prediction or "v_zero_snr"
     if lora is None:
-        return load_pipeline(pretrained, config).for_training(prediction).reading(token_chunks, clip_skip)
+        return load_pipeline(pretrained, config).for_training(prediction, flow).reading(token_chunks, clip_skip)
     path = _find(pretrained)
     if given := (path / DIFFUSERS_FILE).is_file():
         model, base = _load_base(path)
@@ -112,7 +117,7 @@ def load_model(
             )
     else:
         model, base = load_pipeline(pretrained, config), Base(pretrained, config)
-    model = model.for_training(prediction).reading(token_chunks, clip_skip)
+    model = model.for_training(prediction, flow).reading(token_chunks, clip_skip)
     base = base._replace(fingerprint=fingerprint(model.unet), prediction=prediction, text=model.text)
     add_adapters(model.unet, **lora, seed=seed)
     if given:
@@ -132,13 +137,14 @@ def check_pipeline(name: str, base: str | None = None) -> None:
     elif path.is_file():
         tensor_names(path)
     else:
-        _, parts = _read_index(path, name)
-        for part in parts & {"unet", *_CLASSES}:
+        _, kind, parts = _read_index(path, name)
+        for part in parts & {kind.network, *kind.parts}:
             _check_weights(path / part)
 
 
 def load_unet(folder: Path, base: str | None = None) -> Any:
-    """The UNet of a pipeline folder, of a folder with a UNet alone, or with adapters, fused into ``base``; float32.
+    """The UNet of a pipeline folder, of a folder with a UNet alone, or with adapters, fused into ``base``; float32. Or
+    the transformer.
 
     Raises:
         UserError: there is none, or it cannot be loaded.
@@ -148,7 +154,7 @@ def load_unet(folder: Path, base: str | None = None) -> Any:
     return _load_network(_unet_folder(folder))
 
 
-def load_unet_and_scheduler(name: str) -> tuple[Any, DDIMScheduler]:
+def load_unet_and_scheduler(name: str) -> tuple[Any, Any]:
     """What a loss needs of a model: the UNet, float32 on the CPU, and the noise scheduler that belongs to it.
 
     Args:
@@ -158,7 +164,7 @@ def load_unet_and_scheduler(name: str) -> tuple[Any, DDIMScheduler]:
     Raises:
         UserError: one of the two is not there, or cannot be loaded.
     """
-    path = _find(name, ("unet", "scheduler"))
+    path = _find(name, (*_NETWORKS, "scheduler"))
     if path.is_file() or (path / DIFFUSERS_FILE).is_file():
         model = load_pipeline(name)
         return model.unet, model.scheduler
@@ -167,20 +173,20 @@ def load_unet_and_scheduler(name: str) -> tuple[Any, DDIMScheduler]:
     return load_unet(path), load_scheduler(path)
 
 
-def load_scheduler(folder: Path) -> DDIMScheduler:
+def load_scheduler(folder: Path) -> Any:
     """That of a pipeline folder, or of the run that ``folder`` is a stage of; a UserError if there is none."""
     run = next((path.parent for path in folder.resolve().parents if path.name == "stages"), folder)
     for holder in (folder, run / "final"):
         if (file := holder / "scheduler" / "scheduler_config.json").is_file():
-            return loaded_scheduler(_read_json(file), str(holder))
+            return _scheduler(_read_json(file), str(holder))
     if run == folder or not (run / "config.yaml").is_file():
         raise UserError(f"{folder} has no scheduler/scheduler_config.json, and it is no stage of a run")
     model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
     if model.get("pretrained") is None:
-        return ddim_scheduler()
+        return flow_scheduler() if model.get("network") == "dit" else ddim_scheduler()
     base = _find(model["pretrained"], ("scheduler",))
     own = load_pipeline(str(base), model.get("config"), False).scheduler if base.is_file() else load_scheduler(base)
-    return own if model.get("prediction") == "keep" else trained_scheduler(own.config)
+    return own if model.get("prediction") == "keep" or is_flow(own.config) else trained_scheduler(own.config)
 
 
 def check_unet(folder: Path) -> None:
@@ -211,10 +217,11 @@ def check_perceptual_network(unet: Any, predicts: str, layers: str | None, folde
     for key in family.input_keys:
         if (its := config.get(key)) != (own := unet.config.get(key)):
             raise UserError(f"{stage}.perceptual_network {folder}: its {key} is {its!r}, the model's {own!r}")
-    if layers is not None and layers not in (allowed := family.layers(config)):
-        raise UserError(f"{stage}.layers {layers!r}: the perceptual network lacks them; allowed: {', '.join(allowed)}")
+    if layers is not None and (fault := family.layers_fault(config, layers)) is not None:
+        raise UserError(f"{stage}.layers {layers!r}: the perceptual network cannot: {fault}")
     if folder is not None and (scheduler := folder / "scheduler" / "scheduler_config.json").is_file():
-        its = loaded_scheduler(_read_json(scheduler), str(folder)).config.prediction_type
+        found = _read_json(scheduler)
+        its = "flow_prediction" if is_flow(found) else loaded_scheduler(found, str(folder)).config.prediction_type
         check_predicts(its, predicts, f"{stage}.perceptual_network: {folder}")
 
 
@@ -242,11 +249,16 @@ def _find(name: str, parts: Collection[str] | None = None) -> Path:
     return path if path.exists() or not is_hub_id(name) else download_pipeline(name, parts)
 
 
+def _scheduler(config: dict[str, Any], name: str) -> Any:
+    """Of either kind."""
+    return (loaded_flow_scheduler if is_flow(config) else loaded_scheduler)(config, name)
+
+
 def _unet_folder(folder: Path) -> Path:
-    part = folder if (folder / "config.json").is_file() else folder / "unet"
-    if not (part / "config.json").is_file():
-        raise UserError(f"{folder} holds no UNet: there is no config.json in it, nor in its unet/")
-    return part
+    for part in (folder, *(folder / name for name in _NETWORKS)):
+        if (part / "config.json").is_file():
+            return part
+    raise UserError(f"{folder} holds no UNet: there is no config.json in it, nor in its unet/ or transformer/")
 
 
 def _check_weights(folder: Path) -> None:
@@ -286,33 +298,40 @@ def _naming_base_of(folder: Path) -> Iterator[None]:
 
 
 def _load_folder(root: Path, name: str, with_unet: bool) -> TextToImageModel:
-    index, parts = _read_index(root, name)
+    index, kind, parts = _read_index(root, name)
+    config, loaded = _read_json(root / "scheduler" / "scheduler_config.json"), {}
+    loaded = {part: _load_part(of, root / part) for part, of in kind.parts.items() if part in parts}
+    loaded |= {part: _tokenizer(of, root / part, kind) for part, of in kind.tokenizers.items() if part in parts}
+    network = root / kind.network
     return TextToImageModel(
-        unet=_load_network(root / "unet") if with_unet else None,
-        scheduler=loaded_scheduler(_read_json(root / "scheduler" / "scheduler_config.json"), name),
+        unet=_load_network(network) if with_unet else None,
+        scheduler=(loaded_flow_scheduler if kind.is_flow else loaded_scheduler)(config, name),
+        zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", kind.zeros_for_empty_prompt)),
         text=TextSettings.load(root),
-        zeros_for_empty_prompt="text_encoder_2" in parts and bool(index.get("force_zeros_for_empty_prompt", True)),
-        **{part: _load_part(kind, root / part) for part, kind in _CLASSES.items() if part in parts},
-        **{part: _tokenizer(root / part) for part in ("tokenizer", "tokenizer_2") if part in parts},
+        pipeline_class=kind.name,
+        text_width=_family(network).text_widths(_read_json(network / "config.json"))[0] if kind.is_flow else None,
+        **loaded,
     )
 
 
-def _read_index(root: Path, name: str) -> tuple[dict[str, Any], set[str]]:
-    """``model_index.json``, and the parts that it names."""
+def _read_index(root: Path, name: str) -> tuple[dict[str, Any], Kind, set[str]]:
+    """``model_index.json``, the kind of pipeline, and the parts that it names."""
     if not (root / "model_index.json").is_file():
         fault = "it has no model_index.json" if root.is_dir() else "it does not exist"
         raise UserError(f"{name} is no diffusers pipeline folder: {fault}")
     index = _read_json(root / "model_index.json")
-    kind = index.get("_class_name")
-    if kind not in PIPELINES:
-        raise UserError(f"{name} is of the kind {kind!r}: fastsp loads {', '.join(PIPELINES)}")
+    named = {part for part, value in index.items() if isinstance(value, list) and value[0] is not None}
+    kind = kind_named(str(index.get("_class_name")), "transformer" if "transformer" in named else "unet")
+    if kind is None:
+        raise UserError(f"{name} is of the kind {index.get('_class_name')!r}: fastsp loads {', '.join(kind_names())}")
     for part, value in index.items():
         if isinstance(value, list) and value[0] is not None and value[0] not in _LIBRARIES:
             raise UserError(f"{name}: its {part} is custom code ({value[0]}), which fastsp does not run")
-    parts = [*_PARTS, *(part for part in _OPTIONAL_PARTS if (index.get(part) or [None])[0] is not None)]
+    parts = [kind.network, *kind.parts, *kind.tokenizers, "scheduler"]
+    parts = [part for part in parts if part in named or part not in kind.optional]
     if missing := [part for part in parts if not (root / part).is_dir()]:
         raise UserError(f"{name} lacks {', '.join(missing)}: a pipeline folder holds one folder for each part")
-    return index, set(parts)
+    return index, kind, set(parts)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -338,13 +357,13 @@ def _load_network(folder: Path) -> Any:
 
 
 def _load_part(kind: Any, folder: Path) -> Any:
-    """A network in float32, from safetensors, with every tensor."""
+    """A network in float32, T5 in bfloat16, from safetensors, with every tensor."""
     with _one_line_errors(folder):
         module, info = kind.from_pretrained(
             folder,
             use_safetensors=True,
             variant=_variant(folder),
-            torch_dtype=torch.float32,
+            torch_dtype=torch.bfloat16 if issubclass(kind, T5EncoderModel) else torch.float32,
             output_loading_info=True,
             # transformers names no tensor of another shape otherwise; diffusers does
             ignore_mismatched_sizes=issubclass(kind, PreTrainedModel),
@@ -355,9 +374,12 @@ def _load_part(kind: Any, folder: Path) -> Any:
     return module
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(of: Any, folder: Path, kind: Kind) -> Any:
     with _one_line_errors(folder):
-        return CLIPTokenizer.from_pretrained(folder)
+        tokenizer = of.from_pretrained(folder)
+    if issubclass(of, T5TokenizerFast):  # T5 itself has no limit
+        tokenizer.model_max_length = min(tokenizer.model_max_length, kind.t5_tokens)
+    return tokenizer
 
 
 def _variant(folder: Path) -> str | None:
@@ -381,27 +403,31 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
 
 def _faults(model: TextToImageModel) -> Iterator[str]:
     """What keeps a model's parts from working together, and its UNet from being trained."""
-    for part, encoder in zip(("tokenizer", "tokenizer_2"), model.text_encoders, strict=False):
+    for part, encoder in zip(model.kind.tokenizers, model.text_encoders, strict=False):
         # From a folder without its vocabulary, transformers makes a tokenizer without words.
         size, known = len(getattr(model, part)), encoder.config.vocab_size
-        if not _NUM_BYTES <= size <= known:
+        least = _NUM_BYTES if issubclass(model.kind.tokenizers[part], CLIPTokenizer) else 2
+        if not least <= size <= known:
             reason = "it lacks its vocabulary, or is of another model"
             yield f"its {part} has {size} tokens, its text encoder {known}: {reason}"
-    if fault := model.text.fault(model.text_encoders):
+    if fault := model.text_fault():
         yield fault
+    if getattr(None if model.vae is None else model.vae.config, "latents_mean", None) is not None:
+        yield "the VAE has latents_mean and latents_std, which fastsp does not know"
     if model.unet is None:
         return
-    config, vae = model.unet.config, None if model.vae is None else model.vae.config
-    takes, width = config.cross_attention_dim, sum(encoder.config.hidden_size for encoder in model.text_encoders)
-    if takes != width:
-        yield f"the UNet takes text features of width {takes}, the text encoders give {width}"
-    if vae is not None and config.in_channels != vae.latent_channels:
-        yield f"the UNet takes {config.in_channels} channels, the VAE's latents have {vae.latent_channels}"
-    if fault := family_of(model.unet).fault(config):
-        yield f"the UNet cannot be trained: {fault}"
-    if getattr(vae, "latents_mean", None) is not None:
-        yield "the VAE has latents_mean and latents_std, which fastsp does not know"
-    widths = pooled_width(config), None if model.text_encoder_2 is None else model.text_encoder_2.config.projection_dim
-    wanted, given = (f"pooled text features of width {w}" if w else "no pooled text features" for w in widths)
+    config, vae, family = model.unet.config, None if model.vae is None else model.vae.config, family_of(model.unet)
+    name = "UNet" if family.part == "unet" else family.part
+    if family.part != model.kind.network:
+        yield f"its {model.kind.network} is of the class {family.class_name}"
+        return
+    (takes, wanted), (width, given) = family.text_widths(config), model.kind.widths(model)
+    if width not in (None, takes):
+        yield f"the {name} takes text features of width {takes}, the text encoders give {width}"
+    if vae is not None and (channels := family.latent_channels(config)) != vae.latent_channels:
+        yield f"the {name} takes {channels} channels, the VAE's latents have {vae.latent_channels}"
+    if fault := family.fault(config):
+        yield f"the {name} cannot be trained: {fault}"
     if wanted != given:
-        yield f"the UNet takes {wanted}, the text encoders give {given}"
+        told = [f"pooled text features of width {w}" if w else "no pooled text features" for w in (wanted, given)]
+        yield f"the {name} takes {told[0]}, the text encoders give {told[1]}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from fastsp.models.quiet import quiet_libraries
 
@@ -23,16 +24,23 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     """
     with quiet_libraries():
         pipeline.save_pretrained(folder, safe_serialization=True)
-    for file in sorted(folder.glob("text_encoder*/model.safetensors")):
-        tensors, config = load_file(file), json.loads(file.with_name("config.json").read_text(encoding="utf-8"))
-        if not any(name.startswith(_TEXT_PREFIX) for name in tensors):  # a CLIPTextModelWithProjection has kept them
-            renamed = {_TEXT_PREFIX + name: tensor.clone() for name, tensor in tensors.items()}  # off the mapped file
-            save_file(renamed, file, metadata={"format": "pt"})
-        config |= {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
-        file.with_name("config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name, part in pipeline.components.items():
-        if name.startswith("tokenizer") and part is not None:
+        if isinstance(part, CLIPTextModel):  # a CLIPTextModelWithProjection has kept them
+            _with_older_names(folder / name / "model.safetensors")
+        if isinstance(part, PreTrainedModel):
+            file = folder / name / "config.json"
+            config = json.loads(file.read_text(encoding="utf-8"))
+            config |= {key: "float32" for key in ("dtype", "torch_dtype") if key in config}
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if isinstance(part, CLIPTokenizer):
             _with_older_files(part, folder / name)
+
+
+def _with_older_names(file: Path) -> None:
+    tensors = load_file(file)
+    if not any(name.startswith(_TEXT_PREFIX) for name in tensors):
+        renamed = {_TEXT_PREFIX + name: tensor.clone() for name, tensor in tensors.items()}  # off the mapped file
+        save_file(renamed, file, metadata={"format": "pt"})
 
 
 def _with_older_files(tokenizer: Any, folder: Path) -> None:

@@ -4,13 +4,47 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from fastsp.diffusion.process import BETA_END, BETA_START, NUM_TRAIN_TIMESTEPS
 from fastsp.errors import UserError
 
 _BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
+_FLOW = (
+    *("num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift"),
+    *("base_image_seq_len", "max_image_seq_len", "time_shift_type"),
+)
+_OTHER_GRIDS = (
+    *("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
+    "stochastic_sampling",
+)
 _MEANING = ("prediction_type", "rescale_betas_zero_snr")  # what the model predicts
+
+
+def is_flow(config: Any) -> bool:
+    """Whether a scheduler's configuration is that of a rectified flow."""
+    return "beta_schedule" not in config and "shift" in config
+
+
+def flow_scheduler(**overrides: Any) -> FlowMatchEulerDiscreteScheduler:
+    """Euler's steps on a rectified flow; the grid is evenly spaced, and shifted if ``shift`` is given."""
+    return FlowMatchEulerDiscreteScheduler(**overrides)
+
+
+def loaded_flow_scheduler(config: Any, name: str) -> FlowMatchEulerDiscreteScheduler:
+    """An Euler scheduler with the shift of a folder's.
+
+    Raises:
+        UserError: it is no flow's, or spaces its steps in a way that fastsp does not know.
+    """
+    if not is_flow(config):
+        raise UserError(
+            f"{name}: the scheduler {config.get('_class_name')} is none of a rectified flow, as it should be"
+        )
+    for key in _OTHER_GRIDS:
+        if config.get(key):
+            raise UserError(f"{name}: the scheduler's {key} is {config[key]!r}; fastsp samples without it")
+    return flow_scheduler(**_taken(config, _FLOW))
 
 
 def loaded_scheduler(config: Any, name: str) -> DDIMScheduler:
@@ -35,6 +69,9 @@ def trained_scheduler(config: Any) -> DDIMScheduler:
 
 def meaning_of(config: Any) -> tuple[str, str]:
     """What a model predicts, and on which schedule, in words: ``("v", "with zero terminal SNR")``."""
+    if is_flow(config):
+        dynamic = config.get("use_dynamic_shifting")
+        return "velocity", "of a rectified flow, shifted " + ("by size" if dynamic else f"by {config['shift']:g}")
     predicts = str(config["prediction_type"]).removesuffix("_prediction")
     return predicts, "with zero terminal SNR" if config.get("rescale_betas_zero_snr") else "on its own noise schedule"
 

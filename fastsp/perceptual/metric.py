@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -43,6 +43,19 @@ class PerceptualMetric(AlwaysEval, ABC):
     def dtype(self) -> torch.dtype | None:
         """The dtype in which :meth:`distance` wants its inputs; None: that of the prediction."""
         return None
+
+    @property
+    def calibration(self) -> dict[str, Tensor]:
+        """What the metric learns from the first real samples that it sees, by name, live; empty: it learns nothing."""
+        return {}
+
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        """What the metric sees in here is all that it learns from, of all ranks, which may see different numbers."""
+        yield
+
+    def freeze_calibration(self) -> None:
+        """Learn no more from samples."""
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -108,13 +121,31 @@ class ChannelScale(nn.Module):
     def __init__(self, channels: int, device: torch.device) -> None:
         super().__init__()
         self.seen = 0  # at least so many by this process, known without asking the device
+        self.alone = False  # no other rank takes part in the calls, and all samples count
         self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("mean", torch.zeros(channels, device=device))
         self.register_buffer("variance", torch.zeros(channels, device=device))
 
+    @torch.no_grad()
+    def merge_ranks(self) -> None:
+        """End what began with ``alone``: the moments become those of all ranks' samples. All take part."""
+        self.alone = False
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            mean = self.mean.double()
+            moments = torch.stack([mean, self.variance.double() + mean.square(), torch.ones_like(mean)]) * self.samples
+            dist.all_reduce(moments)
+            mean, square = moments[:2] / moments[2]
+            self.mean.copy_(mean)
+            self.variance.copy_(square - mean.square())
+            self.samples.copy_(moments[2, 0])
+
+    def freeze(self) -> None:
+        """See no more samples, however few there were."""
+        self.seen = CALIBRATION_SAMPLES
+
     def forward(self, real: Tensor) -> Tensor:
         """(B, ..., C) float32 features of real samples -> (C,)."""
-        if self.seen < CALIBRATION_SAMPLES:
+        if self.alone or self.seen < CALIBRATION_SAMPLES:
             self._calibrate(real.detach())
         return self.variance.clamp_min(SMALLEST_VARIANCE * self.variance.mean()).clamp_min(1e-20).sqrt()
 
@@ -124,7 +155,7 @@ class ChannelScale(nn.Module):
         variance, mean = torch.var_mean(real.flatten(0, -2), dim=0, correction=0)
         batch: Any = len(real)
         self.seen += batch
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if not self.alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             # Ranks may hold batches of unequal sizes, and have to stop after the same call.
             self.seen += dist.get_world_size() - batch
             mean, variance = mean.double(), variance.double()
@@ -136,7 +167,7 @@ class ChannelScale(nn.Module):
         shift = mean - self.mean
         mean_of_all = self.mean + share * shift
         variance_of_all = (1 - share) * self.variance + share * variance + share * (1 - share) * shift.square()
-        learning = self.samples < CALIBRATION_SAMPLES
+        learning = (self.samples < CALIBRATION_SAMPLES) | self.alone
         self.mean.copy_(torch.where(learning, mean_of_all, self.mean))
         self.variance.copy_(torch.where(learning, variance_of_all, self.variance))
         self.samples += batch * learning
@@ -184,6 +215,23 @@ class FrozenFeatures(PerceptualMetric):
     @property
     def dtype(self) -> torch.dtype:
         return self.network.dtype
+
+    @property
+    def calibration(self) -> dict[str, Tensor]:
+        return dict(self.scales.named_buffers(prefix="scales"))
+
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        for scale in self.scales:
+            scale.alone = True
+        yield
+        for scale in self.scales:
+            scale.merge_ranks()
+        self.freeze_calibration()
+
+    def freeze_calibration(self) -> None:
+        for scale in self.scales:
+            scale.freeze()
 
     @property
     def memory_format(self) -> torch.memory_format:

@@ -10,6 +10,7 @@ from fastsp.data.buckets import bucket_lines
 from fastsp.data.repeats import repeats_lines, shares_of
 from fastsp.data.samples import SampleReader
 from fastsp.data.source import Source
+from fastsp.families import family_of
 from fastsp.models import TextToImageModel
 from fastsp.models.schedulers import meaning_of
 from fastsp.objectives import StageConfig
@@ -17,6 +18,12 @@ from fastsp.training.optimizer import trained_share
 
 _MOSTLY = 0.9  # of an average: below it there is a word of advice
 _NOTES = 3  # shown of what is damaged or may surprise in the data
+
+
+def kind(unet: Any) -> str:
+    """What people call such a network."""
+    part = family_of(unet).part
+    return "UNet" if part == "unet" else part
 
 
 def size(unet: Any) -> str:

@@ -165,7 +165,34 @@ class TrainingStep:
     @property
     def state(self) -> dict[str, Tensor]:
         """Every tensor that an exact resume needs, by name; live, so load in place."""
-        return self.optimizer.state | (self.critic.state if self.critic is not None else {})
+        critic = self.critic.state if self.critic is not None else {}
+        return self.optimizer.state | critic | {f"metric.{name}": tensor for name, tensor in self.calibration.items()}
+
+    @property
+    def calibration(self) -> dict[str, Tensor]:
+        """What the metric has learned from :meth:`calibrate`, by name."""
+        criterion = self.objective.self_perceptual
+        return {} if criterion is None else criterion.metric.calibration
+
+    def freeze_calibration(self) -> None:
+        """After loading it."""
+        if self.objective.self_perceptual is not None:
+            self.objective.self_perceptual.metric.freeze_calibration()
+
+    @torch.no_grad()
+    def calibrate(self, batch: Batch) -> None:
+        """Let the metric see the real samples of ``batch`` at drawn times, as in a step with a perfect prediction, and
+        learn no more. All ranks take part, with their own samples."""
+        criterion = self.objective.self_perceptual
+        assert criterion is not None
+        with criterion.metric.calibrating(), torch.compiler.set_stance("force_eager"):  # it happens once
+            for microbatch in map(self.encoded, batch.microbatches(self.config.data.microbatch)):
+                positions = microbatch.positions.to(self.seed.device)
+                latents, conditioning = self.latents(microbatch, positions), self.conditioning(microbatch, positions)
+                t = self.process.draw(Seeded(self.seed, Stream.TIMESTEP, positions))
+                _, target = self.noisy(latents, t, positions)
+                keywords = self.keywords(conditioning)
+                self.objective(target, target, latents, t, keywords, self.seed, positions)
 
     def result(self, loss: Tensor, grad_norm: Tensor, rate: float) -> StepResult:
         """With the optimizer's counters."""
@@ -188,12 +215,12 @@ class TrainingStep:
         Separate from the rest, which a CUDA graph can capture: these networks are code of others.
         """
         if batch.text_features is None:
-            assert batch.input_ids is not None
-            features = self.model.encode_ids(batch.input_ids, batch.input_ids_2)
+            features = self.model.encode_ids(*batch.token_ids)
             batch = replace(
                 batch,
                 input_ids=None,
                 input_ids_2=None,
+                input_ids_3=None,
                 text_features=features.encoder_hidden_states,
                 pooled_text_features=features.text_embeds,
             )
@@ -241,6 +268,13 @@ class TrainingStep:
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """The network's prediction at x_t with the noise of ``positions``, its target (float32), and the keywords by
         which the network was given ``conditioning``."""
+        noisy_latents, target = self.noisy(latents, t, positions)
+        keywords = self.keywords(conditioning)
+        model_pred = family_of(self.unet).call(self.unet, noisy_latents, self.process.model_time(t), keywords)
+        return model_pred, target, keywords
+
+    def noisy(self, latents: Tensor, t: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t in the compute dtype, and what a perfect network predicts there, float32."""
         noisy_latents, target = diffuse(
             latents,
             self.process.marginal(t),
@@ -250,9 +284,11 @@ class TrainingStep:
             memory_format=torch.channels_last,
         )
         assert target is not None
-        family = family_of(self.unet)
-        keywords = family.keywords(conditioning)
-        return family.call(self.unet, noisy_latents, self.process.model_time(t), keywords), target, keywords
+        return noisy_latents, target
+
+    def keywords(self, conditioning: Conditioning) -> dict[str, Any]:
+        """The conditioning as the network and its perceptual copy are given it. Guidance that is embedded is 1."""
+        return family_of(self.model.unet).keywords(self.model.unet.config, conditioning)
 
     def latents(self, batch: Batch, positions: Tensor) -> Tensor:
         """x_0, (B, C, H, W) float32: the pixels themselves, or a draw from the VAE's posterior."""
@@ -270,7 +306,7 @@ class TrainingStep:
         conditioning = Conditioning(batch.text_features, batch.pooled_text_features)
         dropped = draws.dropped_captions(self.seed, positions, self.config.data.caption_dropout)
         conditioning = conditioning.where(dropped, self.empty).to(dtype=self.dtype)
-        if conditioning.text_embeds is None:
+        if not family_of(self.model.unet).takes_sizes(self.model.unet.config):
             return conditioning
         assert batch.original_sizes is not None and batch.crop_offsets is not None
         images = batch.moments if batch.moments is not None else batch.pixel_values
@@ -311,7 +347,8 @@ def build_step(
     for network in (initial, frozen_network):  # not the average: samples are drawn with it in float32
         if network is not None:
             use_attention(network, attention)
-    objective = resolve_name(stage.loss)(stage, model.process, frozen_network)  # copies before `initial` is cast
+    process = model.training_process(config.data.resolution)
+    objective = resolve_name(stage.loss)(stage, process, frozen_network)  # copies before `initial` is cast
     objective = placed(objective, dtype)
     if config.gradient_checkpointing:
         checkpoint_activations(initial)

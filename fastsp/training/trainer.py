@@ -37,6 +37,7 @@ from fastsp.models.attention import (
 from fastsp.models.lora import load_adapters, save_adapters, save_for_use
 from fastsp.objectives import StageConfig
 from fastsp.perceptual import shared_copy
+from fastsp.perceptual.metric import CALIBRATION_SAMPLES
 from fastsp.training import announcements
 from fastsp.training.capture import captured
 from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
@@ -55,9 +56,11 @@ from fastsp.training.trackers import Trackers, check_installed
 from fastsp.training.update import on_device, update_of
 from fastsp.training.validation import Validation
 from fastsp.utils.devices import device_name
-from fastsp.utils.files import new_folder
+from fastsp.utils.files import new_folder, save_tensors
 from fastsp.utils.gpu_settings import gpu_settings
 from fastsp.utils.launcher import said_once
+
+METRIC = "metric.safetensors"  # in a stage's folder: what its metric learned from the stage's first samples
 
 
 @record  # for torchrun's summary
@@ -155,8 +158,9 @@ class Trainer:
         changed_data = run.check_data(self.inventory)
         share = f", {ranks.world_size} processes ({config.distributed})" if ranks.world_size > 1 else ""
         console.print(
-            f"run {run.root}: {len(self.source)} samples of {config.data.source}, UNet of "
-            f"{announcements.size(self.model.unet)}, {config.precision} on {device_name(self.device)}{share}"
+            f"run {run.root}: {len(self.source)} samples of {config.data.source}, "
+            f"{announcements.kind(self.model.unet)} of {announcements.size(self.model.unet)}, "
+            f"{config.precision} on {device_name(self.device)}{share}"
         )
         console.print(announcements.prediction(self.model), highlight=False)
         if not self.model.text.usual:
@@ -176,6 +180,7 @@ class Trainer:
             data,
             tokenizer=model.tokenizer,
             tokenizer_2=model.tokenizer_2,
+            tokenizer_3=model.tokenizer_3,
             token_chunks=model.text.token_chunks,
             channels=model.channels,
             seed=self.config.seed,
@@ -221,7 +226,9 @@ class Trainer:
                 raise UserError(f"{self.run.stage_folder(stage.name)} is missing, the weights of a finished stage")
             checkpoint.load_into(step.state)
             step.optimizer.after_loading()
+            step.freeze_calibration()
         else:
+            self._calibrate(step, self.config.first_position(stage))
             self._validate(step, ema_unet, stage, 0, trackers)
             if self.config.samples.every and stage.init is None:
                 self._draw(ema_unet, stage, 0, trackers)  # what the training starts from
@@ -264,6 +271,16 @@ class Trainer:
         self._finish_stage(stage, step, ema_unet, trackers)
         self.ranks.barrier()  # the next stage starts from that folder
 
+    def _calibrate(self, step: TrainingStep, first: int) -> None:
+        """Let the stage's metric see the samples from position ``first`` on: each rank its share."""
+        if not step.calibration:
+            return
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        count = max(CALIBRATION_SAMPLES, world_size)
+        span = {"first_position": first, "last_position": first + count, "batch_size": count}
+        with closing(self.source.batches(**span, rank=rank, world_size=world_size)) as batches:
+            step.calibrate(next(batches).to(self.device))
+
     def _finish_stage(self, stage: StageConfig, step: TrainingStep, ema_unet: Any, trackers: Trackers | None) -> None:
         """Write the folder of a stage: the average, and in its ``raw/`` the weights themselves. All ranks take part.
 
@@ -275,6 +292,8 @@ class Trainer:
                 self._write_unet(whole, unfinished)
                 if step.critic is not None:
                     step.critic.save(unfinished)
+                if learned := {name: tensor.cpu() for name, tensor in step.calibration.items()}:
+                    save_tensors(learned, unfinished / METRIC, {"format": "pt"})
             del whole  # where it was gathered from shards, there may be no room for another one
             step.optimizer.replace_averages()
             raw = whole_unet(ema_unet, self.ranks)
@@ -309,8 +328,8 @@ class Trainer:
         for_shapes, first = "", "the first step"
         if len(self.shapes) > 1:
             for_shapes, first = f" for {shapes} of {len(self.shapes)} shapes", "the first step with them"
-        told = f"compiling UNet and perceptual network{for_shapes} ({self.config.compile_mode}); kept in {folder}"
-        self.console.print(told)
+        what = f"{announcements.kind(self.model.unet)} and perceptual network{for_shapes}"
+        self.console.print(f"compiling {what} ({self.config.compile_mode}); kept in {folder}")
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()

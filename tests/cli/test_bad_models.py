@@ -128,7 +128,7 @@ def with_code(folder):
 
 
 def of_another_kind(folder):
-    change(folder / "model_index.json", _class_name="FluxPipeline")
+    change(folder / "model_index.json", _class_name="SanaPipeline")
 
 
 def with_a_pipeline_of_its_own(folder):
@@ -191,7 +191,7 @@ def change(file, **values):
         (cut_short("unet"), "unet cannot be loaded (is it complete?)"),
         (cut_short("text_encoder"), "text_encoder cannot be loaded"),
         (with_code, "its unet is custom code (my_unet), which fastsp does not run"),
-        (of_another_kind, "is of the kind 'FluxPipeline': fastsp loads StableDiffusionPipeline"),
+        (of_another_kind, "is of the kind 'SanaPipeline': fastsp loads StableDiffusionPipeline"),
         (with_a_pipeline_of_its_own, "is of the kind ['pipeline', 'MyPipeline']"),
         (for_inpainting, "the UNet takes 9 channels, the VAE's latents have 4"),
         (with_another_scale_of_latents, "the VAE has latents_mean and latents_std"),
@@ -228,7 +228,7 @@ def test_layers_that_a_later_stage_cannot_have(fails, whole, tmp_path):
 
     plain, folder = shutil.copytree(whole, tmp_path / "plain"), shutil.copytree(whole, tmp_path / "without_mid")
     with_unet(mid_block_type=None)(folder)
-    lacks = "stages.1.layers 'mid': the perceptual network lacks them; allowed: encoder, decoder"
+    lacks = "stages.1.layers 'mid': the perceptual network cannot: this network has no mid block; use one of encoder"
     assert lacks in refusal(folder, "mid", "mse")
     assert lacks in refusal(plain, "mid", folder)
     assert "layers 'encoder+mid'" in refusal(folder, "encoder+mid", folder)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from fastsp_kernels import Stream
 from tiny import batch, scheduler, tiny_unet
 
@@ -24,6 +26,7 @@ from fastsp.diffusion.process import (
 from fastsp.diffusion.sampling import ddim
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
 
+_SHIFT_KEYS = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
 PREDICTION_TYPES = ("v_prediction", "epsilon", "sample")
 
 
@@ -168,6 +171,49 @@ def test_a_sampler_s_steps_on_a_flow_are_euler_s():
     *_, (last, sample) = ddim(velocity, process, noise, 9)
     torch.testing.assert_close(last.double(), x, rtol=1e-5, atol=1e-6)
     assert torch.equal(last, sample)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 25])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shift": 3.0},
+        {"use_dynamic_shifting": True},
+        {"use_dynamic_shifting": True, "time_shift_type": "linear", "max_image_seq_len": 1024, "max_shift": 2.0},
+    ],
+)
+def test_a_flow_s_grid_is_that_of_diffusers_pipelines(options, steps):
+    theirs, tokens = FlowMatchEulerDiscreteScheduler(**options), 900
+    mu = None
+    if "shift" not in options:
+        mu = calculate_shift(tokens, *(theirs.config[key] for key in _SHIFT_KEYS))
+    ours = process_of(theirs)
+    theirs.set_timesteps(steps, mu=mu)  # as Stable Diffusion 3's
+    torch.testing.assert_close(ours.on_table().of_size(tokens).grid(steps), theirs.sigmas, rtol=3e-7, atol=0)
+    theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)  # as FLUX's
+    torch.testing.assert_close(ours.of_size(tokens).grid(steps), theirs.sigmas, rtol=3e-7, atol=1e-7)
+
+
+def test_how_a_flow_s_times_are_spread():
+    random = Seeded(3, Stream.TIMESTEP, torch.arange(20000))
+    flow = RectifiedFlow(3.0)
+    for times in ("uniform", "logit_normal", "mode"):
+        t = flow.training(times=times, logit_mean=0.5, logit_std=0.8, mode_scale=0.81).draw(random)
+        assert t.dtype == torch.float32 and bool(((t > 0) & (t <= 1)).all())
+        u = t.double() / (3.0 - 2.0 * t.double())
+        if times == "logit_normal":
+            assert abs(float(u.logit().mean()) - 0.5) < 0.03 and abs(float(u.logit().std()) - 0.8) < 0.03
+        if (
+            times == "mode"
+        ):  # the density of the paper is the derivative of the inverse: compare the distribution's values
+            at = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
+            value = 1 - at - 0.81 * ((math.pi / 2 * at).cos() ** 2 - 1 + at)
+            below = torch.stack([(u > v).double().mean() for v in value])
+            torch.testing.assert_close(below, at, rtol=0, atol=0.015)
+        part = Seeded(3, Stream.TIMESTEP, torch.arange(7, 11))
+        assert torch.equal(flow.training(times=times).draw(part), flow.training(times=times).draw(random)[7:11])
+    assert torch.equal(flow.training(shift=1.0).draw(random), RectifiedFlow().draw(random))
+    assert torch.equal(flow.training().draw(random), flow.draw(random))
 
 
 @pytest.mark.parametrize("kind", ["flow", *PREDICTION_TYPES])

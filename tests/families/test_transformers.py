@@ -302,4 +302,5 @@ def test_what_is_missing_unknown_or_out_of_reach_is_said_in_one_line():
             SelfPerceptualLoss(network, flow, layers=layers)
     with pytest.raises(ValueError, match="prediction_type 'epsilon' does not fit a flow"):
         SelfPerceptualLoss(network, flow, "epsilon")
-    assert "the trainer does not know FluxTransformer2DModel yet" in str(family_named(name).fault({}))
+    other = "Flux2Transformer2DModel"
+    assert f"the trainer does not know {other} yet" in str(family_named(other).fault({}))

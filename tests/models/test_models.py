@@ -62,7 +62,7 @@ def test_the_preset_of_photographs_is_in_colour_and_of_any_size(tmp_path):
     ids = tokenize(preset_tokenizer("photographs"), [caption, "a photo of a zebra crossing a street in the rain"])
     assert ids.shape == (2, 32) and (ids[0] != ids[0, -1]).sum() == 6, "start and five words"
     sizes = {"block_out_channels": [16, 32, 48], "layers_per_block": 2}
-    model = load_model("photographs", None, 8, seed=0, unet=sizes)
+    model = load_model("photographs", None, 8, seed=0, sizes=sizes)
     assert model.channels == 3 and model.latent_shape(8) == (3, 8, 8)
     assert list(model.unet.config.block_out_channels) == [16, 32, 48] and model.unet.config.layers_per_block == 2
     assert model.unet.config.attention_head_dim == (1, 2, 3), "heads of 16 channels"
@@ -71,7 +71,7 @@ def test_the_preset_of_photographs_is_in_colour_and_of_any_size(tmp_path):
     model.save(tmp_path)
     assert torch.allclose(load_pipeline(str(tmp_path)).generate([caption], noise, 2), images, atol=1e-5)
     with pytest.raises(UserError, match=r"data.resolution 10 must be a multiple of 4: 3 blocks halve it"):
-        load_model("photographs", None, 10, seed=0, unet=sizes)
+        load_model("photographs", None, 10, seed=0, sizes=sizes)
 
 
 def test_a_pixel_pipeline_takes_a_generator_of_the_cpu_on_any_device(monkeypatch):

@@ -48,7 +48,8 @@ def test_the_first_compiled_step_says_what_it_does_and_how_long_it_took(monkeypa
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     config = load_config(QUICKSTART, [f"compile={str(compiles).lower()}"])
     console = Console(file=StringIO(), width=500)
-    trainer = SimpleNamespace(config=config, device=torch.device("cpu"), console=console, shapes=[(8, 8)])
+    facts = {"config": config, "device": torch.device("cpu"), "console": console, "shapes": [(8, 8)]}
+    trainer = SimpleNamespace(**facts, model=SimpleNamespace(unet=tiny_unet()))
     with Trainer._compiling(trainer, int(first)):
         so_far = console.file.getvalue()
     said = console.file.getvalue()
