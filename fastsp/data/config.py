@@ -14,6 +14,7 @@ SOURCES = {
     "images": "fastsp.data.readers.folder:find",
     "shards": "fastsp.data.readers.shards:find",
     "latents": "fastsp.data.readers.latents:find",
+    "arrow": "fastsp.data.readers.arrow:find",
 }
 
 
