@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import try_to_load_from_cache
@@ -91,9 +92,11 @@ def _part(config: Mapping[str, Any], where: str) -> Any:
         if kind == "AutoencoderKL":
             return AutoencoderKL.from_config(settings).eval().requires_grad_(False)
         try:
-            return family_named(kind).network_class().from_config(settings)
+            family = family_named(kind)
         except ValueError as error:
             raise UserError(f"{where}: {error}") from None
+        network = family.network_class() if hasattr(family, "network_class") else getattr(diffusers, kind)
+        return network.from_config(settings)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastsp.config import Config
 from fastsp.data.batch import Batch
+from fastsp.errors import UserError
+from fastsp.families import family_of
 from fastsp.models import TextToImageModel
 from fastsp.models.skeleton import META, skeleton
 from fastsp.objectives import StageConfig
@@ -159,6 +161,8 @@ def report(config: Config, where: str) -> Iterator[str]:
         UserError: the model's configuration is not on this machine.
     """
     model = skeleton_of(config)
+    if (fault := family_of(model.unet).fault(model.unet.config)) is not None:
+        raise UserError(f"{config.model.pretrained}: {fault}")
     yield f"{where}: counted on the meta device; nothing was downloaded, and nothing was run"
     counted: dict[str, Needs] = {}
     for stage in config.stages:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastsp.config import OptimizerConfig
 from fastsp.training.update import Update, Weights, follow
 
+KINDS = ("s", "p0", "exp_avg", "exp_avg_sq")
 NUMBERS = ("d", "d_max", "d_numerator", "k")  # of the library's, kept by it as Python numbers
 
 
@@ -44,10 +45,13 @@ class Prodigy(Update):
                 growth_rate=settings.growth_rate or float("inf"),
             )
         (self.group,) = self.optimizer.param_groups
-        self._step([torch.zeros_like(master) for master in masters.values()])  # creates its state, and changes nothing
-        for name, weight in zip(masters, self.weights, strict=True):
-            tensors = self.optimizer.state[weight].items()
-            self.state |= {f"{kind}.{name}": tensor for kind, tensor in tensors if isinstance(tensor, Tensor)}
+        if self.weights[0].is_meta:  # which has no values to read: the sizes of its state alone
+            self.state = {f"{kind}.{name}": torch.empty_like(p) for kind in KINDS for name, p in masters.items()}
+        else:
+            self._step([torch.zeros_like(master) for master in masters.values()])  # creates it, and changes nothing
+            for name, weight in zip(masters, self.weights, strict=True):
+                tensors = self.optimizer.state[weight].items()
+                self.state |= {f"{kind}.{name}": tensor for kind, tensor in tensors if isinstance(tensor, Tensor)}
         device = self.weights[0].device
         self.numbers = {
             name: torch.tensor(self.group[name], dtype=torch.float64, device=device) for name in NUMBERS
@@ -58,7 +62,9 @@ class Prodigy(Update):
         finite = norm.isfinite()
         weights.step_count.add_(finite)
         weights.skipped.add_(~finite)
-        if finite:
+        if finite.is_meta:
+            _ = [gradient.float() * self.clip(norm) for gradient in gradients]  # what the step allocates
+        elif finite:
             self.group |= {name: number.item() for name, number in self.numbers.items()}
             self.group["k"] = int(self.group["k"])
             self.group["lr"] = weights.learning_rate.item()

@@ -91,7 +91,8 @@ class Update:
         before = [tensor.clone() for tensor in self.state.values()]
         directions = self.directions(gradients)
         for tensor, old in zip(self.state.values(), before, strict=True):
-            tensor.copy_(torch.where(finite, tensor, old))
+            if tensor.device == finite.device:  # of meta weights, torch's step number is not
+                tensor.copy_(torch.where(finite, tensor, old))
         rate = weights.learning_rate.masked_fill(~finite, 0.0)
         torch._foreach_mul_(weights.masters, 1 - rate * self.config.weight_decay)
         torch._foreach_add_(weights.masters, torch._foreach_mul(directions, rate))

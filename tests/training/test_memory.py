@@ -19,6 +19,7 @@ from fastsp.models.published import PUBLISHED
 from fastsp.models.skeleton import skeleton
 from fastsp.training import memory
 from fastsp.training.memory import ACTIVATIONS, Allocations, fused_attention, needs, skeleton_of
+from fastsp.training.update import update_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
@@ -96,6 +97,17 @@ def test_what_lies_in_the_host_s_memory_is_not_on_the_device():
     config = load_config(QUICKSTART, ["precision=bf16", "ema.place=none"])
     found = needs(config, config.stage("mse"), skeleton_of(config))
     assert not found.on_host and set(found.held) == {"weights", "master weights", "optimizer's state", "text encoders"}
+
+
+@pytest.mark.parametrize(("kind", "size"), [("adamw", 8), ("muon", 8), ("prodigy", 16)])
+def test_every_optimizer_s_state(kind, size):
+    """Bytes per trained weight; a real one of the same weights has as many."""
+    config = load_config(QUICKSTART, [f"optimizer.kind={kind}"])
+    found = needs(config, config.stage("mse"), skeleton_of(config))
+    assert found.held["optimizer's state"] == pytest.approx(size * found.trained, rel=0.1)
+    unet = initial_model(config).unet
+    rule = update_of(config)({name: p.data for name, p in unet.named_parameters()}, config.optimizer)
+    assert found.held["optimizer's state"] == pytest.approx(sum(t.nbytes for t in rule.held), rel=0.01)
 
 
 def test_activations_grow_with_the_microbatch_and_checkpointing_saves_some():

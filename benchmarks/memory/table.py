@@ -1,0 +1,195 @@
+"""The table of docs/memory.md: GiB that a step needs, for published models, counted on the meta device.
+
+    python benchmarks/memory/table.py full lora
+
+Nothing is downloaded and no GPU is needed; it takes some ten minutes. SD 1.5 and SDXL are counted in the trainer's own
+step, the transformers, which the trainer does not take yet, in a step of the same parts: network, perceptual network,
+optimizer and moving average.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsp.config import Config, config_of
+from fastsp.families import family_of
+from fastsp.models.published import PUBLISHED
+from fastsp.models.skeleton import skeleton
+from fastsp.perceptual import PerceptualNetwork, cast, shared_copy
+from fastsp.training.memory import ACTIVATIONS, GIB, UPDATE, Allocations, fused_attention, needs, skeleton_of
+from fastsp.training.optimizer import Optimizer
+from fastsp.training.step import checkpoint_activations
+from fastsp.training.update import update_of
+
+META, BF16 = torch.device("meta"), torch.bfloat16
+LORA = {"rank": 16}
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+MODELS = {  # hub id, side of the images
+    "SD 1.5, 512": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
+    "SDXL, 1024": ("stabilityai/stable-diffusion-xl-base-1.0", 1024),
+    "SD 3.5 medium, 1024": ("stabilityai/stable-diffusion-3.5-medium", 1024),
+    "FLUX.1-dev, 1024": ("black-forest-labs/FLUX.1-dev", 1024),
+}
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "as by default": (),
+    "`gradient_checkpointing: true`": ("gradient_checkpointing=true",),
+    "and `optimizer.kind: adamw8bit`": ("gradient_checkpointing=true", "optimizer.kind=adamw8bit"),
+    "and `ema.place: none`": ("gradient_checkpointing=true", "optimizer.kind=adamw8bit", "ema.place=none"),
+    "`gradient_checkpointing`, `optimizer.offload: true`, `ema.place: host`": (
+        *("gradient_checkpointing=true", "optimizer.offload=true", "ema.place=host"),
+    ),
+}
+
+
+def configured(name: str, side: int, lora: bool, overrides: tuple[str, ...]) -> Config:
+    """Microbatches of one sample, bf16, both objectives."""
+    tree: dict[str, Any] = {
+        "run_dir": "runs/counted",
+        "precision": "bf16",
+        "model": {"pretrained": name, "prediction": "keep", **({"lora": dict(LORA)} if lora else {})},
+        "data": {"source": "latents", "path": ".", "resolution": side, "batch_size": 1},
+        "stages": [
+            {"name": "mse", "objective": "mse", "steps": 1, "learning_rate": 1e-4},
+            {"name": "sp", "objective": "self_perceptual", "steps": 1, "learning_rate": 1e-4},
+        ],
+        "evaluation": {"enabled": False},
+    }
+    return config_of(tree, overrides, name)
+
+
+@dataclass
+class Count:
+    """Bytes: held all the time, those of it that are the perceptual network's, and the most of two parts of a step."""
+
+    held: int
+    teacher: int
+    activations: int
+    update: int
+
+    @property
+    def most(self) -> int:
+        return self.held + max(self.activations, self.update)
+
+
+def counted(config: Config, stage: str) -> Count:
+    if "transformer" in PUBLISHED[str(config.model.pretrained)]:
+        return counted_transformer(config, perceptual=stage == "sp")
+    found = needs(config, config.stage(stage), skeleton_of(config))
+    teacher = found.held.get("perceptual network", 0)
+    return Count(sum(found.held.values()), teacher, found.phases[ACTIVATIONS], found.phases[UPDATE])
+
+
+def counted_transformer(config: Config, perceptual: bool) -> Count:
+    """As the trainer's step would have it: bf16, float32 masters, latents and text features encoded beforehand."""
+    network = skeleton(None, config.model.pretrained, config.data.resolution).unet
+    if config.model.lora is not None:
+        from peft import LoraConfig
+
+        network.requires_grad_(False)
+        network.add_adapter(LoraConfig(r=config.model.lora.rank, target_modules=list(TARGETS)))
+        network.to(META)
+    average = shared_copy(network)
+    for p in average.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+    cast(network, BF16).train()
+    if config.gradient_checkpointing:
+        checkpoint_activations(network)
+    teacher = PerceptualNetwork(network, share_frozen=config.model.lora is not None) if perceptual else None
+    place = config.ema.place
+    rule = update_of(config)
+    optimizer = Optimizer(network, None if place == "none" else average, config.optimizer, rule, place == "host")
+    seen: set[int] = set()
+    held = [*network.parameters(), *network.buffers(), *optimizer.masters]
+    held += [] if config.optimizer.offload else optimizer.rule.held
+    held += [t for name, t in optimizer.state.items() if name.startswith("ema.")] if place == "device" else []
+    total = sum(storage_bytes(tensor, seen) for tensor in held)
+    own = [] if teacher is None else [*teacher.parameters(), *teacher.buffers()]
+    of_teacher = sum(storage_bytes(tensor, seen) for tensor in own)
+    with fused_attention(), Allocations() as allocations:
+        sample, time, conditioning = inputs(network.config)
+        family = family_of(network)
+        answer = family.call(network, sample, time, conditioning)
+        if teacher is None:
+            loss = (answer.float() - sample.float()).square().mean()
+        else:
+            with torch.no_grad():
+                real = teacher(sample, time, **conditioning)
+            features = teacher(answer, time, **conditioning)
+            pairs = zip(features, real, strict=True)
+            loss = torch.stack([(one.float() - other.float()).square().mean() for one, other in pairs]).sum()
+            del real, features, pairs
+        del answer
+        loss.backward()
+        optimizer.accumulate()
+        activations = allocations.most
+        allocations.mark()
+        optimizer.update()
+    return Count(total + of_teacher, of_teacher, activations, allocations.most)
+
+
+def inputs(config: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Latents (1, 16, 128, 128), the time, and text as SD 3.5 (77 + 256 tokens) and FLUX (512) have it; meta."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(1, *shape, device=META, dtype=BF16)
+
+    is_flux = "guidance_embeds" in config
+    text = {
+        "encoder_hidden_states": empty(512 if is_flux else 333, config["joint_attention_dim"]),
+        "pooled_projections": empty(config["pooled_projection_dim"]),
+    }
+    if is_flux:
+        text |= {
+            "guidance": torch.ones(1, device=META),
+            "txt_ids": torch.zeros(1, 512, 3, device=META),
+            "img_ids": torch.zeros(1, 4096, 3, device=META),
+        }
+    return empty(16, 128, 128), torch.zeros(1, device=META), text
+
+
+def storage_bytes(tensor: Tensor, seen: set[int]) -> int:
+    storage = tensor.untyped_storage()
+    if storage._cdata in seen:
+        return 0
+    seen.add(storage._cdata)
+    return int(storage.nbytes())
+
+
+def lines(lora: bool) -> Iterator[str]:
+    yield f"{'LoRA of rank 16' if lora else 'All weights'}, a microbatch of one sample, MSE / self-perceptual:\n"
+    yield "| | " + " | ".join(MODELS) + " |"
+    yield "|---|" + "---|" * len(MODELS)
+    perceptual: dict[tuple[str, bool], Count] = {}  # its activations depend on these alone, and take minutes to count
+    activations: dict[tuple[str, bool], str] = {}
+    for label, overrides in SETTINGS.items():
+        cells = []
+        for model, (name, side) in MODELS.items():
+            config = configured(name, side, lora, overrides)
+            kind = model, config.gradient_checkpointing
+            mse = counted(config, "mse")
+            if kind not in perceptual:
+                perceptual[kind] = counted(config, "sp")
+            other = perceptual[kind]
+            both = mse, Count(mse.held + other.teacher, other.teacher, other.activations, mse.update)
+            cells.append(" / ".join(f"{one.most / GIB:.1f}" for one in both))
+            activations[kind] = " / ".join(f"{one.activations / GIB:.1f}" for one in both)
+            print(label, model, cells[-1], activations[kind], file=sys.stderr, flush=True)
+            gc.collect()
+        yield f"| {label} | " + " | ".join(cells) + " |"
+    for checkpointed, label in ((False, "without"), (True, "with")):
+        cells = [activations[model, checkpointed] for model in MODELS]
+        yield f"| *of it forward and backward, {label} `gradient_checkpointing`* | " + " | ".join(cells) + " |"
+    yield ""
+
+
+if __name__ == "__main__":
+    for kind in sys.argv[1:]:
+        for line in lines(lora=kind == "lora"):
+            print(line, flush=True)
