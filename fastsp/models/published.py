@@ -33,6 +33,16 @@ _OPEN_CLIP_H = {
     "num_hidden_layers": 23,
     "num_attention_heads": 16,
 }
+_T5_XXL = {
+    "_class_name": "T5EncoderModel",
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
 _VAE = {
     "_class_name": "AutoencoderKL",
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -101,6 +111,9 @@ SD35_MEDIUM = {
         "dual_attention_layers": list(range(13)),
         "qk_norm": "rms_norm",
     },
+    "text_encoder": {**_CLIP_L, "_class_name": "CLIPTextModelWithProjection"},
+    "text_encoder_2": _CLIP_BIG_G,
+    "text_encoder_3": _T5_XXL,
     "vae": _VAE_16,
 }
 FLUX1_DEV = {
@@ -116,6 +129,8 @@ FLUX1_DEV = {
         "pooled_projection_dim": 768,
         "guidance_embeds": True,
     },
+    "text_encoder": _CLIP_L,
+    "text_encoder_2": _T5_XXL,
     "vae": _VAE_16,
 }
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {

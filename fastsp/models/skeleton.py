@@ -11,21 +11,25 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import try_to_load_from_cache
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from fastsp.errors import UserError
-from fastsp.families import family_named
+from fastsp.families import family_named, family_of
 from fastsp.models.hub import is_hub_id
 from fastsp.models.lora import add_adapters
 from fastsp.models.model import TextToImageModel
 from fastsp.models.presets import preset_model
 from fastsp.models.published import PUBLISHED
-from fastsp.models.schedulers import ddim_scheduler
+from fastsp.models.schedulers import ddim_scheduler, flow_scheduler
 from fastsp.utils.files import read_text
 
 META = torch.device("meta")
-PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
-_TEXT_ENCODERS: dict[str, Any] = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
+PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+_TEXT_ENCODERS: dict[str, tuple[Any, Any]] = {
+    "CLIPTextModel": (CLIPTextModel, CLIPTextConfig),
+    "CLIPTextModelWithProjection": (CLIPTextModelWithProjection, CLIPTextConfig),
+    "T5EncoderModel": (T5EncoderModel, T5Config),
+}
 
 
 def skeleton(
@@ -33,12 +37,13 @@ def skeleton(
     pretrained: str | None,
     resolution: int,
     lora: Mapping[str, Any] | None = None,
-    unet: Mapping[str, Any] | None = None,
+    sizes: Mapping[str, Any] | None = None,
+    network: str | None = None,
 ) -> TextToImageModel:
     """The model that :func:`fastsp.models.load_model` gives for these arguments, on the meta device; no tokenizers.
 
     Args:
-        preset, resolution, unet: of a preset.
+        preset, resolution, sizes, network: of a preset.
         pretrained: a folder in diffusers' layout, of which `config.json` files are enough, or a hub id that is known
             here (:data:`fastsp.models.published.PUBLISHED`) or in Hugging Face's cache.
         lora: adapters (rank, alpha, target_modules) that alone are trainable.
@@ -48,19 +53,30 @@ def skeleton(
     """
     if pretrained is None:
         assert preset is not None
-        model = preset_model(preset, resolution, 0, **(unet or {}))
+        model = preset_model(preset, resolution, 0, network or "unet", **(sizes or {}))
         for part in (model.unet, *model.frozen_parts()):
             part.to(META)
         return model
     parts = {name: _part(config, f"{pretrained}: {name}") for name, config in _configs(pretrained).items()}
-    network = parts.pop("unet", None) or parts.pop("transformer", None)
-    if network is None:
+    made = parts.pop("unet", None) or parts.pop("transformer", None)
+    if made is None:
         raise UserError(f"{pretrained} has no configuration of a network: neither unet/ nor transformer/config.json")
+    family = family_of(made)
+    if (fault := family.fault(made.config)) is not None:
+        raise UserError(f"{pretrained} cannot be trained: {fault}")
     if lora is not None:
-        add_adapters(network, **lora)
-        network.to(META)
+        add_adapters(made, **lora)
+        made.to(META)
     parts = {"text_encoder": None, **parts}
-    return TextToImageModel(unet=network, tokenizer=None, scheduler=ddim_scheduler(), **parts)
+    is_flow = family.part == "transformer"
+    return TextToImageModel(
+        unet=made,
+        tokenizer=None,
+        scheduler=flow_scheduler() if is_flow else ddim_scheduler(),
+        pipeline_class=family.pipeline_class(made.config) if is_flow else None,
+        text_width=family.text_widths(made.config)[0],
+        **parts,
+    )
 
 
 def _configs(name: str) -> Mapping[str, Mapping[str, Any]]:
@@ -88,7 +104,9 @@ def _part(config: Mapping[str, Any], where: str) -> Any:
     kind = config.get("_class_name") or (config.get("architectures") or ["UNet2DConditionModel"])[0]
     with META:
         if kind in _TEXT_ENCODERS:
-            return _TEXT_ENCODERS[kind](CLIPTextConfig(**settings)).eval().requires_grad_(False)
+            of, described = _TEXT_ENCODERS[kind]
+            encoder = of(described(**settings)).eval().requires_grad_(False)
+            return encoder.to(torch.bfloat16) if of is T5EncoderModel else encoder
         if kind == "AutoencoderKL":
             return AutoencoderKL.from_config(settings).eval().requires_grad_(False)
         try:

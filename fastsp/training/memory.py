@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import T5EncoderModel
 
 from fastsp.config import Config
 from fastsp.data.batch import Batch
@@ -149,8 +150,9 @@ def skeleton_of(config: Config) -> TextToImageModel:
     """A run's model on the meta device; see :func:`fastsp.models.skeleton.skeleton`."""
     start = config.model
     lora = start.lora.model_dump() if start.lora else None
-    sizes = start.unet.model_dump() if start.unet else None
-    model = skeleton(start.preset, start.pretrained, config.data.resolution, lora, sizes)
+    sized = start.dit if start.network == "dit" else start.unet
+    sizes = sized.model_dump() if sized else None
+    model = skeleton(start.preset, start.pretrained, config.data.resolution, lora, sizes, start.network)
     return model.reading(start.token_chunks, start.clip_skip)
 
 
@@ -272,14 +274,14 @@ def _batch(config: Config, model: TextToImageModel) -> Batch:
     """Empty samples of a process's share, with what the data source would give."""
     data, rows = config.data, config.data.batch_size
     channels, height, width = model.latent_shape(data.resolution)
-    ids, ids_2 = _ids(rows, model)
-    fields: dict[str, Any] = {"input_ids": ids, "input_ids_2": ids_2}
+    names = ("input_ids", "input_ids_2", "input_ids_3")
+    fields: dict[str, Any] = dict(zip(names, _ids(rows, model), strict=False))
     if data.source == "latents":
         fields["moments"] = torch.empty(rows, 2 * channels, height, width, device=META)
     else:
         side = data.resolution
         fields["pixel_values"] = torch.empty(rows, model.channels, side, side, device=META)
-    if ids_2 is not None:
+    if family_of(model.unet).takes_sizes(model.unet.config):
         fields |= {
             name: torch.zeros(rows, 2, dtype=torch.int64, device=META) for name in ("original_sizes", "crop_offsets")
         }
@@ -291,11 +293,15 @@ def _batch(config: Config, model: TextToImageModel) -> Batch:
     )
 
 
-def _ids(rows: int, model: TextToImageModel) -> tuple[Tensor, Tensor | None]:
-    """Token ids of so many captions, for one or two encoders."""
-    length = getattr(model.text_encoder.config, "max_position_embeddings", CLIP_LENGTH) * model.text.token_chunks
-    ids = torch.zeros(rows, length, dtype=torch.int64, device=META)
-    return ids, None if model.text_encoder_2 is None else ids
+def _ids(rows: int, model: TextToImageModel) -> list[Tensor]:
+    """Token ids of so many captions, for each encoder."""
+    lengths = (
+        model.kind.t5_tokens
+        if isinstance(encoder, T5EncoderModel)
+        else getattr(encoder.config, "max_position_embeddings", CLIP_LENGTH) * model.text.token_chunks
+        for encoder in model.text_encoders
+    )
+    return [torch.zeros(rows, length, dtype=torch.int64, device=META) for length in lengths]
 
 
 def _tensors(module: Any) -> list[Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_flow_pipeline
 from typer.testing import CliRunner
 
 from fastsp.cli import app
@@ -124,6 +125,8 @@ SIZES = {  # parameters, as the models' authors state them or their files add up
     "stable-diffusion-v1-5/stable-diffusion-v1-5": 859_520_964,
     "stabilityai/stable-diffusion-2-1-base": 865_910_724,
     "stabilityai/stable-diffusion-xl-base-1.0": 2_567_463_684,
+    "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520,
+    "black-forest-labs/FLUX.1-dev": 11_901_408_320,
 }
 
 
@@ -144,6 +147,22 @@ def test_a_folder_of_configurations_is_enough(tmp_path):
     model = skeleton(None, str(tmp_path), 512, lora)
     trained = sum(p.numel() for p in model.unet.parameters() if p.requires_grad)
     assert 0 < trained < 1_000_000 and {p.device.type for p in model.unet.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("kind", ["sd35", "flux", "dit"])
+def test_a_step_of_a_transformer_is_counted_with_its_text_encoders(tmp_path, kind):
+    more = ["model={preset: digits, network: dit}"]
+    if kind != "dit":
+        folder = tiny_flow_pipeline(tmp_path / kind, kind)
+        more = [f"model={{pretrained: {folder}}}", "data={source: images, path: any, resolution: 16, batch_size: 4}"]
+    config = load_config(QUICKSTART, more)
+    model = skeleton_of(config)
+    counted = needs(config, config.stage("sp"), model)
+    real = initial_model(config)
+    assert counted.parameters == sum(p.numel() for p in real.unet.parameters())
+    held = sum(t.nbytes for part in real.text_encoders for t in (*part.parameters(), *part.buffers()))
+    assert counted.held["text encoders"] == pytest.approx(held, rel=0.02) and model.kind is real.kind
+    assert counted.held["perceptual network"] > 0 and counted.phases[ACTIVATIONS] > 0
 
 
 def test_a_model_that_is_not_here_is_refused_without_a_download(tmp_path, monkeypatch):
