@@ -150,7 +150,7 @@ class PackedFamily(TransformerFamily):
         given["hidden_states"] = packed
         if "img_shapes" in self.takes:
             return given | {"img_shapes": [[(1, rows, columns)]] * len(sample)}
-        axes = len(network.config["axes_dims_rope"])
+        axes = len(_config(network)["axes_dims_rope"])
         text = given["encoder_hidden_states"].shape[1]
         kind: dict[str, Any] = {"device": sample.device, "dtype": torch.float32}
         image = torch.zeros(rows, columns, axes, **kind)
@@ -170,11 +170,16 @@ class PackedFamily(TransformerFamily):
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(sample.shape)
 
 
+def _config(network: Any) -> Mapping[str, Any]:
+    """Of a network, also inside DDP."""
+    return getattr(network, "module", network).config
+
+
 def _packed(network: Any, sample: Tensor) -> tuple[Tensor, int, int]:
     """Patches as (B, N, C), and how many rows and columns of them. Latents may have a dimension of one frame."""
     images = sample.flatten(1, -3)
     batch, channels, height, width = images.shape
-    side = isqrt(network.config["in_channels"] // channels)
+    side = isqrt(_config(network)["in_channels"] // channels)
     patches = images.reshape(batch, channels, height // side, side, width // side, side).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(batch, -1, channels * side * side), height // side, width // side
 
