@@ -3,7 +3,7 @@
     python benchmarks/memory/table.py full lora
 
 Nothing is downloaded and no GPU is needed; it takes some ten minutes. SD 1.5 and SDXL are counted in the trainer's own
-step, the transformers, which the trainer does not take yet, in a step of the same parts: network, perceptual network,
+step, the transformers in a step of the same parts: network, perceptual network,
 optimizer and moving average.
 """
 
