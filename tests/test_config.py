@@ -12,9 +12,38 @@ import yaml
 
 from fastsp.config import Config, load_config, read_config
 from fastsp.errors import UserError
+from fastsp.training.config_changes import config_changes
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
+
+
+def test_a_run_of_a_unet_from_before_there_were_transformers_goes_on(tmp_path):
+    """Its `config.yaml` spells out what is now the network's default."""
+    config = load_config(CONFIGS / "quickstart.yaml", [f"run_dir={tmp_path}"])
+    tree = yaml.safe_load(config.dump())
+    for key in ("network", "dit", "flow"):
+        del tree["model"][key]
+    tree["stages"][1] |= {"normalize": "none", "displacement": "none"}
+    assert config_changes(yaml.safe_dump(tree), config) == []
+    now = yaml.safe_load(config.dump())
+    now["stages"][1] |= {"normalize": "none"}
+    assert [change.key for change in config_changes(yaml.safe_dump(now), config)] == ["stages.1.normalize"]
+
+
+@pytest.mark.parametrize(
+    ("model", "fault"),
+    [
+        ("{preset: digits, unet: {}, network: dit}", "unet goes with another network"),
+        ("{preset: digits, dit: {}}", "dit goes with another network"),
+        ("{preset: digits, flow: {}}", "flow goes with network: dit"),
+        ("{pretrained: any, network: dit}", "network goes with preset"),
+        ("{preset: digits, network: dit, flow: {times: late}}", "model.flow.times: 'late' is not allowed"),
+    ],
+)
+def test_keys_of_a_flow_that_do_not_fit(model, fault):
+    with pytest.raises(UserError, match=fault):
+        load_config(CONFIGS / "quickstart.yaml", [f"model={model}"])
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)

@@ -21,6 +21,8 @@ pytest.importorskip("nvidia.dali")
 from fastsp.config import load_config
 from fastsp.diffusion.process import RectifiedFlow
 from fastsp.diffusion.sampling import Guidance
+from fastsp.errors import UserError
+from fastsp.export.export import export_run
 from fastsp.generation.generate import load_trained
 from fastsp.models import load_model
 from fastsp.models.lora import COMFYUI_FILE, DIFFUSERS_FILE
@@ -176,6 +178,21 @@ def test_adapters_load_into_diffusers_and_comfyui_s_layout_has_alpha(folder, kin
     name = f"lora_again_{kind}"
     rewound(run_dir, 4, folder / name)
     assert_equal(run(folder, kind, name, *quick, resume=True), run_dir)
+
+
+@pytest.mark.parametrize("kind", ["dit", "sd35", "flux"])
+def test_an_export_is_the_same_model_with_a_card_that_says_so(folder, runs, kind):
+    out = folder / f"export_{kind}"
+    export_run(runs[kind], out)
+    shape = (2, 1, 8, 8) if kind == "dit" else (2, 4, 8, 8)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    found, expected = (load_trained(str(path)).generate(PROMPTS, noise, 2) for path in (out, runs[kind] / "final"))
+    assert torch.equal(found, expected)
+    card = (out / "README.md").read_text()
+    assert "velocity of a rectified flow" in card and "features normalized, displacement normalized" in card
+    with pytest.raises(UserError, match="--single-file: "):
+        export_run(runs[kind], folder / "other", folder / "one.safetensors")
+    assert not (folder / "other").exists()
 
 
 @pytest.mark.parametrize("more", ["data.microbatch=4", "gradient_checkpointing=true"])
