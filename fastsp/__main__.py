@@ -60,7 +60,7 @@ def main() -> None:
         if hasattr(error, "format_message"):  # the command line's own mistakes, of whichever click typer uses
             context = getattr(error, "ctx", None)
             command = context.command_path if context else "fastsp"
-            _fail(f"{error.format_message()} See '{command} --help'.")
+            _fail(f"{error.format_message().rstrip('.')}. See '{command} --help'.")
         sys.exit(code)
 
 

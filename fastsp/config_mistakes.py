@@ -48,7 +48,7 @@ def mistakes(error: ValidationError, config: type[Section]) -> list[str]:
     lines: dict[str, str] = {}
     for fault in error.errors(include_url=False):
         parts = [str(part) for part in fault["loc"] if not _is_union_branch(part)]
-        key, value = ".".join(parts), repr(fault["input"])
+        key, value = ".".join(parts), _as_written(fault["input"])
         value = value if len(value) <= 60 else f"{value[:57]}..."
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
@@ -61,12 +61,19 @@ def mistakes(error: ValidationError, config: type[Section]) -> list[str]:
         elif fault["type"] == "value_error" and isinstance(fault["input"], dict):  # of a section's keys together
             lines |= {line: f"{key}: {line}" if key else line for line in message.splitlines()}
         else:
-            message = message[0].lower() + message[1:]
+            message = message[0].lower() + message[1:].replace("a valid dictionary", "a map, as {name: value, ...}")
+            message = message.replace("True or False", "true or false")
             if fault["type"] == "string_type" and isinstance(fault["input"], bool | int | float):
                 message += " (quote it where text is meant)"
             start = lines.get(key, f"{key}: {value} is not allowed")  # another type of a union has one
             lines[key] = f"{start}{' or' if key in lines else ':'} {message}"
     return list(lines.values())
+
+
+def _as_written(value: object) -> str:
+    """As in YAML, where Python has words of its own."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else repr(value)
 
 
 def _is_union_branch(part: int | str) -> bool:
