@@ -160,7 +160,7 @@ def report(config: Config, where: str) -> Iterator[str]:
     """The lines of `fastsp train --dry-run`; ``where`` names the configuration.
 
     Raises:
-        UserError: the model's configuration is not on this machine.
+        UserError: the model's configuration is not on this machine, or its step cannot be taken without values.
     """
     model = skeleton_of(config)
     if (fault := family_of(model.unet).fault(model.unet.config)) is not None:
@@ -170,11 +170,17 @@ def report(config: Config, where: str) -> Iterator[str]:
     for stage in config.stages:
         samples = stage.steps * config.data.batch_size
         yield f"stage {stage.name}: {stage.steps:,} steps of {config.data.batch_size} samples, {samples:,} in all"
-        counted[stage.name] = needs(config, stage, model)
+        try:
+            counted[stage.name] = needs(config, stage, model)
+        except RuntimeError as error:  # an operator that needs values, or that the meta device lacks
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{where}: stage {stage.name} cannot be counted on the meta device: {reason}") from error
     first = next(iter(counted.values()))
     kind = type(model.unet).__name__
     yield f"{kind}: {first.parameters / 1e6:,.1f} M parameters, of which {first.trained / 1e6:,.1f} M are trained"
     yield from _table(counted, config)
+    if config.data.buckets != "off":
+        yield "data.buckets: squares are counted; no other shape has more pixels"
     yield from _disk(config, max(one.checkpoint for one in counted.values()), first)
     yield "not counted: the GPU's context and libraries (some 1 GiB), fragmentation, a CUDA graph's pool, samples"
     if config.distributed == "fsdp":
@@ -285,6 +291,9 @@ def _batch(config: Config, model: TextToImageModel) -> Batch:
         fields |= {
             name: torch.zeros(rows, 2, dtype=torch.int64, device=META) for name in ("original_sizes", "crop_offsets")
         }
+    if data.masks:
+        places = (height, width) if data.source == "latents" else (data.resolution, data.resolution)
+        fields["masks"] = torch.empty(rows, *places, device=META)
     return Batch(
         positions=torch.arange(rows),
         weights=torch.ones(rows, device=META),

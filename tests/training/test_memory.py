@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_flow_pipeline
+from transformers import T5TokenizerFast
 from typer.testing import CliRunner
 
 from fastsp.cli import app
@@ -160,6 +161,9 @@ def test_a_step_of_a_transformer_is_counted_with_its_text_encoders(tmp_path, kin
     counted = needs(config, config.stage("sp"), model)
     real = initial_model(config)
     assert counted.parameters == sum(p.numel() for p in real.unet.parameters())
+    for ids, tokenizer in zip(memory._ids(2, model), real.tokenizers, strict=True):
+        length = tokenizer.model_max_length  # of a tiny T5 less than its pipeline's, which is counted
+        assert ids.shape[1] == (model.kind.t5_tokens if isinstance(tokenizer, T5TokenizerFast) else length)
     held = sum(t.nbytes for part in real.text_encoders for t in (*part.parameters(), *part.buffers()))
     assert counted.held["text encoders"] == pytest.approx(held, rel=0.02) and model.kind is real.kind
     assert counted.held["perceptual network"] > 0 and counted.phases[ACTIVATIONS] > 0
@@ -189,3 +193,36 @@ def test_the_command(tmp_path):
     assert f"stage mse: {steps:,} steps of 32 samples, {steps * 32:,} in all" in said
     copies = 3 + sum(stage.steps // 100 for stage in config.stages)
     assert f"up to {copies} of them" in said
+
+
+@pytest.mark.parametrize("kind", ["sd35", "flux"])
+def test_the_command_counts_adapters_of_flows_with_buckets_and_masks(tmp_path, kind):
+    folder = tiny_flow_pipeline(tmp_path / kind, kind)
+    arguments = ["train", "--dry-run", "--config", str(CONFIGS / f"{kind}-lora.yaml"), f"run_dir={tmp_path / 'run'}"]
+    small = [f"model.pretrained={folder}", "data.resolution=16", "data.batch_size=2"]
+    done = CliRunner().invoke(app, [*arguments, *small, "data.buckets=3", "data.masks=true"])
+    assert done.exit_code == 0, done.output
+    assert "data.buckets: squares are counted; no other shape has more pixels" in done.output
+    assert "perceptual network" in done.output
+
+
+def test_masks_are_counted():
+    """A float32 weight for each pixel of the batch is there beside the rest."""
+    counted = []
+    for masks in ("false", "true"):
+        config = load_config(
+            QUICKSTART, [f"data={{source: images, path: any, resolution: 8, batch_size: 4, masks: {masks}}}"]
+        )
+        batch = memory._batch(config, skeleton_of(config))
+        counted.append(sum(tensor.nbytes for tensor in batch.tensors().values()))
+    data = config.data
+    assert counted[1] - counted[0] == 4 * data.batch_size * data.resolution**2
+
+
+def test_what_cannot_be_counted_is_one_line(monkeypatch):
+    def needs_values(*_):
+        return torch.ones((), device="meta").item()
+
+    monkeypatch.setattr(memory, "needs", needs_values)
+    with pytest.raises(UserError, match=r"^any\.yaml: stage mse cannot be counted on the meta device: [^\n]+$"):
+        list(memory.report(load_config(QUICKSTART), "any.yaml"))
