@@ -254,7 +254,7 @@ def test_the_shipped_configurations(folder, tmp_path, name, kind):
 
 @pytest.mark.slow
 def test_two_processes_are_as_one(folder, runs):
-    """Loss of every step and the weights, within rounding; the calibration too."""
+    """Loss of every step, which the weights of all steps before decide, within rounding; the calibration too."""
     jobs = {}
     for kind in ("dit", "sd35", "flux"):
         for how in ("ddp", "fsdp"):
