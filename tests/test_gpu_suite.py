@@ -44,7 +44,7 @@ def test_the_first_call_has_three_parts_with_limits(tmp_path):
     done = make("--dry-run", "gpu-first", out=tmp_path)
     assert done.returncode == 0, done.stderr
     limits = re.findall(r"timeout -s INT -k 20 (\d+) ", done.stdout)
-    assert limits == ["150", "245", "60"] and sum(map(int, limits[1:])) < 360
+    assert sorted(map(int, limits)) == [60, 150, 245]  # of the tests and the benchmark side by side, in any order
     for path in re.findall(r"(?:tests|benchmarks)/[\w/.-]+", done.stdout):
         assert (ROOT / path).exists(), path
     assert "-n 8" in done.stdout
