@@ -35,7 +35,7 @@ class Moment:
 
 
 class AdamW8bit(Update):
-    """Quantization is torchao's, and so is the step: it agrees with `torchao.optim.AdamW8bit`, which would read step
+    """Quantization is torchao's. The step is ours, in the same operations: `torchao.optim.AdamW8bit` would read step
     and learning rate on the host and so could not be captured. Everything but the moments is float32.
 
     On a GPU a tensor's step is compiled, once for all sizes.
