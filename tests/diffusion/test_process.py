@@ -203,17 +203,16 @@ def test_how_a_flow_s_times_are_spread():
         u = t.double() / (3.0 - 2.0 * t.double())
         if times == "logit_normal":
             assert abs(float(u.logit().mean()) - 0.5) < 0.03 and abs(float(u.logit().std()) - 0.8) < 0.03
-        if (
-            times == "mode"
-        ):  # the density of the paper is the derivative of the inverse: compare the distribution's values
+        if times == "mode":  # the paper's density is the derivative of the inverse: compare the distribution's values
             at = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
             value = 1 - at - 0.81 * ((math.pi / 2 * at).cos() ** 2 - 1 + at)
             below = torch.stack([(u > v).double().mean() for v in value])
             torch.testing.assert_close(below, at, rtol=0, atol=0.015)
         part = Seeded(3, Stream.TIMESTEP, torch.arange(7, 11))
         assert torch.equal(flow.training(times=times).draw(part), flow.training(times=times).draw(random)[7:11])
-    assert torch.equal(flow.training(shift=1.0).draw(random), RectifiedFlow().draw(random))
-    assert torch.equal(flow.training().draw(random), flow.draw(random))
+    assert torch.equal(flow.training(times="uniform", shift=1.0).draw(random), RectifiedFlow().draw(random))
+    assert torch.equal(flow.training(times="uniform").draw(random), flow.draw(random))
+    assert torch.equal(flow.training().draw(random), flow.training(times="logit_normal").draw(random))
 
 
 @pytest.mark.parametrize("kind", ["flow", *PREDICTION_TYPES])

@@ -32,10 +32,12 @@ def test_repetitions_are_paired_and_see_different_samples(config: Config) -> Non
     assert config.stage("sp_normalized_2").displacement == "normalized"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("scale", ["", "-gpu"])
-def test_both_scales_can_be_repeated(scale: str) -> None:
-    config = repeated(PHOTOGRAPHS.with_stem(f"photographs{scale}"), repetitions=2)
-    assert len(config.stages) == 7 and all(stage.steps == config.stages[1].steps for stage in config.stages[1:])
+@pytest.mark.parametrize(("name", "forms"), [("photographs", 3), ("photographs-gpu", 5), ("photographs-critic", 4)])
+def test_all_comparisons_can_be_repeated(name: str, forms: int) -> None:
+    config = repeated(PHOTOGRAPHS.with_stem(name), repetitions=2)
+    assert len(config.stages) == 1 + 2 * forms
+    longer = {stage.name for stage in config.stages[1:] if stage.steps != config.stages[1].steps}
+    assert longer == ({"mse_twice_0", "mse_twice_1"} if name == "photographs-critic" else set())
 
 
 def rows(config: Config) -> list[Row]:

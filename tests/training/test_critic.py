@@ -131,7 +131,7 @@ def test_a_run_keeps_heads_optimizer_and_figures(tmp_path, anchor):
             ["stages.1.critic={anchor: mse}", "stages.1.mse_weight=0.5", "stages.1.distance=mae"],
             "stages.1: critic.anchor 'mse' is the plain MSE, which does not take distance and mse_weight",
         ),
-        (["stages.1.critic.width=3"], "stages.1.critic.width: unknown key; allowed: weight, heads"),
+        (["stages.1.critic.size=3"], "stages.1.critic.size: unknown key; allowed: weight, heads"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(overrides, message):
