@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from fastsp.models.schedulers import (
 )
 from fastsp.models.single_file import load_single_file, tensor_names
 from fastsp.options import Keep
+from fastsp.utils.files import read_json_object
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _NETWORKS = ("unet", "transformer")
@@ -178,7 +178,7 @@ def load_scheduler(folder: Path) -> Any:
     run = next((path.parent for path in folder.resolve().parents if path.name == "stages"), folder)
     for holder in (folder, run / "final"):
         if (file := holder / "scheduler" / "scheduler_config.json").is_file():
-            return _scheduler(_read_json(file), str(holder))
+            return _scheduler(read_json_object(file), str(holder))
     if run == folder or not (run / "config.yaml").is_file():
         raise UserError(f"{folder} has no scheduler/scheduler_config.json, and it is no stage of a run")
     model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
@@ -213,14 +213,14 @@ def check_perceptual_network(unet: Any, predicts: str, layers: str | None, folde
     if folder is not None:
         check_unet(folder)
         if not (folder / DIFFUSERS_FILE).is_file():
-            config, family = _read_json(_unet_folder(folder) / "config.json"), _family(_unet_folder(folder))
+            config, family = read_json_object(_unet_folder(folder) / "config.json"), _family(_unet_folder(folder))
     for key in family.input_keys:
         if (its := config.get(key)) != (own := unet.config.get(key)):
             raise UserError(f"{stage}.perceptual_network {folder}: its {key} is {its!r}, the model's {own!r}")
     if layers is not None and (fault := family.layers_fault(config, layers)) is not None:
         raise UserError(f"{stage}.layers {layers!r}: the perceptual network cannot: {fault}")
     if folder is not None and (scheduler := folder / "scheduler" / "scheduler_config.json").is_file():
-        found = _read_json(scheduler)
+        found = read_json_object(scheduler)
         its = "flow_prediction" if is_flow(found) else loaded_scheduler(found, str(folder)).config.prediction_type
         check_predicts(its, predicts, f"{stage}.perceptual_network: {folder}")
 
@@ -299,7 +299,7 @@ def _naming_base_of(folder: Path) -> Iterator[None]:
 
 def _load_folder(root: Path, name: str, with_unet: bool) -> TextToImageModel:
     index, kind, parts = _read_index(root, name)
-    config, loaded = _read_json(root / "scheduler" / "scheduler_config.json"), {}
+    config, loaded = read_json_object(root / "scheduler" / "scheduler_config.json"), {}
     loaded = {part: _load_part(of, root / part) for part, of in kind.parts.items() if part in parts}
     loaded |= {part: _tokenizer(of, root / part, kind) for part, of in kind.tokenizers.items() if part in parts}
     network = root / kind.network
@@ -309,7 +309,7 @@ def _load_folder(root: Path, name: str, with_unet: bool) -> TextToImageModel:
         zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", kind.zeros_for_empty_prompt)),
         text=TextSettings.load(root),
         pipeline_class=kind.name,
-        text_width=_family(network).text_widths(_read_json(network / "config.json"))[0] if kind.is_flow else None,
+        text_width=_family(network).text_widths(read_json_object(network / "config.json"))[0] if kind.is_flow else None,
         **loaded,
     )
 
@@ -319,7 +319,7 @@ def _read_index(root: Path, name: str) -> tuple[dict[str, Any], Kind, set[str]]:
     if not (root / "model_index.json").is_file():
         fault = "it has no model_index.json" if root.is_dir() else "it does not exist"
         raise UserError(f"{name} is no diffusers pipeline folder: {fault}")
-    index = _read_json(root / "model_index.json")
+    index = read_json_object(root / "model_index.json")
     named = {part for part, value in index.items() if isinstance(value, list) and value[0] is not None}
     kind = kind_named(str(index.get("_class_name")), "transformer" if "transformer" in named else "unet")
     if kind is None:
@@ -334,18 +334,8 @@ def _read_index(root: Path, name: str) -> tuple[dict[str, Any], Kind, set[str]]:
     return index, kind, set(parts)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object")
-    return content
-
-
 def _family(folder: Path) -> NetworkFamily:
-    class_name = _read_json(folder / "config.json").get("_class_name", "UNet2DConditionModel")
+    class_name = read_json_object(folder / "config.json").get("_class_name", "UNet2DConditionModel")
     try:
         return family_named(class_name)
     except ValueError as error:

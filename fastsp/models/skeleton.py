@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from fastsp.models.model import TextToImageModel
 from fastsp.models.presets import preset_model
 from fastsp.models.published import PUBLISHED
 from fastsp.models.schedulers import ddim_scheduler, flow_scheduler
-from fastsp.utils.files import read_text
+from fastsp.utils.files import read_json_object
 
 META = torch.device("meta")
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -85,7 +84,7 @@ def _configs(name: str) -> Mapping[str, Mapping[str, Any]]:
     if path.is_dir():
         files = {part: path / part / "config.json" for part in PARTS}
         if (path / "unet" / "config.json").is_file() or (path / "transformer" / "config.json").is_file():
-            return {part: _read(file) for part, file in files.items() if file.is_file()}
+            return {part: read_json_object(file) for part, file in files.items() if file.is_file()}
         raise UserError(f"{name} has neither unet/config.json nor transformer/config.json")
     if name in PUBLISHED:
         return PUBLISHED[name]
@@ -96,7 +95,7 @@ def _configs(name: str) -> Mapping[str, Mapping[str, Any]]:
     found = {part: try_to_load_from_cache(name, f"{part}/config.json") for part in PARTS} if is_hub_id(name) else {}
     if not any(isinstance(found.get(part), str) for part in ("unet", "transformer")):
         raise UserError(f"{name} is neither a folder, nor in Hugging Face's cache, nor known: {', '.join(PUBLISHED)}")
-    return {part: _read(Path(file)) for part, file in found.items() if isinstance(file, str)}
+    return {part: read_json_object(Path(file)) for part, file in found.items() if isinstance(file, str)}
 
 
 def _part(config: Mapping[str, Any], where: str) -> Any:
@@ -115,11 +114,3 @@ def _part(config: Mapping[str, Any], where: str) -> Any:
             raise UserError(f"{where}: {error}") from None
         network = family.network_class() if hasattr(family, "network_class") else getattr(diffusers, kind)
         return network.from_config(settings)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(read_text(file, str(file)))
-    except ValueError as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 
 from fastsp.errors import UserError
 from fastsp.families import family_named
+from fastsp.utils.files import read_json_object
 
 NETWORKS = ("transformer", "unet")  # the folders of a pipeline that may have one
 _SCHEDULER = "scheduler/scheduler_config.json"
@@ -80,13 +80,7 @@ def _read(name: str, file: str) -> dict[str, Any]:
     path = _file(name, file)
     if path is None:
         raise UserError(f"{name} has no {file}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
+    return read_json_object(path)
 
 
 def _file(name: str, file: str) -> Path | None:

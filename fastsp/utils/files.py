@@ -68,6 +68,21 @@ def read_lines(path: Path, name: str | None = None) -> list[str]:
     return [line.strip() for line in read_text(path, name).split("\n") if line.strip()]
 
 
+def read_json_object(file: Path) -> dict[str, Any]:
+    """What a JSON file of a model holds.
+
+    Raises:
+        UserError: it cannot be read, or holds something else than an object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object")
+    return content
+
+
 def decode_text(content: bytes, name: str) -> str:
     """UTF-8 without the byte order mark that Windows' editors put first, its lines ended by ``\\n``.
 
