@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsp.data.batch import Batch
-from fastsp.data.collate import Captions, Collator
+from fastsp.data.collate import Captions, Collator, Tokenizers
 from fastsp.data.inventory import Inventory
 from fastsp.data.repeats import Share, shares_of
 from fastsp.data.samples import BadSample, EncodedSample, ReadStep, SampleReader
@@ -76,13 +76,7 @@ class KeptReader:
 class KeptCollator(Collator):
     """Batches of pictures that are there already."""
 
-    def __init__(
-        self,
-        pictures: KeptPictures,
-        tokenizers: Mapping[str, Callable[..., Any]],
-        captions: Captions,
-        device: torch.device,
-    ):
+    def __init__(self, pictures: KeptPictures, tokenizers: Tokenizers, captions: Captions, device: torch.device):
         super().__init__(tokenizers, captions, device)
         self.pictures = pictures
 

@@ -28,7 +28,7 @@ from fastsp.data.kept import KeptCollator, KeptPictures, KeptReader
 from fastsp.data.order import SampleOrder
 from fastsp.data.prefetch import Prefetcher
 from fastsp.data.readers.latents import LatentReader
-from fastsp.data.repeats import Places, Share, shares_of
+from fastsp.data.repeats import Places, shares_of
 from fastsp.data.samples import BadSample, Part, ReadStep, SampleReader, in_shares
 from fastsp.diffusion.text import token_ids
 from fastsp.errors import UserError
@@ -82,9 +82,13 @@ def open_source(
         name, reason = reader.damaged[0]
         what_to_do = "`fastsp data check` lists all: fix them, or set data.max_bad_fraction higher"
         raise UserError(f"{why}; the first is {name} ({reason}); {what_to_do}")
-    shares = shares_of(reader) if config.repeats is not None and shuffle and repeat else ()
-    if config.repeats is not None and shuffle and repeat and not shares:
-        raise UserError("data.repeats is set; a folder of images has repeats, and latents that were encoded with it")
+    places = None
+    if config.repeats is not None and shuffle and repeat:
+        if not (shares := shares_of(reader)):
+            raise UserError(
+                "data.repeats is set; a folder of images has repeats, and latents that were encoded with it"
+            )
+        places = Places(shares)
     if isinstance(reader, LatentReader):
         reader.header.check(config, vae_sha256, text_sha256)
     named = {"input_ids": tokenizer, "input_ids_2": tokenizer_2, "input_ids_3": tokenizer_3}
@@ -113,8 +117,8 @@ def open_source(
 
     return Source(
         reader,
-        order=_order(reader, shares, seed, buckets, config) if shuffle else (lambda positions: positions % len(reader)),
-        epoch=len(Places(shares)) if shares else len(reader),
+        order=_order(reader, places, seed, buckets, config) if shuffle else (lambda positions: positions % len(reader)),
+        epoch=len(reader if places is None else places),
         open_collator=open_collator,
         bad_samples=BadSampleLog(bad_samples_file, config.max_bad_fraction, len(reader)),
         workers=config.workers,
@@ -125,10 +129,9 @@ def open_source(
 
 
 def _order(
-    reader: SampleReader, shares: Sequence[Share], seed: int, buckets: Buckets | None, config: DataConfig
+    reader: SampleReader, places: Places | None, seed: int, buckets: Buckets | None, config: DataConfig
 ) -> Callable[[Tensor], Tensor]:
-    places = Places(shares) if shares else None
-    order = SampleOrder(len(reader) if places is None else len(places), seed)
+    order = SampleOrder(len(reader if places is None else places), seed)
     if buckets is not None:
         of_places = buckets if places is None else buckets.of(places(torch.arange(len(places))))
         order = BucketOrder(of_places, config.group, seed)

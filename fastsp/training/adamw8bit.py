@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsp.config import OptimizerConfig
-from fastsp.training.update import Update, Weights, follow
+from fastsp.training.update import Update, Weights, count, follow
 
 BLOCK = 256  # values with one scale
 SMALLEST = 4096  # smaller tensors, and those that do not fill their blocks, keep float32 moments; as torchao and others
@@ -63,9 +63,7 @@ class AdamW8bit(Update):
         self.step: Callable[..., None] = torch.compile(adamw_step, dynamic=True) if on_gpu else adamw_step
 
     def apply(self, weights: Weights, gradients: list[Tensor], norm: Tensor) -> None:
-        finite = norm.isfinite()
-        weights.step_count.add_(finite)
-        weights.skipped.add_(~finite)
+        finite = count(weights, norm)
         step = weights.step_count.clamp(min=1).float()  # 0 only where everything is skipped
         numbers = (finite, self.clip(norm), step, weights.learning_rate)
         beta1, beta2 = self.config.betas

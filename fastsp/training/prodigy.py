@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsp.config import OptimizerConfig
-from fastsp.training.update import Update, Weights, follow
+from fastsp.training.update import Update, Weights, count, follow
 
 KINDS = ("s", "p0", "exp_avg", "exp_avg_sq")
 NUMBERS = ("d", "d_max", "d_numerator", "k")  # of the library's, kept by it as Python numbers
@@ -59,9 +59,7 @@ class Prodigy(Update):
         self.state |= {f"prodigy.{name}": number for name, number in self.numbers.items()}
 
     def apply(self, weights: Weights, gradients: list[Tensor], norm: Tensor) -> None:
-        finite = norm.isfinite()
-        weights.step_count.add_(finite)
-        weights.skipped.add_(~finite)
+        finite = count(weights, norm)
         if finite.is_meta:
             _ = [gradient.float() * self.clip(norm) for gradient in gradients]  # what the step allocates
         elif finite:

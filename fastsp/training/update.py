@@ -83,9 +83,7 @@ class Update:
 
     def apply(self, weights: Weights, gradients: list[Tensor], norm: Tensor) -> None:
         """Clip, step and average, in place; where ``norm`` is not finite only ``skipped`` changes."""
-        finite = norm.isfinite()
-        weights.step_count.add_(finite)
-        weights.skipped.add_(~finite)
+        finite = count(weights, norm)
         clip = self.clip(norm)
         gradients = [(gradient.float() * clip).masked_fill_(~finite, 0.0) for gradient in gradients]
         before = [tensor.clone() for tensor in self.state.values()]
@@ -97,6 +95,14 @@ class Update:
         torch._foreach_mul_(weights.masters, 1 - rate * self.config.weight_decay)
         torch._foreach_add_(weights.masters, torch._foreach_mul(directions, rate))
         follow(weights, finite)
+
+
+def count(weights: Weights, norm: Tensor) -> Tensor:
+    """Count a step, or a skipped one where the gradients' norm is not finite; returns whether it is, 0-d bool."""
+    finite = norm.isfinite()
+    weights.step_count.add_(finite)
+    weights.skipped.add_(~finite)
+    return finite
 
 
 def follow(weights: Weights, finite: Tensor) -> None:
