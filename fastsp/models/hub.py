@@ -10,8 +10,8 @@ from typing import Any
 
 from fastsp.errors import UserError
 from fastsp.models.quiet import quiet_libraries
+from fastsp.perceptual.pretrained import VARIANTS
 
-VARIANTS = (None, "fp16", "bf16")  # of the weights' files, in the order of preference
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")  # owner/model
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 _PARTS = (

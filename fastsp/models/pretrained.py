@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer, PreTrainedModel, T5EncoderModel, T5Token
 from fastsp.diffusion.text import TextSettings
 from fastsp.errors import UserError
 from fastsp.families import NetworkFamily, family_named, family_of
-from fastsp.models.hub import VARIANTS, download_pipeline, is_hub_id
+from fastsp.models.hub import download_pipeline, is_hub_id
 from fastsp.models.kinds import Kind, kind_named, kind_names
 from fastsp.models.lora import DIFFUSERS_FILE, Base, add_adapters, base_of, fingerprint, fuse_adapters, load_adapters
 from fastsp.models.lora import header as adapters_header
@@ -35,6 +35,7 @@ from fastsp.models.schedulers import (
 )
 from fastsp.models.single_file import load_single_file, tensor_names
 from fastsp.options import Keep
+from fastsp.perceptual.pretrained import VARIANTS
 from fastsp.utils.files import read_json_object
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")

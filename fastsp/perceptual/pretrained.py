@@ -17,7 +17,7 @@ from fastsp.utils.files import read_json_object
 
 NETWORKS = ("transformer", "unet")  # the folders of a pipeline that may have one
 _SCHEDULER = "scheduler/scheduler_config.json"
-_VARIANTS = (None, "fp16", "bf16")  # of the weights' files, in the order of preference
+VARIANTS = (None, "fp16", "bf16")  # of the weights' files, in the order of preference
 
 
 def find_network(name: str, parts: tuple[str, ...] = NETWORKS) -> str | None:
@@ -67,7 +67,7 @@ def load_scheduler(name: str) -> Any:
 def _weights(kind: Any, name: str, part: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     options = {"subfolder": part, "use_safetensors": True, "torch_dtype": dtype, "output_loading_info": True}
     source, faults = str(Path(name).expanduser()) if _is_folder(name) else name, []
-    for variant in _VARIANTS:
+    for variant in VARIANTS:
         try:
             with _quiet():
                 return kind.from_pretrained(source, variant=variant, **options)
