@@ -224,7 +224,7 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
         part = find_network(name, ("transformer",))
         try:
             if part is None:
-                from fastsp.models import load_unet, load_unet_and_scheduler  # takes seconds
+                from fastsp.models import network_and_scheduler_of, network_of  # takes seconds
         except ModuleNotFoundError as error:
             if (part := find_network(name)) is None:
                 command = install_command("train")
@@ -235,8 +235,8 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
             own = load_scheduler(name) if scheduler is None else scheduler
             return cls(load_network(name, part, kwargs.get("dtype")), own, **kwargs)
         if scheduler is not None and folder.is_dir():
-            return cls(load_unet(folder), scheduler, **kwargs)
-        unet, own = load_unet_and_scheduler(name)
+            return cls(network_of(folder), scheduler, **kwargs)
+        unet, own = network_and_scheduler_of(name)
         return cls(unet, own if scheduler is None else scheduler, **kwargs)
 
     @property

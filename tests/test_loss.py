@@ -247,7 +247,7 @@ def test_normalized_loss_does_not_depend_on_the_size_of_the_features():
     for normalize in (False, True):
         criterion = SelfPerceptualLoss(unet, scheduler(), teacher="split", normalize=normalize, reduction="none")
         plain = criterion(pred, **data)
-        criterion.perceptual_network.unet.mid_block.register_forward_hook(lambda _m, _a, feature: 10 * feature)
+        criterion.perceptual_network.truncated.mid_block.register_forward_hook(lambda _m, _a, feature: 10 * feature)
         values[normalize] = criterion(pred, **data) / plain
     torch.testing.assert_close(values[False], torch.full((3,), 100.0), rtol=1e-4, atol=0)
     torch.testing.assert_close(values[True], torch.ones(3), rtol=1e-4, atol=0)

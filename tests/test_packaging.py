@@ -60,7 +60,7 @@ sys.modules |= dict.fromkeys(("transformers", "peft", "accelerate", "pydantic"))
 from fastsp.loss import SelfPerceptualLoss
 for name in ("unet", "sd3"):
     criterion = SelfPerceptualLoss.from_pretrained({str(tmp_path)!r} + "/" + name)
-    print(criterion.perceptual_network.unet.__class__.__name__, criterion.process.__class__.__name__)
+    print(criterion.perceptual_network.truncated.__class__.__name__, criterion.process.__class__.__name__)
 """
     assert run(code) == "UNet2DConditionModel VariancePreserving\nSD3Transformer2DModel RectifiedFlow"
 

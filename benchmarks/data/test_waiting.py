@@ -52,8 +52,8 @@ def test_digits(benchmark, record):
     def step(batch: Batch) -> None:
         assert batch.input_ids is not None
         states = model.encode_ids(batch.input_ids).encoder_hidden_states
-        model.unet(batch.pixel_values, timesteps, states, return_dict=False)[0].square().mean().backward()
-        model.unet.zero_grad()
+        model.network(batch.pixel_values, timesteps, states, return_dict=False)[0].square().mean().backward()
+        model.network.zero_grad()
 
     with closing(source.batches(batch_size=BATCH_SIZE, last_position=4 * BATCH_SIZE)) as batches:
         kept = list(batches)

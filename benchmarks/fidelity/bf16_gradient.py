@@ -22,7 +22,7 @@ from fastsp.data.source import open_source
 from fastsp.diffusion.draws import Seeded
 from fastsp.diffusion.process import NUM_TRAIN_TIMESTEPS
 from fastsp.loss import SelfPerceptualLoss
-from fastsp.models import load_model, load_unet
+from fastsp.models import load_model, network_of
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 QUANTILES = torch.tensor([0.2, 0.5, 0.8])
@@ -32,7 +32,7 @@ def measure(run: Path, samples: int) -> Tensor:
     """Relative errors at their quantiles, (len(DISTANCES), 3)."""
     config = read_config(run / "config.yaml")
     model = load_model(config.model.preset, config.model.pretrained, config.data.resolution, config.seed)
-    unet = load_unet(run / "stages" / "mse").eval()
+    unet = network_of(run / "stages" / "mse").eval()
     source = open_source(config.data, tokenizer=model.tokenizer, channels=model.channels, seed=config.seed)
     with closing(source.batches(batch_size=samples)) as batches:
         batch = next(batches)

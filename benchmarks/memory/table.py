@@ -88,7 +88,7 @@ def counted(config: Config, stage: str) -> Count:
 
 def counted_transformer(config: Config, perceptual: bool) -> Count:
     """As the trainer's step would have it: bf16, float32 masters, latents and text features encoded beforehand."""
-    network = skeleton(None, config.model.pretrained, config.data.resolution).unet
+    network = skeleton(None, config.model.pretrained, config.data.resolution).network
     if config.model.lora is not None:
         from peft import LoraConfig
 

@@ -87,7 +87,7 @@ def gflop(case: Case, resolution: int, layers: Any, lora: bool = False, teacher:
             frozen = network
         else:
             criterion = SelfPerceptualLoss(network, flow, layers=layers, teacher=teacher, share_frozen=lora)
-            frozen = criterion.perceptual_network.unet
+            frozen = criterion.perceptual_network.truncated
 
         def step() -> None:
             pred = family.call(network, latents, times, given)

@@ -145,9 +145,9 @@ def workload_of(file: Path, device: torch.device, overrides: Sequence[str] = ())
 
 
 def _workload(name: str, config: Config, model: Any, device: torch.device) -> Workload:
-    text_shape = (model.tokenizer.model_max_length, model.unet.config.cross_attention_dim)
+    text_shape = (model.tokenizer.model_max_length, model.network.config.cross_attention_dim)
     latent_shape = model.latent_shape(config.data.resolution)
-    return Workload(name, config, dict(model.unet.config), latent_shape, text_shape, device)
+    return Workload(name, config, dict(model.network.config), latent_shape, text_shape, device)
 
 
 def _one_microbatch(config: Config) -> Config:

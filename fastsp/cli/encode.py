@@ -111,7 +111,7 @@ def _frozen_parts(config: Config, device: torch.device) -> TextToImageModel:
     name = config.model.pretrained
     if name is None:
         raise UserError(f"model.preset {config.model.preset!r} has no VAE; fastsp encode needs model.pretrained")
-    model = load_pipeline(name, config.model.config, with_unet=False)
+    model = load_pipeline(name, config.model.config, with_network=False)
     model = model.reading(config.model.token_chunks, config.model.clip_skip)
     if model.vae is None:
         raise UserError(f"model.pretrained {name!r} has no VAE; there is nothing to encode with")

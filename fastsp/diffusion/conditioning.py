@@ -1,4 +1,4 @@
-"""What a UNet is told beside the noisy latents: text features, and Stable Diffusion XL's additions to them."""
+"""What a network is told beside the noisy latents: text features, and Stable Diffusion XL's additions to them."""
 
 from __future__ import annotations
 

@@ -73,29 +73,29 @@ def ddim(denoise: Denoiser, process: Process, noise: Tensor, num_steps: int) -> 
 
 
 def guided_denoiser(
-    unet: Any, conditioning: Conditioning, empty: Conditioning, guidance: Guidance = NO_GUIDANCE
+    network: Any, conditioning: Conditioning, empty: Conditioning, guidance: Guidance = NO_GUIDANCE
 ) -> Denoiser:
-    """The UNet as a :data:`Denoiser`; with guidance, both conditions go through it in one batch.
+    """The network as a :data:`Denoiser`; with guidance, both conditions go through it in one batch.
 
     A network that embeds the scale of guidance is told it instead: 1, as in training, where there is none.
 
     Args:
-        unet: diffusers' UNet, in any dtype.
+        network: diffusers' network, in any dtype.
         conditioning: c, of B samples.
         empty: of the empty prompt, of one sample or of B.
         guidance: scale and rescale.
     """
-    family, scale = family_of(unet), 1.0
+    family, scale = family_of(network), 1.0
     doubled = guidance.active
-    if doubled and family.embeds_guidance(unet.config):
+    if doubled and family.embeds_guidance(network.config):
         doubled, scale = False, guidance.scale
     if doubled:
         conditioning = conditioning.with_empty(empty)
-    keywords = family.keywords(unet.config, conditioning.to(dtype=unet.dtype), scale)
+    keywords = family.keywords(network.config, conditioning.to(dtype=network.dtype), scale)
 
     def denoise(x_t: Tensor, time: Tensor) -> Tensor:
         x_t = torch.cat([x_t, x_t]) if doubled else x_t
-        model_pred = family.call(unet, x_t.to(unet.dtype), time.expand(len(x_t)), keywords)
+        model_pred = family.call(network, x_t.to(network.dtype), time.expand(len(x_t)), keywords)
         return guidance.combine(*model_pred.float().chunk(2)) if doubled else model_pred
 
     return denoise

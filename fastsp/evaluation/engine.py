@@ -83,7 +83,7 @@ class Evaluation:
             if self.reference.source == HELD_OUT_DIGITS:
                 raise UserError(f"{name} makes no digits: give --reference, and a file of Inception-v3's weights")
             say(f"{name} makes no digits: in the features of their classifier, FID and IS say little of it")
-        identity = fingerprint(model.unet, *model.frozen_parts())
+        identity = fingerprint(model.network, *model.frozen_parts())
         if not model.text.usual:
             identity = hashlib.sha256(f"{identity} {model.text}".encode()).hexdigest()
         for job in jobs:
@@ -108,7 +108,7 @@ class Evaluation:
             "num_samples": len(captions.texts),
             "resolution": self.resolution or model.default_resolution,
             "model_sha256": identity,
-            "dtype": str(model.unet.dtype).removeprefix("torch."),
+            "dtype": str(model.network.dtype).removeprefix("torch."),
             "batch_size": self.batch_size or (_PIXEL_BATCH if model.vae is None else _LATENT_BATCH),
             **captions.facts(),
             **self._facts(),

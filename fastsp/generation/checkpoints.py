@@ -40,11 +40,11 @@ def load_checkpoint(folder: Path, raw: bool = False, base: str | None = None) ->
     if base is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": base})})
     model, which = initial_model(config), "master" if raw or config.ema.place == "none" else "ema"
-    trained = {f"{which}.{name}": p for name, p in model.unet.named_parameters() if p.requires_grad}
+    trained = {f"{which}.{name}": p for name, p in model.network.named_parameters() if p.requires_grad}
     read_into(folder, {name: parameter.data for name, parameter in trained.items()})
     if config.model.lora is not None:
-        model.unet.fuse_lora()
-        model.unet.unload_lora()
+        model.network.fuse_lora()
+        model.network.unload_lora()
     return replace(model, base=None)
 
 

@@ -20,7 +20,7 @@ from fastsp.diffusion.sampling import NO_GUIDANCE, Guidance
 from fastsp.errors import UserError
 from fastsp.generation.checkpoints import initial_model, is_checkpoint, load_checkpoint
 from fastsp.generation.grids import shrunk, to_pil
-from fastsp.models import TextToImageModel, check_pipeline, check_unet, load_pipeline, load_unet
+from fastsp.models import TextToImageModel, check_network, check_pipeline, load_pipeline, network_of
 from fastsp.models.lora import DIFFUSERS_FILE
 from fastsp.utils.devices import best_device
 
@@ -34,8 +34,8 @@ class Sampling:
     steps: int = 25  # of DDIM, 1 .. T, or on a flow Euler's
     guidance: Guidance = NO_GUIDANCE
     seed: int = 0  # of the initial noise
-    resolution: int | None = None  # side in pixels; None: the UNet's own
-    batch_size: int = 16  # images in a batch of the UNet, twice as many with guidance
+    resolution: int | None = None  # side in pixels; None: the network's own
+    batch_size: int = 16  # images in a batch of the network, twice as many with guidance
     negative_prompt: str = ""  # what guidance leads away from
 
 
@@ -43,7 +43,7 @@ def load_trained(name: str, config: str | None = None, base: str | None = None) 
     """A model in float32 on the CPU; `UserError` if there is no such one, or it cannot be loaded.
 
     The arguments are those of :func:`fastsp.models.load_pipeline`. The name may also be that of a stage of a run, as in
-    ``runs/quickstart/stages/mse``: that UNet, the run's other parts. The run need not be finished.
+    ``runs/quickstart/stages/mse``: that network, the run's other parts. The run need not be finished.
     """
     folder = Path(name).expanduser()
     checkpoint, is_raw = (folder.parent, True) if folder.name == RAW else (folder, False)
@@ -53,20 +53,20 @@ def load_trained(name: str, config: str | None = None, base: str | None = None) 
     if run is None:
         return load_pipeline(name, config, base=base)
     if (run / "final").is_dir():
-        model = load_pipeline(str(run / "final"), with_unet=False)
+        model = load_pipeline(str(run / "final"), with_network=False)
     else:
         model = initial_model(read_config(run / "config.yaml"))
-    model.unet = load_unet(folder)
+    model.network = network_of(folder)
     return model
 
 
 def load_for_sampling(name: str, config: str | None = None, base: str | None = None) -> TextToImageModel:
-    """As :func:`load_trained`, to be sampled: on a GPU with its UNet in bfloat16, else on the CPU in float32."""
+    """As :func:`load_trained`, to be sampled: on a GPU with its network in bfloat16, else on the CPU in float32."""
     model, device = load_trained(name, config, base), best_device()
     model.place(device)
-    model.unet.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    model.network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     if device.type == "cuda":
-        model.unet.to(torch.bfloat16)
+        model.network.to(torch.bfloat16)
     return model
 
 
@@ -79,7 +79,7 @@ def check_for_sampling(name: str, base: str | None = None) -> None:
     if run is None:
         check_pipeline(name, base)
         return
-    check_unet(folder)
+    check_network(folder)
     parts = str(run / "final") if (run / "final").is_dir() else read_config(run / "config.yaml").model.pretrained
     if parts is not None:
         check_pipeline(parts)
@@ -137,7 +137,7 @@ def generate(
     shown, how = frame_steps(sampling.steps, frames), (sampling.steps, sampling.guidance, sampling.negative_prompt)
     for start in range(first, len(prompts), sampling.batch_size):
         indices = range(start, min(start + sampling.batch_size, len(prompts)))
-        noise = draws.evaluation_noise(sampling.seed, torch.tensor(indices), shape).to(model.unet.device)
+        noise = draws.evaluation_noise(sampling.seed, torch.tensor(indices), shape).to(model.network.device)
         texts = [prompts[index] for index in indices]
         for step, (_, x_0) in enumerate(model.sample(texts, noise, *how), start=1):
             after_step()

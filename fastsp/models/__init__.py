@@ -3,14 +3,14 @@
 from fastsp.models.model import PixelTextToImagePipeline, TextToImageModel, tokenize
 from fastsp.models.presets import PRESETS, digits_model, digits_tokenizer, preset_model, preset_tokenizer
 from fastsp.models.pretrained import (
+    check_network,
     check_perceptual_network,
     check_pipeline,
     check_predicts,
-    check_unet,
     load_model,
     load_pipeline,
-    load_unet,
-    load_unet_and_scheduler,
+    network_and_scheduler_of,
+    network_of,
 )
 from fastsp.models.schedulers import ddim_scheduler
 
@@ -18,17 +18,17 @@ __all__ = [
     "PRESETS",
     "PixelTextToImagePipeline",
     "TextToImageModel",
+    "check_network",
     "check_perceptual_network",
     "check_pipeline",
     "check_predicts",
-    "check_unet",
     "ddim_scheduler",
     "digits_model",
     "digits_tokenizer",
     "load_model",
     "load_pipeline",
-    "load_unet",
-    "load_unet_and_scheduler",
+    "network_and_scheduler_of",
+    "network_of",
     "preset_model",
     "preset_tokenizer",
     "tokenize",

@@ -77,7 +77,7 @@ class Kind(ABC):
 
     def _named(self, model: Any) -> dict[str, Any]:
         parts = {name: getattr(model, name) for name in (*self.parts, *self.tokenizers, "scheduler")}
-        return {**parts, self.network: model.unet}
+        return {**parts, self.network: model.network}
 
 
 class StableDiffusion(Kind):

@@ -68,67 +68,67 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def add_adapters(unet: Any, rank: int, alpha: float, target_modules: Sequence[str], seed: int = 0) -> None:
-    """Freeze ``unet`` and put trainable adapters into it: ``W x + alpha / rank * B A x`` with B = 0, A random.
+def add_adapters(network: Any, rank: int, alpha: float, target_modules: Sequence[str], seed: int = 0) -> None:
+    """Freeze ``network`` and put trainable adapters into it: ``W x + alpha / rank * B A x`` with B = 0, A random.
 
     Args:
         target_modules: the layers that get one, by the ends of their names, such as ``to_q`` or ``to_out.0``.
         seed: of A.
 
     Raises:
-        UserError: peft is not installed; the UNet has no such layer, or one that takes no adapter.
+        UserError: peft is not installed; the network has no such layer, or one that takes no adapter.
     """
     try:
         from peft import LoraConfig
     except ModuleNotFoundError:
         raise UserError(f"model.lora needs peft: {install_command('train')}") from None
-    names = [f".{name}" for name, _ in unet.named_modules()]
-    usual = ", ".join(family_of(unet).lora_targets)
+    names = [f".{name}" for name, _ in network.named_modules()]
+    usual = ", ".join(family_of(network).lora_targets)
     for target in target_modules:
         if not any(name.endswith(f".{target}") for name in names):
-            raise UserError(f"model.lora.target_modules: the UNet has no layer {target!r}; usual: {usual}")
-    unet.requires_grad_(False)
+            raise UserError(f"model.lora.target_modules: the network has no layer {target!r}; usual: {usual}")
+    network.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            unet.add_adapter(config)
+            network.add_adapter(config)
         except ValueError as error:
             raise UserError(f"model.lora.target_modules: {str(error).splitlines()[0]}") from None
 
 
-def adapters(unet: nn.Module) -> dict[str, nn.Parameter]:
+def adapters(network: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters by their names in diffusers' files; empty without adapters."""
-    parameters, part = unet.named_parameters(), family_of(unet).part
+    parameters, part = network.named_parameters(), family_of(network).part
     return {f"{part}.{name.replace('.default.', '.')}": p for name, p in parameters if ".lora_" in name}
 
 
-def save_adapters(unet: Any, folder: Path, base: Base) -> None:
+def save_adapters(network: Any, folder: Path, base: Base) -> None:
     """Write the adapters as diffusers does. The file's header has rank, alpha and the base.
 
     A base on this machine is named by its path as given, and by its path from ``folder``: it is found from another
     working directory too, and after both have been moved together.
     """
-    settings = {f"{family_of(unet).part}.{key}": value for key, value in _settings(unet).items()}
+    settings = {f"{family_of(network).part}.{key}": value for key, value in _settings(network).items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings), "base_model": base.name}
     path = Path(base.name).expanduser()
     relative = os.path.relpath(path.resolve(), folder.resolve()) if path.exists() else None
     known = {"base_path": relative, "base_config": base.config, "base_fingerprint": base.fingerprint}
     known |= {"prediction": base.prediction, "text": None if base.text.usual else json.dumps(asdict(base.text))}
     metadata |= {key: value for key, value in known.items() if value is not None}
-    save_tensors(_contiguous(adapters(unet)), folder / DIFFUSERS_FILE, metadata)
+    save_tensors(_contiguous(adapters(network)), folder / DIFFUSERS_FILE, metadata)
 
 
-def load_adapters(unet: nn.Module, folder: Path) -> None:
-    """Read what :func:`save_adapters` wrote into the adapters that ``unet`` has.
+def load_adapters(network: nn.Module, folder: Path) -> None:
+    """Read what :func:`save_adapters` wrote into the adapters that ``network`` has.
 
     Raises:
         UserError: they are of another rank or alpha, or in other layers.
     """
-    ours, theirs, part = adapters(unet), load_file(folder / DIFFUSERS_FILE), family_of(unet).part
+    ours, theirs, part = adapters(network), load_file(folder / DIFFUSERS_FILE), family_of(network).part
     settings = json.loads(header(folder).get("lora_adapter_metadata", "{}"))
     same = {name: p.shape for name, p in ours.items()} == {name: t.shape for name, t in theirs.items()}
-    if not same or settings.get(f"{part}.lora_alpha") != _settings(unet)["lora_alpha"]:
+    if not same or settings.get(f"{part}.lora_alpha") != _settings(network)["lora_alpha"]:
         rank, alpha, targets = (settings.get(f"{part}.{key}") for key in ("r", "lora_alpha", "target_modules"))
         raise UserError(
             f"{folder / DIFFUSERS_FILE} has adapters of another rank or alpha, or in other layers, than model.lora; "
@@ -153,33 +153,33 @@ def base_of(folder: Path) -> Base:
     return Base(name, found.get("base_config"), found.get("base_fingerprint"), prediction, text)
 
 
-def fuse_adapters(unet: Any, folder: Path) -> None:
-    """Add the adapters in ``folder`` to the weights of ``unet``, which is a plain, trainable network again afterwards.
+def fuse_adapters(network: Any, folder: Path) -> None:
+    """Add the adapters in ``folder`` to the weights of ``network``, which is plain and trainable again afterwards.
 
     Raises:
         UserError: they do not fit.
     """
     try:
-        unet.load_lora_adapter(str(folder), weight_name=DIFFUSERS_FILE, prefix=family_of(unet).part)
+        network.load_lora_adapter(str(folder), weight_name=DIFFUSERS_FILE, prefix=family_of(network).part)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder / DIFFUSERS_FILE} does not fit its base model: {reason}") from None
-    unet.fuse_lora()
-    unet.unload_lora()
-    unet.requires_grad_(True)  # peft has frozen it
+    network.fuse_lora()
+    network.unload_lora()
+    network.requires_grad_(True)  # peft has frozen it
 
 
-def save_for_use(unet: Any, folder: Path, base: Base, scheduler: Any) -> None:
+def save_for_use(network: Any, folder: Path, base: Base, scheduler: Any) -> None:
     """Everything that other programs need of a finished run: both layouts, the scheduler, and how to use them."""
-    save_adapters(unet, folder, base)
+    save_adapters(network, folder, base)
     flow = is_flow(scheduler.config)
     file = COMFYUI_FILE if flow else KOHYA_FILE
-    weights, metadata = comfyui_layout(unet) if flow else kohya_layout(unet, scheduler)
+    weights, metadata = comfyui_layout(network) if flow else kohya_layout(network, scheduler)
     save_tensors(weights, folder / file, metadata)
     scheduler.save_pretrained(folder / "scheduler")
-    settings, is_file = _settings(unet), Path(base.name).expanduser().is_file()
+    settings, is_file = _settings(network), Path(base.name).expanduser().is_file()
     facts = {"base": base.name, "rank": settings["r"], "alpha": settings["lora_alpha"], "kohya": file}
-    facts["pipeline"] = family_of(unet).pipeline_class(unet.config)
+    facts["pipeline"] = family_of(network).pipeline_class(network.config)
     facts["load"] = "from_single_file" if is_file else "from_pretrained"
     facts["predicts"], facts["schedule"] = meaning_of(scheduler.config)
     facts["prompts"] = f"{advice}\n\n" if (advice := base.text.advice("XL" in facts["pipeline"])) else ""
@@ -188,14 +188,14 @@ def save_for_use(unet: Any, folder: Path, base: Base, scheduler: Any) -> None:
     (folder / "README.md").write_text(readme.format(**facts), encoding="utf-8")
 
 
-def kohya_layout(unet: Any, scheduler: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+def kohya_layout(network: Any, scheduler: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights (``lora_unet_PATH.lora_down.weight``, ``.lora_up.weight``, ``.alpha``) and header of kohya's scripts. The
     scheduler says what is predicted."""
     from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 
-    settings, weights = _settings(unet), convert_state_dict_to_kohya(_contiguous(adapters(unet)))
+    settings, weights = _settings(network), convert_state_dict_to_kohya(_contiguous(adapters(network)))
     weights |= {name: torch.tensor(float(settings["lora_alpha"])) for name in weights if name.endswith(".alpha")}
-    version = family_of(unet).kohya_base(unet.config)  # programs list adapters by it
+    version = family_of(network).kohya_base(network.config)  # programs list adapters by it
     is_v = scheduler.config.prediction_type == "v_prediction"
     version = version if is_v else version.removesuffix("_v")
     return weights, {
@@ -210,10 +210,10 @@ def kohya_layout(unet: Any, scheduler: Any) -> tuple[dict[str, Tensor], dict[str
     }
 
 
-def comfyui_layout(unet: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+def comfyui_layout(network: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights (``transformer.PATH.lora_A.weight``, ``.lora_B.weight``, ``.alpha``) and header that ComfyUI reads for
     Stable Diffusion 3 and FLUX. Without alpha it would take the rank."""
-    weights, alpha = _contiguous(adapters(unet)), float(_settings(unet)["lora_alpha"])
+    weights, alpha = _contiguous(adapters(network)), float(_settings(network)["lora_alpha"])
     layers = {name.partition(".lora_")[0] for name in weights}
     return {**weights, **{f"{layer}.alpha": torch.tensor(alpha) for layer in layers}}, {"format": "pt"}
 
@@ -226,8 +226,8 @@ def header(folder: Path) -> dict[str, str]:
         raise UserError(f"{folder / DIFFUSERS_FILE} cannot be read: {error}") from None
 
 
-def _settings(unet: Any) -> dict[str, Any]:
-    config = unet.peft_config["default"]
+def _settings(network: Any) -> dict[str, Any]:
+    config = network.peft_config["default"]
     return {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
 
 

@@ -35,7 +35,7 @@ class TextToImageModel:
     and FLUX have a transformer in the place of the UNet.
     """
 
-    unet: Any
+    network: Any
     text_encoder: Any
     tokenizer: Any
     scheduler: Any
@@ -67,7 +67,7 @@ class TextToImageModel:
 
     def process_at(self, height: int, width: int) -> Process:
         """The process as latents of that size are sampled."""
-        return self.process.of_size(family_of(self.unet).tokens(self.unet.config, height, width))
+        return self.process.of_size(family_of(self.network).tokens(self.network.config, height, width))
 
     def training_process(self, resolution: int) -> Process:
         """The process from which training draws the times of square images of ``resolution`` pixels."""
@@ -92,7 +92,7 @@ class TextToImageModel:
     @property
     def channels(self) -> int:
         """Of the images: 1 (grey) or 3."""
-        return self.unet.config["in_channels"] if self.vae is None else self.vae.config.in_channels
+        return self.network.config["in_channels"] if self.vae is None else self.vae.config.in_channels
 
     @property
     def vae_scale_factor(self) -> int:
@@ -102,7 +102,7 @@ class TextToImageModel:
     @property
     def default_resolution(self) -> int:
         """Side in pixels of the images that the UNet was made for."""
-        return family_of(self.unet).side(self.unet.config) * self.vae_scale_factor
+        return family_of(self.network).side(self.network.config) * self.vae_scale_factor
 
     def latent_shape(self, resolution: int | tuple[int, int]) -> tuple[int, int, int]:
         """(C, H, W) of the latents of a square image of ``resolution`` pixels, or of one of such a height and width.
@@ -111,7 +111,7 @@ class TextToImageModel:
             UserError: ``resolution`` is no multiple of the VAE's factor and of the network's patches, or too large for
                 the network.
         """
-        family, config, factor = family_of(self.unet), self.unet.config, self.vae_scale_factor
+        family, config, factor = family_of(self.network), self.network.config, self.vae_scale_factor
         height, width = resolution if isinstance(resolution, tuple) else (resolution, resolution)
         of = resolution if isinstance(resolution, int) else f"{width} x {height}"
         if height % factor or width % factor:
@@ -245,12 +245,12 @@ class TextToImageModel:
             negative_prompt: what guidance starts from; empty: :meth:`encode_no_prompt`.
         """
         conditioning = self._with_own_size(self.encode_prompts(prompts), noise)
-        empty, embedded = conditioning, family_of(self.unet).embeds_guidance(self.unet.config)
+        empty, embedded = conditioning, family_of(self.network).embeds_guidance(self.network.config)
         if embedded and negative_prompt:
             raise UserError("this model is told the scale of guidance, and takes no negative prompt")
         if guidance.active and not embedded:
             empty = self.encode_prompts([negative_prompt]) if negative_prompt else self.encode_no_prompt()
-        denoise = guided_denoiser(self.unet, conditioning, empty, guidance)
+        denoise = guided_denoiser(self.network, conditioning, empty, guidance)
         process = self.process_at(*noise.shape[-2:]).to(noise.device)
         yield from ddim(denoise, process, noise, num_steps)
 
@@ -269,7 +269,7 @@ class TextToImageModel:
 
     def _with_own_size(self, conditioning: Conditioning, latents: Tensor) -> Conditioning:
         """For SDXL: an image that was never resized or cropped, as diffusers' pipeline has it by default."""
-        if not family_of(self.unet).takes_sizes(self.unet.config):
+        if not family_of(self.network).takes_sizes(self.network.config):
             return conditioning
         size = torch.tensor(latents.shape[-2:], device=latents.device) * self.vae_scale_factor
         sizes = size.expand(len(latents), 2)

@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_pipeline(
-    name: str, config: str | None = None, with_unet: bool = True, base: str | None = None
+    name: str, config: str | None = None, with_network: bool = True, base: str | None = None
 ) -> TextToImageModel:
     """A Stable Diffusion 1.x, 2.x, XL or 3, a FLUX or a pixel-space pipeline, in float32 on the CPU; T5 in bfloat16.
 
@@ -55,7 +55,7 @@ def load_pipeline(
             or a folder with the adapters of a LoRA run, which come fused into the model they name.
         base: for adapters, the model to take instead of the one they name.
         config: for a single file, a folder or hub id with tokenizer and configuration; None: diffusers' choice.
-        with_unet: load the UNet or transformer too; else it is None.
+        with_network: load the UNet or transformer too; else it is None.
 
     Raises:
         UserError: it is not there, is of another kind, or lacks a part; a part does not fit the others; pickled
@@ -63,11 +63,11 @@ def load_pipeline(
     """
     path = _find(name)
     if (path / DIFFUSERS_FILE).is_file():
-        model, _ = _load_base(path, base, with_unet)
-        if with_unet:
-            fuse_adapters(model.unet, path)
+        model, _ = _load_base(path, base, with_network)
+        if with_network:
+            fuse_adapters(model.network, path)
         return model
-    model = load_single_file(path, config) if path.is_file() else _load_folder(path, name, with_unet)
+    model = load_single_file(path, config) if path.is_file() else _load_folder(path, name, with_network)
     for part in model.frozen_parts():
         part.eval().requires_grad_(False)
     for fault in _faults(model):
@@ -119,10 +119,10 @@ def load_model(
     else:
         model, base = load_pipeline(pretrained, config), Base(pretrained, config)
     model = model.for_training(prediction, flow).reading(token_chunks, clip_skip)
-    base = base._replace(fingerprint=fingerprint(model.unet), prediction=prediction, text=model.text)
-    add_adapters(model.unet, **lora, seed=seed)
+    base = base._replace(fingerprint=fingerprint(model.network), prediction=prediction, text=model.text)
+    add_adapters(model.network, **lora, seed=seed)
     if given:
-        load_adapters(model.unet, path)
+        load_adapters(model.network, path)
     return replace(model, base=base)
 
 
@@ -143,7 +143,7 @@ def check_pipeline(name: str, base: str | None = None) -> None:
             _check_weights(path / part)
 
 
-def load_unet(folder: Path, base: str | None = None) -> Any:
+def network_of(folder: Path, base: str | None = None) -> Any:
     """The UNet of a pipeline folder, of a folder with a UNet alone, or with adapters, fused into ``base``; float32. Or
     the transformer.
 
@@ -151,11 +151,11 @@ def load_unet(folder: Path, base: str | None = None) -> Any:
         UserError: there is none, or it cannot be loaded.
     """
     if (folder / DIFFUSERS_FILE).is_file():
-        return load_pipeline(str(folder), base=base).unet
-    return _load_network(_unet_folder(folder))
+        return load_pipeline(str(folder), base=base).network
+    return _load_network(_network_folder(folder))
 
 
-def load_unet_and_scheduler(name: str) -> tuple[Any, Any]:
+def network_and_scheduler_of(name: str) -> tuple[Any, Any]:
     """What a loss needs of a model: the UNet, float32 on the CPU, and the noise scheduler that belongs to it.
 
     Args:
@@ -168,10 +168,10 @@ def load_unet_and_scheduler(name: str) -> tuple[Any, Any]:
     path = _find(name, (*_NETWORKS, "scheduler"))
     if path.is_file() or (path / DIFFUSERS_FILE).is_file():
         model = load_pipeline(name)
-        return model.unet, model.scheduler
+        return model.network, model.scheduler
     if not path.is_dir():
         raise UserError(f"{name} does not exist; allowed: a folder with a model, a hub id, a .safetensors file")
-    return load_unet(path), load_scheduler(path)
+    return network_of(path), load_scheduler(path)
 
 
 def load_scheduler(folder: Path) -> Any:
@@ -190,19 +190,19 @@ def load_scheduler(folder: Path) -> Any:
     return own if model.get("prediction") == "keep" or is_flow(own.config) else trained_scheduler(own.config)
 
 
-def check_unet(folder: Path) -> None:
-    """:func:`load_unet`'s UserError where there is no UNet; reads no weights."""
+def check_network(folder: Path) -> None:
+    """:func:`network_of`'s UserError where there is no UNet; reads no weights."""
     if (folder / DIFFUSERS_FILE).is_file():
         check_pipeline(str(folder))
     else:
-        _check_weights(_unet_folder(folder))
+        _check_weights(_network_folder(folder))
 
 
-def check_perceptual_network(unet: Any, predicts: str, layers: str | None, folder: Path | None, stage: str) -> None:
+def check_perceptual_network(network: Any, predicts: str, layers: str | None, folder: Path | None, stage: str) -> None:
     """See that a later stage can use its perceptual network, before the stages in front of it are trained.
 
     Args:
-        unet, predicts: the run's network and prediction type.
+        network, predicts: the run's network and prediction type.
         layers: of the stage; None: it has no such key.
         folder: of a UNet from outside of the run; None: the run's own.
         stage: its key in the configuration, such as ``stages.1``.
@@ -210,13 +210,13 @@ def check_perceptual_network(unet: Any, predicts: str, layers: str | None, folde
     Raises:
         UserError: the perceptual network lacks the layers, takes other inputs, or predicts something else.
     """
-    config, family = unet.config, family_of(unet)
+    config, family = network.config, family_of(network)
     if folder is not None:
-        check_unet(folder)
+        check_network(folder)
         if not (folder / DIFFUSERS_FILE).is_file():
-            config, family = read_json_object(_unet_folder(folder) / "config.json"), _family(_unet_folder(folder))
+            config, family = read_json_object(_network_folder(folder) / "config.json"), _family(_network_folder(folder))
     for key in family.input_keys:
-        if (its := config.get(key)) != (own := unet.config.get(key)):
+        if (its := config.get(key)) != (own := network.config.get(key)):
             raise UserError(f"{stage}.perceptual_network {folder}: its {key} is {its!r}, the model's {own!r}")
     if layers is not None and (fault := family.layers_fault(config, layers)) is not None:
         raise UserError(f"{stage}.layers {layers!r}: the perceptual network cannot: {fault}")
@@ -255,7 +255,7 @@ def _scheduler(config: dict[str, Any], name: str) -> Any:
     return (loaded_flow_scheduler if is_flow(config) else loaded_scheduler)(config, name)
 
 
-def _unet_folder(folder: Path) -> Path:
+def _network_folder(folder: Path) -> Path:
     for part in (folder, *(folder / name for name in _NETWORKS)):
         if (part / "config.json").is_file():
             return part
@@ -267,16 +267,16 @@ def _check_weights(folder: Path) -> None:
         raise UserError(f"{folder} has no .safetensors file, and fastsp reads no other weights")
 
 
-def _load_base(folder: Path, instead: str | None = None, with_unet: bool = True) -> tuple[TextToImageModel, Base]:
+def _load_base(folder: Path, instead: str | None = None, with_network: bool = True) -> tuple[TextToImageModel, Base]:
     """The model under the adapters in ``folder``, as it was trained, or the one to take ``instead`` of it."""
     named = base_of(folder)
     if instead is not None:
         named = Base(instead, prediction=named.prediction, text=named.text)
     with _naming_base_of(folder):
-        model = load_pipeline(named.name, named.config, with_unet).for_training(named.prediction)
+        model = load_pipeline(named.name, named.config, with_network).for_training(named.prediction)
         model = replace(model, text=named.text)
     trained_on = adapters_header(folder).get("base_fingerprint")
-    if model.unet is not None and trained_on not in (None, fingerprint(model.unet)):
+    if model.network is not None and trained_on not in (None, fingerprint(model.network)):
         if instead is None:
             raise UserError(
                 f"{folder}: the adapters were trained on another model than {named.name}, though of that name; "
@@ -298,14 +298,14 @@ def _naming_base_of(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _load_folder(root: Path, name: str, with_unet: bool) -> TextToImageModel:
+def _load_folder(root: Path, name: str, with_network: bool) -> TextToImageModel:
     index, kind, parts = _read_index(root, name)
     config, loaded = read_json_object(root / "scheduler" / "scheduler_config.json"), {}
     loaded = {part: _load_part(of, root / part) for part, of in kind.parts.items() if part in parts}
     loaded |= {part: _tokenizer(of, root / part, kind) for part, of in kind.tokenizers.items() if part in parts}
     network = root / kind.network
     return TextToImageModel(
-        unet=_load_network(network) if with_unet else None,
+        network=_load_network(network) if with_network else None,
         scheduler=(loaded_flow_scheduler if kind.is_flow else loaded_scheduler)(config, name),
         zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", kind.zeros_for_empty_prompt)),
         text=TextSettings.load(root),
@@ -405,9 +405,10 @@ def _faults(model: TextToImageModel) -> Iterator[str]:
         yield fault
     if getattr(None if model.vae is None else model.vae.config, "latents_mean", None) is not None:
         yield "the VAE has latents_mean and latents_std, which fastsp does not know"
-    if model.unet is None:
+    if model.network is None:
         return
-    config, vae, family = model.unet.config, None if model.vae is None else model.vae.config, family_of(model.unet)
+    config, family = model.network.config, family_of(model.network)
+    vae = None if model.vae is None else model.vae.config
     name = "UNet" if family.part == "unet" else family.part
     if family.part != model.kind.network:
         yield f"its {model.kind.network} is of the class {family.class_name}"

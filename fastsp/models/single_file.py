@@ -61,7 +61,7 @@ def load_single_file(file: Path, config: str | None) -> TextToImageModel:
     marked: dict[str, Any] = {"prediction_type": "v_prediction"} if "v_pred" in keys else {}
     marked |= {"rescale_betas_zero_snr": True} if "ztsnr" in keys else {}
     return TextToImageModel(
-        unet=pipeline.unet,
+        network=pipeline.unet,
         text_encoder=pipeline.text_encoder,
         tokenizer=pipeline.tokenizer,
         scheduler=loaded_scheduler({**pipeline.scheduler.config, **marked}, str(file)),

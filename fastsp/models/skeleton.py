@@ -53,7 +53,7 @@ def skeleton(
     if pretrained is None:
         assert preset is not None
         model = preset_model(preset, resolution, 0, network or "unet", **(sizes or {}))
-        for part in (model.unet, *model.frozen_parts()):
+        for part in (model.network, *model.frozen_parts()):
             part.to(META)
         return model
     parts = {name: _part(config, f"{pretrained}: {name}") for name, config in _configs(pretrained).items()}
@@ -69,7 +69,7 @@ def skeleton(
     parts = {"text_encoder": None, **parts}
     is_flow = family.part == "transformer"
     return TextToImageModel(
-        unet=made,
+        network=made,
         tokenizer=None,
         scheduler=flow_scheduler() if is_flow else ddim_scheduler(),
         pipeline_class=family.pipeline_class(made.config) if is_flow else None,

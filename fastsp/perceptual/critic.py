@@ -107,12 +107,12 @@ class Critic(FrozenFeatures):
     """The distance of :class:`fastsp.perceptual.metric.FrozenFeatures`, and heads that judge the same features.
 
     Args:
-        unet: as there, like the other options.
+        network: as there, like the other options.
         heads, seed: the heads' width, and the seed of their weights; see :class:`Heads`.
     """
 
-    def __init__(self, unet: nn.Module, *, heads: int = 128, seed: int = 0, **options: Any) -> None:
-        super().__init__(unet, **options)
+    def __init__(self, network: nn.Module, *, heads: int = 128, seed: int = 0, **options: Any) -> None:
+        super().__init__(network, **options)
         self.heads = Heads(self.network.feature_shapes, heads, seed, self.network.device)
         self._compared: tuple[Features, Features] | None = None
 

@@ -83,7 +83,7 @@ METRICS: dict[str, Callable[..., PerceptualMetric]] = {}
 
 
 def register_metric(name: str) -> Callable[[Callable[..., PerceptualMetric]], Any]:
-    """Decorator: let ``build(unet, **options)`` make the metric ``name``.
+    """Decorator: let ``build(network, **options)`` make the metric ``name``.
 
     The options are the keywords of :class:`FrozenFeatures`; a metric may ignore what has no meaning for it.
     """
@@ -95,7 +95,7 @@ def register_metric(name: str) -> Callable[[Callable[..., PerceptualMetric]], An
     return register
 
 
-def build_metric(name: str, unet: nn.Module, **options: Any) -> PerceptualMetric:
+def build_metric(name: str, network: nn.Module, **options: Any) -> PerceptualMetric:
     """The metric registered as ``name``, frozen.
 
     Raises:
@@ -103,7 +103,7 @@ def build_metric(name: str, unet: nn.Module, **options: Any) -> PerceptualMetric
     """
     if name not in METRICS:
         raise ValueError(f"metric {name!r} is unknown: use one of {', '.join(METRICS)}")
-    return METRICS[name](unet, **options).train(False).requires_grad_(False)
+    return METRICS[name](network, **options).train(False).requires_grad_(False)
 
 
 class ChannelScale(nn.Module):
@@ -188,7 +188,7 @@ class FrozenFeatures(PerceptualMetric):
 
     def __init__(
         self,
-        unet: nn.Module,
+        network: nn.Module,
         *,
         layers: Any = "mid",
         distance: str = "mse",
@@ -204,7 +204,7 @@ class FrozenFeatures(PerceptualMetric):
         self.kind = one_of("distance", distance, Distance)
         self.order = 2 if distance == "mse" else 1
         self.calls = one_of("teacher", calls, Teacher)
-        self.network = PerceptualNetwork(unet, layers=layers, dtype=dtype, share_frozen=share_frozen)
+        self.network = PerceptualNetwork(network, layers=layers, dtype=dtype, share_frozen=share_frozen)
         self._half_backward = HalfBackward(self.network)
         self._told_of_one = False
         self.scales: Any = nn.ModuleList()

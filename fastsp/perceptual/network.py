@@ -1,4 +1,4 @@
-"""The perceptual network: a frozen, truncated copy of a UNet that answers with its hidden features.
+"""The perceptual network: a frozen, truncated copy of a network that answers with its hidden features.
 
 Section 5 of the paper: the MSE-trained network itself is the perceptual metric. Cut after its mid block, diffusers' own
 forward returns the mid-block feature, and the decoder (514 of Stable Diffusion 2.1's 866 M parameters) is never held.
@@ -28,39 +28,39 @@ class PerceptualNetwork(AlwaysEval):
     """Frozen features of a network of a known family: a ``UNet2DConditionModel`` or one of diffusers' transformers.
 
     Args:
-        unet: the MSE-trained network. It is copied, never changed. DDP, ``torch.compile`` and peft are unwrapped.
+        network: the MSE-trained network. It is copied, never changed. DDP, ``torch.compile`` and peft are unwrapped.
         layers: ``mid`` (the paper's choice), ``encoder`` (the output of every down block), ``decoder`` (of every up
             block) or ``encoder+mid``. Only ``decoder`` holds the up blocks. Transformers: ``mid`` (the output of block
             L // 2), a depth between 0 and 1, or numbers of blocks, from 1; no later block is held.
-        dtype: of the copy's parameters; None keeps the UNet's.
-        share_frozen: hold the UNet's frozen parameters themselves instead of copies. For LoRA: the adapters are copied,
+        dtype: of the copy's parameters; None keeps the network's.
+        share_frozen: hold the network's frozen parameters themselves, no copies. For LoRA: the adapters are copied,
             the base is held once. They must stay frozen, and in their dtype.
 
     Raises:
-        ValueError: unknown ``layers``; ``share_frozen`` with another ``dtype``; a UNet without a mid block where
+        ValueError: unknown ``layers``; ``share_frozen`` with another ``dtype``; a network without a mid block where
             ``layers`` needs one; what :func:`unwrap` refuses.
     """
 
     def __init__(
-        self, unet: Any, layers: Any = "mid", dtype: torch.dtype | None = None, share_frozen: bool = False
+        self, network: Any, layers: Any = "mid", dtype: torch.dtype | None = None, share_frozen: bool = False
     ) -> None:
         super().__init__()
         if isinstance(layers, str):
             one_of("layers", layers, Layers)
-        unet = unwrap(unet)
-        self.family = family_of(unet)
-        if (fault := self.family.layers_fault(unet.config, layers)) is not None:
+        network = unwrap(network)
+        self.family = family_of(network)
+        if (fault := self.family.layers_fault(network.config, layers)) is not None:
             raise ValueError(f"layers {layers!r}: {fault}")
-        if share_frozen and dtype not in (None, unet.dtype):
+        if share_frozen and dtype not in (None, network.dtype):
             raise ValueError(
-                f"share_frozen keeps the UNet's dtype, which is {unet.dtype}: dtype {dtype} is not possible"
+                f"share_frozen keeps the network's dtype, which is {network.dtype}: dtype {dtype} is not possible"
             )
         self.layers = layers
-        self.unet = truncated_copy(unet, layers, share_frozen).requires_grad_(False)
+        self.truncated = truncated_copy(network, layers, share_frozen).requires_grad_(False)
         if dtype is not None:
-            cast(self.unet, dtype)
+            cast(self.truncated, dtype)
         self._collected: list[Any] = []
-        observed, self._ends_with_answer = self.family.features(self.unet, layers)
+        observed, self._ends_with_answer = self.family.features(self.truncated, layers)
         for block in observed:
             block.register_forward_hook(self._collect)
         self.train(False)
@@ -68,25 +68,25 @@ class PerceptualNetwork(AlwaysEval):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that ``forward`` expects its sample in."""
-        weight: Tensor = self.family.input_weight(self.unet)
+        weight: Tensor = self.family.input_weight(self.truncated)
         if weight.is_floating_point():
             return weight.dtype
-        return next(p.dtype for p in self.unet.parameters() if p.is_floating_point())  # the others are quantized
+        return next(p.dtype for p in self.truncated.parameters() if p.is_floating_point())  # the others are quantized
 
     @property
     def device(self) -> torch.device:
         """Where it is."""
-        return self.family.input_weight(self.unet).device
+        return self.family.input_weight(self.truncated).device
 
     @property
     def feature_shapes(self) -> list[tuple[int, ...]]:
         """Of one sample's features: (C, H, W) of images, (N, C) of tokens; -1 where a size is not fixed."""
-        return self.family.feature_shapes(self.unet.config, self.layers)
+        return self.family.feature_shapes(self.truncated.config, self.layers)
 
     @property
     def memory_format(self) -> torch.memory_format:
         """The memory format of its convolutions' weights, which its inputs should have too."""
-        weight = self.family.input_weight(self.unet)
+        weight = self.family.input_weight(self.truncated)
         if weight.ndim != 4 or weight.is_contiguous():
             return torch.contiguous_format
         channels_last = weight.is_contiguous(memory_format=torch.channels_last)
@@ -105,14 +105,14 @@ class PerceptualNetwork(AlwaysEval):
         """
         self._collected.clear()
         conditioning = {"encoder_hidden_states": encoder_hidden_states, **conditioning}
-        last = self.family.call(self.unet, sample, timesteps, conditioning)
+        last = self.family.call(self.truncated, sample, timesteps, conditioning)
         features = tuple(self.family.feature(output, sample, conditioning) for output in self._collected)
         self._collected.clear()  # nothing outlives the call
         return (*features, last) if self._ends_with_answer else features
 
     def conditioning_fault(self, conditioning: dict[str, Any]) -> str | None:
         """What the network's configuration asks for and ``conditioning`` lacks; None: nothing."""
-        return self.family.conditioning_fault(self.unet.config, conditioning)
+        return self.family.conditioning_fault(self.truncated.config, conditioning)
 
     def _collect(self, _block: nn.Module, _args: Any, output: Any) -> None:
         self._collected.append(output)
@@ -131,7 +131,7 @@ def unwrap(network: Any) -> Any:
         hint = ", but it has one: give its unet" if hasattr(network, "unet") else ""
         raise ValueError(f"{kind} is no network{hint}")
     if any("FSDP" in cls.__name__ or "FullyShardedDataParallel" in cls.__name__ for cls in type(network).__mro__):
-        raise ValueError("the UNet is sharded by FSDP: build the criterion before wrapping the UNet")
+        raise ValueError("the network is sharded by FSDP: build the criterion before wrapping the network")
     family, config = family_of(network), getattr(network, "config", {})
     if (fault := family.metric_fault(config)) is not None:
         raise ValueError(f"this network cannot be a perceptual network: {fault}")
@@ -139,7 +139,7 @@ def unwrap(network: Any) -> Any:
 
 
 def cast(module: Any, dtype: torch.dtype) -> Any:
-    """``module.to(dtype)``, in place, without the warning that diffusers' own ``to`` gives for every UNet."""
+    """``module.to(dtype)``, in place, without the warning that diffusers' own ``to`` gives for every network."""
     return nn.Module.to(module, dtype)
 
 
@@ -153,14 +153,14 @@ def _frozen_parameters(module: nn.Module) -> dict[int, Any]:
     return {id(p): p for p in module.parameters() if not p.requires_grad}
 
 
-def truncated_copy(unet: Any, layers: Any, share_frozen: bool = False) -> Any:
-    """A deep copy of ``unet`` without what ``layers`` does not need.
+def truncated_copy(network: Any, layers: Any, share_frozen: bool = False) -> Any:
+    """A deep copy of ``network`` without what ``layers`` does not need.
 
     The parts that go are put into deepcopy's memo with their stand-ins, so that not even a transient copy of them is
-    made. The stand-ins let the UNet's own forward return the feature.
+    made. The stand-ins let the network's own forward return the feature.
     """
-    memo: dict[int, Any] = _frozen_parameters(unet) if share_frozen else {}
-    frozen = copy.deepcopy(unet, memo | family_of(unet).stand_ins(unet, layers))
+    memo: dict[int, Any] = _frozen_parameters(network) if share_frozen else {}
+    frozen = copy.deepcopy(network, memo | family_of(network).stand_ins(network, layers))
     for module in frozen.modules():  # what belongs to somebody's training loop stays behind
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(module, hooks).clear()

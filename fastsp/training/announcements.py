@@ -20,16 +20,16 @@ _MOSTLY = 0.9  # of an average: below it there is a word of advice
 _NOTES = 3  # shown of what is damaged or may surprise in the data
 
 
-def kind(unet: Any) -> str:
+def kind(network: Any) -> str:
     """What people call such a network."""
-    part = family_of(unet).part
+    part = family_of(network).part
     return "UNet" if part == "unet" else part
 
 
-def size(unet: Any) -> str:
+def size(network: Any) -> str:
     """The parameters of a network, and how many of them are trained."""
-    total = sum(p.numel() for p in unet.parameters())
-    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in network.parameters())
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     share = f", {trained:,} of them adapters, which alone are trained" if trained < total else ""
     return f"{total / 1e6:.1f} M parameters{share}"
 

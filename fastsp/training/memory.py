@@ -134,7 +134,7 @@ def needs(config: Config, stage: StageConfig, model: TextToImageModel) -> Needs:
             step(batch, 1)  # its first call traces the perceptual network
         with Allocations() as allocations:
             phases, gradients = _phases(step, batch, allocations)
-    parameters = list(model.unet.parameters())
+    parameters = list(model.network.parameters())
     return Needs(
         parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
@@ -163,7 +163,7 @@ def report(config: Config, where: str) -> Iterator[str]:
         UserError: the model's configuration is not on this machine, or its step cannot be taken without values.
     """
     model = skeleton_of(config)
-    if (fault := family_of(model.unet).fault(model.unet.config)) is not None:
+    if (fault := family_of(model.network).fault(model.network.config)) is not None:
         raise UserError(f"{config.model.pretrained}: {fault}")
     yield f"{where}: counted on the meta device; nothing was downloaded, and nothing was run"
     counted: dict[str, Needs] = {}
@@ -176,7 +176,7 @@ def report(config: Config, where: str) -> Iterator[str]:
             reason = str(error).partition("\n")[0]
             raise UserError(f"{where}: stage {stage.name} cannot be counted on the meta device: {reason}") from error
     first = next(iter(counted.values()))
-    kind = type(model.unet).__name__
+    kind = type(model.network).__name__
     yield f"{kind}: {first.parameters / 1e6:,.1f} M parameters, of which {first.trained / 1e6:,.1f} M are trained"
     yield from _table(counted, config)
     if config.data.buckets != "off":
@@ -227,8 +227,8 @@ def _disk(config: Config, checkpoint: int, needs: Needs) -> Iterator[str]:
 
 def _step(config: Config, stage: StageConfig, model: TextToImageModel) -> TrainingStep:
     empty = model.encode_ids(*_ids(1, model))
-    frozen = shared_copy(model.unet) if stage.frozen_network else None
-    step, _ = build_step(config, stage, model, empty, initial=shared_copy(model.unet), frozen_network=frozen)
+    frozen = shared_copy(model.network) if stage.frozen_network else None
+    step, _ = build_step(config, stage, model, empty, initial=shared_copy(model.network), frozen_network=frozen)
     return step
 
 
@@ -238,7 +238,7 @@ def _held(step: TrainingStep, model: TextToImageModel) -> dict[str, int]:
     optimizer, objective = step.optimizer, step.objective
     state = step.optimizer.state
     parts: dict[str, Iterable[Tensor]] = {
-        "weights": _tensors(step.unet),
+        "weights": _tensors(step.network),
         "master weights": [tensor for name, tensor in state.items() if name.startswith("master.")],
         STATE: optimizer.rule.held,
         AVERAGE: [tensor for name, tensor in state.items() if name.startswith("ema.")],
@@ -287,7 +287,7 @@ def _batch(config: Config, model: TextToImageModel) -> Batch:
     else:
         side = data.resolution
         fields["pixel_values"] = torch.empty(rows, model.channels, side, side, device=META)
-    if family_of(model.unet).takes_sizes(model.unet.config):
+    if family_of(model.network).takes_sizes(model.network.config):
         fields |= {
             name: torch.zeros(rows, 2, dtype=torch.int64, device=META) for name in ("original_sizes", "crop_offsets")
         }

@@ -49,27 +49,27 @@ class Optimizer:
     """The training of those parameters of a network that are not frozen.
 
     Args:
-        unet: the online network. Parameters in half precision get float32 master weights.
-        ema_unet: of the same shape, those parameters in float32: they become the moving average, starting as they are.
-            None: there is none.
+        network: the online network. Parameters in half precision get float32 master weights.
+        ema_network: of the same shape, those parameters in float32: they become the moving average, starting as they
+            are. None: there is none.
         config: the learning rule and the largest gradient norm.
         update: the learning rule's class.
         ema_on_host: hold the average in the host's memory. It passes the device in every update.
 
     All state lives in tensors: ``state`` names each of them, for checkpoints. The parameters may be sharded by FSDP2
-    (``ema_unet``'s in the same way): the update then works on this rank's shards alone.
+    (``ema_network``'s in the same way): the update then works on this rank's shards alone.
     """
 
     def __init__(
         self,
-        unet: nn.Module,
-        ema_unet: nn.Module | None,
+        network: nn.Module,
+        ema_network: nn.Module | None,
         config: OptimizerConfig,
         update: type[Update] = AdamW,
         ema_on_host: bool = False,
     ) -> None:
-        params = {name: p for name, p in unet.named_parameters() if p.requires_grad}
-        averages = {} if ema_unet is None else dict(ema_unet.named_parameters())
+        params = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        averages = {} if ema_network is None else dict(ema_network.named_parameters())
         self._masters = {name: p.data if p.dtype == torch.float32 else p.data.float() for name, p in params.items()}
         self._averages = {name: averages[name].data for name in params if averages}
         self.rule = update(self._masters, config)
@@ -130,7 +130,7 @@ class Optimizer:
 
     def accumulate(self) -> None:
         """Take over the gradients of one microbatch and clear them. Several are added up in float32."""
-        assert all(p.grad is not None for p in self.params), "every parameter of the UNet takes part in every forward"
+        assert all(p.grad is not None for p in self.params), "each parameter takes part in each forward"
         new = [local(p.grad) for p in self.params]  # type: ignore[arg-type]
         if self.gradients is not None:
             sums = [g.float() for g in self.gradients]  # themselves from the second time on

@@ -28,8 +28,8 @@ class Gradients:
 
     warm_up_steps = 0  # that must have run before a step can be captured in a CUDA graph
 
-    def __init__(self, unet: Any, optimizer: Optimizer) -> None:
-        self.network = unet  # what to call in place of the UNet
+    def __init__(self, network: Any, optimizer: Optimizer) -> None:
+        self.network = network  # what to call in place of the network
         self.optimizer = optimizer
 
     @contextmanager
@@ -57,12 +57,12 @@ class ReplicatedGradients(Gradients):
 
     warm_up_steps = 11
 
-    def __init__(self, unet: Any, optimizer: Optimizer) -> None:
-        super().__init__(unet, optimizer)
+    def __init__(self, network: Any, optimizer: Optimizer) -> None:
+        super().__init__(network, optimizer)
         self.indices = {id(p): index for index, p in enumerate(optimizer.params)}
         self.summed: dict[int, Tensor] = {}  # by the index of the parameter
         with torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext():
-            self.network = DistributedDataParallel(unet, gradient_as_bucket_view=True)
+            self.network = DistributedDataParallel(network, gradient_as_bucket_view=True)
         # A proxy: what DDP's C++ holds the garbage collector cannot see, and a finished stage would never be freed.
         self.network.register_comm_hook(weakref.proxy(self), _sum_in_float32)
 
@@ -105,47 +105,47 @@ class ShardedGradients(Gradients):
         dist.all_reduce(loss)
 
 
-def gather_gradients(unet: Any, optimizer: Optimizer, ranks: Ranks) -> Gradients:
-    """The way of the gradients that fits: the UNet is sharded, or there are many ranks, or one."""
-    if is_sharded(unet):
-        return ShardedGradients(unet, optimizer)
-    return ReplicatedGradients(unet, optimizer) if ranks.world_size > 1 else Gradients(unet, optimizer)
+def gather_gradients(network: Any, optimizer: Optimizer, ranks: Ranks) -> Gradients:
+    """The way of the gradients that fits: the network is sharded, or there are many ranks, or one."""
+    if is_sharded(network):
+        return ShardedGradients(network, optimizer)
+    return ReplicatedGradients(network, optimizer) if ranks.world_size > 1 else Gradients(network, optimizer)
 
 
-def shard(unet: Any, device: torch.device, dtype: torch.dtype, compile_options: dict[str, Any] | None = None) -> Any:
-    """Spread a float32 UNet over all ranks, in place: FSDP2 with the blocks as its units.
+def shard(network: Any, device: torch.device, dtype: torch.dtype, compile_options: dict[str, Any] | None = None) -> Any:
+    """Spread a float32 network over all ranks, in place: FSDP2 with the blocks as its units.
 
     Args:
-        unet: on the CPU, contiguous (FSDP2 takes no channels_last parameters); a block at a time passes the device.
+        network: on the CPU, contiguous (FSDP2 takes no channels_last parameters); a block at a time passes the device.
         device, dtype: of this rank; what the blocks compute in. Gradients are reduced in float32.
         compile_options: hand every block to ``torch.compile`` with these; between two of them parameters are gathered.
     """
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32)
-    blocks = family_of(unet).blocks(unet)
+    blocks = family_of(network).blocks(network)
     if compile_options is not None:
         for block in blocks:
             block.compile(**compile_options)
-    for module in (*blocks, unet):
+    for module in (*blocks, network):
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    return unet
+    return network
 
 
-def is_sharded(unet: Any) -> bool:
+def is_sharded(network: Any) -> bool:
     """Whether :func:`shard` was here."""
-    return isinstance(unet, FSDPModule)
+    return isinstance(network, FSDPModule)
 
 
-def whole_unet(unet: Any, ranks: Ranks) -> Any | None:
-    """On rank 0 a UNet that can be sampled and saved, on the device; None on the others. All ranks take part."""
-    if not is_sharded(unet):
-        return unet if ranks.is_main else None
-    state = get_model_state_dict(unet, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+def whole_network(network: Any, ranks: Ranks) -> Any | None:
+    """On rank 0 a network that can be sampled and saved, on the device; None on the others. All ranks take part."""
+    if not is_sharded(network):
+        return network if ranks.is_main else None
+    state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not ranks.is_main:
         return None
     with torch.device("meta"):
-        whole = family_of(unet).network_class().from_config(unet.config)
+        whole = family_of(network).network_class().from_config(network.config)
     whole.load_state_dict(state, assign=True)
     return whole.to(ranks.device).eval().requires_grad_(False)

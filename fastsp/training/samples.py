@@ -20,10 +20,10 @@ _MAX_PIXELS = 2**24  # of a grid: there are many in a run, and its report shows 
 
 
 class SampleDrawer:
-    """Samples from a model's UNets, and writes grids.
+    """Samples from a model's networks, and writes grids.
 
     Args:
-        model, config: of the run; the model's own UNet is not used.
+        model, config: of the run; the model's own network is not used.
         captions: of the data, used where the configuration names no prompts.
         folder: where the grids go.
         batch_size: images of a batch: as many as a training step is known to have memory for.
@@ -43,15 +43,15 @@ class SampleDrawer:
         self._side = cell_side(side, settings.count, _MAX_PIXELS)
         self._row_side = cell_side(side, _COMPARED * len(config.stages), _MAX_PIXELS)
 
-    def draw(self, unet: Any, name: str) -> Image.Image:
+    def draw(self, network: Any, name: str) -> Image.Image:
         """One grid, as ``<name>.png``, and returned."""
-        picture = grid(self._pictures(unet, self.prompts, self._side))
+        picture = grid(self._pictures(network, self.prompts, self._side))
         self._save(picture, name, self.prompts)
         return picture
 
-    def row(self, unet: Any) -> list[Image.Image]:
-        """What :meth:`draw_comparison` shows of a UNet."""
-        return self._pictures(unet, self.prompts[:_COMPARED], self._row_side)
+    def row(self, network: Any) -> list[Image.Image]:
+        """What :meth:`draw_comparison` shows of a network."""
+        return self._pictures(network, self.prompts[:_COMPARED], self._row_side)
 
     def draw_comparison(self, rows: dict[str, list[Image.Image]]) -> None:
         """``comparison.png``: a row for each stage, from equal noise (the paper's Figure 1)."""
@@ -59,15 +59,15 @@ class SampleDrawer:
         columns = len(pictures) // len(rows)
         self._save(grid(pictures, columns, row_titles=list(rows)), "comparison", self.prompts[:columns])
 
-    def draw_trajectory(self, unet: Any, stage: str) -> None:
+    def draw_trajectory(self, network: Any, stage: str) -> None:
         """``trajectory_<stage>.png``: x0^ on the way of the sampler, a row for each image (Figure 6)."""
         prompts, frames = self.prompts[:_TRAJECTORIES], TRAJECTORY_FRAMES
-        pictures = self._pictures(unet, prompts, TRAJECTORY_SIDE, frames)
+        pictures = self._pictures(network, prompts, TRAJECTORY_SIDE, frames)
         steps = [str(step) for step in frame_steps(self.sampling.steps, frames)]
         self._save(grid(pictures, len(steps), column_titles=steps), f"trajectory_{stage}", prompts)
 
-    def _pictures(self, unet: Any, prompts: list[str], side: int, frames: int = 1) -> list[Image.Image]:
-        return generate_pictures(replace(self.model, unet=unet), prompts, self.sampling, side, frames=frames)
+    def _pictures(self, network: Any, prompts: list[str], side: int, frames: int = 1) -> list[Image.Image]:
+        return generate_pictures(replace(self.model, network=network), prompts, self.sampling, side, frames=frames)
 
     def _save(self, picture: Image.Image, name: str, prompts: list[str]) -> None:
         save_png(picture, self.folder / f"{name}.png", prompts="\n".join(prompts))

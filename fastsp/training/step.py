@@ -101,7 +101,7 @@ class Objective(nn.Module):
 
 
 class TrainingStep:
-    """The step of one stage. Calling it with a batch changes the weights of ``unet`` and of the moving average.
+    """The step of one stage. Calling it with a batch changes the weights of ``network`` and of the moving average.
 
     Args:
         config: the run's configuration.
@@ -123,7 +123,7 @@ class TrainingStep:
     ) -> None:
         self.config, self.stage = config, stage
         self.gradients, self.objective = gradients, objective
-        self.unet, self.optimizer = gradients.network, gradients.optimizer
+        self.network, self.optimizer = gradients.network, gradients.optimizer
         device = empty.encoder_hidden_states.device
         self.process = objective.process.to(device)
         self.seed = torch.tensor(config.seed, device=device)
@@ -270,7 +270,7 @@ class TrainingStep:
         which the network was given ``conditioning``."""
         noisy_latents, target = self.noisy(latents, t, positions)
         keywords = self.keywords(conditioning)
-        model_pred = family_of(self.unet).call(self.unet, noisy_latents, self.process.model_time(t), keywords)
+        model_pred = family_of(self.network).call(self.network, noisy_latents, self.process.model_time(t), keywords)
         return model_pred, target, keywords
 
     def noisy(self, latents: Tensor, t: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,7 +288,7 @@ class TrainingStep:
 
     def keywords(self, conditioning: Conditioning) -> dict[str, Any]:
         """The conditioning as the network and its perceptual copy are given it. Guidance that is embedded is 1."""
-        return family_of(self.model.unet).keywords(self.model.unet.config, conditioning)
+        return family_of(self.model.network).keywords(self.model.network.config, conditioning)
 
     def latents(self, batch: Batch, positions: Tensor) -> Tensor:
         """x_0, (B, C, H, W) float32: the pixels themselves, or a draw from the VAE's posterior."""
@@ -306,7 +306,7 @@ class TrainingStep:
         conditioning = Conditioning(batch.text_features, batch.pooled_text_features)
         dropped = draws.dropped_captions(self.seed, positions, self.config.data.caption_dropout)
         conditioning = conditioning.where(dropped, self.empty).to(dtype=self.dtype)
-        if not family_of(self.model.unet).takes_sizes(self.model.unet.config):
+        if not family_of(self.model.network).takes_sizes(self.model.network.config):
             return conditioning
         assert batch.original_sizes is not None and batch.crop_offsets is not None
         images = batch.moments if batch.moments is not None else batch.pixel_values
@@ -327,12 +327,12 @@ def build_step(
     ranks: Ranks = ALONE,
     attention: Kernel = "sdpa",
 ) -> tuple[TrainingStep, Any]:
-    """The step of a stage and the float32 UNet of its moving average, on the device of ``empty``.
+    """The step of a stage and the float32 network of its moving average, on the device of ``empty``.
 
     Args:
         config, stage, model, empty: see :class:`TrainingStep`.
-        initial: the UNet that the stage starts from; it becomes the online network.
-        frozen_network: the UNet that the objective's perceptual network is copied from, may be ``initial``; None where
+        initial: the network that the stage starts from; it becomes the online network.
+        frozen_network: the one that the objective's perceptual network is copied from, may be ``initial``; None where
             it needs none. Every rank holds the whole perceptual network.
         ranks: the processes of the run.
         attention: the kernel of both, see :mod:`fastsp.models.attention`.
@@ -343,10 +343,10 @@ def build_step(
     def placed(module: Any, dtype: torch.dtype) -> Any:
         return cast(module, dtype).to(device).to(memory_format=torch.channels_last)
 
-    ema_unet = _moving_average(initial)
-    for network in (initial, frozen_network):  # not the average: samples are drawn with it in float32
-        if network is not None:
-            use_attention(network, attention)
+    ema_network = _moving_average(initial)
+    for used in (initial, frozen_network):  # not the average: samples are drawn with it in float32
+        if used is not None:
+            use_attention(used, attention)
     process = model.training_process(config.data.resolution)
     objective = resolve_name(stage.loss)(stage, process, frozen_network)  # copies before `initial` is cast
     objective = placed(objective, dtype)
@@ -354,42 +354,44 @@ def build_step(
         checkpoint_activations(initial)
     options = compile_options(config, device, channels_last=True) if config.compiles_on(device) else None
     if sharded:
-        unet = shard(cast(initial.train(), torch.float32), device, dtype, options and compile_options(config, device))
-        ema_unet = shard(ema_unet, device, torch.float32)
+        network = shard(
+            cast(initial.train(), torch.float32), device, dtype, options and compile_options(config, device)
+        )
+        ema_network = shard(ema_network, device, torch.float32)
     else:
-        unet = placed(initial, dtype).train()
-        ema_unet = _placed_average(ema_unet, unet, device, config.ema.place)
+        network = placed(initial, dtype).train()
+        ema_network = _placed_average(ema_network, network, device, config.ema.place)
         if options is not None:
-            unet.compile(**options)
+            network.compile(**options)
     if options is not None and objective.self_perceptual is not None:
         objective.self_perceptual.compile_teacher(**options)
     if options is not None and device.type != "cpu":  # on a CPU PyTorch's own operators do
         family = family_of(initial)
-        for module in (objective,) if sharded else (objective, unet):
+        for module in (objective,) if sharded else (objective, network):
             family.keep_channels_last(module)
-    place, averaged = config.ema.place, None if config.ema.place == "none" else ema_unet
-    optimizer = Optimizer(unet, averaged, config.optimizer, update_of(config), ema_on_host=place == "host")
+    place, averaged = config.ema.place, None if config.ema.place == "none" else ema_network
+    optimizer = Optimizer(network, averaged, config.optimizer, update_of(config), ema_on_host=place == "host")
     if averaged is None:
-        optimizer.lend_masters(ema_unet)
-    gradients = gather_gradients(unet, optimizer, ranks)
-    return TrainingStep(config, stage, gradients, objective, model, empty), ema_unet
+        optimizer.lend_masters(ema_network)
+    gradients = gather_gradients(network, optimizer, ranks)
+    return TrainingStep(config, stage, gradients, objective, model, empty), ema_network
 
 
-def checkpoint_activations(unet: Any) -> None:
+def checkpoint_activations(network: Any) -> None:
     """Keep only what goes into each block and compute its inside again in the backward (Chen et al., arXiv 1604.06174).
 
-    The state of torch's generators is saved only for a UNet with dropout: a CUDA graph cannot be recorded through it.
+    The state of torch's generators is saved only where there is dropout: a CUDA graph cannot be recorded through it.
     """
-    random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in unet.modules())
+    random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
 
     def checkpointed(module: Any, *args: Any) -> Any:
         return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=random)
 
-    unet.enable_gradient_checkpointing(checkpointed)
+    network.enable_gradient_checkpointing(checkpointed)
 
 
 def _moving_average(initial: Any) -> Any:
-    """The UNet of the moving average: what is trained in float32, what is frozen shared with ``initial``."""
+    """The network of the moving average: what is trained in float32, what is frozen shared with ``initial``."""
     average = shared_copy(initial).eval()
     for parameter in average.parameters():
         if parameter.requires_grad:
@@ -397,12 +399,12 @@ def _moving_average(initial: Any) -> Any:
     return average.requires_grad_(False)
 
 
-def _placed_average(average: Any, unet: Any, device: torch.device, place: str) -> Any:
+def _placed_average(average: Any, network: Any, device: torch.device, place: str) -> Any:
     """On the device, its trained weights in the host's memory or, where masters will stand for them, nowhere."""
     average.to(memory_format=torch.channels_last)
     if place == "device":
         return average.to(device)
-    trained = {name for name, p in unet.named_parameters() if p.requires_grad}
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
     held = {p: p.data for name, p in average.named_parameters() if name in trained}
     for parameter, data in held.items():
         parameter.data = data.new_empty(0)

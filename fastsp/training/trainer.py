@@ -22,7 +22,7 @@ from fastsp.diffusion.latents import fingerprint
 from fastsp.errors import UserError
 from fastsp.generation.checkpoints import initial_model
 from fastsp.generation.generate import RAW
-from fastsp.models import TextToImageModel, check_perceptual_network, check_predicts, load_unet
+from fastsp.models import TextToImageModel, check_perceptual_network, check_predicts, network_of
 from fastsp.models.attention import (
     Calls,
     Choice,
@@ -48,7 +48,7 @@ from fastsp.training.distributed import Ranks, check_same_data, process_group
 from fastsp.training.faults import explained
 from fastsp.training.interrupt import Interrupted, StopRequest
 from fastsp.training.monitor import Monitor
-from fastsp.training.parallel import whole_unet
+from fastsp.training.parallel import whole_network
 from fastsp.training.run_directory import RunDirectory
 from fastsp.training.samples import SampleDrawer
 from fastsp.training.step import COMPUTE_DTYPES, StepResult, TrainingStep, build_step
@@ -139,7 +139,7 @@ class Trainer:
             if (frozen := stage.frozen_network) is not None:
                 is_own = frozen in (model.pretrained, *(other.name for other in config.stages))
                 layers, key, trained = getattr(stage, "layers", None), f"stages.{number}", self.model.prediction_type
-                check_perceptual_network(self.model.unet, trained, layers, None if is_own else Path(frozen), key)
+                check_perceptual_network(self.model.network, trained, layers, None if is_own else Path(frozen), key)
                 if stage.init is None or frozen == model.pretrained:
                     check_predicts(self.model.loaded_prediction_type, trained, f"{key}: {model.pretrained}")
         if config.data.source == "latents" and self.model.vae is None:
@@ -159,7 +159,7 @@ class Trainer:
         share = f", {ranks.world_size} processes ({config.distributed})" if ranks.world_size > 1 else ""
         console.print(
             f"run {run.root}: {len(self.source)} samples of {config.data.source}, "
-            f"{announcements.kind(self.model.unet)} of {announcements.size(self.model.unet)}, "
+            f"{announcements.kind(self.model.network)} of {announcements.size(self.model.network)}, "
             f"{config.precision} on {device_name(self.device)}{share}"
         )
         console.print(announcements.prediction(self.model), highlight=False)
@@ -219,7 +219,7 @@ class Trainer:
         """One stage, from update ``done`` (from the checkpoint) to the weights in its folder."""
         self.console.print(announcements.headline(stage, done))
         self.console.print(announcements.average(self.config.ema, stage.steps), highlight=False)
-        step, ema_unet = self._build(stage)
+        step, ema_network = self._build(stage)
         if done:
             assert checkpoint is not None
             if checkpoint.progress.stage != stage.name:
@@ -229,9 +229,9 @@ class Trainer:
             step.freeze_calibration()
         else:
             self._calibrate(step, self.config.first_position(stage))
-            self._validate(step, ema_unet, stage, 0, trackers)
+            self._validate(step, ema_network, stage, 0, trackers)
             if self.config.samples.every and stage.init is None:
-                self._draw(ema_unet, stage, 0, trackers)  # what the training starts from
+                self._draw(ema_network, stage, 0, trackers)  # what the training starts from
         take_step = captured(step)
         batch_size = self.config.data.batch_size
         first = self.config.first_position(stage)
@@ -256,10 +256,10 @@ class Trainer:
                 monitor.after_step(number, result)
                 if _due(number, self.config.samples.every, stage.steps):
                     with monitor.paused():
-                        self._draw(ema_unet, stage, number, trackers)
+                        self._draw(ema_network, stage, number, trackers)
                 if self.validation is not None and (_due(number, every, stage.steps) or number == stage.steps):
                     with monitor.paused():
-                        self._validate(step, ema_unet, stage, number, trackers)
+                        self._validate(step, ema_network, stage, number, trackers)
                 stop, failed = self.ranks.exchange([self.stop.signal_number or 0, writer.failed]).amax(0).tolist()
                 if stop or self._saves(number, stage, result):
                     with monitor.paused():
@@ -268,7 +268,7 @@ class Trainer:
                 if stop or failed:
                     writer.wait()
                 self._stop_if_asked(f"step {number} of {stage.name}", stop)
-        self._finish_stage(stage, step, ema_unet, trackers)
+        self._finish_stage(stage, step, ema_network, trackers)
         self.ranks.barrier()  # the next stage starts from that folder
 
     def _calibrate(self, step: TrainingStep, first: int) -> None:
@@ -281,40 +281,42 @@ class Trainer:
         with closing(self.source.batches(**span, rank=rank, world_size=world_size)) as batches:
             step.calibrate(next(batches).to(self.device))
 
-    def _finish_stage(self, stage: StageConfig, step: TrainingStep, ema_unet: Any, trackers: Trackers | None) -> None:
+    def _finish_stage(
+        self, stage: StageConfig, step: TrainingStep, ema_network: Any, trackers: Trackers | None
+    ) -> None:
         """Write the folder of a stage: the average, and in its ``raw/`` the weights themselves. All ranks take part.
 
-        ``ema_unet`` holds the raw weights afterwards.
+        ``ema_network`` holds the raw weights afterwards.
         """
-        whole = self._draw(ema_unet, stage, stage.steps, trackers)
+        whole = self._draw(ema_network, stage, stage.steps, trackers)
         with new_folder(self.run.stage_folder(stage.name)) if self.ranks.is_main else nullcontext() as unfinished:
             if unfinished is not None:
-                self._write_unet(whole, unfinished)
+                self._write_network(whole, unfinished)
                 if step.critic is not None:
                     step.critic.save(unfinished)
                 if learned := {name: tensor.cpu() for name, tensor in step.calibration.items()}:
                     save_tensors(learned, unfinished / METRIC, {"format": "pt"})
             del whole  # where it was gathered from shards, there may be no room for another one
             step.optimizer.replace_averages()
-            raw = whole_unet(ema_unet, self.ranks)
+            raw = whole_network(ema_network, self.ranks)
             if unfinished is not None:
                 (unfinished / RAW).mkdir()
-                self._write_unet(raw, unfinished / RAW)
+                self._write_network(raw, unfinished / RAW)
         self._refresh_report()
 
     def finish(self) -> None:
-        """``final/`` from the chosen stage, and the stages side by side from equal noise. It holds one UNet at once."""
+        """``final/`` from the chosen stage, and the stages side by side from equal noise. It holds one network."""
         rows: dict[str, list[Image.Image]] = {stage.name: [] for stage in self.config.stages}
         for name in sorted(rows, key=lambda name: name != self.config.final):  # what matters most is written first
-            unet = self._initial_unet(name).to(self.device).eval()
+            network = self._initial_network(name).to(self.device).eval()
             if name == self.config.final:
                 with new_folder(self.run.final) as unfinished:
-                    self._write_final(unet, unfinished)
+                    self._write_final(network, unfinished)
                 self.console.print(f"{self.run.final} holds the EMA weights of stage {self.config.final}")
                 self.console.print("sampling every stage from equal noise, for comparison.png and the trajectories")
-            rows[name] = self.samples.row(unet)
-            self.samples.draw_trajectory(unet, name)
-            del unet
+            rows[name] = self.samples.row(network)
+            self.samples.draw_trajectory(network, name)
+            del network
         self.samples.draw_comparison(rows)
         self.console.print(f"{self.run.samples / 'comparison.png'} shows the stages side by side from equal noise")
 
@@ -328,7 +330,7 @@ class Trainer:
         for_shapes, first = "", "the first step"
         if len(self.shapes) > 1:
             for_shapes, first = f" for {shapes} of {len(self.shapes)} shapes", "the first step with them"
-        what = f"{announcements.kind(self.model.unet)} and perceptual network{for_shapes}"
+        what = f"{announcements.kind(self.model.network)} and perceptual network{for_shapes}"
         self.console.print(f"compiling {what} ({self.config.compile_mode}); kept in {folder}")
         yield
         if self.device.type == "cuda":
@@ -336,15 +338,15 @@ class Trainer:
         self.console.print(f"compiled; {first} took {time.monotonic() - began:.1f} s")
 
     def _build(self, stage: StageConfig) -> tuple[TrainingStep, Any]:
-        """The step of a stage and the UNet of its moving average, from the weights of the stage's `init`."""
+        """The step of a stage and the network of its moving average, from the weights of the stage's `init`."""
         model = self.model
         return build_step(
             self.config,
             stage,
             model,
             model.encode_no_prompt(),
-            initial=self._initial_unet(stage.init),
-            frozen_network=self._initial_unet(stage.frozen_network) if stage.frozen_network else None,
+            initial=self._initial_network(stage.init),
+            frozen_network=self._initial_network(stage.frozen_network) if stage.frozen_network else None,
             ranks=self.ranks,
             attention=self.attention,
         )
@@ -363,12 +365,12 @@ class Trainer:
             choice = self._choice(place, latents, text)
             if choice.milliseconds:
                 self.console.print(f"{of_shape}{choice}", highlight=False)
-            choices.append((choice, partial(attention_calls, dict(model.unet.config), latents, text)))
+            choices.append((choice, partial(attention_calls, dict(model.network.config), latents, text)))
         return by_length(choices)
 
     def _choice(self, file: Path, latents: tuple[int, ...], text: tuple[int, ...]) -> Choice:
         """Of the attention kernel for these shapes, kept in a file."""
-        wanted, device, network = self.config.attention, self.device, dict(self.model.unet.config)
+        wanted, device, network = self.config.attention, self.device, dict(self.model.network.config)
         question = {
             "wanted": wanted,
             "device": device_name(device),
@@ -382,32 +384,32 @@ class Trainer:
         return kept_choice(file, question, lambda: choose_attention(wanted, network, latents, text, dtype, device))
 
     def _microbatch(self) -> int:
-        """Samples that go through this process's UNet at once."""
+        """Samples that go through this process's network at once."""
         return self.config.data.microbatch or self.config.data.batch_size // self.ranks.world_size
 
-    def _initial_unet(self, name: str | None) -> Any:
-        """The UNet of a stage or folder; None: the model's own. The adapters of all stages share one base."""
+    def _initial_network(self, name: str | None) -> Any:
+        """The network of a stage or folder; None: the model's own. The adapters of all stages share one base."""
         is_stage = any(stage.name == name for stage in self.config.stages)
         if not is_stage and name in (None, self.config.model.pretrained):
-            return shared_copy(self.model.unet)
+            return shared_copy(self.model.network)
         assert name is not None
         if not is_stage or self.config.model.lora is None:
-            return load_unet(self.run.stage_folder(name) if is_stage else Path(name))
-        unet = shared_copy(self.model.unet)
-        load_adapters(unet, self.run.stage_folder(name))
-        return unet
+            return network_of(self.run.stage_folder(name) if is_stage else Path(name))
+        network = shared_copy(self.model.network)
+        load_adapters(network, self.run.stage_folder(name))
+        return network
 
-    def _write_unet(self, unet: Any, folder: Path) -> None:
+    def _write_network(self, network: Any, folder: Path) -> None:
         if self.model.base is None:
-            unet.save_pretrained(folder)
+            network.save_pretrained(folder)
         else:
-            save_adapters(unet, folder, self.model.base)
+            save_adapters(network, folder, self.model.base)
 
-    def _write_final(self, unet: Any, folder: Path) -> None:
+    def _write_final(self, network: Any, folder: Path) -> None:
         if self.model.base is None:
-            replace(self.model, unet=unet).save(folder)
+            replace(self.model, network=network).save(folder)
         else:
-            save_for_use(unet, folder, self.model.base, self.model.scheduler)
+            save_for_use(network, folder, self.model.base, self.model.scheduler)
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """Find the newest intact checkpoint and print which."""
@@ -431,9 +433,9 @@ class Trainer:
             return True
         return number % self.config.checkpoint.every == 0 and not int(result.skipped_in_a_row)
 
-    def _draw(self, ema_unet: Any, stage: StageConfig, step: int, trackers: Trackers | None) -> Any:
-        """Draw a grid with the averaged weights; returns the whole UNet on rank 0. All ranks call it: shards."""
-        whole = whole_unet(ema_unet, self.ranks)
+    def _draw(self, ema_network: Any, stage: StageConfig, step: int, trackers: Trackers | None) -> Any:
+        """Draw a grid with the averaged weights; returns the whole network on rank 0. All ranks call it: shards."""
+        whole = whole_network(ema_network, self.ranks)
         if whole is not None:
             at = "final" if step == stage.steps else f"step_{step:06d}"
             with on_device(whole, self.device):
@@ -444,13 +446,13 @@ class Trainer:
         return whole
 
     def _validate(
-        self, step: TrainingStep, ema_unet: Any, stage: StageConfig, number: int, trackers: Trackers | None
+        self, step: TrainingStep, ema_network: Any, stage: StageConfig, number: int, trackers: Trackers | None
     ) -> None:
         """Log the validation's losses after a step, if there is a validation. All ranks take part."""
         if self.validation is None:
             return
-        with on_device(ema_unet, self.device):
-            figures = self.validation.losses(step, ema_unet)
+        with on_device(ema_network, self.device):
+            figures = self.validation.losses(step, ema_network)
         if trackers is not None:
             trackers.log(figures, stage, number)
         told = ", ".join(f"{name.removeprefix('validation_')} {value:.5g}" for name, value in figures.items())

@@ -95,7 +95,7 @@ class Validation:
         """
         still = copy(step)
         still.config, still.seed = self.config, torch.tensor(SEED, device=step.seed.device)
-        still.unet, still.dtype = average, average.dtype
+        still.network, still.dtype = average, average.dtype
         total, world_size = len(self.bounds), self.ranks.world_size
         own: dict[str, Tensor] = {}
         with torch.compiler.set_stance("force_eager"):  # a shape that comes rarely is not worth compiling for

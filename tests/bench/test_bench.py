@@ -57,7 +57,7 @@ def test_both_self_perceptual_steps_have_the_same_loss_and_gradient(teacher):
     loss, expected = ours.loss(), printed.loss(noise, t, t_prime)
     for each in (loss, expected):
         each.backward()
-    actual, wanted = gradient(ours.training_step.unet), gradient(printed.unet)
+    actual, wanted = gradient(ours.training_step.network), gradient(printed.unet)
     assert expected > 1e-6
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
     assert (actual - wanted).norm() < 1e-3 * wanted.norm()
@@ -71,7 +71,7 @@ def test_a_step_trains(name, precision):
     """Weights and their average change, and stay finite."""
     torch.manual_seed(0)
     steps = PROVIDERS[name].build(tiny_workload(precision=precision).with_settings(compile=False))
-    unet = steps.training_step.unet if isinstance(steps, FastspStep) else steps.unet
+    unet = steps.training_step.network if isinstance(steps, FastspStep) else steps.unet
     before = [p.detach().clone() for p in unet.parameters()]
     for _ in range(2):
         steps.step()

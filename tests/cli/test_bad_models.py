@@ -149,7 +149,7 @@ def with_another_scale_of_latents(folder):
     change(folder / "vae" / "config.json", latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
 
 
-def with_unet(**settings):
+def with_network(**settings):
     def spoil(folder):
         tiny_unet("sdxl", **{"sample_size": 4, **settings}).save_pretrained(folder / "unet")
 
@@ -196,12 +196,12 @@ def change(file, **values):
         (for_inpainting, "the UNet takes 9 channels, the VAE's latents have 4"),
         (with_another_scale_of_latents, "the VAE has latents_mean and latents_std"),
         (with_a_broken_index, "model_index.json cannot be read"),
-        (with_unet(num_class_embeds=3), "the UNet cannot be trained: it takes class labels"),
-        (with_unet(class_embed_type="timestep"), "the UNet cannot be trained: it takes class labels"),
-        (with_unet(out_channels=8), "it takes 4 channels and returns 8; they must be equal"),
-        (with_unet(encoder_hid_dim_type="text_proj", encoder_hid_dim=16), "its encoder_hid_dim_type is 'text_proj'"),
+        (with_network(num_class_embeds=3), "the UNet cannot be trained: it takes class labels"),
+        (with_network(class_embed_type="timestep"), "the UNet cannot be trained: it takes class labels"),
+        (with_network(out_channels=8), "it takes 4 channels and returns 8; they must be equal"),
+        (with_network(encoder_hid_dim_type="text_proj", encoder_hid_dim=16), "its encoder_hid_dim_type is 'text_proj'"),
         (
-            with_unet(projection_class_embeddings_input_dim=92),
+            with_network(projection_class_embeddings_input_dim=92),
             "pooled text features of width 44, the text encoders give",
         ),
         (with_a_motion_model, "unet: UNetMotionModel is no class of networks that fastsp knows; known: Chroma"),
@@ -227,7 +227,7 @@ def test_layers_that_a_later_stage_cannot_have(fails, whole, tmp_path):
         return fails(model, changed, named="stages.1")
 
     plain, folder = shutil.copytree(whole, tmp_path / "plain"), shutil.copytree(whole, tmp_path / "without_mid")
-    with_unet(mid_block_type=None)(folder)
+    with_network(mid_block_type=None)(folder)
     lacks = "stages.1.layers 'mid': the perceptual network cannot: this network has no mid block; use one of encoder"
     assert lacks in refusal(folder, "mid", "mse")
     assert lacks in refusal(plain, "mid", folder)

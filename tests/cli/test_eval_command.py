@@ -44,7 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for seed in (0, 1):
         model = digits_model(resolution=8, seed=seed)
         torch.manual_seed(seed)
-        torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)
+        torch.nn.init.normal_(model.network.conv_out.weight, std=0.1)
         folders.append(tmp_path_factory.mktemp("models") / f"model{seed}")
         model.save(folders[-1])
     return folders

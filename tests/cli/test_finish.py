@@ -65,8 +65,8 @@ def test_a_checkpoint_is_a_model(whole, tmp_path, command, fails):
     """At a stage's end it has the weights of the stage's folder, averaged and raw."""
     folder = whole / "checkpoints" / "step_00000008"
     check_for_sampling(str(folder))
-    assert same(load_for_sampling(str(folder)).unet.state_dict(), unet(whole / "stages" / "sp"))
-    assert same(load_for_sampling(raw_weights(str(folder))).unet.state_dict(), unet(whole / "stages" / "sp" / "raw"))
+    assert same(load_for_sampling(str(folder)).network.state_dict(), unet(whole / "stages" / "sp"))
+    assert same(load_for_sampling(raw_weights(str(folder))).network.state_dict(), unet(whole / "stages" / "sp" / "raw"))
     options = ("--prompt", "a handwritten one", "--steps", "2", "--out")
     command("sample", "--model", folder, "--model", whole / "stages" / "sp", *options, tmp_path / "both.png")
     picture = Image.open(tmp_path / "both.png").convert("L")
@@ -80,8 +80,8 @@ def test_a_checkpoint_is_a_model(whole, tmp_path, command, fails):
         "--checkpoint",
         "step_00000007",
     )
-    middle = load_for_sampling(str(whole / "checkpoints" / "step_00000007")).unet.state_dict()
-    assert same(load_pipeline(str(tmp_path / "out")).unet.state_dict(), middle)
+    middle = load_for_sampling(str(whole / "checkpoints" / "step_00000007")).network.state_dict()
+    assert same(load_pipeline(str(tmp_path / "out")).network.state_dict(), middle)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| sp | self-perceptual" in card and "| mse | 4 | 0.0001 |" in card, "the steps that were made"
 
@@ -101,7 +101,7 @@ def test_finish(whole, tmp_path, command, fails, step, names):
     """In the middle of a stage, and at its end."""
     run = stopped(whole, tmp_path / "run", step)
     command("finish", run)
-    checkpoint = load_for_sampling(str(run / "checkpoints" / f"step_{step:08d}")).unet.state_dict()
+    checkpoint = load_for_sampling(str(run / "checkpoints" / f"step_{step:08d}")).network.state_dict()
     assert sorted(path.name for path in (run / "stages").iterdir()) == names
     assert same(checkpoint, unet(run / "stages" / names[-1])) and same(checkpoint, unet(run / "final" / "unet"))
     assert (run / "stages" / names[-1] / "raw").is_dir() and (run / "samples" / "comparison.png").is_file()

@@ -47,8 +47,8 @@ def config(tmp_path: Path) -> Config:
     """A run of two stages with random weights, finished as far as its files tell."""
     for seed, stage in enumerate(STAGES):
         model = digits_model(resolution=8, seed=seed)
-        torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)  # the stages are to differ
-        model.unet.save_pretrained(tmp_path / "run" / "stages" / stage)
+        torch.nn.init.normal_(model.network.conv_out.weight, std=0.1)  # the stages are to differ
+        model.network.save_pretrained(tmp_path / "run" / "stages" / stage)
     model.save(tmp_path / "run" / "final")
     data = {"source": "digits", "resolution": 8, "batch_size": 32}
     stages = [{"name": name, "objective": "mse", "steps": 1, "learning_rate": 1e-3} for name in STAGES]
@@ -154,8 +154,8 @@ def test_rows_that_cannot_be_compared_any_more_are_made_anew(config: Config) -> 
     rows = evaluate_run(config)
     assert [row["num_samples"] for row in rows] == [13] * 3
     model = digits_model(resolution=8, seed=7)
-    torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)
-    model.unet.save_pretrained(Path(config.run_dir) / "stages" / "sp")
+    torch.nn.init.normal_(model.network.conv_out.weight, std=0.1)
+    model.network.save_pretrained(Path(config.run_dir) / "stages" / "sp")
     again = evaluate_run(config)
     assert again[:2] == rows[:2] and len(again) == 3 and again[2]["fid"] != rows[2]["fid"]
     assert json.loads(path.read_text()) == again

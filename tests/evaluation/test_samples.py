@@ -33,7 +33,7 @@ class Pixels(FeatureModel):
 @pytest.fixture(scope="module")
 def model() -> TextToImageModel:
     made = digits_model(resolution=8, seed=0)
-    torch.nn.init.normal_(made.unet.conv_out.weight, std=0.1)
+    torch.nn.init.normal_(made.network.conv_out.weight, std=0.1)
     return made
 
 

@@ -110,7 +110,7 @@ def test_another_stage(tmp_path: Path) -> None:
     run = finished_run(tmp_path, "sd1")
     for stage in ("mse_longer", "sp"):
         export_run(run, tmp_path / stage, stage=stage)
-        exported, trained = (load_pipeline(str(tmp_path / stage)).unet.state_dict(), run / "stages" / stage)
+        exported, trained = (load_pipeline(str(tmp_path / stage)).network.state_dict(), run / "stages" / stage)
         expected = pipelines.UNet2DConditionModel.from_pretrained(trained).state_dict()
         assert all(torch.equal(exported[name], weight) for name, weight in expected.items())
     with pytest.raises(UserError, match=r"--stage 'sq' is no stage of .*; allowed: mse, sp, mse_longer"):
@@ -232,6 +232,6 @@ def test_raw_weights_on_request(tmp_path: Path) -> None:
     raw = pipelines.unet("sd1")
     raw.save_pretrained(run / "stages" / "sp" / "raw")
     export_run(run, tmp_path / "out", raw=True)
-    written = load_pipeline(str(tmp_path / "out")).unet.state_dict()
+    written = load_pipeline(str(tmp_path / "out")).network.state_dict()
     assert all(torch.equal(tensor, written[name]) for name, tensor in raw.state_dict().items())
     assert "these are the raw weights" in (tmp_path / "out" / "README.md").read_text()

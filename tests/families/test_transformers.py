@@ -73,8 +73,8 @@ def test_truncated_features_are_bitwise_those_of_the_whole(name, layers):
         features = held(data["noise"], data["timesteps"], **family_of(network).batched(given, 3))
     assert len(features) == len(expected)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(features, expected, strict=True))
-    dropped = blocks_of(held.unet)[max(numbers) :]
-    assert len(blocks_of(held.unet)) == total and not any([*block.parameters()] for block in dropped)
+    dropped = blocks_of(held.truncated)[max(numbers) :]
+    assert len(blocks_of(held.truncated)) == total and not any([*block.parameters()] for block in dropped)
 
 
 @CLASSES

@@ -67,7 +67,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(folder: Path) -> None:
     """What the UNet and the VAE's decoder see at once, and what is kept of the pictures."""
     model = load_for_sampling(str(folder))
     seen: dict[str, list[int]] = {"unet": [], "decoder": []}
-    for name, module in (("unet", model.unet), ("decoder", model.vae.decoder)):
+    for name, module in (("unet", model.network), ("decoder", model.vae.decoder)):
         module.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(len(args[0])))
     full: list[int] = []
     kept = generate_pictures(
@@ -119,7 +119,7 @@ def test_too_many_steps(folder: Path) -> None:
 @pytest.mark.gpu
 def test_a_gpu_draws_the_same_pictures_in_bfloat16(folder: Path) -> None:
     on_gpu, on_cpu = load_for_sampling(str(folder)), load_pipeline(str(folder))
-    assert on_gpu.unet.dtype == torch.bfloat16 and on_gpu.vae.dtype == torch.float32
+    assert on_gpu.network.dtype == torch.bfloat16 and on_gpu.vae.dtype == torch.float32
     ours, exact = pictures(on_gpu, Sampling(10)), pictures(on_cpu, Sampling(10))
     assert ours.device.type == "cpu"
     assert (ours - exact).abs().mean() < 0.05 * exact.std()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_stable_diffusion
 
 from fastsp.errors import UserError
-from fastsp.models import check_pipeline, load_pipeline, load_unet_and_scheduler
+from fastsp.models import check_pipeline, load_pipeline, network_and_scheduler_of
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +45,11 @@ def cache(tmp_path, monkeypatch):
 def test_a_model_in_the_cache(cache, folder):
     cached(cache, "tiny/sd-2.1", folder)
     model, expected = load_pipeline("tiny/sd-2.1"), load_pipeline(str(folder))
-    assert torch.equal(model.unet.conv_in.weight, expected.unet.conv_in.weight)
+    assert torch.equal(model.network.conv_in.weight, expected.network.conv_in.weight)
     assert model.prediction_type == "v_prediction"
     check_pipeline("tiny/sd-2.1")
-    unet, scheduler = load_unet_and_scheduler("tiny/sd-2.1")
-    assert torch.equal(unet.conv_in.weight, expected.unet.conv_in.weight) and scheduler.config.beta_start == 0.00085
+    unet, scheduler = network_and_scheduler_of("tiny/sd-2.1")
+    assert torch.equal(unet.conv_in.weight, expected.network.conv_in.weight) and scheduler.config.beta_start == 0.00085
 
 
 def test_a_model_that_is_not_there(cache):

@@ -20,7 +20,7 @@ from fastsp.models import (
     digits_tokenizer,
     load_model,
     load_pipeline,
-    load_unet_and_scheduler,
+    network_and_scheduler_of,
     preset_tokenizer,
     tokenize,
 )
@@ -44,7 +44,7 @@ def test_tokenizer_knows_the_captions_as_words_and_anything_as_bytes():
 
 def test_preset_is_seeded_and_survives_its_folder(tmp_path):
     model, other = digits_model(8, seed=0), digits_model(8, seed=1)
-    assert not torch.equal(model.unet.conv_in.weight, other.unet.conv_in.weight)
+    assert not torch.equal(model.network.conv_in.weight, other.network.conv_in.weight)
     noise = torch.randn(2, 1, 8, 8)
     images = model.generate(PROMPTS, noise, 7)
     model.save(tmp_path)
@@ -64,8 +64,8 @@ def test_the_preset_of_photographs_is_in_colour_and_of_any_size(tmp_path):
     sizes = {"block_out_channels": [16, 32, 48], "layers_per_block": 2}
     model = load_model("photographs", None, 8, seed=0, sizes=sizes)
     assert model.channels == 3 and model.latent_shape(8) == (3, 8, 8)
-    assert list(model.unet.config.block_out_channels) == [16, 32, 48] and model.unet.config.layers_per_block == 2
-    assert model.unet.config.attention_head_dim == (1, 2, 3), "heads of 16 channels"
+    assert list(model.network.config.block_out_channels) == [16, 32, 48] and model.network.config.layers_per_block == 2
+    assert model.network.config.attention_head_dim == (1, 2, 3), "heads of 16 channels"
     noise = torch.randn(1, 3, 8, 8)
     images = model.generate([caption], noise, 2)
     model.save(tmp_path)
@@ -161,8 +161,8 @@ def test_weights_of_older_libraries_and_in_half_precision(pipelines, tmp_path):
     loaded = load_pipeline(str(folder))
     expected, found = model.encode_prompts(PROMPTS), loaded.encode_prompts(PROMPTS)
     torch.testing.assert_close(found.encoder_hidden_states, expected.encoder_hidden_states, rtol=0, atol=5e-3)
-    assert loaded.unet.dtype == loaded.vae.dtype == torch.float32
-    torch.testing.assert_close(loaded.unet.conv_in.weight, model.unet.conv_in.weight, rtol=1e-3, atol=1e-4)
+    assert loaded.network.dtype == loaded.vae.dtype == torch.float32
+    torch.testing.assert_close(loaded.network.conv_in.weight, model.network.conv_in.weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,20 +205,20 @@ def test_a_loss_needs_unet_and_scheduler_alone(pipelines, tmp_path):
     half = {name: tensor.half() for name, tensor in load_file(file).items()}
     save_file(half, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
     file.rename(file.with_suffix(""))
-    unet, scheduler = load_unet_and_scheduler(str(folder))
+    unet, scheduler = network_and_scheduler_of(str(folder))
     assert unet.dtype == torch.float32 and torch.equal(unet.conv_in.weight, half["conv_in.weight"].float())
     assert scheduler.config.prediction_type == "epsilon"
     assert torch.equal(scheduler.alphas_cumprod, expected.scheduler.alphas_cumprod)
 
     run = tmp_path / "run"
-    expected.unet.save_pretrained(run / "stages" / "mse")
+    expected.network.save_pretrained(run / "stages" / "mse")
     with pytest.raises(UserError, match=r"has no scheduler/scheduler_config\.json, and it is no stage of a run"):
-        load_unet_and_scheduler(str(run / "stages" / "mse"))
+        network_and_scheduler_of(str(run / "stages" / "mse"))
     (run / "config.yaml").write_text(f"model: {{pretrained: {folder}}}")
-    unet, scheduler = load_unet_and_scheduler(str(run / "stages" / "mse"))
-    assert torch.equal(unet.conv_in.weight, expected.unet.conv_in.weight)
+    unet, scheduler = network_and_scheduler_of(str(run / "stages" / "mse"))
+    assert torch.equal(unet.conv_in.weight, expected.network.conv_in.weight)
     assert scheduler.config.prediction_type == "v_prediction" and float(scheduler.alphas_cumprod[-1]) == 0
-    expected.unet.save_pretrained(run / "stages" / "mse" / "raw")
-    assert load_unet_and_scheduler(str(run / "stages" / "mse" / "raw"))[1].config == scheduler.config
+    expected.network.save_pretrained(run / "stages" / "mse" / "raw")
+    assert network_and_scheduler_of(str(run / "stages" / "mse" / "raw"))[1].config == scheduler.config
     with pytest.raises(UserError, match=r"nowhere does not exist; allowed: a folder with a model, a hub id"):
-        load_unet_and_scheduler(str(tmp_path / "nowhere"))
+        network_and_scheduler_of(str(tmp_path / "nowhere"))

@@ -89,7 +89,7 @@ def test_adapters_are_copied_and_their_base_is_shared(kind):
     )
     base = {p.data_ptr() for p in unet.parameters() if not p.requires_grad}
     own = [p for p in shared.parameters() if p.data_ptr() not in base]
-    assert {id(p) for p in own} == {id(p) for p in adapters(shared.perceptual_network.unet).values()}
+    assert {id(p) for p in own} == {id(p) for p in adapters(shared.perceptual_network.truncated).values()}
     assert not any(p.requires_grad for p in shared.parameters())
 
     pred = torch.randn(3, 4, 8, 8, requires_grad=True)
@@ -100,7 +100,7 @@ def test_adapters_are_copied_and_their_base_is_shared(kind):
     for criterion in (shared, split):
         torch.testing.assert_close(torch.autograd.grad(criterion(pred, **data), pred)[0], expected)
     assert shared.teacher == "batched"  # it has not fallen back
-    with pytest.raises(ValueError, match="share_frozen keeps the UNet's dtype"):
+    with pytest.raises(ValueError, match="share_frozen keeps the network's dtype"):
         SelfPerceptualLoss(unet, sched, share_frozen=True, dtype=torch.bfloat16)
 
 

@@ -50,7 +50,7 @@ def test_half_precision(tmp_path):
         held = SelfPerceptualLoss.from_pretrained(str(tmp_path), dtype=dtype).perceptual_network
         assert held.dtype == (dtype or torch.float32)
         expected = network.pos_embed.proj.weight.to(held.dtype)
-        assert torch.equal(held.unet.pos_embed.proj.weight, expected)
+        assert torch.equal(held.truncated.pos_embed.proj.weight, expected)
 
 
 def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path):
@@ -92,7 +92,7 @@ def test_a_hub_id(tmp_path):
     (folder / "text_encoder_3" / "model.safetensors").write_bytes(b"9.5 GB")
     code = """
 from fastsp.loss import SelfPerceptualLoss
-print(float(SelfPerceptualLoss.from_pretrained("tiny/sd3").perceptual_network.unet.pos_embed.proj.weight.sum()))
+print(float(SelfPerceptualLoss.from_pretrained("tiny/sd3").perceptual_network.truncated.pos_embed.proj.weight.sum()))
 """
 
     def run(**settings: str) -> str:

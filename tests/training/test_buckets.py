@@ -163,7 +163,7 @@ def test_sdxl_is_told_each_picture_s_own_size_crop_and_shape(tmp_path):
     with closing(source.batches(batch_size=24, last_position=24)) as batches:
         batch = next(batches)
     step, _ = build_step(
-        config, config.stages[0], model, model.encode_no_prompt(), initial=model.unet, frozen_network=None
+        config, config.stages[0], model, model.encode_no_prompt(), initial=model.network, frozen_network=None
     )
     told = set()
     for part in batch.microbatches(2):
@@ -209,8 +209,8 @@ def test_every_shape_is_compiled_once():
     """Online network and both graphs of the teacher; with a kernel for each length, and coming back to a shape."""
     counter = CompileCounter()
     expected, step = (make("cpu", "self_perceptual", "batched", microbatch=2) for _ in range(2))
-    use_attention(step.unet, {64: "math", 144: "sdpa"})
-    step.unet.compile(backend=counter, dynamic=False)
+    use_attention(step.network, {64: "math", 144: "sdpa"})
+    step.network.compile(backend=counter, dynamic=False)
     step.objective.self_perceptual.compile_teacher(backend=counter)
     counts = []
     with compiler_settings(shapes=2):

@@ -71,7 +71,7 @@ def critic(result) -> list[float]:
 def assert_same(one: TrainingStep, other: TrainingStep) -> None:
     ours, theirs = one.state, other.state
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-    weights = zip(one.unet.parameters(), other.unet.parameters(), strict=True)
+    weights = zip(one.network.parameters(), other.network.parameters(), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in weights)
 
 

@@ -120,7 +120,7 @@ def test_sdxl_conditioning_of_a_batch(tmp_path):
         config.stages[0],
         model,
         model.encode_no_prompt(),
-        initial=model.unet,
+        initial=model.network,
         frozen_network=None,
     )
     conditioning = step.conditioning(step.encoded(batch), batch.positions)

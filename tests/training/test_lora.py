@@ -82,7 +82,7 @@ class Finished:
 
     config: Config
     step: Any
-    ema_unet: Any
+    ema_network: Any
 
 
 @pytest.fixture(scope="module")
@@ -164,15 +164,15 @@ def test_the_ema_adapters_are_what_is_written(finished):
     model = load_pipeline(str(Path(finished.config.run_dir) / "final"))
     noise = draws.evaluation_noise(1, torch.arange(1), (4, 4, 4))
     fused = model.generate(["a handwritten one"], noise, 3)
-    on_top = replace(model, unet=finished.ema_unet).generate(["a handwritten one"], noise, 3)
+    on_top = replace(model, network=finished.ema_network).generate(["a handwritten one"], noise, 3)
     torch.testing.assert_close(on_top, fused, rtol=0, atol=1e-4)
 
 
 def test_the_base_is_held_once(finished):
     """Online network, moving average and perceptual network: one base, and three small sets of adapters."""
-    online, ema_unet = finished.step.unet, finished.ema_unet
-    teacher = finished.step.objective.self_perceptual.perceptual_network.unet
-    unets = (online, ema_unet, teacher)
+    online, ema_network = finished.step.network, finished.ema_network
+    teacher = finished.step.objective.self_perceptual.perceptual_network.truncated
+    unets = (online, ema_network, teacher)
     held = {p.untyped_storage().data_ptr(): p.numel() for unet in unets for p in unet.parameters()}
     base = sum(p.numel() for p in online.parameters() if not p.requires_grad)
     of_adapters = [sum(p.numel() for p in adapters(unet).values()) for unet in unets]
@@ -204,7 +204,7 @@ def test_bfloat16_base_and_self_perceptual_from_the_start(folder):
     train(load_config(CONFIG, [*changed, stages, "precision=bf16"]))
     seen = losses(folder / "bf16")
     assert len(seen) == 4 and all(0 < loss < float("inf") for loss in seen)
-    assert load_pipeline(str(folder / "bf16" / "final")).unet.dtype == torch.float32
+    assert load_pipeline(str(folder / "bf16" / "final")).network.dtype == torch.float32
 
 
 def test_mistakes_are_one_line(folder, config):
@@ -213,7 +213,7 @@ def test_mistakes_are_one_line(folder, config):
             train(load_config(CONFIG, overrides(folder, "never", *changes)))
         assert not (folder / "never").exists()
 
-    refused("target_modules: the UNet has no layer 'to_qq'", "model.lora.target_modules=[to_qq]")
+    refused("target_modules: the network has no layer 'to_qq'", "model.lora.target_modules=[to_qq]")
     refused(r"model\.lora\.target_modules: ", "model.lora.target_modules=[conv_norm_out]")
     refused(r"model\.lora\.rank", "model.lora.rank=0")
     refused("lora adapts a pretrained model", "model={preset: digits, lora: {rank: 4}}")
@@ -237,7 +237,7 @@ def test_sample_and_export(config, tmp_path):
     assert (tmp_path / "grid.png").is_file()
     app(["export", "--run", str(run), "--out", str(tmp_path / "whole")], standalone_mode=False)
     whole = StableDiffusionPipeline.from_pretrained(tmp_path / "whole", safety_checker=None).unet.state_dict()
-    fused, base = (load_pipeline(str(name)).unet.state_dict() for name in (run / "final", config.model.pretrained))
+    fused, base = (load_pipeline(str(name)).network.state_dict() for name in (run / "final", config.model.pretrained))
     assert all(torch.equal(whole[name], weight) for name, weight in fused.items())
     changed = {name for name, weight in base.items() if not torch.equal(whole[name], weight)}
     assert changed and all(
@@ -258,7 +258,7 @@ def test_given_adapters_are_trained_further(folder, config):
     assert Path(base_of(final).name) == folder / "model"
     (base,) = re.findall(r"StableDiffusionPipeline\.from_pretrained\(\"(.*)\"\)", (final / "README.md").read_text())
     StableDiffusionPipeline.from_pretrained(base, safety_checker=None).load_lora_weights(final)
-    assert torch.equal(*(load_pipeline(str(name)).unet.conv_in.weight for name in (final, folder / "model")))
+    assert torch.equal(*(load_pipeline(str(name)).network.conv_in.weight for name in (final, folder / "model")))
     lora = "model.lora={rank: 4, alpha: 4}"
     with pytest.raises(UserError, match=r"another rank or alpha, .* than model\.lora; theirs: rank 4, alpha 8\.0"):
         train(load_config(CONFIG, overrides(folder, "never", f"model.pretrained={given}", lora)))
@@ -272,7 +272,7 @@ def test_full_finetuning_from_adapters(folder, config):
     rates = ["stages.0.learning_rate=1e-9", "stages.1.learning_rate=1e-9"]
     train(load_config(CONFIG, overrides(folder, "full", *changed, *rates)))
     whole = StableDiffusionPipeline.from_pretrained(folder / "full" / "final", safety_checker=None).unet.state_dict()
-    fused = load_pipeline(str(given)).unet.state_dict()
+    fused = load_pipeline(str(given)).network.state_dict()
     assert any(not torch.equal(whole[name], weight) for name, weight in fused.items()), "trained"
     for name, weight in fused.items():
         torch.testing.assert_close(whole[name], weight, rtol=0, atol=1e-6)
@@ -282,7 +282,7 @@ def test_full_finetuning_from_adapters(folder, config):
 def moved(folder, tmp_path, monkeypatch):
     """Base and adapters, named by a relative path, moved together to where that path leads nowhere."""
     shutil.copytree(folder / "model", tmp_path / "here" / "model")
-    unet = load_pipeline(str(tmp_path / "here" / "model")).unet
+    unet = load_pipeline(str(tmp_path / "here" / "model")).network
     base = Base("model", fingerprint=fingerprint(unet))
     add_adapters(unet, rank=2, alpha=2, target_modules=["to_q"])
     monkeypatch.chdir(tmp_path / "here")
@@ -295,7 +295,7 @@ def moved(folder, tmp_path, monkeypatch):
 
 def test_the_base_is_found_from_another_folder(moved):
     assert Path(base_of(moved / "adapters").name) == moved / "model"
-    assert load_pipeline("there/adapters").unet is not None
+    assert load_pipeline("there/adapters").network is not None
     check_pipeline("there/adapters")
 
 
@@ -308,7 +308,7 @@ def test_a_base_that_is_not_there_is_named_as_the_adapters(moved, tmp_path):
     for load in (load_pipeline, check_pipeline):
         with pytest.raises(UserError, match=line):
             load("there/adapters")
-    assert load_pipeline("there/adapters", base="elsewhere").unet is not None
+    assert load_pipeline("there/adapters", base="elsewhere").network is not None
     check_pipeline("there/adapters", "elsewhere")
     shutil.copytree(tmp_path / "elsewhere", tmp_path / "model")  # of that name, where we are
     assert base_of(moved / "adapters").name == "model"
@@ -320,12 +320,12 @@ def test_a_base_that_is_not_there_is_named_as_the_adapters(moved, tmp_path):
 def test_another_base_of_that_name_is_refused(moved, caplog):
     half = {name: tensor.half() for name, tensor in load_file(unet_file(moved / "model")).items()}
     save_file(half, unet_file(moved / "model"), metadata={"format": "pt"})
-    assert load_pipeline("there/adapters").unet is not None, "the same one in half precision"
+    assert load_pipeline("there/adapters").network is not None, "the same one in half precision"
     tiny_unet(seed=7, sample_size=4, use_linear_projection=True).save_pretrained(moved / "model" / "unet")
     with pytest.raises(UserError, match=r"trained on another model than .*there/model, though of that name; .* --base"):
         load_pipeline("there/adapters")
     assert not caplog.records
-    assert load_pipeline("there/adapters", base=str(moved / "model")).unet is not None
+    assert load_pipeline("there/adapters", base=str(moved / "model")).network is not None
     assert "the adapters were trained on another model than --base" in caplog.text
 
 
@@ -334,7 +334,7 @@ def unet_file(folder: Path) -> Path:
 
 
 def test_equal_adapters_are_equal_files(folder, tmp_path):
-    unet = load_pipeline(str(folder / "model")).unet
+    unet = load_pipeline(str(folder / "model")).network
     base = Base(str(folder / "model"), fingerprint=fingerprint(unet))
     add_adapters(unet, rank=2, alpha=2, target_modules=["to_q"])
     written = set()

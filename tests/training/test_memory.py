@@ -107,7 +107,7 @@ def test_every_optimizer_s_state(kind, size):
     config = load_config(QUICKSTART, [f"optimizer.kind={kind}"])
     found = needs(config, config.stage("mse"), skeleton_of(config))
     assert found.held["optimizer's state"] == pytest.approx(size * found.trained, rel=0.1)
-    unet = initial_model(config).unet
+    unet = initial_model(config).network
     rule = update_of(config)({name: p.data for name, p in unet.named_parameters()}, config.optimizer)
     assert found.held["optimizer's state"] == pytest.approx(sum(t.nbytes for t in rule.held), rel=0.01)
 
@@ -134,8 +134,8 @@ SIZES = {  # parameters, as the models' authors state them or their files add up
 @pytest.mark.parametrize("name", SIZES)
 def test_published_models_have_their_size(name):
     model = skeleton(None, name, 512)
-    assert sum(p.numel() for p in model.unet.parameters()) == SIZES[name]
-    assert {p.device.type for p in model.unet.parameters()} == {"meta"}
+    assert sum(p.numel() for p in model.network.parameters()) == SIZES[name]
+    assert {p.device.type for p in model.network.parameters()} == {"meta"}
 
 
 def test_a_folder_of_configurations_is_enough(tmp_path):
@@ -146,8 +146,8 @@ def test_a_folder_of_configurations_is_enough(tmp_path):
         (tmp_path / part / "config.json").write_text(json.dumps(config))
     lora = {"rank": 4, "alpha": 4.0, "target_modules": ["to_q", "to_v"]}
     model = skeleton(None, str(tmp_path), 512, lora)
-    trained = sum(p.numel() for p in model.unet.parameters() if p.requires_grad)
-    assert 0 < trained < 1_000_000 and {p.device.type for p in model.unet.parameters()} == {"meta"}
+    trained = sum(p.numel() for p in model.network.parameters() if p.requires_grad)
+    assert 0 < trained < 1_000_000 and {p.device.type for p in model.network.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("kind", ["sd35", "flux", "dit"])
@@ -160,7 +160,7 @@ def test_a_step_of_a_transformer_is_counted_with_its_text_encoders(tmp_path, kin
     model = skeleton_of(config)
     counted = needs(config, config.stage("sp"), model)
     real = initial_model(config)
-    assert counted.parameters == sum(p.numel() for p in real.unet.parameters())
+    assert counted.parameters == sum(p.numel() for p in real.network.parameters())
     for ids, tokenizer in zip(memory._ids(2, model), real.tokenizers, strict=True):
         length = tokenizer.model_max_length  # of a tiny T5 less than its pipeline's, which is counted
         assert ids.shape[1] == (model.kind.t5_tokens if isinstance(tokenizer, T5TokenizerFast) else length)

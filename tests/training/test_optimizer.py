@@ -62,13 +62,13 @@ def gradients(model, seed: int):
 
 
 def make(dtype: torch.dtype, update: type[Update] = AdamW):
-    ema_unet = copy.deepcopy(tiny_unet()).requires_grad_(False)
+    ema_network = copy.deepcopy(tiny_unet()).requires_grad_(False)
     unet = torch.nn.Module.to(tiny_unet(), dtype)
     config = OptimizerConfig(weight_decay=0.01, grad_clip=0.5)
-    optimizer = Optimizer(unet, ema_unet, config, update)
+    optimizer = Optimizer(unet, ema_network, config, update)
     optimizer.learning_rate.fill_(1e-3)
     optimizer.ema_decay.fill_(0.9)
-    return unet, ema_unet, optimizer
+    return unet, ema_network, optimizer
 
 
 class PlainAdamW(TorchUpdate):
@@ -84,7 +84,7 @@ UPDATES = [AdamW, PlainAdamW]
 
 @pytest.mark.parametrize("update", UPDATES)
 def test_agrees_with_torch_over_microbatches(update):
-    unet, ema_unet, optimizer = make(torch.float32, update)
+    unet, ema_network, optimizer = make(torch.float32, update)
     theirs = tiny_unet()
     average = [p.detach().clone() for p in theirs.parameters()]
     adamw = torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0.01)
@@ -104,7 +104,7 @@ def test_agrees_with_torch_over_microbatches(update):
         average = [a.lerp(p.detach(), 0.1) for a, p in zip(average, theirs.parameters(), strict=True)]
     for ours, expected in zip(unet.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-    for ours, expected in zip(ema_unet.parameters(), average, strict=True):
+    for ours, expected in zip(ema_network.parameters(), average, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 

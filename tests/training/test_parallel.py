@@ -28,8 +28,8 @@ def device(request):
 
 
 def replicated(step: TrainingStep) -> TrainingStep:
-    step.gradients = ReplicatedGradients(step.unet, step.optimizer)
-    step.unet = step.gradients.network
+    step.gradients = ReplicatedGradients(step.network, step.optimizer)
+    step.network = step.gradients.network
     return step
 
 
@@ -76,8 +76,8 @@ def test_a_compiled_network_stays_one_graph(device, monkeypatch):
         torch._dynamo.reset()
         compiled = []
         step = make(device, "mse")
-        step.unet.compile(backend=lambda graph, _: compiled.append(graph) or graph)
-        replicated(step).unet.bucket_bytes_cap = 1000
+        step.network.compile(backend=lambda graph, _: compiled.append(graph) or graph)
+        replicated(step).network.bucket_bytes_cap = 1000
         run(step, step, 1)
         return len(compiled)
 

@@ -91,11 +91,11 @@ def test_the_loss_is_that_of_epsilon_on_the_models_own_schedule(kept, folder, mo
         t = draws.Seeded(step.seed, draws.Stream.TIMESTEP, positions).integers(1000)
         noise = draws.random_normals(0, draws.Stream.NOISE, positions, latents.shape[1:])
         noisy = own.add_noise(latents, noise, t)
-        model_pred = step.unet(noisy, t, text).sample
+        model_pred = step.network(noisy, t, text).sample
         expected = torch.nn.functional.mse_loss(model_pred, noise)
         if objective == "self_perceptual":
             t_prime = draws.Seeded(step.seed, draws.Stream.PERCEPTUAL_TIMESTEP, positions).integers(1000)
-            criterion = SelfPerceptualLoss(load_pipeline(str(folder / "sd15")).unet, own)
+            criterion = SelfPerceptualLoss(load_pipeline(str(folder / "sd15")).network, own)
             expected = criterion(model_pred, latents, noise, t, text, noisy_latents=noisy, perceptual_timesteps=t_prime)
         assert seen["loss"] == pytest.approx(expected.item(), rel=1e-4)
 

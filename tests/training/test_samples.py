@@ -23,7 +23,7 @@ from fastsp.diffusion.sampling import Guidance
 from fastsp.errors import UserError
 from fastsp.generation.generate import Sampling, generate, load_for_sampling, raw_weights
 from fastsp.generation.grids import grid
-from fastsp.models import digits_model, load_unet
+from fastsp.models import digits_model, network_of
 from fastsp.training import trainer
 from fastsp.training.checkpoint_folder import newest_first
 from fastsp.training.samples import SampleDrawer
@@ -49,12 +49,12 @@ class Run:
 def run(tmp_path_factory):
     loaded: list[weakref.ref] = []
     run = Run(tmp_path_factory.mktemp("samples") / "run", [], [])
-    load_unet, finish, forward = trainer.load_unet, trainer.Trainer.finish, UNet2DConditionModel.forward
+    network_of, finish, forward = trainer.network_of, trainer.Trainer.finish, UNet2DConditionModel.forward
 
     def load(folder):
         gc.collect()
         run.alive.append(sum(unet() is not None for unet in loaded))
-        loaded.append(weakref.ref(unet := load_unet(folder)))
+        loaded.append(weakref.ref(unet := network_of(folder)))
         return unet
 
     def counted(self, sample, *args, **kwargs):
@@ -70,7 +70,7 @@ def run(tmp_path_factory):
     samples = "samples={every: 1, count: 5, steps: 3, prompts: [a handwritten one]}"
     config = load_config(QUICKSTART, [f"run_dir={run.folder}", samples, *more])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "load_unet", load)
+        patch.setattr(trainer, "network_of", load)
         patch.setattr(trainer.Trainer, "finish", finish_counted)
         patch.setattr(UNet2DConditionModel, "forward", counted)
         trainer.train(config, console=Console(quiet=True))
@@ -94,7 +94,7 @@ def test_a_stage_keeps_its_raw_weights_beside_the_average(run):
     saved = {name: tensor for file in newest.glob("*.safetensors") for name, tensor in load_file(file).items()}
     stage = run.folder / "stages" / "again"  # the last one, of which the newest checkpoint is
     for folder, kind in ((stage, "ema"), (stage / "raw", "master")):
-        weights = load_unet(folder).state_dict()
+        weights = network_of(folder).state_dict()
         assert weights and all(torch.equal(tensor, saved[f"{kind}.{name}"]) for name, tensor in weights.items())
     assert any(not torch.equal(saved[f"ema.{name}"], saved[f"master.{name}"]) for name in weights)
     pictures = [
@@ -113,11 +113,11 @@ def test_pictures_of_a_large_model_are_small_enough_for_a_report(tmp_path, monke
         "fastsp.models.TextToImageModel.sample",
         lambda self, texts, noise, steps, guidance, negative_prompt: ((noise, noise) for _ in range(steps)),
     )
-    assert drawer.draw(drawer.model.unet, "grid").size == (2 + 5 * 62, 2 + 4 * 62)
-    drawer.draw_trajectory(drawer.model.unet, "mse")
+    assert drawer.draw(drawer.model.network, "grid").size == (2 + 5 * 62, 2 + 4 * 62)
+    drawer.draw_trajectory(drawer.model.network, "mse")
     with Image.open(tmp_path / "trajectory_mse.png") as picture:
         assert picture.width == 2 + 50 * 50 and picture.height < 4 * 50 + 40, "50 of the 60 steps"
-    drawer.draw_comparison({name: drawer.row(drawer.model.unet) for name in ("mse", "sp", "again")})
+    drawer.draw_comparison({name: drawer.row(drawer.model.network) for name in ("mse", "sp", "again")})
     with Image.open(tmp_path / "comparison.png") as picture:
         assert picture.text["prompts"].count("\n") == 9 and picture.height == 2 + 3 * 50
 
@@ -136,7 +136,7 @@ def test_guidance_negative_prompt_and_resolution(tmp_path):
     images = model.generate([text] * 2, noise, 3, Guidance(3.0, 0.7), "blank")
     assert_same_picture(samples / "mse_final.png", images)
     start = digits_model(8, 0)
-    start.unet.eval()
+    start.network.eval()
     at_first = start.generate([text] * 2, noise, 3, Guidance(3.0, 0.7), "blank")
     assert_same_picture(samples / "mse_step_000000.png", at_first)
     plain = model.generate([text] * 2, noise, 3, Guidance(3.0, 0.7))

@@ -108,7 +108,7 @@ def test_from_the_folder_to_comfyui(folder, capsys):
     assert (header["ss_network_dim"], float(header["ss_network_alpha"])) == ("4", 16.0)
     model = load_trained(str(final))
     targets = tuple(f".{name}" for name in config.model.lora.target_modules)
-    layers = [name for name, _ in model.unet.named_modules() if name.endswith(targets)]
+    layers = [name for name, _ in model.network.named_modules() if name.endswith(targets)]
     expected = {f"lora_unet_{name.replace('.', '_')}" for name in layers}
     assert {name.partition(".")[0] for name in weights} == expected
     assert {name.partition(".")[2] for name in weights} == {"lora_down.weight", "lora_up.weight", "alpha"}

@@ -14,7 +14,7 @@ SIZE = 4
 
 
 def loss_and_gradients(step: FastspStep) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    unet = step.training_step.unet
+    unet = step.training_step.network
     unet.zero_grad()
     loss = step.loss()
     loss.backward()

@@ -25,13 +25,13 @@ GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 def loss_and_gradients(step: FastspStep) -> tuple[torch.Tensor, torch.Tensor]:
     loss = step.loss()
     loss.backward()
-    gradients = [p.grad for p in step.training_step.unet.parameters()]
+    gradients = [p.grad for p in step.training_step.network.parameters()]
     return loss.detach(), torch.cat([gradient.flatten().float() for gradient in gradients])
 
 
 def every_gradient(step: FastspStep) -> dict[str, torch.Tensor]:
     step.loss().backward()
-    return {name: p.grad.float() for name, p in step.training_step.unet.named_parameters()}
+    return {name: p.grad.float() for name, p in step.training_step.network.named_parameters()}
 
 
 def assert_close(ours, theirs, tolerance: float) -> None:
@@ -100,7 +100,7 @@ def test_online_network_and_teacher_are_handed_to_the_compiler(teacher):
         workload = tiny_workload(teacher=teacher, device="meta").with_settings(compile=compiles, cuda_graph=False)
         step = FastspStep(workload).training_step
         criterion = step.objective.self_perceptual
-        assert (step.unet._compiled_call_impl is not None) == compiles
+        assert (step.network._compiled_call_impl is not None) == compiles
         network, half_backward = criterion.perceptual_network, criterion.metric._half_backward
         assert (network._compiled_call_impl is not None) == (half_backward.compile_options is not None) == compiles
 
@@ -110,7 +110,7 @@ def test_networks_are_placed_as_the_step_computes():
     for compiles in (False, True):
         workload = tiny_workload(precision="bf16", device="meta").with_settings(compile=compiles, cuda_graph=False)
         step = FastspStep(workload).training_step
-        for network in (step.unet, step.objective.self_perceptual.perceptual_network):
+        for network in (step.network, step.objective.self_perceptual.perceptual_network):
             parameters = list(network.parameters())
             assert {p.dtype for p in parameters} == {torch.bfloat16}
             convolutions = [p for p in parameters if p.ndim == 4 and min(p.shape[1:]) > 1]

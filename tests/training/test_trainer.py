@@ -49,7 +49,7 @@ def test_the_first_compiled_step_says_what_it_does_and_how_long_it_took(monkeypa
     config = load_config(QUICKSTART, [f"compile={str(compiles).lower()}"])
     console = Console(file=StringIO(), width=500)
     facts = {"config": config, "device": torch.device("cpu"), "console": console, "shapes": [(8, 8)]}
-    trainer = SimpleNamespace(**facts, model=SimpleNamespace(unet=tiny_unet()))
+    trainer = SimpleNamespace(**facts, model=SimpleNamespace(network=tiny_unet()))
     with Trainer._compiling(trainer, int(first)):
         so_far = console.file.getvalue()
     said = console.file.getvalue()
@@ -80,7 +80,7 @@ def test_a_stage_is_looked_up_before_a_model_of_its_name(tmp_path):
     tiny_unet(seed=1).save_pretrained(tmp_path / "sd21")
     config = SimpleNamespace(stages=[SimpleNamespace(name="sd21")], model=SimpleNamespace(pretrained="sd21", lora=None))
     run = SimpleNamespace(stage_folder=lambda name: tmp_path / name)
-    trainer = SimpleNamespace(config=config, run=run, model=SimpleNamespace(unet=tiny_unet(seed=2)))
-    found = Trainer._initial_unet(trainer, "sd21")
+    trainer = SimpleNamespace(config=config, run=run, model=SimpleNamespace(network=tiny_unet(seed=2)))
+    found = Trainer._initial_network(trainer, "sd21")
     assert torch.equal(found.conv_in.weight, tiny_unet(seed=1).conv_in.weight)
     assert not torch.equal(found.conv_in.weight, tiny_unet(seed=2).conv_in.weight)

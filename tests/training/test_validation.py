@@ -19,7 +19,7 @@ from fastsp.diffusion import draws
 from fastsp.errors import UserError
 from fastsp.evaluation.report import write_report
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
-from fastsp.models import load_unet
+from fastsp.models import network_of
 from fastsp.models.presets import preset_model
 from fastsp.training.distributed import Ranks
 from fastsp.training.step import TrainingStep
@@ -79,7 +79,7 @@ def test_the_losses_are_those_of_the_drop_in_losses(run):
     latents = batch.pixel_values
     noise = draws.random_normals(SEED, draws.Stream.NOISE, FIRST_POSITION + indices, latents.shape[1:])
     noisy = model.scheduler.add_noise(latents, noise, t)
-    mse, sp = (load_unet(run / "stages" / name).eval() for name in ("mse", "sp"))
+    mse, sp = (network_of(run / "stages" / name).eval() for name in ("mse", "sp"))
     text = model.encode_ids(batch.input_ids).encoder_hidden_states
     with torch.no_grad():
         arguments = (sp(noisy, t, text).sample, latents, noise, t, text)
