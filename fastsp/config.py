@@ -119,10 +119,29 @@ class ProdigyConfig(Section):
     safeguard_warmup: bool = False  # leave the learning rate out of the estimate: with a warm-up
 
 
+class AdafactorConfig(Section):
+    """Adafactor's own settings, by the names of `transformers`. By default the learning rate is the stage's."""
+
+    scale_parameter: bool = False  # multiply the rate by the root mean square of each weight
+    relative_step: bool = False  # multiply it by min(0.01, 1 / sqrt(step)): the stage's rate is then a factor
+    warmup_init: bool = False  # with relative_step: by 1e-6 step in place of 0.01
+    clip_threshold: AboveZero = 1.0  # largest root mean square of a weight's step before the rate
+    decay_rate: Annotated[float, Field(lt=0.0)] = -0.8  # the second moments keep 1 - step ** decay_rate of themselves
+    beta1: Decay | None = None  # of a first moment, 4 bytes per weight; None: there is none
+    eps: Annotated[list[AboveZero], Field(min_length=2, max_length=2)] = [1e-30, 1e-3]  # of squares; least scale
+
+    @model_validator(mode="after")
+    def _warmup_of_relative_steps(self) -> Self:
+        if self.warmup_init and not self.relative_step:
+            raise ValueError("warmup_init goes with relative_step: true")
+        return self
+
+
 class OptimizerConfig(Section):
     """The optimizer; its state and the warm-up of the learning rate start anew in every stage."""
 
     kind: str = "adamw"  # a key of `fastsp.options.OPTIMIZERS`; see :mod:`fastsp.training.update`
+    adafactor: AdafactorConfig = AdafactorConfig()
     prodigy: ProdigyConfig = ProdigyConfig()
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     eps: AboveZero = 1e-8
@@ -132,6 +151,13 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # the last two reach 0 after the stage's last step
     offload: bool = False  # keep AdamW's moments in the host's memory
     max_skipped: Positive = 20  # updates in a row whose gradient is not finite; then the run stops
+
+    @model_validator(mode="after")
+    def _adafactor_has_its_own(self) -> Self:
+        fields = type(self).model_fields
+        if self.kind == "adafactor" and any(getattr(self, key) != fields[key].default for key in ("betas", "eps")):
+            raise ValueError("betas and eps are not adafactor's: use adafactor.beta1, .decay_rate and .eps")
+        return self
 
 
 class EMAConfig(Section):

@@ -15,6 +15,7 @@ Displacement = Literal["none", "normalized"]
 Reduction = Literal["mean", "none"]
 OPTIMIZERS: dict[str, Any] = {  # of `optimizer.kind`: a class, or the name of one that is imported late
     "adamw": "fastsp.training.update:AdamW",
+    "adafactor": "fastsp.training.adafactor:Adafactor",
     "adamw8bit": "fastsp.training.adamw8bit:AdamW8bit",
     "muon": "fastsp.training.update:Muon",
     "prodigy": "fastsp.training.prodigy:Prodigy",

@@ -131,7 +131,7 @@ def test_the_perceptual_network_of_a_first_stage_is_the_pretrained_model():
         ("run_dir=~nobody-of-that-name/x", "run_dir: '~nobody-of-that-name/x' is not allowed: '~nobody-of-that-name"),
         (
             "optimizer.kind=adamx",
-            "optimizer.kind: 'adamx' is not allowed: input should be adamw, adamw8bit, muon, prodigy",
+            "optimizer.kind: 'adamx' is not allowed: input should be adafactor, adamw, adamw8bit, muon, prodigy",
         ),
         ("seed=010", "seed: '010' is not allowed: input should be a valid integer"),
         ("seed=1:30", "seed: '1:30' is not allowed"),

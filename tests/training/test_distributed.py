@@ -152,6 +152,7 @@ def test_every_optimizer_of_two_processes_is_as_one_s(tmp_path):
         "adamw8bit": [],
         "prodigy": ["optimizer.prodigy={d0: 1e-2, d_coef: 0.5}"],
         "muon": [],
+        "adafactor": ["optimizer.adafactor.scale_parameter=true"],
     }
     for processes in (1, 2):
         settings = {kind: [f"optimizer.kind={kind}", *more] for kind, more in kinds.items()}

@@ -101,7 +101,7 @@ def test_what_lies_in_the_host_s_memory_is_not_on_the_device():
     assert not found.on_host and set(found.held) == {"weights", "master weights", "optimizer's state", "text encoders"}
 
 
-@pytest.mark.parametrize(("kind", "size"), [("adamw", 8), ("muon", 8), ("prodigy", 16)])
+@pytest.mark.parametrize(("kind", "size"), [("adamw", 8), ("muon", 8), ("prodigy", 16), ("adafactor", 1.7)])
 def test_every_optimizer_s_state(kind, size):
     """Bytes per trained weight; a real one of the same weights has as many."""
     config = load_config(QUICKSTART, [f"optimizer.kind={kind}"])

@@ -14,6 +14,7 @@ from training.test_capture import make as make_step
 
 from fastsp.config import EMAConfig, OptimizerConfig, load_config
 from fastsp.errors import UserError
+from fastsp.training.adafactor import Adafactor
 from fastsp.training.adamw8bit import AdamW8bit
 from fastsp.training.optimizer import Optimizer, ema_decay, learning_rate, trained_share
 from fastsp.training.prodigy import Prodigy
@@ -108,7 +109,7 @@ def test_agrees_with_torch_over_microbatches(update):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("update", [AdamW, AdamW8bit, Muon, Prodigy])
+@pytest.mark.parametrize("update", [AdamW, AdamW8bit, Muon, Prodigy, Adafactor])
 def test_bfloat16_weights_follow_float32_masters(update):
     unet, _, optimizer = make(torch.bfloat16, update)
     # far below a bfloat16 step of most weights; Prodigy's rate is a factor of 1e-6
@@ -134,7 +135,7 @@ def test_microbatches_add_up_in_float32():
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(optimizer.gradients, exact, strict=True))
 
 
-@pytest.mark.parametrize("update", [AdamW, AdamW8bit, Muon, Prodigy])
+@pytest.mark.parametrize("update", [AdamW, AdamW8bit, Muon, Prodigy, Adafactor])
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(update):
     unet, _, optimizer = make(torch.float32, update)
     before = {name: tensor.clone() for name, tensor in optimizer.state.items()}
@@ -260,11 +261,49 @@ def test_prodigy_steps_as_its_library_does(settings):
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"scale_parameter": True, "beta1": 0.9, "clip_threshold": 0.3, "decay_rate": -0.5, "eps": [1e-20, 0.5]},
+        {"scale_parameter": True, "relative_step": True, "warmup_init": True},
+    ],
+)
+def test_adafactor_steps_as_its_library_does(settings):
+    """Bit for bit, convolutions and their state too: kohya's usual arguments are the defaults."""
+    from transformers.optimization import Adafactor as Theirs
+
+    ours = tiny_unet()
+    theirs = copy.deepcopy(ours)
+    kohya = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+    relative = settings.get("relative_step", False)
+    library = Theirs(theirs.parameters(), lr=None if relative else 1e-3, weight_decay=0.01, **{**kohya, **settings})
+    config = OptimizerConfig(kind="adafactor", weight_decay=0.01, grad_clip=None, adafactor=settings)
+    optimizer = Optimizer(ours, copy.deepcopy(ours).requires_grad_(False), config, Adafactor)
+    for number, rate in enumerate((1.0,) * 5 if relative else (1e-3, 5e-4, 2e-3, 1e-3, 0.0)):
+        gradients(ours, number)
+        gradients(theirs, number)
+        optimizer.learning_rate.fill_(rate)
+        optimizer.accumulate()
+        optimizer.update()
+        if not relative:
+            library.param_groups[0]["lr"] = optimizer.learning_rate.item()
+        library.step()
+    for (name, one), two in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, two), name
+        for kind, tensor in library.state[two].items():
+            if kind.startswith("exp_avg"):
+                assert torch.equal(optimizer.state[f"{kind}.{name}"], tensor), (kind, name)
+    assert optimizer.state["exp_avg_sq_row.conv_in.weight"].shape == ours.conv_in.weight.shape[:-1]
+    assert ("exp_avg.conv_in.weight" in optimizer.state) == ("beta1" in settings)
+
+
+@pytest.mark.parametrize(
     ("update", "parts"),
     [
         (Muon, {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}),
         (AdamW8bit, {"exp_avg_codes", "exp_avg_scale", "exp_avg_sq_codes", "exp_avg_sq_scale", "exp_avg"}),
         (Prodigy, {"exp_avg", "exp_avg_sq", "s", "p0", "prodigy"}),
+        (Adafactor, {"exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"}),
     ],
 )
 def test_an_optimizer_goes_on_exactly_from_its_state(update, parts):
@@ -319,10 +358,18 @@ def test_an_optimizer_from_outside_of_the_package():
     [
         (
             ["optimizer.kind=adamx"],
-            r"optimizer\.kind: 'adamx' is not .*: input should be adamw, adamw8bit, muon, prodigy",
+            r"optimizer\.kind: 'adamx' is not .*: input should be adafactor, adamw, adamw8bit, muon, prodigy",
         ),
         (["optimizer.kind=muon", "distributed=fsdp"], r"optimizer\.kind: muon needs whole tensors, .*use ddp"),
         (["optimizer.kind=adamw8bit", "distributed=fsdp"], r"optimizer\.kind: adamw8bit needs whole tensors, "),
+        (["optimizer.kind=adafactor", "distributed=fsdp"], r"optimizer\.kind: adafactor needs whole tensors, "),
+        (
+            ["optimizer.kind=adafactor", "cuda_graph=true"],
+            r"cuda_graph: true .* optimizer\.kind: adafactor, .*use auto",
+        ),
+        (["optimizer.kind=adafactor", "optimizer.offload=true"], r"optimizer\.offload: is for optimizer\.kind adamw, "),
+        (["optimizer.kind=adafactor", "optimizer.eps=1e-6"], r"optimizer: betas and eps are not adafactor's: use "),
+        (["optimizer.adafactor.warmup_init=true"], r"optimizer\.adafactor: warmup_init goes with relative_step: true"),
         (["optimizer.kind=prodigy", "cuda_graph=true"], r"cuda_graph: true .* optimizer\.kind: prodigy, .*use auto"),
     ],
 )
@@ -398,7 +445,7 @@ def test_a_list_in_parts():
     assert list(parts(tensors, 10**6)) == [slice(0, 5)] and list(parts(tensors[:1], 1)) == [slice(0, 1)]
 
 
-@pytest.mark.parametrize("update", [AdamW, AdamW8bit, Prodigy])
+@pytest.mark.parametrize("update", [AdamW, AdamW8bit, Prodigy, Adafactor])
 def test_an_average_in_the_host_s_memory_or_none(update):
     unet, _, expected = make(torch.bfloat16, update)
     steps(expected, unet, 4)
