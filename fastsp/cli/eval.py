@@ -1,4 +1,4 @@
-"""`fastsp eval`: FID and Inception Score of trained models."""
+"""`fastsp eval`: FID, KID and Inception Score of trained models."""
 
 from __future__ import annotations
 

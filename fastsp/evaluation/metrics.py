@@ -1,11 +1,13 @@
 """The figures of one row: FID, Inception Score, and what those two cannot say about a few hundred samples.
 
-Everything is float64. Smaller is better for `fid`, larger for all others but `nearest_train` and `memorised`, which
-should be near those of real images that were held out. Read `recall` together with `precision`: stray samples have wide
-balls, so noise can raise it (Naeem et al. 2020); `coverage` asks the same in a way that strays cannot answer.
+Everything is float64. Smaller is better for `fid` and `kid`, larger for all others but `nearest_train` and
+`memorised`, which should be near those of real images that were held out. Read `recall` together with `precision`:
+stray samples have wide balls, so noise can raise it (Naeem et al. 2020); `coverage` asks the same in a way that strays
+cannot answer.
 
-Not covered: FID is biased upwards at small N (Chong & Forsyth 2020, arXiv 1911.07023), so rows are comparable at equal
-`num_samples` and equal reference only, and never with figures from another feature model.
+FID is biased upwards at small N (Chong & Forsyth 2020, arXiv 1911.07023), so its rows are comparable at equal
+`num_samples` and equal reference only. `kid` has no such bias: fewer images make it less certain, not larger. Figures
+of another feature model are never comparable.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 CONFIDENT = 0.9  # probability above which the classifier counts as having read the image
 NEIGHBOURS = 3  # k of the manifold estimate, the value of its paper
 TEN_SPLITS = 5_000  # samples from which on the Inception Score of ten splits, as most papers give it, says something
-_ROWS = 1024  # of a matrix of distances held at once
+_ROWS = 1024  # of a matrix of distances or kernels held at once
 
 
 def frechet_distance(mean: Tensor, covariance: Tensor, generated: Tensor) -> float:
@@ -31,6 +33,24 @@ def frechet_distance(mean: Tensor, covariance: Tensor, generated: Tensor) -> flo
     root_trace = torch.linalg.eigvals(covariance @ theirs).sqrt().real.sum()
     distance = ((mean - generated.mean(0)) ** 2).sum() + covariance.trace() + theirs.trace() - 2 * root_trace
     return distance.item()
+
+
+def kernel_distance(real: Tensor, generated: Tensor) -> float:
+    """KID of generated images against real ones: the squared MMD of the kernel (x y / D + 1)^3, unbiased.
+
+    Binkowski et al. 2018, arXiv 1801.01401, section 4, of all images at once instead of the mean over subsets. It may
+    be negative. Features are float64 (N, D) and (M, D), two or more of each.
+    """
+
+    def kernel_sum(a: Tensor, b: Tensor) -> Tensor:
+        return sum(((part @ b.T / b.shape[1] + 1) ** 3).sum() for part in a.split(_ROWS))
+
+    def mean_of_pairs(x: Tensor) -> Tensor:
+        with_itself = ((x.square().sum(1) / x.shape[1] + 1) ** 3).sum()
+        return (kernel_sum(x, x) - with_itself) / (len(x) * (len(x) - 1))
+
+    across = kernel_sum(real, generated) / (len(real) * len(generated))
+    return (mean_of_pairs(real) + mean_of_pairs(generated) - 2 * across).item()
 
 
 def inception_score(logits: Tensor, splits: int = 1) -> float:

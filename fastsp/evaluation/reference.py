@@ -41,6 +41,7 @@ OWN = "the run's held-out images"
 MAX_IMAGES = 10_000  # of a run's training and held-out images each: the paper's FID uses as many
 _DIGITS_SIDE = 8  # pixels of the original scans
 _BATCH_VALUES = 1 << 26  # of the images read at once: 256 MiB of float32
+_IN_SAMPLE = 5_000  # real images whose features are kept for KID: 40 MB of Inception's
 _CHUNK = 64  # files of a folder that are decoded at once
 
 
@@ -54,6 +55,7 @@ class Reference:
     score: float  # their own Inception Score
     features: str  # identity of the feature model
     source: str  # in words, which images
+    sample: Tensor | None = None  # float32 (n, D), features of some of the N; None: of a file from before there was KID
     heldout: Features | None = None
     train: Features | None = None
     copy_distance: float = 0.0  # a sample nearer to the training set than 99 % of the held-out images is a copy
@@ -65,7 +67,9 @@ class Reference:
         if count < least:
             raise UserError(f"reference {source}: {count} images; allowed: at least {least}")
         mean, covariance = seen.features.mean(0), torch.cov(seen.features.T)
-        statistics = mean, covariance, count, metrics.inception_score(seen.logits), features, source
+        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:_IN_SAMPLE]
+        sample = seen.features[chosen].float()  # lossless: the networks compute in float32
+        statistics = mean, covariance, count, metrics.inception_score(seen.logits), features, source, sample
         if train is None:
             return cls(*statistics)
         copies = metrics.nearest_distance(seen.features, train.features).quantile(0.01).item()
@@ -82,6 +86,8 @@ class Reference:
             "fid": metrics.frechet_distance(self.mean, self.covariance, seen.features),
             "inception_score": metrics.inception_score(seen.logits),
         }
+        if self.sample is not None:
+            row["kid"] = metrics.kernel_distance(self.sample.double(), seen.features)
         if len(seen.logits) >= metrics.TEN_SPLITS:
             row["inception_score_10_splits"] = metrics.inception_score(seen.logits, splits=10)
         if class_names:
@@ -97,12 +103,14 @@ class Reference:
         return row
 
     def save(self, file: Path) -> None:
-        """Write the statistics as safetensors: mean, covariance, count, inception_score; the words in its metadata."""
+        """Write the statistics as safetensors: mean, covariance, count, inception_score, sample; words in metadata."""
         numbers = {"count": torch.tensor(self.count), "inception_score": torch.tensor(self.score, dtype=torch.float64)}
         facts = {"features": self.features, "source": self.source}
         file.parent.mkdir(parents=True, exist_ok=True)
         with new_file(file) as unfinished:
-            save_file({"mean": self.mean, "covariance": self.covariance, **numbers}, unfinished, metadata=facts)
+            sample = {} if self.sample is None else {"sample": self.sample}
+            tensors = {"mean": self.mean, "covariance": self.covariance, **numbers, **sample}
+            save_file(tensors, unfinished, metadata=facts)
 
 
 def load_reference(file: Path, features: str) -> Reference:
@@ -110,13 +118,14 @@ def load_reference(file: Path, features: str) -> Reference:
     try:
         with safe_open(file, "pt") as found:
             facts = found.metadata() or {}
+            sample = found.get_tensor("sample") if "sample" in found.keys() else None  # noqa: SIM118 - it is no dict
             mean, covariance, *numbers = map(found.get_tensor, ("mean", "covariance", "count", "inception_score"))
     except (SafetensorError, OSError) as error:
         raise UserError(f"reference {file} holds no statistics that fastsp eval saved: {error}") from None
     if facts.get("features") != features:
         raise UserError(f"reference {file} is of the features {facts.get('features')!r}; these are {features!r}")
     count, score = (number.item() for number in numbers)
-    return Reference(mean, covariance, int(count), score, features, facts.get("source", file.name))
+    return Reference(mean, covariance, int(count), score, features, facts.get("source", file.name), sample)
 
 
 def open_reference(

@@ -9,7 +9,7 @@ A row is one set of samples, one seed:
                      scale of classifier-free guidance and phi, 0: none; DDIM steps, 0 for "real"
     seed             of the initial noise, and in a run of the choice of captions
     num_samples      images scored
-    fid, inception_score, inception_score_10_splits, validity, caption_agreement, precision, recall, coverage,
+    fid, kid, inception_score, inception_score_10_splits, validity, caption_agreement, precision, recall, coverage,
     nearest_train, memorised: see `fastsp.evaluation.metrics`
     heldout_agreement
                      of "real" in a run: share of the held-out images whose caption its classifier reads
@@ -100,8 +100,8 @@ def plan(config: Config) -> list[Job]:
 
 # Figures, and the batch size, on which none depends: rows that differ in nothing else are of the same samples.
 _FIGURES = (
-    *("fid", "inception_score", "inception_score_10_splits", "validity", "caption_agreement", "precision", "recall"),
-    *("coverage", "nearest_train", "memorised", "heldout_agreement", "seconds", "batch_size"),
+    *("fid", "kid", "inception_score", "inception_score_10_splits", "validity", "caption_agreement", "precision"),
+    *("recall", "coverage", "nearest_train", "memorised", "heldout_agreement", "seconds", "batch_size"),
 )
 
 

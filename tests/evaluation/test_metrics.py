@@ -6,7 +6,8 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 from evaluation.runs import take
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from fastsp.errors import UserError
 from fastsp.evaluation import metrics
@@ -15,6 +16,7 @@ from fastsp.evaluation.metrics import (
     coverage,
     frechet_distance,
     inception_score,
+    kernel_distance,
     nearest_distance,
     precision_recall,
 )
@@ -36,6 +38,35 @@ def test_fid_agrees_with_an_independent_computation() -> None:
     real, generated = random(300, 24), random(200, 24, seed=1) * 1.3 + 0.2
     expected = fid_by_numpy(real.numpy(), generated.numpy())
     assert frechet_distance(real.mean(0), torch.cov(real.T), generated) == pytest.approx(expected, rel=1e-6)
+
+
+class Seen(nn.Module):
+    """Features that are there already, for torchmetrics."""
+
+    num_features = 24
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def test_kid_agrees_with_torchmetrics() -> None:
+    """One subset that holds all images: no mean over drawn ones."""
+    real, generated = random(60, 24), random(60, 24, seed=1) * 1.3 + 0.2
+    theirs = KernelInceptionDistance(feature=Seen(), subsets=1, subset_size=60).set_dtype(torch.float64)
+    theirs.update(real, real=True)
+    theirs.update(generated, real=False)
+    assert kernel_distance(real, generated) == pytest.approx(theirs.compute()[0].item(), rel=1e-9)
+
+
+def test_kid_has_no_bias_at_a_few_images() -> None:
+    """The mean over draws from one distribution is 0 for 20 images as for 200, and the sums may come in parts."""
+    draws = [kernel_distance(random(20, 8, seed=2 * k), random(30, 8, seed=2 * k + 1)) for k in range(200)]
+    assert abs(np.mean(draws)) < 3 * np.std(draws) / np.sqrt(len(draws)) and min(draws) < 0
+    real, generated = random(metrics._ROWS + 7, 4), random(40, 4, seed=1)
+    kernel = (torch.cat([real, generated]) @ torch.cat([real, generated]).T / 4 + 1) ** 3
+    n = len(real)
+    own = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kernel[:n, :n], kernel[n:, n:])]
+    assert kernel_distance(real, generated) == pytest.approx((sum(own) - 2 * kernel[:n, n:].mean()).item(), rel=1e-9)
 
 
 def test_inception_score_agrees_with_an_independent_computation() -> None:

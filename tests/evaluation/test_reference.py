@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from fastsp.errors import UserError
 from fastsp.evaluation import classifier, reference
 from fastsp.evaluation.captions import CaptionSet
 from fastsp.evaluation.features import FeatureModel, Features
-from fastsp.evaluation.metrics import frechet_distance
+from fastsp.evaluation.metrics import frechet_distance, kernel_distance
 from fastsp.evaluation.reference import (
     Reference,
     batch_size_of,
@@ -65,7 +66,22 @@ def test_statistics_are_as_good_as_the_features(tmp_path: Path) -> None:
     statistics.save(tmp_path / "kept.safetensors")
     kept = load_reference(tmp_path / "kept.safetensors", "corners")
     assert distance(kept, samples) == expected
+    assert kept.scores(samples, ()) == statistics.scores(samples, ()) and "kid" in kept.scores(samples, ())
     assert (kept.count, kept.score, kept.source) == (50, statistics.score, "a folder")
+
+
+def test_statistics_from_before_there_was_kid_are_read(tmp_path: Path) -> None:
+    replace(Reference.of(seen(50, 0), "corners", "a folder"), sample=None).save(tmp_path / "old.safetensors")
+    assert "kid" not in load_reference(tmp_path / "old.safetensors", "corners").scores(seen(40, 1), ())
+
+
+def test_kid_is_of_a_seeded_sample_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, samples = seen(50, 0), seen(40, 1)
+    monkeypatch.setattr(reference, "_IN_SAMPLE", 20)
+    one, again = (Reference.of(real, "corners", "a folder") for _ in range(2))
+    assert one.sample is not None and again.sample is not None and torch.equal(one.sample, again.sample)
+    assert len(set(one.sample[:, 0].tolist()) & set(real.features[:, 0].float().tolist())) == 20
+    assert one.scores(samples, ())["kid"] == kernel_distance(one.sample.double(), samples.features)
 
 
 def test_images_of_several_sizes_keep_their_order(tmp_path: Path) -> None:

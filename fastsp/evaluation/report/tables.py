@@ -35,6 +35,7 @@ class Metric(NamedTuple):
 
 METRICS = (
     Metric("fid", "FID", "↓", 2),
+    Metric("kid", "KID x 1000", "↓", 2, 1000),
     Metric("inception_score", "IS", "↑", 2),
     Metric("validity", "Valid", "↑", 1, 100, "%"),
     Metric("caption_agreement", "Caption", "↑", 1, 100, "%"),
