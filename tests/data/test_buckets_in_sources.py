@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from contextlib import closing
 
 import numpy as np
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from fastsp.data.buckets import nearest
 from fastsp.data.images.files import upright_size
 from fastsp.data.images.pipeline import ImagePipeline, crop_geometry
+from fastsp.data.readers import folder as folder_module
 from fastsp.data.readers import shards as shards_module
 from fastsp.data.readers.folder import FolderReader
 from fastsp.data.readers.shards import ShardReader
@@ -182,6 +184,42 @@ def test_sizes_are_kept_with_the_index_of_the_tars(tmp_path, monkeypatch):
     monkeypatch.undo()
     write_tar(tmp_path / "set" / "0.tar", [("a.png", encode(photo(0, 11, 12), "PNG")), ("a.txt", b"a")])
     assert ShardReader(path).sizes(2, False)[0].tolist() == [11, 12], "another tar, another index"
+
+
+def test_sizes_of_a_folder_s_files_are_kept_until_they_change(tmp_path, monkeypatch):
+    """Only files that are new, of another length, or written again are read; and those that had no size."""
+    monkeypatch.setenv("FASTSP_CACHE", str(tmp_path / "cache"))
+    folder, read = tmp_path / "set", []
+    folder.mkdir()
+    pictures = {name: folder / f"{name}.bmp" for name in ("a", "b", "c", "d\udcff")}  # a name that is no UTF-8
+    for number, file in enumerate(pictures.values()):
+        file.write_bytes(encode(photo(0, 12, 16 + number), "BMP"))
+    (folder / "junk.jpg").write_bytes(b"junk")
+
+    def sizes() -> list[list[int]]:
+        read.clear()
+        return FolderReader(folder, captioned=False).sizes(2, False).tolist()
+
+    whole = folder_module._read_file
+    monkeypatch.setattr(folder_module, "_read_file", lambda path, *more: read.append(path.name) or whole(path, *more))
+    first = sizes()
+    assert first == [[12, 16], [12, 17], [12, 18], [12, 19], [0, 0]] and len(read) == 5
+    assert sizes() == first and read == ["junk.jpg"]
+    status = pictures["a"].stat()
+    pictures["a"].write_bytes(encode(photo(0, 16, 12), "BMP"))
+    assert pictures["a"].stat().st_size == status.st_size
+    os.utime(pictures["a"], ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000_000))
+    status = pictures["b"].stat()
+    pictures["b"].write_bytes(encode(photo(0, 14, 17), "BMP"))
+    os.utime(pictures["b"], ns=(status.st_atime_ns, status.st_mtime_ns))
+    pictures["c"].rename(folder / "e.bmp")
+    (folder / "junk.jpg").unlink()
+    assert sizes() == [[16, 12], [14, 17], [12, 19], [12, 18]] and sorted(read) == ["a.bmp", "b.bmp", "e.bmp"]
+    assert sizes() == [[16, 12], [14, 17], [12, 19], [12, 18]] and not read
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-9])
+    assert sizes() == [[16, 12], [14, 17], [12, 19], [12, 18]] and len(read) == 4, "a damaged file is made again"
+    assert sizes() and not read
 
 
 def test_headers_longer_than_the_first_bytes(tmp_path):

@@ -33,7 +33,7 @@ from fastsp.data.readers.captions import (
     read_metadata,
 )
 from fastsp.data.readers.masks import key_of_mask, note_on_masks
-from fastsp.data.readers.sizes import measure_all, measured
+from fastsp.data.readers.sizes import measure_files, measured
 from fastsp.data.repeats import Share
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size
 from fastsp.errors import UserError
@@ -162,7 +162,7 @@ class FolderReader:
 
             return measured(first, upright_size)
 
-        return measure_all(size, len(self), workers, progress)
+        return measure_files(self.root, self.paths, size, workers, progress)
 
     def read(self, index: int) -> EncodedSample:
         """One sample; raises BadSample."""
