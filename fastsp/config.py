@@ -39,6 +39,7 @@ class LoRAConfig(Section):
     rank: Positive = 16
     alpha: AboveZero | None = None  # the adapters' scale is alpha / rank; None: the rank
     target_modules: Annotated[list[str], Field(min_length=1)] = ["to_q", "to_k", "to_v", "to_out.0"]  # ends of names
+    base_precision: Literal["int8"] | None = None  # of the base's linear layers in blocks; None: as `precision`
 
     @model_validator(mode="after")
     def _scale_of_one(self) -> Self:

@@ -30,7 +30,6 @@ from fastsp.training.update import update_of
 
 META, BF16 = torch.device("meta"), torch.bfloat16
 LORA = {"rank": 16}
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 MODELS = {  # hub id, side of the images
     "SD 1.5, 512": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
     "SDXL, 1024": ("stabilityai/stable-diffusion-xl-base-1.0", 1024),
@@ -45,6 +44,12 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "`gradient_checkpointing`, `optimizer.offload: true`, `ema.place: host`": (
         *("gradient_checkpointing=true", "optimizer.offload=true", "ema.place=host"),
     ),
+}
+INT8 = "model.lora.base_precision=int8"
+LORA_SETTINGS: dict[str, tuple[str, ...]] = {
+    **SETTINGS,
+    "`base_precision: int8`": (INT8,),
+    "`base_precision: int8` and `gradient_checkpointing: true`": (INT8, "gradient_checkpointing=true"),
 }
 
 
@@ -88,13 +93,8 @@ def counted(config: Config, stage: str) -> Count:
 
 def counted_transformer(config: Config, perceptual: bool) -> Count:
     """As the trainer's step would have it: bf16, float32 masters, latents and text features encoded beforehand."""
-    network = skeleton(None, config.model.pretrained, config.data.resolution).network
-    if config.model.lora is not None:
-        from peft import LoraConfig
-
-        network.requires_grad_(False)
-        network.add_adapter(LoraConfig(r=config.model.lora.rank, target_modules=list(TARGETS)))
-        network.to(META)
+    lora = config.model.lora.model_dump() if config.model.lora else None
+    network = skeleton(None, config.model.pretrained, config.data.resolution, lora).network
     average = shared_copy(network)
     for p in average.parameters():
         p.data = p.data.float() if p.requires_grad else p.data
@@ -166,13 +166,13 @@ def lines(lora: bool) -> Iterator[str]:
     yield f"{'LoRA of rank 16' if lora else 'All weights'}, a microbatch of one sample, MSE / self-perceptual:\n"
     yield "| | " + " | ".join(MODELS) + " |"
     yield "|---|" + "---|" * len(MODELS)
-    perceptual: dict[tuple[str, bool], Count] = {}  # its activations depend on these alone, and take minutes to count
-    activations: dict[tuple[str, bool], str] = {}
-    for label, overrides in SETTINGS.items():
+    perceptual: dict[tuple[Any, ...], Count] = {}  # its activations depend on these alone, and take minutes to count
+    activations: dict[tuple[Any, ...], str] = {}
+    for label, overrides in (LORA_SETTINGS if lora else SETTINGS).items():
         cells = []
         for model, (name, side) in MODELS.items():
             config = configured(name, side, lora, overrides)
-            kind = model, config.gradient_checkpointing
+            kind = model, config.gradient_checkpointing, INT8 in overrides
             mse = counted(config, "mse")
             if kind not in perceptual:
                 perceptual[kind] = counted(config, "sp")
@@ -183,9 +183,10 @@ def lines(lora: bool) -> Iterator[str]:
             print(label, model, cells[-1], activations[kind], file=sys.stderr, flush=True)
             gc.collect()
         yield f"| {label} | " + " | ".join(cells) + " |"
-    for checkpointed, label in ((False, "without"), (True, "with")):
-        cells = [activations[model, checkpointed] for model in MODELS]
-        yield f"| *of it forward and backward, {label} `gradient_checkpointing`* | " + " | ".join(cells) + " |"
+    for setting in dict.fromkeys(kind[1:] for kind in activations):
+        label = f"{'with' if setting[0] else 'without'} `gradient_checkpointing`{', in int8' * setting[1]}"
+        cells = [activations[model, *setting] for model in MODELS]
+        yield f"| *of it forward and backward, {label}* | " + " | ".join(cells) + " |"
     yield ""
 
 

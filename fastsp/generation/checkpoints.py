@@ -39,7 +39,7 @@ def load_checkpoint(folder: Path, raw: bool = False, base: str | None = None) ->
     config = read_config(folder.parent.parent / "config.yaml")
     if base is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": base})})
-    model, which = initial_model(config), "master" if raw or config.ema.place == "none" else "ema"
+    model, which = initial_model(config, whole_base=True), "master" if raw or config.ema.place == "none" else "ema"
     trained = {f"{which}.{name}": p for name, p in model.network.named_parameters() if p.requires_grad}
     read_into(folder, {name: parameter.data for name, parameter in trained.items()})
     if config.model.lora is not None:
@@ -48,10 +48,13 @@ def load_checkpoint(folder: Path, raw: bool = False, base: str | None = None) ->
     return replace(model, base=None)
 
 
-def initial_model(config: Config) -> TextToImageModel:
-    """What a run trains, before its first step; see :func:`fastsp.models.load_model`."""
+def initial_model(config: Config, whole_base: bool = False) -> TextToImageModel:
+    """What a run trains, before its first step; see :func:`fastsp.models.load_model`.
+
+    With ``whole_base`` the base of adapters is not quantized, so that they can be fused into it.
+    """
     start, side = config.model, config.data.resolution
-    lora = start.lora.model_dump() if start.lora else None
+    lora = start.lora.model_dump(exclude={"base_precision"} if whole_base else None) if start.lora else None
     sized = start.dit if start.network == "dit" else start.unet
     sizes = sized.model_dump() if sized else None
     how: dict[str, Any] = start.model_dump(include={"network", "flow", "prediction", "token_chunks", "clip_skip"})

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fastsp.diffusion.text import USUAL, TextSettings
 from fastsp.errors import UserError, install_command
 from fastsp.families import family_of
+from fastsp.models.int8 import hold_in_int8
 from fastsp.models.schedulers import is_flow, meaning_of
 from fastsp.options import Keep
 from fastsp.utils.files import save_tensors
@@ -42,6 +43,7 @@ _KEPT = (
     "as the base model\nitself. Any scheduler that suits the base model will do; this one is DDIM, trailing spacing.",
     "They need no setting besides\nthose of the base model.",
 )
+_IN_INT8 = "In their training the linear layers of the base's blocks were held in 8 bits; they are for the whole base."
 _VALUES_PER_WEIGHT = 16  # that a fingerprint looks at
 
 
@@ -56,6 +58,8 @@ class Base(NamedTuple):
     """Whether the adapters keep what it predicts; those written before there was a choice do not."""
     text: TextSettings = USUAL
     """How captions become features, in their training."""
+    precision: str | None = None
+    """What its linear layers were held in, in their training; None: as computed in. See :mod:`fastsp.models.int8`."""
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -68,15 +72,24 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def add_adapters(network: Any, rank: int, alpha: float, target_modules: Sequence[str], seed: int = 0) -> None:
+def add_adapters(
+    network: Any,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str],
+    seed: int = 0,
+    base_precision: str | None = None,
+) -> None:
     """Freeze ``network`` and put trainable adapters into it: ``W x + alpha / rank * B A x`` with B = 0, A random.
 
     Args:
         target_modules: the layers that get one, by the ends of their names, such as ``to_q`` or ``to_out.0``.
         seed: of A.
+        base_precision: "int8" holds the frozen layers in 8 bits, see :func:`fastsp.models.int8.hold_in_int8`.
 
     Raises:
-        UserError: peft is not installed; the network has no such layer, or one that takes no adapter.
+        UserError: peft is not installed, or torchao where ``base_precision`` needs it; the network has no such layer,
+            or one that takes no adapter.
     """
     try:
         from peft import LoraConfig
@@ -95,6 +108,8 @@ def add_adapters(network: Any, rank: int, alpha: float, target_modules: Sequence
             network.add_adapter(config)
         except ValueError as error:
             raise UserError(f"model.lora.target_modules: {str(error).splitlines()[0]}") from None
+    if base_precision == "int8":
+        hold_in_int8(network)
 
 
 def adapters(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -115,6 +130,7 @@ def save_adapters(network: Any, folder: Path, base: Base) -> None:
     relative = os.path.relpath(path.resolve(), folder.resolve()) if path.exists() else None
     known = {"base_path": relative, "base_config": base.config, "base_fingerprint": base.fingerprint}
     known |= {"prediction": base.prediction, "text": None if base.text.usual else json.dumps(asdict(base.text))}
+    known |= {"base_precision": base.precision}
     metadata |= {key: value for key, value in known.items() if value is not None}
     save_tensors(_contiguous(adapters(network)), folder / DIFFUSERS_FILE, metadata)
 
@@ -150,7 +166,8 @@ def base_of(folder: Path) -> Base:
     if prediction not in get_args(Keep):
         raise UserError(f"{folder / DIFFUSERS_FILE} is of a newer fastsp: its prediction is {prediction!r}")
     text = TextSettings.parse(found.get("text", "{}"), str(folder / DIFFUSERS_FILE))
-    return Base(name, found.get("base_config"), found.get("base_fingerprint"), prediction, text)
+    config, known, precision = (found.get(f"base_{key}") for key in ("config", "fingerprint", "precision"))
+    return Base(name, config, known, prediction, text, precision)
 
 
 def fuse_adapters(network: Any, folder: Path) -> None:
@@ -183,6 +200,7 @@ def save_for_use(network: Any, folder: Path, base: Base, scheduler: Any) -> None
     facts["load"] = "from_single_file" if is_file else "from_pretrained"
     facts["predicts"], facts["schedule"] = meaning_of(scheduler.config)
     facts["prompts"] = f"{advice}\n\n" if (advice := base.text.advice("XL" in facts["pipeline"])) else ""
+    facts["held"] = f"{_IN_INT8}\n\n" if base.precision == "int8" else ""
     facts["sampling"], facts["programs"] = _KEPT if base.prediction == "keep" else _CONVERTED
     readme = (_README_OF_FLOWS if flow else _README).read_text(encoding="utf-8")
     (folder / "README.md").write_text(readme.format(**facts), encoding="utf-8")

@@ -94,8 +94,8 @@ def load_model(
     ``sizes`` are those of a preset's network, see :func:`fastsp.models.presets.preset_model`; ``prediction`` and
     ``flow`` are those of :meth:`TextToImageModel.for_training`, None: v_zero_snr, and the default; ``token_chunks`` and
     ``clip_skip`` are those of :class:`fastsp.diffusion.text.TextSettings`, None: the model's own.
-    With ``lora`` (rank, alpha, target_modules) its UNet has adapters, which alone are trainable. Those of a folder of
-    adapters are trained further; without ``lora`` they are fused, and all weights are trained.
+    With ``lora`` (rank, alpha, target_modules, base_precision) its UNet has adapters, which alone are trainable. Those
+    of a folder of adapters are trained further; without ``lora`` they are fused, and all weights are trained.
 
     Raises:
         UserError: an unknown preset; what :func:`load_pipeline` and :func:`fastsp.models.lora.add_adapters` refuse;
@@ -120,6 +120,7 @@ def load_model(
         model, base = load_pipeline(pretrained, config), Base(pretrained, config)
     model = model.for_training(prediction, flow).reading(token_chunks, clip_skip)
     base = base._replace(fingerprint=fingerprint(model.network), prediction=prediction, text=model.text)
+    base = base._replace(precision=lora.get("base_precision"))
     add_adapters(model.network, **lora, seed=seed)
     if given:
         load_adapters(model.network, path)

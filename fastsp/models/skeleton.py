@@ -45,7 +45,7 @@ def skeleton(
         preset, resolution, sizes, network: of a preset.
         pretrained: a folder in diffusers' layout, of which `config.json` files are enough, or a hub id that is known
             here (:data:`fastsp.models.published.PUBLISHED`) or in Hugging Face's cache.
-        lora: adapters (rank, alpha, target_modules) that alone are trainable.
+        lora: adapters (rank, alpha, target_modules, base_precision) that alone are trainable.
 
     Raises:
         UserError: the configurations are not on this machine, or are of models that cannot be trained.

@@ -12,6 +12,7 @@ from fastsp.data.samples import SampleReader
 from fastsp.data.source import Source
 from fastsp.families import family_of
 from fastsp.models import TextToImageModel
+from fastsp.models.int8 import Int8Linear
 from fastsp.models.schedulers import meaning_of
 from fastsp.objectives import StageConfig
 from fastsp.training.optimizer import trained_share
@@ -32,6 +33,14 @@ def size(network: Any) -> str:
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     share = f", {trained:,} of them adapters, which alone are trained" if trained < total else ""
     return f"{total / 1e6:.1f} M parameters{share}"
+
+
+def base_line(network: Any) -> Iterator[str]:
+    """How much of the frozen base is held in 8 bits, where some is."""
+    layers = [module for module in network.modules() if isinstance(module, Int8Linear)]
+    if layers:
+        weights = sum(layer.codes.numel() for layer in layers)
+        yield f"base: {len(layers)} linear layers in its blocks, {weights / 1e6:.1f} M weights, are held in int8"
 
 
 def prediction(model: TextToImageModel) -> str:

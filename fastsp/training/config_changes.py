@@ -32,6 +32,7 @@ _ROUNDED = (
     *("cuda_graph", "attention"),
 )
 _MEANING = dict.fromkeys(_ROUNDED, "the same samples and draws, rounded otherwise") | {
+    "model.lora.base_precision": "the same samples and draws, another rounding of the frozen base",
     "seed": "another order of the samples and other draws from here on",
     "data.batch_size": "positions are counted in batches: samples come again or are left out",
     "data.source": "other samples from here on",

@@ -34,6 +34,7 @@ from fastsp.models.attention import (
     choose_attention,
     kept_choice,
 )
+from fastsp.models.int8 import check_torchao
 from fastsp.models.lora import load_adapters, save_adapters, save_for_use
 from fastsp.objectives import StageConfig
 from fastsp.perceptual import shared_copy
@@ -128,6 +129,8 @@ class Trainer:
         if self.device.type == "cuda" or config.compiles_on(self.device):  # Triton's kernels are compiled in any case
             keep_compiled_code()
         check_installed(config)
+        if config.model.lora is not None and config.model.lora.base_precision is not None:
+            check_torchao()
         update_of(config)  # raises for an unknown optimizer, or one that cannot work on shards
         for data in (config.data, config.validation_data if config.validation.every else None):
             if data is not None:
@@ -162,6 +165,8 @@ class Trainer:
             f"{announcements.kind(self.model.network)} of {announcements.size(self.model.network)}, "
             f"{config.precision} on {device_name(self.device)}{share}"
         )
+        for line in announcements.base_line(self.model.network):
+            console.print(line, highlight=False)
         console.print(announcements.prediction(self.model), highlight=False)
         if not self.model.text.usual:
             console.print(announcements.captions(self.model), highlight=False)
