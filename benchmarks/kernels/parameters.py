@@ -28,11 +28,11 @@ def shapes_on(device: torch.device) -> tuple[Shapes, str]:
     try:
         from diffusers import UNet2DConditionModel
 
-        from fastsp.bench.workload import SD21_BASE_UNET
+        from fastsp.models.published import SD21
     except ImportError as error:
         return LIKE_SD21, f"like SD2.1's UNet ({error})"
     with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(SD21_BASE_UNET)
+        unet: Any = UNet2DConditionModel.from_config(SD21["unet"])
     return [tuple(parameter.shape) for parameter in unet.parameters()], "SD2.1's UNet"
 
 

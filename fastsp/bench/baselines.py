@@ -6,16 +6,17 @@ Float32 master weights beside bfloat16 ones, as fastsp has them; captions are ne
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsp.bench.calls import call_of, middle
 from fastsp.bench.workload import Workload
 from fastsp.config import Config
 from fastsp.diffusion.process import NoiseSchedule
-from fastsp.models import ddim_scheduler
 from fastsp.perceptual import cast
 from fastsp.training.compilation import compile_options
 
@@ -23,8 +24,8 @@ from fastsp.training.compilation import compile_options
 class TorchUpdate:
     """Clipping, AdamW and the moving average with PyTorch's means: fused AdamW, foreach for the rest."""
 
-    def __init__(self, unet: nn.Module, config: Config, learning_rate: float) -> None:
-        self.params = list(unet.parameters())
+    def __init__(self, network: nn.Module, config: Config, learning_rate: float) -> None:
+        self.params = [p for p in network.parameters() if p.requires_grad]
         self.half_precision = self.params[0].dtype != torch.float32
         self.masters: list[Any] = [p.detach().float() for p in self.params] if self.half_precision else self.params
         self.emas = [master.detach().clone() for master in self.masters]
@@ -48,30 +49,39 @@ class TorchUpdate:
 
 
 class Algorithm1:
-    """Algorithm 1 as printed: the whole frozen UNet runs twice, and a forward hook takes the mid feature.
+    """Algorithm 1 as printed: the whole frozen network runs twice, and a forward hook takes the middle feature.
 
-    ``compiled``: online UNet and teacher each under ``torch.compile``, with the options of fastsp's own step.
+    Networks are called as diffusers' training scripts call them. On a flow a and s are 1 - sigma and sigma, and times
+    are drawn as in the script of Stable Diffusion 3. The frozen network is a deep copy, adapters included.
+
+    ``compiled``: online network and teacher each under ``torch.compile``, with the options of fastsp's own step.
     """
 
     def __init__(self, workload: Workload, compiled: bool = False) -> None:
-        self.x0, self.c, self.dtype = workload.latents(), workload.text_features(), workload.dtype
-        schedule = NoiseSchedule.of(ddim_scheduler())
-        self.a, self.s = schedule.signal.to(workload.device), schedule.noise_level.to(workload.device)
-        self.unet = cast(workload.unet(), self.dtype)
-        self.teacher: Any = copy.deepcopy(self.unet).requires_grad_(False).eval()
-        self.teacher.mid_block.register_forward_hook(self._keep)
+        self.x0, self.c, self.dtype = workload.latents(), workload.conditioning(), workload.dtype
+        self.prediction = workload.prediction_type
+        self.is_flow = self.prediction == "flow_prediction"
+        if not self.is_flow:
+            schedule = NoiseSchedule.of(workload.scheduler)
+            self.a, self.s = schedule.signal.to(workload.device), schedule.noise_level.to(workload.device)
+        self.call = call_of(workload.network_config["_class_name"])
+        self.network = cast(workload.network(), self.dtype)
+        self.teacher: Any = copy.deepcopy(self.network).requires_grad_(False).eval()
+        middle(self.teacher).register_forward_hook(self._keep)
+        if workload.config.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
         if compiled:
             options = compile_options(workload.config, workload.device)
-            self.unet.compile(**options)
+            self.network.compile(**options)
             self.teacher.compile(**options)
-        self.update = TorchUpdate(self.unet, workload.config, workload.stage("self_perceptual").learning_rate)
+        self.update = TorchUpdate(self.network, workload.config, workload.stage("self_perceptual").learning_rate)
 
-    def _keep(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
-        self.feature = output
+    def _keep(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self.feature = output[1] if isinstance(output, tuple) else output  # a pair is (text, image)
 
     def features(self, x: Tensor, t: Tensor) -> Tensor:
-        """p_l(x, t, c), the mid block's output."""
-        self.teacher(x.to(self.dtype), t, self.c)
+        """p_l(x, t, c), the middle block's output."""
+        self.call(self.teacher, x.to(self.dtype), self.told(t), self.c)
         return self.feature
 
     def step(self) -> None:
@@ -81,19 +91,40 @@ class Algorithm1:
 
     def draws(self) -> tuple[Tensor, Tensor, Tensor]:
         """noise (B, C, H, W), t and t' (B,), from torch's generator."""
-        t, t_prime = (torch.randint(len(self.a), (len(self.x0),), device=self.x0.device) for _ in range(2))
-        return torch.randn_like(self.x0), t, t_prime
+        rows, noise = len(self.x0), torch.randn_like(self.x0)
+        if self.is_flow:
+            t, t_prime = torch.randn(rows, device=self.x0.device).sigmoid(), torch.rand(rows, device=self.x0.device)
+        else:
+            t, t_prime = (torch.randint(len(self.a), (rows,), device=self.x0.device) for _ in range(2))
+        return noise, t, t_prime
+
+    def told(self, t: Tensor) -> Tensor:
+        """What the network is told of t."""
+        return 1000 * t if self.is_flow else t
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """a and s at t, (B, 1, 1, 1)."""
+        a, s = (1 - t, t) if self.is_flow else (self.a[t], self.s[t])
+        return a.view(-1, 1, 1, 1), s.view(-1, 1, 1, 1)
 
     def loss(self, *given: Tensor) -> Tensor:
         """Equation (11) for given draws, else new ones. 0-d float32."""
         noise, t, t_prime = given or self.draws()
-        a, s, a_prime, s_prime = (table[i].view(-1, 1, 1, 1) for i in (t, t_prime) for table in (self.a, self.s))
+        (a, s), (a_prime, s_prime) = self.levels(t), self.levels(t_prime)
         x_t = a * self.x0 + s * noise  # (5)
-        v_hat = self.unet(x_t.to(self.dtype), t, self.c).sample
-        x0_hat = a * x_t - s * v_hat  # (7)
-        noise_hat = a * v_hat + s * x_t  # (8)
+        pred = self.call(self.network, x_t.to(self.dtype), self.told(t), self.c)
+        x0_hat, noise_hat = SOLVED[self.prediction](x_t, pred, a, s)  # (7), (8)
         x_t_prime = a_prime * self.x0 + s_prime * noise  # (9)
         x_t_prime_hat = a_prime * x0_hat + s_prime * noise_hat  # (10)
         with torch.no_grad():
             real = self.features(x_t_prime, t_prime)
         return F.mse_loss(self.features(x_t_prime_hat, t_prime).float(), real.float())  # (11)
+
+
+SOLVED: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "v_prediction": lambda x_t, v, a, s: (a * x_t - s * v, a * v + s * x_t),
+    "epsilon": lambda x_t, noise, a, s: ((x_t - s * noise) / a, noise),
+    "sample": lambda x_t, x0, a, s: (x0, (x_t - a * x0) / s),
+    "flow_prediction": lambda x_t, velocity, a, s: (x_t - s * velocity, x_t + a * velocity),
+}
+"""By what the network predicts: x0 and the noise, as it sees them."""

@@ -12,7 +12,6 @@ from torch import Tensor
 from fastsp.bench.workload import Workload
 from fastsp.data.batch import Batch
 from fastsp.diffusion.conditioning import Conditioning
-from fastsp.models import TextToImageModel, ddim_scheduler
 from fastsp.training.capture import CapturedStep, captured
 from fastsp.training.step import TrainingStep, build_step
 
@@ -28,14 +27,20 @@ class FastspStep:
         self.training_step = build_training_step(workload, objective, **changes)
         self.take_step: TrainingStep | CapturedStep = captured(self.training_step)
         self.numbers = itertools.count(1)
-        batch_size = workload.batch_size
+        batch_size, conditioning = workload.batch_size, workload.conditioning()
+        sizes = workload.sizes() if conditioning.time_ids is not None else None
         self.batch = Batch(
             positions=torch.arange(batch_size),
             weights=torch.ones(batch_size, device=workload.device),
             captions=("",) * batch_size,
             pixel_values=workload.latents(),  # without a VAE, the step takes latents as pixels
-            text_features=workload.text_features(),
+            text_features=conditioning.encoder_hidden_states,
+            pooled_text_features=conditioning.text_embeds,
+            original_sizes=sizes,
+            crop_offsets=None if sizes is None else torch.zeros_like(sizes),
         )
+        if self.training_step.calibration:
+            self.training_step.calibrate(self.batch)
 
     @property
     def how(self) -> dict[str, Any]:
@@ -56,15 +61,19 @@ class FastspStep:
 
 def build_training_step(workload: Workload, objective: str, **changes: Any) -> TrainingStep:
     """What :class:`fastsp.training.trainer.Trainer` builds for a stage with other keys, by the same function."""
-    initial, stage = workload.unet(), workload.stage(objective)
+    initial, stage, config = workload.network(), workload.stage(objective), workload.config
+    as_pixels = config.data.model_copy(update={"resolution": workload.latent_shape[1]})
+    empty = workload.conditioning()
     step, _ = build_step(
-        workload.config,
+        config.model_copy(update={"data": as_pixels}),
         stage.model_copy(update=changes),
-        # Nothing to encode; v-prediction at zero terminal SNR, as in the paper
-        TextToImageModel(initial, text_encoder=None, tokenizer=None, scheduler=ddim_scheduler()),
-        Conditioning(torch.zeros(1, *workload.text_shape, device=workload.device)),
+        workload.model(initial),  # nothing to encode
+        Conditioning(
+            torch.zeros_like(empty.encoder_hidden_states[:1], dtype=torch.float32),
+            None if empty.text_embeds is None else torch.zeros_like(empty.text_embeds[:1], dtype=torch.float32),
+        ),
         initial=initial,
         frozen_network=initial if objective == "self_perceptual" else None,
-        attention="sdpa" if workload.config.attention == "auto" else workload.config.attention,
+        attention="sdpa" if config.attention == "auto" else config.attention,
     )
     return step

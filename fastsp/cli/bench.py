@@ -19,6 +19,10 @@ def bench(
         Path | None,
         typer.Option("--config", help="A run's YAML file; weights are still random.", metavar="FILE"),
     ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(help="A published network: sd21, sdxl, sd35-medium or flux. On a CPU a small one like it."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results as JSON.", metavar="FILE")] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds per provider. Default: 20 of one step; on a GPU, 6 of four steps.")
@@ -28,30 +32,36 @@ def bench(
 ) -> None:
     """Compare fastsp's step with the paper's Algorithm 1 and a plain MSE step: same model, batch and precision.
 
-    Without --config: Stable Diffusion 2.1-base in bf16 on a GPU, the quickstart's digits model in float32 on a CPU,
-    with random weights, compiled. Compiling takes minutes; compile=false skips it. Keys of a stage, such as
-    stages.1.layers=encoder, change fastsp's steps only; Algorithm 1 stays as printed.
+    Without --config and --network: Stable Diffusion 2.1-base in bf16 on a GPU, the quickstart's digits model in float32
+    on a CPU. Weights are random, and steps compiled. Compiling takes minutes; compile=false skips it. Keys of a stage,
+    such as stages.1.layers=encoder, change fastsp's steps only; Algorithm 1 stays as printed. sdxl, sd35-medium and
+    flux train adapters; model.lora=null trains all weights, where two such steps fit.
 
-    Example: fastsp bench --json bench.json data.batch_size=16 attention=flash
+    Example: fastsp bench --network sd35-medium --json bench.json data.resolution=512 data.batch_size=4
     """
     import json
 
     from rich.console import Console
 
     from fastsp.bench.run import run
-    from fastsp.bench.workload import default_workload, workload_of
+    from fastsp.bench.workload import default_workload, named_workload, workload_of
     from fastsp.errors import UserError
     from fastsp.training.compilation import keep_compiled_code
     from fastsp.utils.devices import best_device
     from fastsp.utils.files import check_writable, write_file
 
+    if config is not None and network is not None:
+        raise UserError(f"--network {network}: --config names a model already; give one of the two")
     if json_file is not None:
         if not json_file.parent.is_dir():
             raise UserError(f"--json {json_file}: there is no folder {json_file.parent}")
         check_writable(json_file, force, "--json")
     keep_compiled_code()
     device, changes = best_device(), overrides or []
-    workload = workload_of(config, device, changes) if config else default_workload(device, changes)
+    if config is not None:
+        workload = workload_of(config, device, changes)
+    else:
+        workload = named_workload(network, device, changes) if network else default_workload(device, changes)
     if config is None and not any(change.startswith("compile=") for change in changes):
         workload = workload.with_settings(compile=True)
     names, rounds = _names(only, workload.compiles), rounds or (6 if device.type == "cuda" else 20)

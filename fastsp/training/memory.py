@@ -226,7 +226,7 @@ def _disk(config: Config, checkpoint: int, needs: Needs) -> Iterator[str]:
 
 
 def _step(config: Config, stage: StageConfig, model: TextToImageModel) -> TrainingStep:
-    empty = model.encode_ids(*_ids(1, model))
+    empty = model.encode_ids(*placeholder_ids(1, model))
     frozen = shared_copy(model.network) if stage.frozen_network else None
     step, _ = build_step(config, stage, model, empty, initial=shared_copy(model.network), frozen_network=frozen)
     return step
@@ -281,7 +281,7 @@ def _batch(config: Config, model: TextToImageModel) -> Batch:
     data, rows = config.data, config.data.batch_size
     channels, height, width = model.latent_shape(data.resolution)
     names = ("input_ids", "input_ids_2", "input_ids_3")
-    fields: dict[str, Any] = dict(zip(names, _ids(rows, model), strict=False))
+    fields: dict[str, Any] = dict(zip(names, placeholder_ids(rows, model), strict=False))
     if data.source == "latents":
         fields["moments"] = torch.empty(rows, 2 * channels, height, width, device=META)
     else:
@@ -302,8 +302,8 @@ def _batch(config: Config, model: TextToImageModel) -> Batch:
     )
 
 
-def _ids(rows: int, model: TextToImageModel) -> list[Tensor]:
-    """Token ids of so many captions, for each encoder."""
+def placeholder_ids(rows: int, model: TextToImageModel) -> list[Tensor]:
+    """Token ids of so many captions, for each encoder of a skeleton, which has no tokenizers."""
     lengths = (
         model.kind.t5_tokens
         if isinstance(encoder, T5EncoderModel)

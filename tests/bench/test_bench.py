@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench.workloads import tiny_workload
-from fastsp_kernels import Stream, random_integers, random_normals
+import yaml
+from bench.workloads import PIPELINES, tiny_workload
+from fastsp_kernels import Stream, random_normals
+from tiny import tiny_flow_pipeline
 
 from fastsp.__main__ import main
 from fastsp.bench.baselines import Algorithm1
@@ -24,13 +26,16 @@ from fastsp.bench.measure import (
     relative_speed,
     seconds_per_call,
 )
+from fastsp.bench.networks import NETWORKS, parts_of
 from fastsp.bench.providers import PROVIDERS
 from fastsp.bench.run import run
-from fastsp.bench.workload import SD21_BASE_UNET, SD21_TEXT_SHAPE, default_workload
+from fastsp.bench.workload import batch_size, default_workload, named_workload, workload_of
 from fastsp.config import load_config
+from fastsp.diffusion.draws import Seeded
 from fastsp.errors import UserError
+from fastsp.models.schedulers import ddim_scheduler
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # of the latter only the sizes are used
 EAGER = tuple(name for name, provider in PROVIDERS.items() if not provider.compiled)
 MANY = ("fastsp_sp", "algorithm1_eager", "fastsp_mse")
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
@@ -39,30 +44,40 @@ CONTRACT = {"name", "samples_per_s", "ms_p20", "ms_p50", "ms_p80", "peak_memory_
 
 def philox_draws(step: FastspStep) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """noise, t and t' as fastsp's step draws them for its first positions."""
-    seed, positions = step.training_step.seed, step.batch.positions
-    t = random_integers(seed, Stream.TIMESTEP, positions, 1000)
+    seed, positions, process = step.training_step.seed, step.batch.positions, step.training_step.process
+    t = process.draw(Seeded(seed, Stream.TIMESTEP, positions))
     noise = random_normals(seed, Stream.NOISE, positions, (4, 8, 8))
-    return noise, t, random_integers(seed, Stream.PERCEPTUAL_TIMESTEP, positions, 1000)
+    return noise, t, process.draw_perceptual(Seeded(seed, Stream.PERCEPTUAL_TIMESTEP, positions), t)
 
 
-def gradient(unet) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in unet.parameters()])
+def gradient(network) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in network.parameters() if p.requires_grad])
 
 
 @pytest.mark.parametrize("teacher", ["split", "batched"])
-def test_both_self_perceptual_steps_have_the_same_loss_and_gradient(teacher):
-    workload = tiny_workload(teacher=teacher)
+@pytest.mark.parametrize("network", PIPELINES)
+def test_both_self_perceptual_steps_have_the_same_loss_and_gradient(network, teacher):
+    workload = tiny_workload(teacher=teacher, network=network)
     ours, printed = FastspStep(workload), Algorithm1(workload)
     noise, t, t_prime = philox_draws(ours)
     loss, expected = ours.loss(), printed.loss(noise, t, t_prime)
     for each in (loss, expected):
         each.backward()
-    actual, wanted = gradient(ours.training_step.network), gradient(printed.unet)
+    actual, wanted = gradient(ours.training_step.network), gradient(printed.network)
     assert expected > 1e-6
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
     assert (actual - wanted).norm() < 1e-3 * wanted.norm()
-    other = printed.loss(noise, t, (t_prime + 300) % 1000)
+    last = ours.training_step.process.last
+    other = printed.loss(noise, t, last - t_prime)
     assert abs(other - expected) > 1e-3 * expected, "another t' is another loss"
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
+def test_algorithm_1_of_other_predictions(prediction_type):
+    scheduler = ddim_scheduler(prediction_type=prediction_type, rescale_betas_zero_snr=False)
+    workload = replace(tiny_workload(), scheduler=scheduler)
+    ours, printed = FastspStep(workload), Algorithm1(workload)
+    torch.testing.assert_close(ours.loss(), printed.loss(*philox_draws(ours)), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -71,11 +86,11 @@ def test_a_step_trains(name, precision):
     """Weights and their average change, and stay finite."""
     torch.manual_seed(0)
     steps = PROVIDERS[name].build(tiny_workload(precision=precision).with_settings(compile=False))
-    unet = steps.training_step.network if isinstance(steps, FastspStep) else steps.unet
-    before = [p.detach().clone() for p in unet.parameters()]
+    network = steps.training_step.network if isinstance(steps, FastspStep) else steps.network
+    before = [p.detach().clone() for p in network.parameters()]
     for _ in range(2):
         steps.step()
-    after = list(unet.parameters())
+    after = list(network.parameters())
     assert all(p.isfinite().all() for p in after)
     assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) > 0.5 * len(after)
     assert all(p.grad is None for p in after), "gradients do not outlive a step"
@@ -95,19 +110,13 @@ def test_baseline_average_follows_the_weights():
 
 def test_counted_operations_of_sd21():
     """From the architecture alone: nothing of 866 M parameters is held."""
-    workload = replace(
-        tiny_workload(batch_size=2), unet_config=SD21_BASE_UNET, latent_shape=(4, 64, 64), text_shape=SD21_TEXT_SHAPE
-    )
+    workload = named_workload("sd21", CUDA, ["data.batch_size=2"])
     assert flops_per_sample(PROVIDERS["fastsp_mse"], workload) == pytest.approx(2409e9, rel=0.002)
 
 
 @pytest.mark.parametrize("layers", ["mid", "encoder+mid", "decoder"])
 def test_a_critic_adds_at_most_one_percent_to_the_operations_of_sd21(layers):
-    workload = replace(
-        tiny_workload(batch_size=2), unet_config=SD21_BASE_UNET, latent_shape=(4, 64, 64), text_shape=SD21_TEXT_SHAPE
-    )
-    mse, sp = workload.config.stages
-    workload = workload.with_settings(stages=[mse, sp.model_copy(update={"layers": layers})])
+    workload = named_workload("sd21", CUDA, ["data.batch_size=2", f"stages.1.layers={layers}"])
     without, with_it = (flops_per_sample(PROVIDERS[name], workload) for name in ("fastsp_sp", "fastsp_sp_critic"))
     assert without < with_it < 1.01 * without
 
@@ -215,6 +224,71 @@ def test_the_default_on_a_cpu_is_the_quickstart():
     assert ours.precision == theirs.precision and ours.model == theirs.model
 
 
+@pytest.mark.parametrize(
+    ("name", "class_name", "latents", "text"),
+    [
+        ("sd21", "UNet2DConditionModel", (4, 64, 64), (77, 1024)),
+        ("sdxl", "UNet2DConditionModel", (4, 128, 128), (77, 2048)),
+        ("sd35-medium", "SD3Transformer2DModel", (16, 128, 128), (333, 4096)),
+        ("flux", "FluxTransformer2DModel", (16, 128, 128), (512, 4096)),
+    ],
+)
+def test_published_networks_have_their_sizes_on_a_gpu(name, class_name, latents, text):
+    workload = named_workload(name, CUDA, ["data.batch_size=1"])
+    assert workload.network_config["_class_name"] == class_name
+    assert (workload.latent_shape, workload.text_shape) == (latents, text)
+    assert workload.dtype == torch.bfloat16 and (workload.config.model.lora is None) == (name == "sd21")
+    half = named_workload(name, CUDA, ["data.batch_size=1", "data.resolution=512", "model.lora=null"])
+    assert half.latent_shape[1:] == (64, 64) and half.config.model.lora is None
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_published_networks_are_small_on_a_cpu(name):
+    """Every network takes a step by each of the providers."""
+    workload = named_workload(name, CPU, ["stages.1.teacher=split"])
+    assert workload.name.split(",")[1] == " small"
+    rows = run(workload, MANY, 1, print)
+    assert [row["name"] for row in rows] == list(MANY) and all(row["model"] == workload.name for row in rows)
+    ours, eager, mse = (row["gflop_per_sample"] for row in rows)
+    assert mse < ours < eager
+
+
+def test_adapters_alone_are_trained():
+    workload = named_workload("sd35-medium", CPU, ["stages.1.teacher=split", "model.lora.rank=4"])
+    for steps in (FastspStep(workload), Algorithm1(workload)):
+        network = steps.training_step.network if isinstance(steps, FastspStep) else steps.network
+        before = {name: p.detach().clone() for name, p in network.named_parameters()}
+        steps.step()
+        changed = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
+        assert changed and all(".lora_" in name for name in changed)
+        assert next(p for name, p in before.items() if "lora_A" in name).shape[0] == 4
+
+
+def test_the_batch_fits_beside_two_providers_state():
+    network, sizes = NETWORKS["flux"], named_workload("flux", CUDA, ["data.batch_size=1"])
+    model = parts_of(network, small=False)
+    of_h200 = batch_size(network, sizes.config, model, 150 * 10**9)
+    smaller = sizes.config.data.model_copy(update={"resolution": 512})
+    assert 1 <= of_h200 < batch_size(network, sizes.config.model_copy(update={"data": smaller}), model, 150 * 10**9)
+    everything = sizes.config.model_copy(update={"model": sizes.config.model.model_copy(update={"lora": None})})
+    with pytest.raises(UserError, match=r"FLUX\.1-dev does not fit: two steps to compare hold 532 GiB .* has 140; use"):
+        batch_size(network, everything, model, 150 * 10**9)
+
+
+def test_a_file_of_adapters_on_a_flow_is_measured(tmp_path):
+    """Its model, of which only the sizes count, its adapters, and its microbatch."""
+    tree = yaml.safe_load((QUICKSTART.parent / "flux-lora.yaml").read_text())
+    tree["model"]["pretrained"] = str(tiny_flow_pipeline(tmp_path / "flux", "flux"))
+    tree["data"] |= {"resolution": 16, "batch_size": 4, "microbatch": 2, "path": str(tmp_path)}
+    tree["precision"] = "fp32"
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    workload = workload_of(file, CPU, ["stages.1.teacher=split"])
+    assert workload.batch_size == 2 and workload.config.model.lora.rank == tree["model"]["lora"]["rank"]
+    names = ("fastsp_sp", "algorithm1_eager")
+    assert tuple(row["name"] for row in run(workload, names, 1, print)) == names
+
+
 def bench(monkeypatch, *arguments) -> int:
     monkeypatch.setattr(sys, "argv", ["fastsp", "bench", *arguments])
     with pytest.raises(SystemExit) as exit_:
@@ -241,6 +315,10 @@ def test_command_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
         (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
         (["--config", "missing.yaml"], "missing.yaml does not exist"),
         (["--rounds", "0"], "Invalid value for '--rounds'"),
+        (["--network", "sd4"], "--network 'sd4' is unknown: use one of sd21, sdxl, sd35-medium, flux"),
+        (["--network", "flux", "--config", "run.yaml"], "--network flux: --config names a model already"),
+        (["--network", "flux", "model.pretrained=x"], "model.pretrained=x: without --config fastsp bench uses its own"),
+        (["--network", "flux", "data.resolution=100"], "resolution 100 must be a multiple of 8"),
     ],
 )
 def test_mistakes_are_one_line(monkeypatch, capsys, arguments, message):

@@ -1,24 +1,53 @@
-"""A workload small enough for tests."""
+"""Workloads small enough for tests."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_unet
+from tiny_transformers import CONFIGS
 
 from fastsp.bench.workload import Workload, default_workload
+from fastsp.models.schedulers import ddim_scheduler, flow_scheduler
+
+PIPELINES = {
+    "UNet2DConditionModel": "StableDiffusionPipeline",
+    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
+    "FluxTransformer2DModel": "FluxPipeline",
+}
 
 
 def tiny_workload(
-    batch_size: int = 3, precision: str = "fp32", teacher: str = "split", device: torch.device | str = "cpu"
+    batch_size: int = 3,
+    precision: str = "fp32",
+    teacher: str = "split",
+    device: torch.device | str = "cpu",
+    network: str = "UNet2DConditionModel",
 ) -> Workload:
-    """A tiny UNet with one block on each side; no caption is dropped, so that all providers see the same text.
+    """A tiny UNet with one block on each side, or a transformer; no caption is dropped, so that all providers see the
+    same text, and features are compared as in Algorithm 1.
 
     Two calls of the teacher by default: the batched one is traced first, which takes seconds.
     """
     base = default_workload(torch.device("cpu"))
     data = base.config.data.model_copy(update={"batch_size": batch_size, "caption_dropout": 0.0})
-    stages = [stage.model_copy(update={"teacher": teacher}) for stage in base.config.stages]
-    config = base.config.model_copy(update={"data": data, "precision": precision, "stages": stages})
+    plain = {"teacher": teacher, "normalize": "none", "displacement": "none"}
+    mse, sp = base.config.stages
+    settings: dict[str, Any] = {"data": data, "precision": precision, "stages": [mse, sp.model_copy(update=plain)]}
+    is_unet = network == "UNet2DConditionModel"
+    return Workload(
+        "tiny",
+        base.config.model_copy(update=settings),
+        {**(_unet_config() if is_unet else CONFIGS[network]), "_class_name": network},
+        ddim_scheduler() if is_unet else flow_scheduler(),
+        PIPELINES[network],
+        (4, 8, 8),
+        (TEXT_LENGTH, TEXT_WIDTH),
+        torch.device(device),
+    )
+
+
+def _unet_config() -> dict[str, Any]:
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    unet_config = dict(tiny_unet(block_out_channels=(16,), attention_head_dim=2, **blocks).config)
-    return Workload("tiny", config, unet_config, (4, 8, 8), (TEXT_LENGTH, TEXT_WIDTH), torch.device(device))
+    return dict(tiny_unet(block_out_channels=(16,), attention_head_dim=2, **blocks).config)

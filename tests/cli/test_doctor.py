@@ -15,9 +15,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from fastsp.bench.workload import SD21_BASE_UNET
 from fastsp.cli.doctor import Finding, probe
 from fastsp.config import CheckpointConfig
+from fastsp.models.published import SD21
 
 doctor = importlib.import_module("fastsp.cli.doctor")  # the package has the command under that name
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,7 +152,7 @@ def test_the_command_that_installs_xformers_is_named() -> None:
 
 def test_the_floor_is_what_a_run_of_stable_diffusion_takes() -> None:
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(SD21_BASE_UNET)
+        unet = UNet2DConditionModel.from_config(SD21["unet"])
     sizes = [4 * p.numel() for p in unet.parameters()]
     keep, copies = CheckpointConfig().keep, 4  # weights, average, two moments
     checkpoints = (keep + 1) * copies * sum(sizes)

@@ -12,7 +12,6 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from tiny import TEXT_LENGTH, TEXT_WIDTH, batch, tiny_unet
 from torch.profiler import ProfilerActivity, profile
 
-from fastsp.bench.workload import SD21_BASE_UNET
 from fastsp.errors import UserError
 from fastsp.models import attention
 from fastsp.models.attention import (
@@ -26,6 +25,7 @@ from fastsp.models.attention import (
     milliseconds,
     use_attention,
 )
+from fastsp.models.published import SD21
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPES = ((2, 4, 8, 8), (2, TEXT_LENGTH, TEXT_WIDTH))
@@ -97,7 +97,7 @@ def test_processors_of_other_kinds_stay():
 
 
 def test_the_shapes_are_the_unet_s_own():
-    calls = attention_calls(SD21_BASE_UNET, (3, 4, 64, 64), (3, 77, 1024))
+    calls = attention_calls(SD21["unet"], (3, 4, 64, 64), (3, 77, 1024))
     assert calls[(3, 5, 4096, 64), (3, 5, 4096, 64)] == calls[(3, 5, 4096, 64), (3, 5, 77, 64)] == 5
     assert calls[(3, 20, 64, 64), (3, 20, 77, 64)] == 1, "the mid block"
     assert sum(calls.values()) == 32
@@ -197,7 +197,7 @@ def test_the_compiler_sees_through_it():
 
 @pytest.mark.gpu
 def test_gpu_probe_of_sd21():
-    calls = attention_calls(SD21_BASE_UNET, (4, 4, 64, 64), (4, 77, 1024))
+    calls = attention_calls(SD21["unet"], (4, 4, 64, 64), (4, 77, 1024))
     times = milliseconds(available(CUDA), calls, torch.bfloat16, CUDA)
     assert times.keys() >= {"sdpa", "flash", "efficient", "math"}
     assert min(times.values()) < times["math"]
