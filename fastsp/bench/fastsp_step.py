@@ -40,7 +40,7 @@ class FastspStep:
             crop_offsets=None if sizes is None else torch.zeros_like(sizes),
         )
         if self.training_step.calibration:
-            self.training_step.calibrate(self.batch)
+            self.training_step.calibrate(self.batch, batch_size)
 
     @property
     def how(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fastsp.bench.networks import NETWORKS, SMALL_SIDE, Network, parts_of
 from fastsp.config import Config, config_of, load_config
 from fastsp.diffusion.conditioning import Conditioning, time_ids
 from fastsp.errors import UserError
-from fastsp.families import NetworkFamily, family_named, family_of
+from fastsp.families import NetworkFamily, family_named, family_of, full_config
 from fastsp.generation.checkpoints import initial_model
 from fastsp.models import TextToImageModel, digits_model
 from fastsp.models.attention import Choice, choose_attention
@@ -221,11 +221,10 @@ def _workload(
     name: str, config: Config, model: TextToImageModel, empty: Conditioning, device: torch.device
 ) -> Workload:
     """Of a model, whose weights may go, and the features of one prompt, of which the length counts."""
-    network_config = {**model.network.config, "_class_name": type(model.network).__name__}
     latent_shape = model.latent_shape(config.data.resolution)
     length, width = empty.encoder_hidden_states.shape[1], family_of(model.network).text_widths(model.network.config)[0]
     pipeline = model.scheduler, model.kind.name
-    return Workload(name, config, network_config, *pipeline, latent_shape, (length, width), device)
+    return Workload(name, config, full_config(model.network), *pipeline, latent_shape, (length, width), device)
 
 
 def _one_microbatch(config: Config) -> Config:

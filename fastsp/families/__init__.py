@@ -173,6 +173,11 @@ def unwrapped(network: Any) -> Any:
     return network
 
 
+def full_config(network: Any) -> dict[str, Any]:
+    """The configuration of a network, with the name of its class, which diffusers adds where it reads or writes it."""
+    return {**network.config, "_class_name": type(network).__name__}
+
+
 def family_named(class_name: str) -> NetworkFamily:
     """The family of a class by its name, as a ``config.json`` has it.
 

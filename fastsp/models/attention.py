@@ -102,7 +102,7 @@ def choose_attention(
 
     Args:
         wanted: ``auto`` or one of the names.
-        network_config: the network's configuration; without a ``_class_name``, a ``UNet2DConditionModel``'s.
+        network_config: the network's configuration, see :func:`fastsp.families.full_config`.
         latents, text: shapes of a microbatch, (B, C, H, W) and (B, L, D).
         dtype, device: that the network computes in and on.
 
@@ -110,7 +110,7 @@ def choose_attention(
         UserError: ``wanted`` is not available, or cannot compute these shapes in this dtype.
     """
     check_available(wanted, device)
-    if not family_named(network_config.get("_class_name", "UNet2DConditionModel")).chooses_attention:
+    if not family_named(network_config["_class_name"]).chooses_attention:
         return Choice("sdpa", {})
     if wanted in ("sdpa", "math") or (wanted == "auto" and device.type != "cuda"):
         return Choice("sdpa" if wanted == "auto" else wanted, {})
@@ -162,7 +162,7 @@ def use_attention(network: Any, kernel: Kernel) -> Any:
 
 def attention_calls(network_config: Config, latents: Shape, text: Shape) -> Calls:
     """The attention calls of one forward, counted on the meta device: nothing is computed or allocated."""
-    family = family_named(network_config.get("_class_name", "UNet2DConditionModel"))
+    family = family_named(network_config["_class_name"])
     with torch.device("meta"), _Recorder() as recorder, torch.no_grad():
         network = family.network_class().from_config(network_config)
         network(**family.example_inputs(network_config, latents, text))

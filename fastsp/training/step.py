@@ -180,13 +180,13 @@ class TrainingStep:
             self.objective.self_perceptual.metric.freeze_calibration()
 
     @torch.no_grad()
-    def calibrate(self, batch: Batch) -> None:
+    def calibrate(self, batch: Batch, size: int) -> None:
         """Let the metric see the real samples of ``batch`` at drawn times, as in a step with a perfect prediction, and
-        learn no more. All ranks take part, with their own samples."""
+        learn no more. All ranks take part, with their own samples, ``size`` of them at once."""
         criterion = self.objective.self_perceptual
         assert criterion is not None
         with criterion.metric.calibrating(), torch.compiler.set_stance("force_eager"):  # it happens once
-            for microbatch in map(self.encoded, batch.microbatches(self.config.data.microbatch)):
+            for microbatch in map(self.encoded, batch.microbatches(size)):
                 positions = microbatch.positions.to(self.seed.device)
                 latents, conditioning = self.latents(microbatch, positions), self.conditioning(microbatch, positions)
                 t = self.process.draw(Seeded(self.seed, Stream.TIMESTEP, positions))

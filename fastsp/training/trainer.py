@@ -20,6 +20,7 @@ from fastsp.config import Config, DataConfig
 from fastsp.data.source import Source, check_path, open_source
 from fastsp.diffusion.latents import fingerprint
 from fastsp.errors import UserError
+from fastsp.families import full_config
 from fastsp.generation.checkpoints import initial_model
 from fastsp.generation.generate import RAW
 from fastsp.models import TextToImageModel, check_perceptual_network, check_predicts, network_of
@@ -284,7 +285,7 @@ class Trainer:
         count = max(CALIBRATION_SAMPLES, world_size)
         span = {"first_position": first, "last_position": first + count, "batch_size": count}
         with closing(self.source.batches(**span, rank=rank, world_size=world_size)) as batches:
-            step.calibrate(next(batches).to(self.device))
+            step.calibrate(next(batches).to(self.device), self._microbatch())
 
     def _finish_stage(
         self, stage: StageConfig, step: TrainingStep, ema_network: Any, trackers: Trackers | None
@@ -370,12 +371,12 @@ class Trainer:
             choice = self._choice(place, latents, text)
             if choice.milliseconds:
                 self.console.print(f"{of_shape}{choice}", highlight=False)
-            choices.append((choice, partial(attention_calls, dict(model.network.config), latents, text)))
+            choices.append((choice, partial(attention_calls, full_config(model.network), latents, text)))
         return by_length(choices)
 
     def _choice(self, file: Path, latents: tuple[int, ...], text: tuple[int, ...]) -> Choice:
         """Of the attention kernel for these shapes, kept in a file."""
-        wanted, device, network = self.config.attention, self.device, dict(self.model.network.config)
+        wanted, device, network = self.config.attention, self.device, full_config(self.model.network)
         question = {
             "wanted": wanted,
             "device": device_name(device),

@@ -9,6 +9,7 @@ from tiny import TEXT_LENGTH, TEXT_WIDTH, tiny_unet
 from tiny_transformers import CONFIGS
 
 from fastsp.bench.workload import Workload, default_workload
+from fastsp.families import full_config
 from fastsp.models.schedulers import ddim_scheduler, flow_scheduler
 
 PIPELINES = {
@@ -39,7 +40,7 @@ def tiny_workload(
     return Workload(
         "tiny",
         base.config.model_copy(update=settings),
-        {**(_unet_config() if is_unet else CONFIGS[network]), "_class_name": network},
+        _unet_config() if is_unet else {**CONFIGS[network], "_class_name": network},
         ddim_scheduler() if is_unet else flow_scheduler(),
         PIPELINES[network],
         (4, 8, 8),
@@ -50,4 +51,4 @@ def tiny_workload(
 
 def _unet_config() -> dict[str, Any]:
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    return dict(tiny_unet(block_out_channels=(16,), attention_head_dim=2, **blocks).config)
+    return full_config(tiny_unet(block_out_channels=(16,), attention_head_dim=2, **blocks))

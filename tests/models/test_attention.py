@@ -13,6 +13,7 @@ from tiny import TEXT_LENGTH, TEXT_WIDTH, batch, tiny_unet
 from torch.profiler import ProfilerActivity, profile
 
 from fastsp.errors import UserError
+from fastsp.families import full_config
 from fastsp.models import attention
 from fastsp.models.attention import (
     Choice,
@@ -25,6 +26,7 @@ from fastsp.models.attention import (
     milliseconds,
     use_attention,
 )
+from fastsp.models.presets import preset_model
 from fastsp.models.published import SD21
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -57,7 +59,7 @@ def test_the_choice_reaches_the_kernels():
 
 def test_images_of_several_shapes_have_a_kernel_each():
     """An upright and a wide image have queries of the same lengths, a square one others."""
-    unet, config = tiny_unet(), dict(tiny_unet().config)
+    unet, config = tiny_unet(), full_config(tiny_unet())
     fused, plain = "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math"
     shapes = {(8, 8): "math", (6, 10): "sdpa", (10, 6): "sdpa"}
 
@@ -101,11 +103,11 @@ def test_the_shapes_are_the_unet_s_own():
     assert calls[(3, 5, 4096, 64), (3, 5, 4096, 64)] == calls[(3, 5, 4096, 64), (3, 5, 77, 64)] == 5
     assert calls[(3, 20, 64, 64), (3, 20, 77, 64)] == 1, "the mid block"
     assert sum(calls.values()) == 32
-    assert sum(attention_calls(dict(tiny_unet("sdxl").config), *SHAPES).values()) > 0
+    assert sum(attention_calls(full_config(tiny_unet("sdxl")), *SHAPES).values()) > 0
 
 
 def test_measured_on_a_cpu():
-    calls = attention_calls(dict(tiny_unet().config), *SHAPES)
+    calls = attention_calls(full_config(tiny_unet()), *SHAPES)
     times = milliseconds(("sdpa", "math", "flash", "cudnn"), calls, torch.float32, CPU)
     assert times.keys() >= {"sdpa", "math"} and "cudnn" not in times
     assert all(ms > 0 for ms in times.values())
@@ -113,7 +115,7 @@ def test_measured_on_a_cpu():
 
 def test_what_cannot_be_had_is_left_out(monkeypatch):
     """A package that is built for another torch fails at its import, by any error."""
-    calls = attention_calls(dict(tiny_unet().config), *SHAPES)
+    calls = attention_calls(full_config(tiny_unet()), *SHAPES)
 
     def attend(name, q, k, v):
         if name != "sdpa":
@@ -123,7 +125,7 @@ def test_what_cannot_be_had_is_left_out(monkeypatch):
     monkeypatch.setattr(attention, "_attend", attend)
     assert milliseconds(("xformers", "sdpa", "flash", "cudnn"), calls, torch.float32, CPU).keys() == {"sdpa"}
     monkeypatch.setattr(attention, "milliseconds", lambda *_: {})
-    nothing = choose_attention("auto", dict(tiny_unet().config), *SHAPES, torch.bfloat16, CUDA)
+    nothing = choose_attention("auto", full_config(tiny_unet()), *SHAPES, torch.bfloat16, CUDA)
     assert nothing == attention.Choice("sdpa", {})
 
 
@@ -154,7 +156,7 @@ def test_the_fastest_is_taken(monkeypatch):
     monkeypatch.setattr(attention, "milliseconds", measure)
 
     def chosen(wanted):
-        return choose_attention(wanted, dict(tiny_unet().config), *SHAPES, torch.bfloat16, CUDA)
+        return choose_attention(wanted, full_config(tiny_unet()), *SHAPES, torch.bfloat16, CUDA)
 
     assert chosen("auto").name == "cudnn"
     assert str(chosen("auto")) == "attention: cudnn (cudnn 1.25 ms, sdpa 2 ms a forward and backward)"
@@ -164,8 +166,15 @@ def test_the_fastest_is_taken(monkeypatch):
         chosen("flash")
 
 
+def test_a_preset_s_transformer_keeps_pytorch_s_own_on_a_gpu():
+    """Its class chooses no kernel, and its configuration is that of no file, which would have the class's name."""
+    network = preset_model("digits", 8, 0, "dit").network
+    chosen = choose_attention("auto", full_config(network), (2, 1, 8, 8), (2, 16, 64), torch.bfloat16, CUDA)
+    assert chosen == Choice("sdpa", {})
+
+
 def test_on_a_cpu_nothing_is_measured():
-    assert choose_attention("auto", dict(tiny_unet().config), *SHAPES, torch.float32, CPU) == attention.Choice(
+    assert choose_attention("auto", full_config(tiny_unet()), *SHAPES, torch.float32, CPU) == attention.Choice(
         "sdpa", {}
     )
     assert available(CPU) == ("sdpa", "math")

@@ -27,6 +27,7 @@ from fastsp.generation.generate import load_trained
 from fastsp.models import load_model
 from fastsp.models.lora import COMFYUI_FILE, DIFFUSERS_FILE
 from fastsp.perceptual.metric import CALIBRATION_SAMPLES
+from fastsp.training.step import TrainingStep
 from fastsp.training.trainer import METRIC, train
 
 KINDS = ("dit", "sd35", "sd3", "flux", "schnell")
@@ -127,6 +128,15 @@ def test_a_run_trains_and_its_metric_is_calibrated_first(runs, kind):
     assert all(tensor.isfinite().all() for tensor in last.values())
     changed = [name for name in first if not torch.equal(first[name], last[name])]
     assert len(changed) > 0.8 * len(first)
+
+
+def test_the_calibration_sees_no_more_samples_at_once_than_a_step(folder, monkeypatch):
+    """64 pictures in the VAE together would take more memory than all else."""
+    seen: list[int] = []
+    encoded = TrainingStep.encoded
+    monkeypatch.setattr(TrainingStep, "encoded", lambda step, batch: seen.append(len(batch)) or encoded(step, batch))
+    run(folder, "dit", "calibrated", "stages.0.steps=1", "stages.1.steps=1", "data.batch_size=12")
+    assert seen == [12, *[12] * 5, 4, 12]
 
 
 @pytest.mark.parametrize("kind", KINDS)
