@@ -80,8 +80,9 @@ gpu-first:
 		$(MAKE) gpu-bench LIMIT=245; wait
 	$(MAKE) gpu-test NAME=kernels TESTS=benchmarks/kernels MARK=benchmark LIMIT=60
 
+# NETWORK: one of `fastsp bench --network`, into a file of its own; none: the default's.
 gpu-bench:
-	$(ON_GPU) fastsp bench --force --json $(OUT)/step.json $(ARGS)
+	$(ON_GPU) fastsp bench --force $(if $(NETWORK),--network $(NETWORK)) --json $(OUT)/step$(addprefix -,$(NETWORK)).json $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

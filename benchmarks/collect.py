@@ -20,7 +20,18 @@ from xml.etree import ElementTree
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
-FACTS = ("commit", "torch", "triton", "diffusers", "cuda", "cudnn", "driver", "nvidia-dali-cuda130")
+FACTS = (
+    "model",
+    "batch_size",
+    "commit",
+    "torch",
+    "triton",
+    "diffusers",
+    "cuda",
+    "cudnn",
+    "driver",
+    "nvidia-dali-cuda130",
+)
 # What a table shows if a row has it; other numbers of a row are in the JSON file.
 COLUMNS = (
     *("name", "provider", "samples_per_s", "ms_p20", "ms_p50", "ms_p80", "speed_relative_to_fastsp_sp", "mfu"),

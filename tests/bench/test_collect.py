@@ -60,6 +60,7 @@ def test_a_suite_becomes_files_and_tables(collect, tmp_path, capsys):
     assert text in capsys.readouterr().out
     for piece in ("| fastsp_sp |", "0.93", "| 1234 |", "- failed: tests.a::bad", "kernels-outcome"):
         assert piece in text
+    assert "model tiny, batch_size 3, " in text
     assert "Measured 2026-01-02T03:04:05, device NVIDIA H200, commit abc123, torch 2.11.0." in text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from typing import Any
@@ -216,6 +217,33 @@ class Int8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+@pytest.mark.parametrize("teacher", ["batched", "split"])
+@pytest.mark.parametrize("name", ["SanaTransformer2DModel", "SD3Transformer2DModel"])
+def test_in_bfloat16_the_gradient_is_as_exact_as_that_of_the_class_itself(name, teacher):
+    """Plain autograd through the whole network, in bfloat16, against the same weights in float64."""
+    data, network = batch_of(name), tiny_transformer(name).bfloat16()
+    time, real = data["perceptual_timesteps"], data["noise"].bfloat16()
+    given = {
+        key: value.bfloat16() if value.is_floating_point() else value for key, value in conditions_of(data).items()
+    }
+    inputs = torch.cat([real + 0.3 * data["latents"].bfloat16(), real]).requires_grad_()
+
+    def plain(network: Any, inputs: Tensor) -> Tensor:
+        of = {key: value.to(inputs.dtype) if value.is_floating_point() else value for key, value in given.items()}
+        halves = [observed(network, name, 2, half, time, of) for half in inputs.chunk(2)]
+        predicted, real = (half if half.dtype == torch.float64 else half.float() for half in halves)
+        return torch.autograd.grad((predicted - real.detach()).square().mean(), inputs)[0].double()
+
+    metric = SelfPerceptualLoss(network, scheduler_of(name), teacher=teacher, normalize="none").metric
+    ours = torch.autograd.grad(metric.distance(inputs, time, given).mean(), inputs)[0].double()
+    theirs, exact = (
+        plain(network, inputs),
+        plain(copy.deepcopy(network).double(), inputs.detach().double().requires_grad_()),
+    )
+    error, error_of_class = ((gradient - exact).norm() / exact.norm() for gradient in (ours, theirs))
+    assert 1e-3 < error_of_class < 0.1 and error < 1.05 * error_of_class
 
 
 @pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
