@@ -47,6 +47,20 @@ class Int8Linear(nn.Module):
         return f"in_features={self.codes.shape[1]}, out_features={self.codes.shape[0]}, bias={self.bias is not None}"
 
 
+@torch.library.custom_op("fastsp::int8_linear_backward", mutates_args=())
+def _input_gradient(gradient: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """The gradient (..., in) of a layer's input, from that (..., out) of its answer.
+
+    One operator, so that a compiler cannot find the forward's ``codes * scale`` in it, and keep that.
+    """
+    return gradient @ (codes * scale).to(gradient.dtype)
+
+
+@_input_gradient.register_fake
+def _(gradient: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], codes.shape[1])
+
+
 class _Linear(torch.autograd.Function):
     """Keeps the codes for the backward. Plain autograd would keep every layer's weight, and save nothing."""
 
@@ -58,8 +72,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         codes, scale = ctx.saved_tensors
-        (gradient,) = gradients
-        return gradient @ (codes * scale).to(gradient.dtype), None, None, None
+        return _input_gradient(*gradients, codes, scale), None, None, None
 
 
 def hold_in_int8(network: Any) -> None:
