@@ -28,8 +28,8 @@ class MetricFamily(Protocol):
     """What the losses' options of these names are where none is given."""
     reversed_time: bool
     """Whether on a flow its networks are told ``1 - sigma`` and predict ``x0 - eps``."""
-    caches: bool
-    """Whether its forward keeps tensors for later calls, which are not to be made while it is traced."""
+    repeats: bool
+    """Whether its blocks are alike: they are compiled, and differentiated in the metric, one by one."""
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -73,6 +73,9 @@ class MetricFamily(Protocol):
 
     def input_weight(self, network: Any) -> Tensor:
         """The weight that the latents meet first: its dtype, device and memory layout are those the network wants."""
+
+    def blocks(self, network: Any) -> list[nn.Module]:
+        """In the order of the forward; FSDP gathers and shards one at a time."""
 
 
 class NetworkFamily(MetricFamily, Protocol):
@@ -129,9 +132,6 @@ class NetworkFamily(MetricFamily, Protocol):
     def example_inputs(self, config: Config, latents: tuple[int, ...], text: tuple[int, ...]) -> dict[str, Any]:
         """Keywords of one forward, of latents (B, C, H, W) and text features (B, L, D); values do not matter."""
 
-    def blocks(self, network: Any) -> list[nn.Module]:
-        """The units that FSDP gathers and shards, in the order of the forward."""
-
     def exchange_attention(self, network: Any, exchange: Callable[[Any], Any]) -> None:
         """Set ``exchange(processor)`` in the place of every attention processor."""
 
@@ -158,6 +158,16 @@ def family_of(network: Any) -> NetworkFamily:
     """
     names = [kind.__name__ for kind in type(unwrapped(network)).__mro__]
     return next((_families[name] for name in names if name in _families), None) or family_named(names[0])
+
+
+def compile_network(network: Any, **options: Any) -> None:
+    """Hand a network to ``torch.compile``, in place: as a whole or, where its blocks repeat, one block at a time.
+
+    Blocks of equal structure share their compiled code, so that compiling takes as long for many of them as for few.
+    """
+    family = family_of(network)
+    for module in family.blocks(network) if family.repeats else [network]:
+        module.compile(**options)
 
 
 def unwrapped(network: Any) -> Any:

@@ -65,9 +65,6 @@ class _Trained(TransformerFamily):
     def kohya_base(self, config: Mapping[str, Any]) -> str:
         return "unknown"
 
-    def blocks(self, network: Any) -> list[nn.Module]:
-        return [block for block, _ in self._blocks(network)]
-
     def exchange_attention(self, network: Any, exchange: Callable[[Any], Any]) -> None:
         """They stay: each of these classes has processors of its own."""
 

@@ -48,8 +48,8 @@ class TransformerFamily:
     divisor: int = 1  # of the process's sigma x 1000, or timestep, for what the network is told
     text_first: bool = False  # in the sequences of the lists that return no pairs
     untraceable: str | None = None
-    caches: bool = False
     reversed_time: bool = False
+    repeats: bool = True
     normalize: str = "channel"
     displacement: str = "normalized"
 
@@ -115,6 +115,9 @@ class TransformerFamily:
 
     def input_weight(self, network: Any) -> Tensor:
         return network.get_submodule(self.input).weight
+
+    def blocks(self, network: Any) -> list[nn.Module]:
+        return [block for block, _ in self._blocks(network)]
 
     def _arguments(self, network: Any, sample: Tensor, conditioning: Mapping[str, Any]) -> dict[str, Any]:
         """Keywords of the forward beside the time."""
@@ -236,7 +239,6 @@ TRANSFORMERS: tuple[TransformerFamily, ...] = (
         pairs=("transformer_blocks",),
         input="img_in",
         divisor=1000,
-        caches=True,
     ),
     Lumina2Family(
         "Lumina2Transformer2DModel",

@@ -25,7 +25,7 @@ class UNetFamily:
 
     class_name = "UNet2DConditionModel"
     conditions: tuple[str, ...] = ("added_cond_kwargs", "class_labels")
-    normalize, displacement, reversed_time, caches = "none", "none", False, False
+    normalize, displacement, reversed_time, repeats = "none", "none", False, False
     part, chooses_attention = "unet", True
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     input_keys: tuple[str, ...] = (

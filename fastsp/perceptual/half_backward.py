@@ -6,6 +6,10 @@ through the other half. Here the network is traced twice (AOTAutograd, on fake t
 they are a prefix) as soon as it is computed; the gradient comes from the B **backward**. The two traces must line up
 one to one, by name, shape and layout, which is checked when they are made.
 
+A network whose blocks repeat is not traced as one. Its blocks are, each by itself, and those that are alike share their
+graphs, to which the weights are given: so neither tracing nor compiling takes longer for more of them. What is outside
+of the blocks is a network's smallest part and runs as it is, differentiated by autograd.
+
 What is saved between forward and backward is decided by AOTAutograd: run as they are, the graphs save what plain
 autograd would; compiled, they save less and compute cheap operations again, as ``torch.compile`` does.
 
@@ -32,8 +36,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from fastsp.perceptual.blocks import Block, BlockFunction, called_by, held, structure
 from fastsp.perceptual.network import PerceptualNetwork
 
 Run = Callable[..., Sequence[Any]]
@@ -60,7 +65,7 @@ class Program:
     backward: Run
     num_features: int
     tangents: tuple[Kept, ...]
-    gradient_index: int  # which of the backward's results is the sample's gradient
+    gradients: dict[int, int]  # by the place of an input, which of the backward's results is its gradient
 
 
 class HalfBackward:
@@ -69,7 +74,8 @@ class HalfBackward:
     def __init__(self, network: PerceptualNetwork) -> None:
         self.network = network
         self.compile_options: dict[str, Any] | None = None  # None: the graphs run as they are
-        self._programs: dict[tuple[Any, ...], Program | str] = {}  # or why there is none
+        self._programs: dict[tuple[Any, ...], tuple[Program | str, nn.Module]] = {}  # or why there is none
+        self._structures: dict[Block, bytes | int] = {}
 
     def compile(self, options: dict[str, Any]) -> None:
         """Hand both graphs to ``torch.compile``, with its keywords; those built already are built again."""
@@ -90,23 +96,41 @@ class HalfBackward:
             raise Misaligned(reason)
         given = {name: value for name, value in conditioning.items() if value is not None}
         inputs = {"sample": sample, **tree_map(lambda value: torch.cat([value, value]), given)}
-        leaves, structure = tree_flatten(inputs)
-        shapes = tuple((value.shape, value.dtype) for value in leaves)
-        key = (structure, shapes, sample.stride(), sample.device, _autocast_dtype(sample.device.type))
-        if key not in self._programs:
-            if self.network.family.caches:
-                with torch.no_grad():
-                    self.network.forward(**tree_map(lambda value: value[:1], inputs))
-            self._programs[key] = self._built(inputs)
-        if isinstance(program := self._programs[key], str):
-            raise Misaligned(program)
-        return _Function.apply(program, list(_held(self.network).values()), *leaves)
+        if self.network.blocks:
+            with called_by(self._call_block, self.network.blocks):
+                return self.network.forward(**inputs)
+        program, _ = self._program(_Eager(self.network), inputs, frozenset([0]))
+        return _Function.apply(program, list(held(self.network).values()), *_tensors(inputs))
 
-    def _built(self, inputs: dict[str, Any]) -> Program | str:
-        try:
-            return build(self.network, inputs, self.compile_options)
-        except Misaligned as reason:  # the next batch of this shape need not find out again
-            return str(reason)
+    def _call_block(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a block of the network answers, as its forward does, to tensors of 2B samples."""
+        if block not in self._structures:
+            self._structures[block] = structure(block.block, block.name)
+        last = block is self.network.blocks[-1]
+        inputs = {"args": args, "kwargs": kwargs}
+        tensors = _tensors(inputs)
+        differentiable = frozenset(place for place, tensor in enumerate(tensors) if tensor.requires_grad)
+        function = BlockFunction(block.block, self.network.family if last else None)
+        program, traced = self._program(function, inputs, differentiable, (self._structures[block], last))
+        return traced.answer(_Function.apply(program, list(held(block.block).values()), *tensors))
+
+    def _program(
+        self, function: nn.Module, inputs: dict[str, Any], differentiable: frozenset[int], structure: Any = None
+    ) -> tuple[Program, Any]:
+        """The program of ``function``, or of an earlier one of the same structure, and the function that it is of."""
+        leaves, arguments = tree_flatten(inputs)
+        layouts = tuple((t.shape, t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else t for t in leaves)
+        autocast = _autocast_dtype(_tensors(inputs)[0].device.type)
+        key = (structure, arguments, layouts, differentiable, autocast)
+        if key not in self._programs:
+            try:
+                self._programs[key] = build(function, inputs, self.compile_options, differentiable), function
+            except Misaligned as reason:  # the next batch of this shape need not find out again
+                self._programs[key] = str(reason), function
+        program, traced = self._programs[key]
+        if isinstance(program, str):
+            raise Misaligned(program)
+        return program, traced
 
 
 class _Function(torch.autograd.Function):
@@ -117,7 +141,7 @@ class _Function(torch.autograd.Function):
         with without_autocast(inputs[0].device.type):
             outputs = program.forward(*parameters, *inputs)
         features, saved = outputs[: program.num_features], outputs[program.num_features :]
-        ctx.program, ctx.sample_shape = program, inputs[0].shape
+        ctx.program = program
         ctx.save_for_backward(*saved)
         return tuple(features)
 
@@ -129,30 +153,41 @@ class _Function(torch.autograd.Function):
             for kept, gradient in zip(program.tangents, gradients, strict=True)
         ]
         with without_autocast(gradients[0].device.type):
-            predicted = program.backward(*ctx.saved_tensors, *tangents)[program.gradient_index]
-        gradient = predicted.new_zeros(ctx.sample_shape)  # the real half gets none
-        gradient[: len(predicted)] = predicted
-        return None, None, gradient, *[None] * (len(ctx.needs_input_grad) - 3)
+            results = program.backward(*ctx.saved_tensors, *tangents)
+        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for place, index in program.gradients.items():
+            predicted = results[index]
+            gradient = predicted.new_zeros(2 * len(predicted), *predicted.shape[1:])  # the real half gets none
+            gradient[: len(predicted)] = predicted
+            found[2 + place] = gradient
+        return tuple(found)
 
 
-def build(network: PerceptualNetwork, inputs: dict[str, Any], options: dict[str, Any] | None) -> Program:
-    """Trace the network at the batch of ``inputs`` (2B) and at half of it, and fit the two together.
+def build(
+    network: nn.Module,
+    inputs: dict[str, Any],
+    options: dict[str, Any] | None,
+    differentiable: frozenset[int] = frozenset([0]),
+) -> Program:
+    """Trace a network, or a block, at the batch of ``inputs`` (2B) and at half of it, and fit the two together.
 
     Args:
-        inputs: the network's keywords, ``sample`` first.
+        network: answers with a tuple of tensors.
+        inputs: its keywords. Tensors with 2B rows are those of the samples.
         options: of ``torch.compile``; None: the graphs run as they are.
+        differentiable: the places among the tensors of ``inputs`` of those that get a gradient.
 
     Raises:
         Misaligned: an odd batch, quantized weights, or traces that save different tensors.
     """
-    whole = len(inputs["sample"])
+    whole = len(_tensors(inputs)[min(differentiable)])
     if whole % 2:
         raise Misaligned(f"a batch of {whole} has no halves")
-    if quantized := {type(value).__name__ for value in _held(network).values() if is_traceable_wrapper_subclass(value)}:
+    if quantized := {type(value).__name__ for value in held(network).values() if is_traceable_wrapper_subclass(value)}:
         raise Misaligned(f"its weights are {', '.join(sorted(quantized))}s, of which the graphs would take the parts")
     partition = default_partition if options is None else min_cut_rematerialization_partition
     try:
-        both, half = (trace(network, inputs, size, partition) for size in (whole, whole // 2))
+        both, half = (trace(network, inputs, size, partition, differentiable) for size in (whole, whole // 2))
     except Exception as error:  # of the network's own code, which need not be traceable
         raise Misaligned(f"it cannot be traced: {type(error).__name__}: {str(error).splitlines()[0]}") from error
     count = len(both.features)
@@ -165,7 +200,7 @@ def build(network: PerceptualNetwork, inputs: dict[str, Any], options: dict[str,
     backward: Run = half.backward
     if options is not None:
         forward, backward = (torch.compile(graph, dynamic=False, **options) for graph in (forward, backward))
-    return Program(forward, backward, count, tangents, half.gradient_index)
+    return Program(forward, backward, count, tangents, half.gradients)
 
 
 @dataclass(frozen=True)
@@ -176,10 +211,16 @@ class Trace:
     backward: GraphModule
     features: list[Tensor]  # with the strides in which the backward wants their gradients
     saved: dict[str, Tensor]  # by the names of the graph's nodes
-    gradient_index: int
+    gradients: dict[int, int]  # see Program
 
 
-def trace(network: PerceptualNetwork, inputs: dict[str, Any], size: int, partition: Any = default_partition) -> Trace:
+def trace(
+    network: nn.Module,
+    inputs: dict[str, Any],
+    size: int,
+    partition: Any = default_partition,
+    differentiable: frozenset[int] = frozenset([0]),
+) -> Trace:
     """AOTAutograd's graphs of ``network`` at batch ``size``; nothing is computed, no memory is taken."""
     graphs: dict[str, GraphModule] = {}
 
@@ -187,28 +228,33 @@ def trace(network: PerceptualNetwork, inputs: dict[str, Any], size: int, partiti
         graphs[name] = graph
         return make_boxed_func(graph.forward)
 
-    eager = _Eager(network)
-    names, parameters = zip(*_held(eager).items(), strict=True)
+    names, parameters = zip(*held(network).items(), strict=True)
+    leaves, structure = tree_flatten(inputs)
+    whole = len(_tensors(inputs)[min(differentiable)])
 
-    def function(parameters: list[Tensor], arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-        return functional_call(eager, dict(zip(names, parameters, strict=True)), (), arguments)
+    def function(parameters: list[Tensor], tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        rest = iter(tensors)
+        arguments = tree_unflatten([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+        return functional_call(network, dict(zip(names, parameters, strict=True)), (), arguments)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # tensors that the network holds and does not call buffers
     fake_parameters = [mode.from_tensor(p.detach()) for p in parameters]
-    fakes = tree_map(lambda value: torch.empty_like(mode.from_tensor(value.detach())[:size]), inputs)
+    given = [mode.from_tensor(tensor.detach()) for tensor in _tensors(inputs)]
+    fakes = [torch.empty_like(fake[:size] if fake.shape[:1] == (whole,) else fake) for fake in given]
     with mode, torch.enable_grad():
-        sample = fakes["sample"].requires_grad_()
+        asked = [fakes[place].requires_grad_() for place in sorted(differentiable)]
         traced = aot_function(function, partial(keep, "forward"), partial(keep, "backward"), partition_fn=partition)
         features = traced(fake_parameters, fakes)
-        torch.autograd.grad([feature.sum() for feature in features], sample)
+        torch.autograd.grad([feature.sum() for feature in features], asked)
     _fill_constants(graphs)
     count = len(features)
     _read_only_what_counts(graphs["backward"])
     _save_only_what_is_used(graphs["forward"], graphs["backward"], count)
     features = [_value(node) for node in _placeholders(graphs["backward"])[-count:]]
     saved = {str(node): _value(node) for node in _results(graphs["forward"])[count:]}
-    gradient_index = next(i for i, node in enumerate(_results(graphs["backward"])) if node is not None)
-    return Trace(graphs["forward"], graphs["backward"], features, saved, gradient_index)
+    found = [index for index, node in enumerate(_results(graphs["backward"])) if node is not None]
+    gradients = dict(zip(sorted(differentiable), found, strict=True))
+    return Trace(graphs["forward"], graphs["backward"], features, saved, gradients)
 
 
 def _read_only_what_counts(backward: GraphModule) -> None:
@@ -337,9 +383,8 @@ def _value(node: Any) -> Tensor:
     return value
 
 
-def _held(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name: what the graphs are given beside their inputs."""
-    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+def _tensors(inputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
 
 def _fill_constants(graphs: dict[str, GraphModule]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastsp.families import family_of, unwrapped
 from fastsp.options import Layers, one_of
+from fastsp.perceptual.blocks import Block, exchange
 
 
 class AlwaysEval(nn.Module):
@@ -60,6 +61,10 @@ class PerceptualNetwork(AlwaysEval):
         if dtype is not None:
             cast(self.truncated, dtype)
         self._collected: list[Any] = []
+        self.blocks: list[Block] = []  # where they repeat
+        if self.family.repeats:
+            blocks, (observed, _) = self.family.blocks(self.truncated), self.family.features(self.truncated, layers)
+            self.blocks = exchange(self.truncated, blocks[: blocks.index(observed[-1]) + 1])
         observed, self._ends_with_answer = self.family.features(self.truncated, layers)
         for block in observed:
             block.register_forward_hook(self._collect)
@@ -91,6 +96,13 @@ class PerceptualNetwork(AlwaysEval):
             return torch.contiguous_format
         channels_last = weight.is_contiguous(memory_format=torch.channels_last)
         return torch.channels_last if channels_last else torch.contiguous_format
+
+    def compile(self, **options: Any) -> None:
+        """As :func:`fastsp.families.compile_network` does it."""
+        for module in [block.block for block in self.blocks]:
+            module.compile(**options)
+        if not self.blocks:
+            super().compile(**options)
 
     def forward(
         self, sample: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor | None = None, **conditioning: Any

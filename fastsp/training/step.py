@@ -19,7 +19,7 @@ from fastsp.diffusion.conditioning import Conditioning, time_ids
 from fastsp.diffusion.draws import Seeded
 from fastsp.diffusion.latents import encode_moments, sample_latents
 from fastsp.diffusion.process import Process
-from fastsp.families import family_of
+from fastsp.families import compile_network, family_of
 from fastsp.loss import DenoisingLoss, LearnedPerceptualLoss, SelfPerceptualLoss
 from fastsp.models import TextToImageModel
 from fastsp.models.attention import Kernel, use_attention
@@ -362,7 +362,7 @@ def build_step(
         network = placed(initial, dtype).train()
         ema_network = _placed_average(ema_network, network, device, config.ema.place)
         if options is not None:
-            network.compile(**options)
+            compile_network(network, **options)
     if options is not None and objective.self_perceptual is not None:
         objective.self_perceptual.compile_teacher(**options)
     if options is not None and device.type != "cpu":  # on a CPU PyTorch's own operators do
