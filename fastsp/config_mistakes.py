@@ -52,7 +52,7 @@ def mistakes(error: ValidationError, config: type[Section]) -> list[str]:
         value = value if len(value) <= 60 else f"{value[:57]}..."
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            lines[key] = f"{key}: {_meant(parts, known)}"
+            lines[key] = f"{key}: {_meant(parts, fault['input'], known)}"
         elif fault["type"] == "missing":
             lines[key] = f"{key}: is missing"
         elif fault["type"] == "model_type":
@@ -65,6 +65,8 @@ def mistakes(error: ValidationError, config: type[Section]) -> list[str]:
             message = message.replace("True or False", "true or false")
             if fault["type"] == "string_type" and isinstance(fault["input"], bool | int | float):
                 message += " (quote it where text is meant)"
+            if there := OTHERS_KEYS.get(f"{parts[-1]}={fault['input']}"):
+                message += f"; what other trainers call {fault['input']} is {there} here"
             start = lines.get(key, f"{key}: {value} is not allowed")  # another type of a union has one
             lines[key] = f"{start}{' or' if key in lines else ':'} {message}"
     return list(lines.values())
@@ -92,14 +94,16 @@ def _names_below(place: Sequence[str], known: Sequence[str]) -> list[str]:
     return [name for name in below if "." not in name]
 
 
-def _meant(parts: Sequence[str], known: Sequence[str]) -> str:
+def _meant(parts: Sequence[str], value: object, known: Sequence[str]) -> str:
     """Of an unknown key: what it is here, the likeliest key, or the keys that there are."""
     *place, name = parts
     siblings = _names_below(place, known)
+    plain = name.lower().replace("-", "_").lstrip("_")
+    if there := OTHERS_KEYS.get(f"{plain}={value}"):
+        return f"unknown key; with this value it is {there} here"
     if name in siblings:
         owners = [objective for objective, kind in OBJECTIVES.items() if name in kind.model_fields]
         return f"only the objective {' and '.join(owners)} has this key"
-    plain = name.lower().replace("-", "_").lstrip("_")
     alike = [key for key in known if key.rpartition(".")[2] == plain]
     above = tuple(f"{key.rpartition('.')[0]}." for key in alike)  # a section's own key goes before those of its parts
     alike = [key for key in alike if not key.rpartition(".")[0].startswith(above)]
