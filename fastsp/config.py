@@ -408,6 +408,10 @@ class Config(Section):
         """Updates of the stages that come before a stage in the run."""
         return sum(earlier.steps for earlier in self.stages[: self.stages.index(stage)])
 
+    def steps_done(self, stage: StageConfig, reached: int) -> int:
+        """Updates of a stage among the first so many of the run."""
+        return min(max(reached - self.steps_before(stage), 0), stage.steps)
+
     def stage(self, name: str) -> StageConfig:
         """The stage of that name."""
         return next(stage for stage in self.stages if stage.name == name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +23,7 @@ def train(
         bool, typer.Option("--allow-changes", help="With --resume: continue with a changed configuration.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what the run needs of memory and disk; nothing is run.")
+        bool, typer.Option("--dry-run", help="Print what the run needs of memory, disk and time; nothing is run.")
     ] = False,
 ) -> None:
     """Train a model through the stages of the configuration, such as MSE, then self-perceptual.
@@ -35,12 +36,20 @@ def train(
     with said_once():
         loaded = load_config(config, overrides or [])  # a mistake is answered before torch is imported
     if dry_run:
-        from fastsp.training.memory import report
-
-        for line in report(loaded, str(config)):
-            typer.echo(line)
+        print_needs(loaded, str(config), resume, allow_changes)
         return
     run_training(loaded, resume, allow_changes)
+
+
+def print_needs(loaded: Config, where: str, resume: bool, allow_changes: bool) -> None:
+    """What the run needs, from where a resumed one goes on."""
+    from fastsp.evaluation.environment import environment
+    from fastsp.training.forecast import steps_done, time_lines
+    from fastsp.training.memory import report
+
+    done = steps_done(loaded, allow_changes) if resume else {}
+    for line in chain(report(loaded, where, done), time_lines(loaded, done, environment()["device"])):
+        typer.echo(line)
 
 
 def run_training(loaded: Config, resume: bool, allow_changes: bool) -> None:

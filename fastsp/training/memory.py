@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,8 +156,9 @@ def skeleton_of(config: Config) -> TextToImageModel:
     return model.reading(start.token_chunks, start.clip_skip)
 
 
-def report(config: Config, where: str) -> Iterator[str]:
-    """The lines of `fastsp train --dry-run`; ``where`` names the configuration.
+def report(config: Config, where: str, done: Mapping[str, int]) -> Iterator[str]:
+    """The lines of `fastsp train --dry-run`; ``where`` names the configuration, and of each stage so many steps are
+    ``done``. A stage without any left is not counted.
 
     Raises:
         UserError: the model's configuration is not on this machine, or its step cannot be taken without values.
@@ -168,13 +169,20 @@ def report(config: Config, where: str) -> Iterator[str]:
     yield f"{where}: counted on the meta device; nothing was downloaded, and nothing was run"
     counted: dict[str, Needs] = {}
     for stage in config.stages:
-        samples = stage.steps * config.data.batch_size
-        yield f"stage {stage.name}: {stage.steps:,} steps of {config.data.batch_size} samples, {samples:,} in all"
+        left = stage.steps - done.get(stage.name, 0)
+        steps = f"{stage.steps:,} steps" if left == stage.steps else f"{left:,} of {stage.steps:,} steps left,"
+        samples = left * config.data.batch_size
+        yield f"stage {stage.name}: {steps} of {config.data.batch_size} samples, {samples:,} in all"
+        if not left:
+            continue
         try:
             counted[stage.name] = needs(config, stage, model)
         except RuntimeError as error:  # an operator that needs values, or that the meta device lacks
             reason = str(error).partition("\n")[0]
             raise UserError(f"{where}: stage {stage.name} cannot be counted on the meta device: {reason}") from error
+    if not counted:
+        yield "nothing is left to train"
+        return
     first = next(iter(counted.values()))
     kind = type(model.network).__name__
     yield f"{kind}: {first.parameters / 1e6:,.1f} M parameters, of which {first.trained / 1e6:,.1f} M are trained"

@@ -211,7 +211,7 @@ class Trainer:
         self.attention: Any = self.ranks.broadcast(self._choose_attention() if is_main else None)
         with Trackers(self.run, self.config, reached) if is_main else nullcontext() as trackers:
             for stage in self.config.stages:
-                done = min(max(reached - self.config.steps_before(stage), 0), stage.steps)
+                done = self.config.steps_done(stage, reached)
                 if done < stage.steps or not self.run.stage_folder(stage.name).is_dir():
                     self.train_stage(stage, done, checkpoint, trackers)
         if is_main:

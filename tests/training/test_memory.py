@@ -225,4 +225,4 @@ def test_what_cannot_be_counted_is_one_line(monkeypatch):
 
     monkeypatch.setattr(memory, "needs", needs_values)
     with pytest.raises(UserError, match=r"^any\.yaml: stage mse cannot be counted on the meta device: [^\n]+$"):
-        list(memory.report(load_config(QUICKSTART), "any.yaml"))
+        list(memory.report(load_config(QUICKSTART), "any.yaml", {}))
