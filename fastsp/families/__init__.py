@@ -83,8 +83,8 @@ class NetworkFamily(MetricFamily, Protocol):
 
     part: str
     """What diffusers' pipelines call such a network."""
-    chooses_attention: bool
-    """Whether its attention takes the kernel that it is given; else it is not asked for `example_inputs`."""
+    takes_xformers: bool
+    """Whether its attention can be xformers', beside PyTorch's kernels."""
     lora_targets: tuple[str, ...]
     """The layers that usually get adapters, by the ends of their names."""
     input_keys: tuple[str, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ class _Trained(TransformerFamily):
     """See :class:`fastsp.families.NetworkFamily`, also for what is not documented here."""
 
     part = "transformer"
-    chooses_attention = False  # its processors leave the kernel to PyTorch
+    takes_xformers = False  # its processors call PyTorch
     lora_targets: tuple[str, ...] = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -65,8 +66,20 @@ class _Trained(TransformerFamily):
     def kohya_base(self, config: Mapping[str, Any]) -> str:
         return "unknown"
 
+    def example_inputs(
+        self, config: Mapping[str, Any], latents: tuple[int, ...], text: tuple[int, ...]
+    ) -> dict[str, Any]:
+        rows = latents[0]
+        given = {
+            "encoder_hidden_states": torch.empty(text),
+            "pooled_projections": torch.empty(rows, config["pooled_projection_dim"]),
+            "guidance": torch.ones(rows) if self.embeds_guidance(config) else None,
+        }
+        arguments = self._arguments(SimpleNamespace(config=config), torch.empty(latents), given)
+        return arguments | {"timestep": torch.zeros(rows)}
+
     def exchange_attention(self, network: Any, exchange: Callable[[Any], Any]) -> None:
-        """They stay: each of these classes has processors of its own."""
+        network.set_attn_processor({name: exchange(old) for name, old in network.attn_processors.items()})
 
     def keep_channels_last(self, module: nn.Module) -> None:
         """There are no images in it: its patches are tokens."""

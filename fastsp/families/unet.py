@@ -26,7 +26,7 @@ class UNetFamily:
     class_name = "UNet2DConditionModel"
     conditions: tuple[str, ...] = ("added_cond_kwargs", "class_labels")
     normalize, displacement, reversed_time, repeats = "none", "none", False, False
-    part, chooses_attention = "unet", True
+    part, takes_xformers = "unet", True
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     input_keys: tuple[str, ...] = (
         "in_channels",

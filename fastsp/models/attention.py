@@ -17,7 +17,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    JointAttnProcessor2_0,
+    XFormersAttnProcessor,
+)
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -81,6 +87,27 @@ class AttnProcessorByLength:
         return self.processors.get(length, self.other)(attn, hidden_states, *args, **kwargs)
 
 
+class JointAttnProcessor:
+    """A transformer's own processor, with PyTorch restricted to one of its kernels.
+
+    Args:
+        processor: of diffusers; it attends to image and text together, or to one sequence.
+        kernel: for sequences of any length, or for each length.
+    """
+
+    def __init__(self, processor: Any, kernel: Kernel) -> None:
+        self.processor, self.kernel = processor, kernel
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        length = hidden_states.shape[1] + text
+        name = self.kernel if isinstance(self.kernel, str) else self.kernel.get(length, "sdpa")
+        with nullcontext() if name == "sdpa" else sdpa_kernel(TORCH_BACKENDS[name]):
+            return self.processor(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+
+
 def available(device: torch.device) -> tuple[str, ...]:
     """The kernels that a device has, by name."""
     if device.type != "cuda":
@@ -107,14 +134,17 @@ def choose_attention(
         dtype, device: that the network computes in and on.
 
     Raises:
-        UserError: ``wanted`` is not available, or cannot compute these shapes in this dtype.
+        UserError: ``wanted`` is not available, not for such a network, or cannot compute these shapes in this dtype.
     """
     check_available(wanted, device)
-    if not family_named(network_config["_class_name"]).chooses_attention:
-        return Choice("sdpa", {})
+    names, kind = available(device), network_config["_class_name"]
+    if not family_named(kind).takes_xformers:
+        names = tuple(name for name in names if name != "xformers")
+    if wanted not in ("auto", *names):
+        raise UserError(f"attention: {wanted!r} is not for a {kind}; it takes {', '.join(('auto', *names))}")
     if wanted in ("sdpa", "math") or (wanted == "auto" and device.type != "cuda"):
         return Choice("sdpa" if wanted == "auto" else wanted, {})
-    names = available(device) if wanted == "auto" else (wanted, "sdpa")
+    names = names if wanted == "auto" else (wanted, "sdpa")
     times = milliseconds(names, attention_calls(network_config, latents, text), dtype, device)
     if wanted == "auto":
         return Choice(min(times, key=times.__getitem__, default="sdpa"), times)
@@ -153,10 +183,15 @@ def use_attention(network: Any, kernel: Kernel) -> Any:
     """Set the kernel on a network's own processors, in place. Processors of other kinds stay as they are."""
     plain = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, ChosenAttnProcessor, AttnProcessorByLength)
 
-    def new() -> Any:
-        return _processor(kernel) if isinstance(kernel, str) else AttnProcessorByLength(kernel)
+    def exchange(old: Any) -> Any:
+        if type(old) in plain:
+            return _processor(kernel) if isinstance(kernel, str) else AttnProcessorByLength(kernel)
+        own = old.processor if type(old) is JointAttnProcessor else old
+        if type(own) in (JointAttnProcessor2_0, FluxAttnProcessor):
+            return own if kernel == "sdpa" else JointAttnProcessor(own, kernel)
+        return old
 
-    family_of(network).exchange_attention(network, lambda old: new() if type(old) in plain else old)
+    family_of(network).exchange_attention(network, exchange)
     return network
 
 
@@ -184,7 +219,7 @@ def milliseconds(names: tuple[str, ...], calls: Calls, dtype: torch.dtype, devic
 
 
 def _milliseconds(name: str, query: Shape, key: Shape, dtype: torch.dtype, device: torch.device) -> float:
-    """Time of one call, in the memory layout that the processors give it: heads are a view of the features.
+    """Time of one call, in the memory layout of most processors' calls: heads are a view of the features.
 
     On a GPU it is measured in a CUDA graph, as training runs: small calls take longer to launch than to compute.
     """
@@ -237,5 +272,6 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            self.calls[tuple(args[0].shape), tuple(args[1].shape)] += 1
+            query, key = args[:2] if args else (kwargs["query"], kwargs["key"])
+            self.calls[tuple(query.shape), tuple(key.shape)] += 1
         return func(*args, **(kwargs or {}))

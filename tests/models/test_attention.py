@@ -1,4 +1,4 @@
-"""The attention kernel: measured on the UNet's own shapes, set on its own processors, refused where it is not there."""
+"""The attention kernel: measured on the network's own shapes, set on its processors, refused where there is none."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 from tiny import TEXT_LENGTH, TEXT_WIDTH, batch, tiny_unet
+from tiny_transformers import batch_of, tiny_transformer
 from torch.profiler import ProfilerActivity, profile
 
 from fastsp.errors import UserError
-from fastsp.families import full_config
+from fastsp.families import family_of, full_config
 from fastsp.models import attention
 from fastsp.models.attention import (
     Choice,
+    JointAttnProcessor,
     attention_calls,
     available,
     by_length,
@@ -166,11 +168,76 @@ def test_the_fastest_is_taken(monkeypatch):
         chosen("flash")
 
 
-def test_a_preset_s_transformer_keeps_pytorch_s_own_on_a_gpu():
-    """Its class chooses no kernel, and its configuration is that of no file, which would have the class's name."""
-    network = preset_model("digits", 8, 0, "dit").network
-    chosen = choose_attention("auto", full_config(network), (2, 1, 8, 8), (2, 16, 64), torch.bfloat16, CUDA)
-    assert chosen == Choice("sdpa", {})
+TRANSFORMERS = pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+FUSED, PLAIN = "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math"
+
+
+def transformer_call(name: str, side: int = 8):
+    """A network, and a function that calls it on square latents."""
+    network, data = tiny_transformer(name), batch_of(name)
+    given = {key: data[key] for key in family_of(network).conditions if key in data}
+    latents = F.interpolate(data["latents"], (side, side))
+    return network, lambda of=network: family_of(network).call(of, latents, data["timesteps"], given)
+
+
+@TRANSFORMERS
+def test_the_choice_reaches_a_transformer_s_kernels(name):
+    """By the operators that ran, and through the compiler."""
+    network, call = transformer_call(name)
+
+    def ran() -> set[str]:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.no_grad():
+            call()
+        return {event.key for event in profiler.key_averages()}
+
+    expected = call()
+    assert FUSED in ran()
+    for _ in range(2):  # a second stage sets it on a copy that has it
+        use_attention(network, "math")
+    assert PLAIN in (by_math := ran()) and FUSED not in by_math
+    torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-5)
+    network.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-5)
+    use_attention(network, "sdpa")
+    assert not any(isinstance(p, JointAttnProcessor) for p in network.attn_processors.values())
+
+
+@TRANSFORMERS
+def test_sequences_of_several_lengths_have_a_kernel_each(name):
+    """Text and image together are 21 tokens, SD3.5's image alone 16; an image of another size has PyTorch's choice."""
+    for side, lengths in ((8, {21: "math", 16: "sdpa"}), (4, {21: "math", 16: "math"})):
+        network, call = transformer_call(name, side)
+        expected = call()
+        use_attention(network, lengths)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.no_grad():
+            torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-5)
+        ran = {event.key for event in profiler.key_averages()}
+        assert (PLAIN in ran) == (side == 8)
+        assert (FUSED in ran) == (side == 4 or name == "SD3Transformer2DModel")
+
+
+def test_a_transformer_s_shapes_are_those_of_text_and_image_together():
+    """SD3.5's first blocks have a second attention, to the image alone."""
+    shapes = (3, 4, 8, 8), (3, 5, 16)
+    sd3 = attention_calls(full_config(tiny_transformer("SD3Transformer2DModel")), *shapes)
+    assert sd3 == {((3, 2, 21, 8), (3, 2, 21, 8)): 4, ((3, 2, 16, 8), (3, 2, 16, 8)): 1}
+    flux = attention_calls(full_config(tiny_transformer("FluxTransformer2DModel")), *shapes)
+    assert flux == {((3, 2, 21, 16), (3, 2, 21, 16)): 5}
+
+
+def test_a_transformer_takes_the_fastest_of_pytorch_s_own(monkeypatch):
+    """A preset's too, whose configuration is that of no file, which would have the class's name."""
+    monkeypatch.setattr(attention, "available", lambda device: ("sdpa", "cudnn", "xformers"))
+    monkeypatch.setattr(attention, "milliseconds", lambda names, *_: dict(zip(names, (2.0, 1.0, 0.5), strict=False)))
+    config = full_config(preset_model("digits", 8, 0, "dit").network)
+
+    def chosen(wanted):
+        return choose_attention(wanted, config, (2, 1, 8, 8), (2, 16, 64), torch.bfloat16, CUDA)
+
+    assert chosen("auto") == Choice("cudnn", {"sdpa": 2.0, "cudnn": 1.0})
+    line = "^attention: 'xformers' is not for a SD3Transformer2DModel; it takes auto, sdpa, cudnn$"
+    with pytest.raises(UserError, match=line):
+        chosen("xformers")
 
 
 def test_on_a_cpu_nothing_is_measured():
