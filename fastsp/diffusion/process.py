@@ -424,7 +424,9 @@ class ReversedFlow(RectifiedFlow):
         return 1.0 - super().draw(random)
 
     def draw_perceptual(self, random: Random, t: Tensor, policy: str = "uniform") -> Tensor:
-        return 1.0 - RectifiedFlow(self.shift).draw_perceptual(random, 1.0 - t, policy)
+        flow = RectifiedFlow()
+        vars(flow).update(vars(self))
+        return 1.0 - flow.draw_perceptual(random, 1.0 - t, policy)
 
 
 def _within(name: str, t: Tensor, last: float) -> Tensor:

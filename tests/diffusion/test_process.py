@@ -130,9 +130,11 @@ def test_rectified_flow(shift):
             wrong()
 
 
-def test_the_same_flow_from_the_other_end():
+@pytest.mark.parametrize("times", ["uniform", "logit_normal"])
+def test_the_same_flow_from_the_other_end(times):
     """Times are 1 - sigma, the prediction is x0 - eps: samples, draws and grid are those of the flow itself."""
-    flow, random, t = RectifiedFlow(3.0), Seeded(3, Stream.TIMESTEP, torch.arange(100)), torch.rand(100)
+    flow = RectifiedFlow(3.0).training(times, logit_mean=1.0)
+    random, t = Seeded(3, Stream.TIMESTEP, torch.arange(100)), torch.rand(100)
     back = flow.reversed()
     a, s, p, q = flow.exact_marginal(t)
     torch.testing.assert_close(back.exact_marginal(1 - t), torch.stack([a, s, -p, -q]), rtol=0, atol=1e-7)
