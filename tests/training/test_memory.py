@@ -161,7 +161,7 @@ def test_a_step_of_a_transformer_is_counted_with_its_text_encoders(tmp_path, kin
     counted = needs(config, config.stage("sp"), model)
     real = initial_model(config)
     assert counted.parameters == sum(p.numel() for p in real.network.parameters())
-    for ids, tokenizer in zip(memory._ids(2, model), real.tokenizers, strict=True):
+    for ids, tokenizer in zip(memory.placeholder_ids(2, model), real.tokenizers, strict=True):
         length = tokenizer.model_max_length  # of a tiny T5 less than its pipeline's, which is counted
         assert ids.shape[1] == (model.kind.t5_tokens if isinstance(tokenizer, T5TokenizerFast) else length)
     held = sum(t.nbytes for part in real.text_encoders for t in (*part.parameters(), *part.buffers()))
