@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastsp.bench.fastsp_step import build_training_step
+from fastsp.config import LoRAConfig, ModelConfig
 from fastsp.data.batch import Batch
 from fastsp.errors import UserError
+from fastsp.models.int8 import Int8Linear
 from fastsp.objectives import CriticConfig
 from fastsp.training.capture import WARM_UP_STEPS, CapturedStep, captured
 from fastsp.training.step import TrainingStep
@@ -142,10 +144,8 @@ class HostNumbers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(NAMES, ON_CPU)
-def test_what_is_recorded_meets_no_tensor_of_the_host(objective, teacher, microbatch, precision, checkpointing):
-    """On the meta device, which refuses what a recording does: mixed devices, and values that are read back."""
+def met_on_the_host(step: TrainingStep) -> list[list[str]]:
+    """What each recording of a step on the meta device does with tensors of the host; the last two are planted."""
     seen = []
 
     def record(works):
@@ -156,14 +156,37 @@ def test_what_is_recorded_meets_no_tensor_of_the_host(objective, teacher, microb
 
         return [partial(replay, work) for work in works]
 
-    step = make("meta", objective, teacher, microbatch, precision, gradient_checkpointing=checkpointing)
     take_step = CapturedStep(step, record=record)
     for number in range(1, WARM_UP_STEPS + 3):
         take_step(batch(number, "meta"), number)
-    assert seen == [[]] * (2 if microbatch is None else 4)
     for replay in record([lambda: torch.zeros(()).to("meta"), lambda: torch.tensor(1.0, device="meta")]):
         replay()
-    assert seen[-2][-1] == "aten._to_copy.default" and seen[-1] == ["tensor"], "what is planted is noticed"
+    return seen
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(NAMES, ON_CPU)
+def test_what_is_recorded_meets_no_tensor_of_the_host(objective, teacher, microbatch, precision, checkpointing):
+    """On the meta device, which refuses what a recording does: mixed devices, and values that are read back."""
+    step = make("meta", objective, teacher, microbatch, precision, gradient_checkpointing=checkpointing)
+    *seen, copied, made = met_on_the_host(step)
+    assert seen == [[]] * (2 if microbatch is None else 4)
+    assert copied[-1] == "aten._to_copy.default" and made == ["tensor"], "what is planted is noticed"
+
+
+def in_8_bits() -> dict[str, ModelConfig]:
+    """The setting of :func:`make` for adapters on such a base."""
+    pytest.importorskip("torchao")
+    lora = LoRAConfig(rank=2, base_precision="int8")
+    return {"model": tiny_workload().config.model.model_copy(update={"lora": lora})}
+
+
+@pytest.mark.parametrize("teacher", ["split", pytest.param("batched", marks=pytest.mark.slow)])
+def test_nor_does_a_base_in_8_bits(teacher):
+    step = make("meta", "self_perceptual", teacher, None, "bf16", gradient_checkpointing=True, **in_8_bits())
+    assert sum(isinstance(module, Int8Linear) for module in step.network.modules()) > 10
+    *seen, _, _ = met_on_the_host(step)
+    assert seen == [[], []]
 
 
 def test_it_records_once_for_every_shape_and_keeps_the_recordings():
@@ -266,7 +289,12 @@ def deterministic():
     (*NAMES, "compile"), [*((*case, False) for case in CASES), *((*case, True) for case in (CASES[1], *CASES[-2:]))]
 )
 def test_gpu_twenty_steps_bit_for_bit(deterministic, objective, teacher, microbatch, precision, compile):
-    settings = {"compile": compile, "cuda_graph": True}
+    assert_replays_equal(objective, teacher, microbatch, precision, compile=compile)
+
+
+def assert_replays_equal(objective: str, teacher: str, microbatch: int | None, precision: str, **settings) -> None:
+    """Steps in a CUDA graph and outside of one."""
+    settings |= {"cuda_graph": True}
     expected, ours = (make("cuda", objective, teacher, microbatch, precision, **settings) for _ in range(2))
     take_step = captured(ours)
     rows = run(ours, take_step)
@@ -275,6 +303,12 @@ def test_gpu_twenty_steps_bit_for_bit(deterministic, objective, teacher, microba
     assert criterion is None or criterion.teacher == teacher, "it did not go on as split"
     assert rows == run(expected, expected)
     assert_same(ours, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_gpu_twenty_steps_on_a_base_in_8_bits(deterministic, compile):
+    assert_replays_equal("self_perceptual", "batched", None, "bf16", compile=compile, **in_8_bits())
 
 
 @pytest.mark.gpu
