@@ -70,7 +70,7 @@ class FlowConfig(Section):
     logit_mean: float = 0.0  # of logit_normal; positive: more noise
     logit_std: AboveZero = 1.0
     mode_scale: float = 1.29  # of mode
-    shift: AboveZero | None = None  # None: as the pipeline samples images of data.resolution
+    shift: AboveZero | None = None  # None: as the pipeline samples images of the same size
 
 
 class ModelConfig(Section):

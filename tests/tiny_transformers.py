@@ -27,7 +27,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "joint_attention_dim": TEXT,
         "caption_projection_dim": 16,
         "pooled_projection_dim": POOLED,
-        "pos_embed_max_size": 8,
+        "pos_embed_max_size": 16,
         "dual_attention_layers": (0,),
         "qk_norm": "rms_norm",
     },

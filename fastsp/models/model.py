@@ -65,14 +65,15 @@ class TextToImageModel:
         """The noise process, a new one: its tables move to wherever they are used."""
         return self.kind.process(process_of(self.scheduler))
 
-    def process_at(self, height: int, width: int) -> Process:
-        """The process as latents of that size are sampled."""
-        return self.process.of_size(family_of(self.network).tokens(self.network.config, height, width))
-
-    def training_process(self, resolution: int) -> Process:
-        """The process from which training draws the times of square images of ``resolution`` pixels."""
-        process = self.process_at(*self.latent_shape(resolution)[1:])
+    @property
+    def training_process(self) -> Process:
+        """The process as training draws its times, of latents of any size: :meth:`of_size` makes it that of one."""
+        process = self.process
         return process.training(**(self.flow or {})) if isinstance(process, RectifiedFlow) else process
+
+    def of_size(self, process: Process, latents: Tensor) -> Process:
+        """The process for latents (B, C, H, W) of their size: a flow may be shifted by it."""
+        return process.of_size(family_of(self.network).tokens(self.network.config, *latents.shape[-2:]))
 
     @property
     def kind(self) -> Kind:
@@ -251,7 +252,7 @@ class TextToImageModel:
         if guidance.active and not embedded:
             empty = self.encode_prompts([negative_prompt]) if negative_prompt else self.encode_no_prompt()
         denoise = guided_denoiser(self.network, conditioning, empty, guidance)
-        process = self.process_at(*noise.shape[-2:]).to(noise.device)
+        process = self.of_size(self.process, noise).to(noise.device)
         yield from ddim(denoise, process, noise, num_steps)
 
     def generate(

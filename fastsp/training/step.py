@@ -84,13 +84,15 @@ class Objective(nn.Module):
         seed: Tensor,
         positions: Tensor,
         weights: Tensor | None = None,
+        process: Process | None = None,
     ) -> Tensor:
         """Per-sample loss, (B,) float32. ``conditioning`` holds the network's keywords. The noise is not passed: it is
-        drawn again from ``seed`` and ``positions``. ``weights`` of places are (B, 1, H, W)."""
+        drawn again from ``seed`` and ``positions``. ``weights`` of places are (B, 1, H, W). ``process`` is that of
+        latents of this size; None: it does not depend on it."""
         if self.self_perceptual is None:
             return self.denoising.per_sample(model_pred, target, t, weights)
         random = Seeded(seed, Stream.PERCEPTUAL_TIMESTEP, positions)
-        t_prime = self.process.draw_perceptual(random, t, self.timestep_sampling)
+        t_prime = (process or self.process).draw_perceptual(random, t, self.timestep_sampling)
         noise_source = {"seed": seed, "positions": positions, "weights": weights}
         if isinstance(self.self_perceptual, LearnedPerceptualLoss):
             noise_source["target"] = target
@@ -189,10 +191,11 @@ class TrainingStep:
             for microbatch in map(self.encoded, batch.microbatches(size)):
                 positions = microbatch.positions.to(self.seed.device)
                 latents, conditioning = self.latents(microbatch, positions), self.conditioning(microbatch, positions)
-                t = self.process.draw(Seeded(self.seed, Stream.TIMESTEP, positions))
+                process = self.model.of_size(self.process, latents)
+                t = process.draw(Seeded(self.seed, Stream.TIMESTEP, positions))
                 _, target = self.noisy(latents, t, positions)
                 keywords = self.keywords(conditioning)
-                self.objective(target, target, latents, t, keywords, self.seed, positions)
+                self.objective(target, target, latents, t, keywords, self.seed, positions, process=process)
 
     def result(self, loss: Tensor, grad_norm: Tensor, rate: float) -> StepResult:
         """With the optimizer's counters."""
@@ -250,10 +253,11 @@ class TrainingStep:
         """An encoded microbatch's share of the loss: the divisor is the whole batch, a rejected sample counts 0."""
         positions = batch.positions.to(self.seed.device, non_blocking=True)
         latents, conditioning = self.latents(batch, positions), self.conditioning(batch, positions)
-        t = self.process.draw(Seeded(self.seed, Stream.TIMESTEP, positions))
+        process = self.model.of_size(self.process, latents)
+        t = process.draw(Seeded(self.seed, Stream.TIMESTEP, positions))
         model_pred, target, keywords = self.predict(latents, conditioning, t, positions)
         weights = self.weights_of_places(batch, latents)
-        losses = self.objective(model_pred, target, latents, t, keywords, self.seed, positions, weights)
+        losses = self.objective(model_pred, target, latents, t, keywords, self.seed, positions, weights, process)
         return (batch.weights * losses).sum() / self.config.data.batch_size
 
     @staticmethod
@@ -347,7 +351,7 @@ def build_step(
     for used in (initial, frozen_network):  # not the average: samples are drawn with it in float32
         if used is not None:
             use_attention(used, attention)
-    process = model.training_process(config.data.resolution)
+    process = model.training_process
     objective = resolve_name(stage.loss)(stage, process, frozen_network)  # copies before `initial` is cast
     objective = placed(objective, dtype)
     if config.gradient_checkpointing:

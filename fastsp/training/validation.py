@@ -128,13 +128,14 @@ class Validation:
         indices = self.samples[batch.positions].to(device)
         positions = FIRST_POSITION + indices
         latents, conditioning = still.latents(batch, positions), still.conditioning(batch, positions)
-        t = still.process.draw(Stratified(Stream.TIMESTEP, indices, self.count))
+        process = still.model.of_size(still.process, latents)
+        t = process.draw(Stratified(Stream.TIMESTEP, indices, self.count))
         model_pred, target, keywords = still.predict(latents, conditioning, t, positions)
         weights = still.weights_of_places(batch, latents)
         found = {"weight": batch.weights, "validation_mse": squared_error(model_pred, target, weights)}
         if objective.self_perceptual is not None:
             random = Stratified(Stream.PERCEPTUAL_TIMESTEP, indices, self.count)
-            t_prime = still.process.draw_perceptual(random, t, objective.timestep_sampling)
+            t_prime = process.draw_perceptual(random, t, objective.timestep_sampling)
             found["validation_self_perceptual"] = SelfPerceptualLoss.per_sample(  # without a critic's share
                 objective.self_perceptual,
                 model_pred,

@@ -65,7 +65,8 @@ def runs(folder) -> dict[str, Path]:
 
 
 def rows(run_dir: Path, key: str = "loss") -> list[float]:
-    return [json.loads(line)[key] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    every = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [row[key] for row in every if key in row]
 
 
 def weights(run_dir: Path, stage: str = "sp") -> dict[str, torch.Tensor]:
@@ -94,7 +95,9 @@ def loaded(final: Path, kind: str, **parts: Any) -> Any:
 
 
 @torch.no_grad()
-def theirs(pipeline: Any, kind: str, noise: torch.Tensor, steps: int, scale: float) -> torch.Tensor:
+def theirs(
+    pipeline: Any, kind: str, noise: torch.Tensor, steps: int, scale: float, height: int = 16, width: int = 16
+) -> torch.Tensor:
     """Pictures of diffusers' own pipeline, in [-1, 1]."""
     keywords: dict[str, Any] = {"prompt": PROMPTS, "guidance_scale": max(scale, 1.0), "latents": noise}
     if kind == "sd35":
@@ -107,7 +110,7 @@ def theirs(pipeline: Any, kind: str, noise: torch.Tensor, steps: int, scale: flo
             keywords[f"{name}prompt_embeds"] = states.float()
             keywords[f"{name}pooled_prompt_embeds"] = pipeline._get_clip_prompt_embeds(prompts)
         keywords["true_cfg_scale"] = max(scale, 1.0) if kind == "schnell" else 1.0
-    sizes = {"height": 16, "width": 16, "num_inference_steps": steps}
+    sizes = {"height": height, "width": width, "num_inference_steps": steps}
     return pipeline(**keywords, **sizes, output_type="pt").images * 2 - 1
 
 
@@ -231,13 +234,14 @@ def test_encoded_latents_and_features_train_alike(folder, runs, kind, capsys):
 
 def test_times_are_drawn_as_the_pipeline_samples(folder):
     flux = load_model(None, str(folder / "flux"), 16, 0)
-    process = flux.training_process(16)
+    latents = torch.zeros(1, *flux.latent_shape(16))
+    process = flux.of_size(flux.training_process, latents)
     assert isinstance(process, RectifiedFlow) and process.times == "logit_normal"
     tokens, low, high = 16, (4, 0.5), (64, 1.15)
     mu = low[1] + (high[1] - low[1]) * (tokens - low[0]) / (high[0] - low[0])
     assert process.shift == pytest.approx(math.exp(mu))
     sd = load_model(None, str(folder / "sd35"), 16, 0, flow={"times": "mode", "shift": 2.0})
-    process = sd.training_process(16)
+    process = sd.of_size(sd.training_process, latents)
     assert isinstance(process, RectifiedFlow) and (process.times, process.shift) == ("mode", 2.0)
     assert isinstance(sd.process, RectifiedFlow) and sd.process.shift == 3.0
 
