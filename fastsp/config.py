@@ -77,8 +77,8 @@ class ModelConfig(Section):
     """Where the model comes from: exactly one of the first two."""
 
     preset: Literal["digits", "photographs"] | None = None
-    pretrained: PathText | None = None  # a diffusers folder, a hub id, or a file in Stable Diffusion's layout
-    config: PathText | None = None  # of such a file: a folder or hub id with its tokenizer; None: diffusers' choice
+    pretrained: PathText | None = None  # a diffusers folder, a hub id, or a single file
+    config: PathText | None = None  # of such a file: a folder or hub id with what it lacks; None: diffusers' choice
     network: Literal["unet", "dit"] | None = None  # of a preset; None: unet
     unet: UNetConfig | None = None  # of a preset; None: its own size
     dit: DiTConfig | None = None  # the same with network: dit

@@ -22,6 +22,8 @@ from fastsp.models.hub import download_pipeline, is_hub_id
 from fastsp.models.kinds import Kind, kind_named, kind_names
 from fastsp.models.lora import DIFFUSERS_FILE, Base, add_adapters, base_of, fingerprint, fuse_adapters, load_adapters
 from fastsp.models.lora import header as adapters_header
+from fastsp.models.mmdit_file import MMDiTFile
+from fastsp.models.mmdit_layout import class_in
 from fastsp.models.model import TextToImageModel
 from fastsp.models.presets import PRESETS, preset_model
 from fastsp.models.quiet import quiet_libraries
@@ -67,7 +69,7 @@ def load_pipeline(
         if with_network:
             fuse_adapters(model.network, path)
         return model
-    model = load_single_file(path, config) if path.is_file() else _load_folder(path, name, with_network)
+    model = _load_file(path, config, with_network) if path.is_file() else _load_folder(path, name, with_network)
     for part in model.frozen_parts():
         part.eval().requires_grad_(False)
     for fault in _faults(model):
@@ -299,25 +301,46 @@ def _naming_base_of(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _load_folder(root: Path, name: str, with_network: bool) -> TextToImageModel:
-    index, kind, parts = _read_index(root, name)
+def _load_file(path: Path, config: str | None, with_network: bool) -> TextToImageModel:
+    names = tensor_names(path)
+    if class_in(names) is None:
+        return load_single_file(path, config)
+    file = MMDiTFile(path, names, config)
+    root, inside = _find(file.config, file.from_config), file.load(with_network)
+    return _load_folder(root, file.config, with_network, inside, file.network_config)
+
+
+def _load_folder(
+    root: Path,
+    name: str,
+    with_network: bool,
+    given: Mapping[str, Any] | None = None,
+    network_config: Mapping[str, Any] | None = None,
+) -> TextToImageModel:
+    """A pipeline folder, of which parts may be ``given``: these are not read, nor is the network's configuration."""
+    given = given or {}
+    index, kind, parts = _read_index(root, name, given)
     config, loaded = read_json_object(root / "scheduler" / "scheduler_config.json"), {}
     loaded = {part: _load_part(of, root / part) for part, of in kind.parts.items() if part in parts}
     loaded |= {part: _tokenizer(of, root / part, kind) for part, of in kind.tokenizers.items() if part in parts}
-    network = root / kind.network
+    folder = root / kind.network
+    network_config = network_config or read_json_object(folder / "config.json")
+    family = family_named(network_config.get("_class_name", "UNet2DConditionModel")) if given else _family(folder)
+    if with_network and kind.network not in given:
+        loaded["network"] = _load_network(folder)
+    loaded |= {("network" if part == kind.network else part): module for part, module in given.items()}
     return TextToImageModel(
-        network=_load_network(network) if with_network else None,
         scheduler=(loaded_flow_scheduler if kind.is_flow else loaded_scheduler)(config, name),
         zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", kind.zeros_for_empty_prompt)),
         text=TextSettings.load(root),
         pipeline_class=kind.name,
-        text_width=_family(network).text_widths(read_json_object(network / "config.json"))[0] if kind.is_flow else None,
-        **loaded,
+        text_width=family.text_widths(network_config)[0] if kind.is_flow else None,
+        **{"network": None, **loaded},
     )
 
 
-def _read_index(root: Path, name: str) -> tuple[dict[str, Any], Kind, set[str]]:
-    """``model_index.json``, the kind of pipeline, and the parts that it names."""
+def _read_index(root: Path, name: str, given: Collection[str] = ()) -> tuple[dict[str, Any], Kind, set[str]]:
+    """``model_index.json``, the kind of pipeline, and the parts that it names but for those that are ``given``."""
     if not (root / "model_index.json").is_file():
         fault = "it has no model_index.json" if root.is_dir() else "it does not exist"
         raise UserError(f"{name} is no diffusers pipeline folder: {fault}")
@@ -330,7 +353,7 @@ def _read_index(root: Path, name: str) -> tuple[dict[str, Any], Kind, set[str]]:
         if isinstance(value, list) and value[0] is not None and value[0] not in _LIBRARIES:
             raise UserError(f"{name}: its {part} is custom code ({value[0]}), which fastsp does not run")
     parts = [kind.network, *kind.parts, *kind.tokenizers, "scheduler"]
-    parts = [part for part in parts if part in named or part not in kind.optional]
+    parts = [part for part in parts if part not in given and (part in named or part not in kind.optional)]
     if missing := [part for part in parts if not (root / part).is_dir()]:
         raise UserError(f"{name} lacks {', '.join(missing)}: a pipeline folder holds one folder for each part")
     return index, kind, set(parts)
