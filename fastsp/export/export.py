@@ -38,7 +38,7 @@ def export_run(
         run_dir: of a finished run.
         out: the folder to write: a diffusers pipeline and the model card.
         single_file: a `.safetensors` file in the original layout, and beside it the `.yaml` that A1111 reads.
-        dtype: of the weights, a name of :data:`DTYPES`; fp32 loses nothing.
+        dtype: of the weights, a name of :data:`DTYPES`; fp32 loses nothing: what was not trained stays as it was read.
         stage: None: the one the run's configuration calls final.
         base: of a LoRA run, the model to merge the adapters into; None: the one they name.
         raw: write the raw weights, not their moving average.
@@ -57,7 +57,7 @@ def export_run(
     card = model_card(run, chosen, pipeline, single_file is not None, DTYPES[dtype], raw, model.text)
     written = [out]
     with new_folder(out) as unfinished:
-        save_pipeline(pipeline, unfinished)
+        save_pipeline(pipeline, unfinished, model.files if dtype == "fp32" else None)
         model.text.save(unfinished)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
     if single_file is not None:

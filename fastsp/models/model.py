@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fastsp.errors import UserError
 from fastsp.families import family_of
 from fastsp.models.kinds import Kind, kind_named, on_its_device, register_kind
 from fastsp.models.lora import Base
-from fastsp.models.saving import save_pipeline
+from fastsp.models.saving import Files, save_pipeline
 from fastsp.models.schedulers import is_flow, trained_scheduler
 from fastsp.options import Keep
 
@@ -59,6 +59,8 @@ class TextToImageModel:
     """How captions become features."""
     loaded_prediction_type: str | None = None
     """What the weights as they were loaded predict, where that may differ from what they are trained for."""
+    files: Mapping[str, Files] = field(default_factory=dict)
+    """Of the frozen parts that were read from folders: :meth:`save` writes these again as they were."""
 
     @property
     def process(self) -> Process:
@@ -163,7 +165,7 @@ class TextToImageModel:
         """Move the frozen parts to ``device`` and compile those that training calls: text encoders, the VAE's encoder.
 
         They stay in the dtype in which they were loaded, float32, T5 in bfloat16: Stable Diffusion's VAEs overflow in
-        float16, and ``final/`` has them unchanged.
+        float16.
         """
         for part in self.frozen_parts():
             part.to(device)
@@ -282,7 +284,7 @@ class TextToImageModel:
 
     def save(self, folder: Path) -> None:
         """Write a diffusers pipeline folder, safetensors only."""
-        save_pipeline(self.pipeline(), folder)
+        save_pipeline(self.pipeline(), folder, self.files)
         self.text.save(folder)
 
 

@@ -27,6 +27,7 @@ from fastsp.models.mmdit_layout import class_in
 from fastsp.models.model import TextToImageModel
 from fastsp.models.presets import PRESETS, preset_model
 from fastsp.models.quiet import quiet_libraries
+from fastsp.models.saving import Files, variant_of
 from fastsp.models.schedulers import (
     ddim_scheduler,
     flow_scheduler,
@@ -37,7 +38,6 @@ from fastsp.models.schedulers import (
 )
 from fastsp.models.single_file import load_single_file, tensor_names
 from fastsp.options import Keep
-from fastsp.perceptual.pretrained import VARIANTS
 from fastsp.utils.files import read_json_object
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -335,6 +335,7 @@ def _load_folder(
         text=TextSettings.load(root),
         pipeline_class=kind.name,
         text_width=family.text_widths(network_config)[0] if kind.is_flow else None,
+        files={part: Files.of(root / part) for part in kind.parts if part in parts},
         **{"network": None, **loaded},
     )
 
@@ -377,7 +378,7 @@ def _load_part(kind: Any, folder: Path) -> Any:
         module, info = kind.from_pretrained(
             folder,
             use_safetensors=True,
-            variant=_variant(folder),
+            variant=variant_of(folder),
             torch_dtype=torch.bfloat16 if issubclass(kind, T5EncoderModel) else torch.float32,
             output_loading_info=True,
             # transformers names no tensor of another shape otherwise; diffusers does
@@ -395,13 +396,6 @@ def _tokenizer(of: Any, folder: Path, kind: Kind) -> Any:
     if issubclass(of, T5TokenizerFast):  # T5 itself has no limit
         tokenizer.model_max_length = min(tokenizer.model_max_length, kind.t5_tokens)
     return tokenizer
-
-
-def _variant(folder: Path) -> str | None:
-    """The variant of the weights in a folder, as in ``model.fp16.safetensors``: none, if there are plain ones."""
-    tags = {file.name.partition(".")[2].removesuffix("safetensors") for file in folder.glob("*.safetensors")}
-    found = {tag.partition("-")[0].rstrip(".") or None for tag in tags}  # a shard's number stands before or after it
-    return next((variant for variant in VARIANTS if variant in found), None)
 
 
 @contextmanager
