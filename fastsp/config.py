@@ -273,9 +273,7 @@ class Config(Section):
     @classmethod
     def _of_an_earlier_version(cls, tree: Any, info: ValidationInfo) -> Any:
         """Runs from before there were transformers spelled out what a UNet has by default."""
-        if is_reading(info) and isinstance(tree, dict) and "flow" not in (tree.get("model") or {}):
-            tree = {**tree, "stages": [_without_defaults(stage) for stage in tree.get("stages") or []]}
-        return tree
+        return without_defaults(tree) if is_reading(info) and is_from_before_flows(tree) else tree
 
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> Self:
@@ -476,11 +474,21 @@ def _tree(file: Path) -> dict[str, Any]:
     return tree
 
 
-def _without_defaults(stage: Any) -> Any:
-    if not isinstance(stage, dict):
-        return stage
+def is_from_before_flows(tree: Any) -> bool:
+    """Whether a run's configuration is of a version that trained UNets alone."""
+    return isinstance(tree, dict) and "flow" not in (tree.get("model") or {})
+
+
+def without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """A configuration whose stages do not spell out what a UNet has by default."""
     ours = {"normalize": ("none", False), "displacement": ("none",)}
-    return {key: value for key, value in stage.items() if value not in ours.get(key, ())}
+    stages = [
+        {key: value for key, value in stage.items() if value not in ours.get(key, ())}
+        if isinstance(stage, dict)
+        else stage
+        for stage in tree.get("stages") or []
+    ]
+    return {**tree, "stages": stages}
 
 
 def _earlier(names: list[str]) -> str:

@@ -179,8 +179,10 @@ def heldout_of(config: Config) -> DataConfig:
 
 
 def still_source(data: DataConfig, channels: int) -> Source:
-    """The images of a data section, cropped at the centre and not mirrored, with captions even if trained without."""
+    """The images of a data section as squares, cropped at the centre and not mirrored, with captions even if trained
+    without."""
     still = {"crop": "center", "flip": False, "in_memory": False, "unconditional": False, "max_bad_fraction": 1.0}
+    still |= {"buckets": "off", "masks": False}
     return open_source(data.model_copy(update=still), tokenizer=None, channels=channels, seed=0, repeat=False)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from fastsp.config import Config
+from fastsp.config import Config, is_from_before_flows, without_defaults
 from fastsp.errors import UserError
 from fastsp.training.checkpoint_folder import Progress
 
@@ -64,13 +64,15 @@ class Change:
 def config_changes(old: str, new: Config) -> list[Change]:
     """In which keys ``new`` differs from the text of a run's `config.yaml`; keys that are newer than it count as set
     to their defaults."""
-    before = yaml.safe_load(old)
+    before, after = yaml.safe_load(old), new.model_dump(mode="json")
+    if is_from_before_flows(before):
+        after = without_defaults(after)
     with suppress(ValidationError):  # of a version with other keys
         before = Config.model_validate(before, context={"reading": True}).model_dump(mode="json")
     meanings = _MEANING
     if new.data.buckets != "off":  # groups of other sizes
         meanings = _MEANING | {"data.microbatch": "another order of the samples from here on"}
-    changes = _differing(before, new.model_dump(mode="json"), "")
+    changes = _differing(before, after, "")
     return [replace(change, meaning=meanings.get(change.key)) for change in changes]
 
 

@@ -202,6 +202,17 @@ def test_of_a_runs_own_images_only_what_is_seen_is_kept(
     assert len(read) == 13 and max(held) <= 2, "the one that is looked at, and the next one"
 
 
+def test_a_run_on_several_shapes_is_compared_in_squares(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its masks are not asked for: the held-out images have none."""
+    monkeypatch.setattr(reference, "load_inception", lambda _: Means())
+    for number, file in enumerate(sorted(Path(str(config.data.path)).glob("*.png"))):
+        Image.open(file).resize((20, 30) if number % 2 else (30, 20)).save(file)
+    config.evaluation.features = "inception.safetensors"
+    config.data = config.data.model_copy(update={"buckets": 2, "masks": True})
+    _, found = own_reference(config, 3, no_bar)
+    assert found.train is not None and len(found.train.features) == 20 and found.count == 6
+
+
 def test_too_few_held_out_images_are_refused(config: Config, tmp_path: Path) -> None:
     config.evaluation.heldout = str(picture_folder(tmp_path / "three", 3))
     with pytest.raises(UserError, match="the run's held-out images: 3 images; allowed: at least 4"):

@@ -102,6 +102,20 @@ def test_keys_of_a_newer_version_count_as_their_defaults(run_dir):
     assert "optimizer.of_old" in [change.key for change in config_changes(yaml.safe_dump(tree), changed(run_dir))]
 
 
+def test_an_earlier_run_may_say_what_was_the_default_of_a_unet(run_dir):
+    said = ("stages.1.normalize=none", "stages.1.displacement=none")
+    tree = changed(run_dir, *said).model_dump(mode="json")
+    found = config_changes(yaml.safe_dump(tree), changed(run_dir))
+    assert {change.key for change in found} == {"stages.1.normalize", "stages.1.displacement"}, (
+        "of a newer one it counts"
+    )
+    del tree["model"]["flow"]
+    text = yaml.safe_dump(tree)
+    assert not config_changes(text, changed(run_dir, *said)) and not config_changes(text, changed(run_dir))
+    (change,) = config_changes(text, changed(run_dir, "stages.1.normalize=sample"))
+    assert (change.key, change.new) == ("stages.1.normalize", "sample")
+
+
 def test_a_changed_run_goes_on_where_it_stopped(tmp_path):
     """Refused, then refused for good since the place is gone, then told what changes; steps without gap or repeat."""
     run_dir, said = tmp_path / "run", tmp_path / "said"

@@ -246,6 +246,12 @@ def test_times_are_drawn_as_the_pipeline_samples(folder):
     assert isinstance(sd.process, RectifiedFlow) and sd.process.shift == 3.0
 
 
+@pytest.mark.parametrize("setting", [{"clip_skip": 2}, {"token_chunks": 3}])
+def test_text_settings_are_refused_in_one_line(folder, setting):
+    with pytest.raises(UserError, match="token_chunks and clip_skip: StableDiffusion3Pipeline has neither"):
+        load_model(None, str(folder / "sd35"), 16, 0, **setting)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("sd35-lora", "sd35"), ("flux-lora", "flux"), ("digits-dit", "dit")])
 def test_the_shipped_configurations(folder, tmp_path, name, kind):
