@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastsp.config import load_config
 from fastsp.training import step as step_module
 from fastsp.training.trainer import train
@@ -44,7 +46,7 @@ def run(job: dict[str, Any]) -> None:
 
 
 def digest(tensor: Any) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 def planted(kind: str, at: int) -> Any:

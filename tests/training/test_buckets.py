@@ -19,7 +19,7 @@ from tiny import tiny_stable_diffusion
 from torch._dynamo.testing import CompileCounter
 from training.processes import Run, logged_steps, metrics, start
 from training.test_capture import make, mixed
-from training.test_distributed import job, launch
+from training.test_distributed import apart, job, launch
 from training.test_validation import Half
 
 pytest.importorskip("nvidia.dali")
@@ -269,3 +269,4 @@ def test_two_processes_see_what_one_sees(tmp_path):
     assert not two[0].keys() & two[1].keys() and two[0] | two[1] == one and len(one) == 12 * 6
     for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert apart(tmp_path / "two", tmp_path / "one") < 2e-3

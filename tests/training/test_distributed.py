@@ -24,6 +24,7 @@ from fastsp.errors import UserError
 from fastsp.training.checkpoint import newest_whole
 from fastsp.training.checkpoint_folder import damage, newest_first
 from fastsp.training.critic import FIGURES
+from fastsp.training.trainer import METRIC
 
 # The slow ones start many processes: minutes where others use the machine too.
 pytestmark = pytest.mark.timeout(1800)
@@ -134,6 +135,20 @@ def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(run_dir / "final" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
+def apart(run_dir: Path, other: Path) -> float:
+    """The distance between the raw weights of two runs, as a share of how far the other's last stage has moved them.
+
+    Averaged weights would say little: with a constant decay a few steps hardly move them.
+    """
+
+    def weights(folder: Path) -> torch.Tensor:
+        (file,) = [file for file in folder.glob("*.safetensors") if file.name not in (METRIC, "critic.safetensors")]
+        return torch.cat([tensor.double().flatten() for _, tensor in sorted(load_file(file).items())])
+
+    expected, start = weights(other / "stages" / "sp" / "raw"), weights(other / "stages" / "mse")
+    return float((weights(run_dir / "stages" / "sp" / "raw") - expected).norm() / (expected - start).norm())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_many_processes_are_as_one(runs, name):
@@ -144,6 +159,7 @@ def test_many_processes_are_as_one(runs, name):
         torch.testing.assert_close(column(ours, figure), column(one, figure), rtol=1e-4, atol=0)
     expected = final_weights(one)
     torch.testing.assert_close(final_weights(ours), expected, rtol=1e-4, atol=2e-5)
+    assert apart(ours, one) < 2e-3
 
 
 @pytest.mark.slow
@@ -153,15 +169,18 @@ def test_every_optimizer_of_two_processes_is_as_one_s(tmp_path):
         "prodigy": ["optimizer.prodigy={d0: 1e-2, d_coef: 0.5}"],
         "muon": [],
         "adafactor": ["optimizer.adafactor.scale_parameter=true"],
+        "adamw8bit,bf16": ["precision=bf16"],
     }
     for processes in (1, 2):
-        settings = {kind: [f"optimizer.kind={kind}", *more] for kind, more in kinds.items()}
+        settings = {kind: [f"optimizer.kind={kind.partition(',')[0]}", *more] for kind, more in kinds.items()}
         launch(processes, tmp_path, *(job(tmp_path / f"{kind}{processes}", *settings[kind]) for kind in kinds))
     for kind in kinds:
         one, two = tmp_path / f"{kind}1", tmp_path / f"{kind}2"
+        in_bf16 = kind.endswith("bf16")  # whose rounding is as large with AdamW: its runs are 0.06 apart
         for figure in ("loss", "grad_norm"):
-            torch.testing.assert_close(column(two, figure), column(one, figure), rtol=2e-3, atol=0)
+            torch.testing.assert_close(column(two, figure), column(one, figure), rtol=1e-2 if in_bf16 else 2e-3, atol=0)
         torch.testing.assert_close(final_weights(two), final_weights(one), rtol=1e-4, atol=2e-5)
+        assert apart(two, one) < (0.15 if in_bf16 else 0.05), kind
 
 
 @pytest.mark.slow

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import picture_folder, tiny_stable_diffusion
 from training.processes import metrics
+from training.test_distributed import apart, column, job, launch
 
 pytest.importorskip("nvidia.dali")
 
@@ -58,6 +60,27 @@ def test_runs(folder):
     halved = losses(folder, "half", "data.masks=true")
     assert halved[0] < plain[0] and halved[2] < plain[2]
     assert losses(folder, "none", "data.masks=true", "data.unmasked_weight=1.0") == plain
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_processes_are_as_one(folder):
+    """Masks of another size for every picture: a process's share of a batch has another sum of weights."""
+    for number, picture in enumerate(sorted((folder / "pictures").glob("???.png"))):
+        mask = np.zeros((20, 20), np.uint8)
+        mask[:, : 2 + 2 * number] = 255
+        Image.fromarray(mask).save(picture.with_name(f"{picture.stem}-masklabel.png"))
+    model = f"model={{pretrained: {folder / 'model'}, prediction: keep}}"
+    data = (
+        f"data={{source: images, path: {folder / 'pictures'}, resolution: 16, batch_size: 4, masks: true, "
+        "unmasked_weight: 0.1}"
+    )
+    for processes in (1, 2):
+        launch(processes, folder, job(folder / f"ranks{processes}", model, data))
+    one, two = folder / "ranks1", folder / "ranks2"
+    for figure in ("loss", "grad_norm"):
+        torch.testing.assert_close(column(two, figure), column(one, figure), rtol=1e-4, atol=0)
+    assert apart(two, one) < 2e-3
 
 
 def test_a_critic_takes_none(folder):

@@ -64,6 +64,7 @@ MUON = ("optimizer.kind=muon", "stages=[{name: mse, objective: mse, steps: 9, le
 EIGHT_BIT = ("optimizer.kind=adamw8bit", *MUON[1:])
 PRODIGY = ("optimizer.kind=prodigy", "optimizer.prodigy={d0: 1e-3, d_coef: 2.0}", "precision=bf16", *MUON[1:])
 ADAFACTOR = ("optimizer.kind=adafactor", "optimizer.adafactor.scale_parameter=true", "precision=bf16", *MUON[1:])
+HOST_AVERAGE = ("ema.place=host", "precision=bf16", *MUON[1:])
 NO_AVERAGE = ("ema.place=none", "optimizer.offload=true", "precision=bf16", *MUON[1:])
 CRITIC = ("stages.0.steps=2", "stages.1.steps=20", "stages.1.critic={heads: 16, warmup_steps: 3, learning_rate: 1e-2}")
 
@@ -76,6 +77,7 @@ CRITIC = ("stages.0.steps=2", "stages.1.steps=20", "stages.1.critic={heads: 16, 
         (EIGHT_BIT, 3, signal.SIGTERM, 128 + signal.SIGTERM, "step_0000000"),
         (PRODIGY, 3, signal.SIGTERM, 128 + signal.SIGTERM, "step_0000000"),
         (ADAFACTOR, 3, signal.SIGTERM, 128 + signal.SIGTERM, "step_0000000"),
+        (HOST_AVERAGE, 3, signal.SIGTERM, 128 + signal.SIGTERM, "step_0000000"),
         (NO_AVERAGE, 3, signal.SIGTERM, 128 + signal.SIGTERM, "step_0000000"),
         (CRITIC, 15, signal.SIGKILL, -signal.SIGKILL, "step_000000"),
     ],
