@@ -10,9 +10,12 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     PNDMScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -181,6 +184,27 @@ def tiny_flow_pipeline(folder: Path, kind: str = "sd35") -> Path:
     return folder
 
 
+def tiny_pixart(folder: Path, kind: str = "sigma") -> Path:
+    """A pipeline folder in the layout and classes of PixArt, for 16x16 images (8x8 latents).
+
+    Kinds: ``alpha`` (made for 1024 pixels and so told sizes; its files name the network's class as published ones do)
+    and ``sigma``.
+    """
+    pipeline, told = (PixArtAlphaPipeline, {"sample_size": 128}) if kind == "alpha" else (PixArtSigmaPipeline, {})
+    pipeline(
+        tokenizer=tiny_t5_tokenizer(),
+        text_encoder=tiny_t5(),
+        vae=_tiny_vae(0.4, (8, 8)),
+        transformer=tiny_transformer(PIXART, use_additional_conditions=None if told else False, **told),
+        scheduler=DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02),
+    ).save_pretrained(folder)
+    if kind == "alpha":
+        for file in (folder / "model_index.json", folder / "transformer" / "config.json"):
+            file.write_text(file.read_text().replace(PIXART, "Transformer2DModel"))
+    return folder
+
+
+PIXART = "PixArtTransformer2DModel"
 T5_LENGTH = 7
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,22 @@ import torch
 from torch import Tensor
 
 from fastsp.config import Config, config_of
+from fastsp.diffusion.conditioning import Conditioning
 from fastsp.families import family_of
+from fastsp.models import TextToImageModel
 from fastsp.models.published import PUBLISHED
 from fastsp.models.skeleton import skeleton
 from fastsp.perceptual import PerceptualNetwork, cast, shared_copy
-from fastsp.training.memory import ACTIVATIONS, GIB, UPDATE, Allocations, fused_attention, needs, skeleton_of
+from fastsp.training.memory import (
+    ACTIVATIONS,
+    CLIP_LENGTH,
+    GIB,
+    UPDATE,
+    Allocations,
+    fused_attention,
+    needs,
+    skeleton_of,
+)
 from fastsp.training.optimizer import Optimizer
 from fastsp.training.step import checkpoint_activations
 from fastsp.training.update import update_of
@@ -35,6 +46,7 @@ MODELS = {  # hub id, side of the images
     "SDXL, 1024": ("stabilityai/stable-diffusion-xl-base-1.0", 1024),
     "SD 3.5 medium, 1024": ("stabilityai/stable-diffusion-3.5-medium", 1024),
     "FLUX.1-dev, 1024": ("black-forest-labs/FLUX.1-dev", 1024),
+    "PixArt-Sigma, 1024": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 1024),
 }
 SETTINGS: dict[str, tuple[str, ...]] = {
     "as by default": (),
@@ -94,7 +106,8 @@ def counted(config: Config, stage: str) -> Count:
 def counted_transformer(config: Config, perceptual: bool) -> Count:
     """As the trainer's step would have it: bf16, float32 masters, latents and text features encoded beforehand."""
     lora = config.model.lora.model_dump() if config.model.lora else None
-    network = skeleton(None, config.model.pretrained, config.data.resolution, lora).network
+    model = skeleton(None, config.model.pretrained, config.data.resolution, lora)
+    network = model.network
     average = shared_copy(network)
     for p in average.parameters():
         p.data = p.data.float() if p.requires_grad else p.data
@@ -113,7 +126,7 @@ def counted_transformer(config: Config, perceptual: bool) -> Count:
     own = [] if teacher is None else [*teacher.parameters(), *teacher.buffers()]
     of_teacher = sum(storage_bytes(tensor, seen) for tensor in own)
     with fused_attention(), Allocations() as allocations:
-        sample, time, conditioning = inputs(network.config)
+        sample, time, conditioning = inputs(model, config.data.resolution)
         family = family_of(network)
         answer = family.call(network, sample, time, conditioning)
         if teacher is None:
@@ -134,24 +147,18 @@ def counted_transformer(config: Config, perceptual: bool) -> Count:
     return Count(total + of_teacher, of_teacher, activations, allocations.most)
 
 
-def inputs(config: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Latents (1, 16, 128, 128), the time, and text as SD 3.5 (77 + 256 tokens) and FLUX (512) have it; meta."""
+def inputs(model: TextToImageModel, side: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Latents of one image, the time, and text as the pipeline has it; meta."""
+    family, config = family_of(model.network), model.network.config
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(1, *shape, device=META, dtype=BF16)
 
-    is_flux = "guidance_embeds" in config
-    text = {
-        "encoder_hidden_states": empty(512 if is_flux else 333, config["joint_attention_dim"]),
-        "pooled_projections": empty(config["pooled_projection_dim"]),
-    }
-    if is_flux:
-        text |= {
-            "guidance": torch.ones(1, device=META),
-            "txt_ids": torch.zeros(1, 512, 3, device=META),
-            "img_ids": torch.zeros(1, 4096, 3, device=META),
-        }
-    return empty(16, 128, 128), torch.zeros(1, device=META), text
+    clip = CLIP_LENGTH if model.text_encoder_3 is not None else 0  # Stable Diffusion 3 has it beside T5
+    width, pooled = family.text_widths(config)
+    text = Conditioning(empty(clip + model.kind.t5_tokens, width), None if pooled is None else empty(pooled))
+    time = torch.zeros(1, device=META)
+    return empty(*model.latent_shape(side)), time, family.keywords(config, text)
 
 
 def storage_bytes(tensor: Tensor, seen: set[int]) -> int:

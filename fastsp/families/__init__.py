@@ -12,10 +12,12 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from fastsp.families.mmdit import MMDITS
+from fastsp.families.pixart import PIXART
 from fastsp.families.transformers import TRANSFORMERS
 from fastsp.families.unet import UNetFamily
 
 Config = Mapping[str, Any]  # a network's, as diffusers writes it to config.json
+_SPLIT = {"ada_norm_single": "PixArtTransformer2DModel", "ada_norm_zero": "DiTTransformer2DModel"}
 
 
 class MetricFamily(Protocol):
@@ -83,8 +85,9 @@ class NetworkFamily(MetricFamily, Protocol):
 
     part: str
     """What diffusers' pipelines call such a network."""
-    takes_xformers: bool
-    """Whether its attention can be xformers', beside PyTorch's kernels."""
+    other_kernels: tuple[str, ...]
+    """Those of :data:`fastsp.models.attention.NAMES` that its attention cannot be given. If ``sdpa`` alone is left, it
+    is not asked for `example_inputs`."""
     lora_targets: tuple[str, ...]
     """The layers that usually get adapters, by the ends of their names."""
     input_keys: tuple[str, ...]
@@ -202,6 +205,18 @@ def family_named(class_name: str) -> NetworkFamily:
     return _families[class_name]
 
 
+def family_of_config(config: Config) -> NetworkFamily:
+    """The family of a network by its ``config.json``; without a ``_class_name``, that of a ``UNet2DConditionModel``.
+
+    Folders of earlier versions of diffusers have ``Transformer2DModel``, which has been split by its norm since.
+
+    Raises:
+        ValueError: its class is unknown.
+    """
+    name = str(config.get("_class_name", "UNet2DConditionModel"))
+    return family_named(_SPLIT.get(str(config.get("norm_type")), name) if name == "Transformer2DModel" else name)
+
+
 register(UNetFamily())
-for _family in (*TRANSFORMERS, *MMDITS):
+for _family in (*TRANSFORMERS, *MMDITS, PIXART):
     register(_family)

@@ -2,56 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 
+from fastsp.families.trained import TrainedTransformer
 from fastsp.families.transformers import FLUX, IDS, LISTS, PackedFamily, TransformerFamily
 
 
-class _Trained(TransformerFamily):
-    """See :class:`fastsp.families.NetworkFamily`, also for what is not documented here."""
-
-    part = "transformer"
-    takes_xformers = False  # its processors call PyTorch
+class _MMDiT(TrainedTransformer):
+    other_kernels = ("xformers",)  # its processors call PyTorch
     lora_targets: tuple[str, ...] = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
     input_keys: tuple[str, ...] = ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")
-
-    def network_class(self) -> type[Any]:
-        import diffusers  # takes seconds
-
-        return getattr(diffusers, self.class_name)
-
-    def fault(self, config: Mapping[str, Any]) -> str | None:
-        takes, predicts = config["in_channels"], config.get("out_channels")
-        if predicts not in (None, takes):
-            return f"it takes {takes} channels and returns {predicts}; they must be equal"
-        return None
-
-    def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
-        return bool(config.get("guidance_embeds"))
-
-    def takes_sizes(self, config: Mapping[str, Any]) -> bool:
-        return False
-
-    def patch(self, config: Mapping[str, Any]) -> int:
-        return int(config["patch_size"])
-
-    def largest_side(self, config: Mapping[str, Any]) -> int | None:
-        return None
-
-    def tokens(self, config: Mapping[str, Any], height: int, width: int) -> int:
-        patch = self.patch(config)
-        return (height // patch) * (width // patch)
-
-    def latent_channels(self, config: Mapping[str, Any]) -> int:
-        return int(config["in_channels"])
 
     def text_widths(self, config: Mapping[str, Any]) -> tuple[int, int | None]:
         return config["joint_attention_dim"], config["pooled_projection_dim"]
@@ -62,9 +29,6 @@ class _Trained(TransformerFamily):
         if self.embeds_guidance(config):
             given["guidance"] = torch.full((len(states),), guidance, device=states.device)
         return given
-
-    def kohya_base(self, config: Mapping[str, Any]) -> str:
-        return "unknown"
 
     def example_inputs(
         self, config: Mapping[str, Any], latents: tuple[int, ...], text: tuple[int, ...]
@@ -81,17 +45,8 @@ class _Trained(TransformerFamily):
     def exchange_attention(self, network: Any, exchange: Callable[[Any], Any]) -> None:
         network.set_attn_processor({name: exchange(old) for name, old in network.attn_processors.items()})
 
-    def keep_channels_last(self, module: nn.Module) -> None:
-        """There are no images in it: its patches are tokens."""
 
-    def original_names(self, network: Any) -> Iterable[tuple[str, str]]:
-        return ()
-
-
-class SD3Family(_Trained, TransformerFamily):
-    def side(self, config: Mapping[str, Any]) -> int:
-        return int(config["sample_size"])
-
+class SD3Family(_MMDiT):
     def largest_side(self, config: Mapping[str, Any]) -> int | None:
         return config["pos_embed_max_size"] * config["patch_size"]
 
@@ -99,7 +54,7 @@ class SD3Family(_Trained, TransformerFamily):
         return "StableDiffusion3Pipeline"
 
 
-class FluxFamily(_Trained, PackedFamily):
+class FluxFamily(_MMDiT, PackedFamily):
     """Its pipeline packs 2 x 2 latents into a token."""
 
     def side(self, config: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""Diffusers' diffusion transformers, one instance for each class: Flux2, Chroma, PixArt, DiT and others.
+"""Diffusers' diffusion transformers, one instance for each class: Flux2, Chroma, DiT and others.
 
 They differ in how they are told the time, in what a block returns, and in where the image's tokens are. All else is the
 same: a list or two of blocks, one after the other. A truncated copy has pass-throughs in the place of the blocks after
@@ -93,8 +93,6 @@ class TransformerFamily:
         needs = self.needs
         if config.get("guidance_embeds") and "guidance" in self.takes:
             needs = (*needs, "guidance")
-        if config.get("use_additional_conditions"):
-            needs = (*needs, "added_cond_kwargs")
         missing = [name for name in needs if conditioning.get(name) is None]
         return f"{' and '.join(missing)} missing, which {self.class_name} needs" if missing else None
 
@@ -230,7 +228,6 @@ TRANSFORMERS: tuple[TransformerFamily, ...] = (
         text_first=True,
         **FLUX,
     ),
-    TransformerFamily("PixArtTransformer2DModel", takes=("encoder_attention_mask", "added_cond_kwargs")),
     TransformerFamily("DiTTransformer2DModel", ("class_labels",)),
     TransformerFamily("SanaTransformer2DModel", takes=("encoder_attention_mask", "guidance"), input="patch_embed.proj"),
     PackedFamily(

@@ -26,7 +26,8 @@ class UNetFamily:
     class_name = "UNet2DConditionModel"
     conditions: tuple[str, ...] = ("added_cond_kwargs", "class_labels")
     normalize, displacement, reversed_time, repeats = "none", "none", False, False
-    part, takes_xformers = "unet", True
+    part = "unet"
+    other_kernels: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     input_keys: tuple[str, ...] = (
         "in_channels",

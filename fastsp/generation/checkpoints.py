@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from fastsp.config import Config, read_config
 from fastsp.errors import UserError
 from fastsp.models import TextToImageModel, load_model
+from fastsp.models.lora import fuse
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -43,8 +44,7 @@ def load_checkpoint(folder: Path, raw: bool = False, base: str | None = None) ->
     trained = {f"{which}.{name}": p for name, p in model.network.named_parameters() if p.requires_grad}
     read_into(folder, {name: parameter.data for name, parameter in trained.items()})
     if config.model.lora is not None:
-        model.network.fuse_lora()
-        model.network.unload_lora()
+        fuse(model.network)
     return replace(model, base=None)
 
 

@@ -137,12 +137,11 @@ def choose_attention(
         UserError: ``wanted`` is not available, not for such a network, or cannot compute these shapes in this dtype.
     """
     check_available(wanted, device)
-    names, kind = available(device), network_config["_class_name"]
-    if not family_named(kind).takes_xformers:
-        names = tuple(name for name in names if name != "xformers")
+    kind = network_config["_class_name"]
+    names = tuple(name for name in available(device) if name not in family_named(kind).other_kernels)
     if wanted not in ("auto", *names):
         raise UserError(f"attention: {wanted!r} is not for a {kind}; it takes {', '.join(('auto', *names))}")
-    if wanted in ("sdpa", "math") or (wanted == "auto" and device.type != "cuda"):
+    if wanted in ("sdpa", "math") or (wanted == "auto" and (device.type != "cuda" or names == ("sdpa",))):
         return Choice("sdpa" if wanted == "auto" else wanted, {})
     names = names if wanted == "auto" else (wanted, "sdpa")
     times = milliseconds(names, attention_calls(network_config, latents, text), dtype, device)

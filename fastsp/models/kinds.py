@@ -27,6 +27,7 @@ from fastsp.diffusion.process import Process, RectifiedFlow
 from fastsp.diffusion.text import hidden_states
 
 _SD3_T5_TOKENS, _FLUX_T5_TOKENS = 256, 512  # the pipelines' defaults
+_ALPHA_T5_TOKENS, _SIGMA_T5_TOKENS = 120, 300  # the pipelines' defaults
 
 
 class Kind(ABC):
@@ -39,6 +40,7 @@ class Kind(ABC):
         tokenizers: by part.
         optional: parts that a folder may lack.
         t5_tokens: to how many tokens prompts are padded for T5.
+        lowers_case: whether the tokenizers get small letters alone.
         has_text_settings: whether captions may have several chunks of tokens, and other layers be taken.
         zeros_for_empty_prompt: what a folder means that does not say, see ``TextToImageModel``.
     """
@@ -51,6 +53,7 @@ class Kind(ABC):
     has_vae = True
     is_flow = False
     t5_tokens = 0
+    lowers_case = False
     has_text_settings = False
     zeros_for_empty_prompt = False
 
@@ -67,13 +70,19 @@ class Kind(ABC):
     def widths(self, model: Any) -> tuple[int | None, int | None]:
         """Of text features, and of pooled ones; None: any, and none."""
 
-    @abstractmethod
     def pipeline(self, model: Any) -> Any:
         """The same parts as a diffusers pipeline."""
+        import diffusers  # takes seconds, and warns of a missing torchvision
+
+        return getattr(diffusers, self.name)(**self._named(model), **self._more(model))
 
     def process(self, process: Process) -> Process:
         """The scheduler's process with the grid of this pipeline."""
         return process
+
+    def _more(self, model: Any) -> dict[str, Any]:
+        """What the pipeline is given beside its parts."""
+        return {}
 
     def _named(self, model: Any) -> dict[str, Any]:
         parts = {name: getattr(model, name) for name in (*self.parts, *self.tokenizers, "scheduler")}
@@ -93,11 +102,8 @@ class StableDiffusion(Kind):
     def widths(self, model: Any) -> tuple[int | None, int | None]:
         return model.text_encoder.config.hidden_size, None
 
-    def pipeline(self, model: Any) -> Any:
-        from diffusers import StableDiffusionPipeline  # takes seconds, and warns of a missing torchvision
-
-        checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        return StableDiffusionPipeline(**self._named(model), **checker)
+    def _more(self, model: Any) -> dict[str, Any]:
+        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 class StableDiffusionXL(Kind):
@@ -119,11 +125,8 @@ class StableDiffusionXL(Kind):
         width = sum(encoder.config.hidden_size for encoder in model.text_encoders)
         return width, model.text_encoder_2.config.projection_dim
 
-    def pipeline(self, model: Any) -> Any:
-        from diffusers import StableDiffusionXLPipeline
-
-        zeros = model.zeros_for_empty_prompt
-        return StableDiffusionXLPipeline(**self._named(model), force_zeros_for_empty_prompt=zeros)
+    def _more(self, model: Any) -> dict[str, Any]:
+        return {"force_zeros_for_empty_prompt": model.zeros_for_empty_prompt}
 
 
 class StableDiffusion3(Kind):
@@ -159,11 +162,6 @@ class StableDiffusion3(Kind):
         pooled = sum(encoder.config.projection_dim for encoder in model.text_encoders[:2])
         return None if t5 is None else t5.config.d_model, pooled
 
-    def pipeline(self, model: Any) -> Any:
-        from diffusers import StableDiffusion3Pipeline
-
-        return StableDiffusion3Pipeline(**self._named(model))
-
     def process(self, process: Process) -> Process:
         return process.on_table() if isinstance(process, RectifiedFlow) else process
 
@@ -185,13 +183,45 @@ class Flux(Kind):
     def widths(self, model: Any) -> tuple[int | None, int | None]:
         return model.text_encoder_2.config.d_model, model.text_encoder.config.hidden_size
 
-    def pipeline(self, model: Any) -> Any:
-        from diffusers import FluxPipeline
 
-        return FluxPipeline(**self._named(model))
+class PixArtAlpha(Kind):
+    """PixArt takes T5's states of small letters (Chen et al., arXiv 2310.00426). Those of padding are zeros here, by
+    which the network's family knows them: it masks them."""
+
+    name = "PixArtAlphaPipeline"
+    network = "transformer"
+    encoders = {"text_encoder": T5EncoderModel}  # noqa: RUF012
+    tokenizers = {"tokenizer": T5TokenizerFast}  # noqa: RUF012
+    t5_tokens = _ALPHA_T5_TOKENS
+    lowers_case = True
+
+    def encode(self, model: Any, ids: Sequence[Tensor]) -> Conditioning:
+        encoder = model.text_encoder
+        (own,) = on_its_device(encoder, ids)
+        is_text = own != encoder.config.pad_token_id
+        mask = None if own.is_meta else is_text.long()  # transformers looks at its values
+        states = encoder(own, attention_mask=mask)[0]
+        return Conditioning(states.float().masked_fill(~is_text[..., None], 0.0))
+
+    def widths(self, model: Any) -> tuple[int | None, int | None]:
+        return model.text_encoder.config.d_model, None
 
 
-_kinds: list[Kind] = [StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux()]
+class PixArtSigma(PixArtAlpha):
+    """The same with longer texts (Chen et al., arXiv 2403.04692)."""
+
+    name = "PixArtSigmaPipeline"
+    t5_tokens = _SIGMA_T5_TOKENS
+
+
+_kinds: list[Kind] = [
+    StableDiffusion(),
+    StableDiffusionXL(),
+    StableDiffusion3(),
+    Flux(),
+    PixArtAlpha(),
+    PixArtSigma(),
+]
 
 
 def register_kind(kind: Kind) -> None:

@@ -27,7 +27,7 @@ from fastsp.families import family_of
 from fastsp.models.int8 import hold_in_int8
 from fastsp.models.schedulers import is_flow, meaning_of
 from fastsp.options import Keep
-from fastsp.utils.files import save_tensors
+from fastsp.utils.files import save_tensors, write_file
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # what `pipeline.load_lora_weights(folder)` looks for
 KOHYA_FILE = "kohya_lora.safetensors"  # what ComfyUI, A1111, Forge and kohya's scripts read
@@ -44,6 +44,13 @@ _KEPT = (
     "They need no setting besides\nthose of the base model.",
 )
 _IN_INT8 = "In their training the linear layers of the base's blocks were held in 8 bits; they are for the whole base."
+_OF_UNETS = "UNet", KOHYA_FILE, "ComfyUI, A1111, Forge and kohya's scripts"
+_OF_TRANSFORMERS = "transformer", COMFYUI_FILE, "ComfyUI"
+_BY_DIFFUSERS = "", 'pipeline.load_lora_weights("THIS_FOLDER")'
+_BY_PEFT = (
+    "from peft import PeftModel\n",
+    'pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, "THIS_FOLDER")',
+)
 _VALUES_PER_WEIGHT = 16  # that a fingerprint looks at
 
 
@@ -92,7 +99,7 @@ def add_adapters(
             or one that takes no adapter.
     """
     try:
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError:
         raise UserError(f"model.lora needs peft: {install_command('train')}") from None
     names = [f".{name}" for name, _ in network.named_modules()]
@@ -105,7 +112,7 @@ def add_adapters(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            network.add_adapter(config)
+            inject_adapter_in_model(config, network)
         except ValueError as error:
             raise UserError(f"model.lora.target_modules: {str(error).splitlines()[0]}") from None
     if base_precision == "int8":
@@ -176,34 +183,62 @@ def fuse_adapters(network: Any, folder: Path) -> None:
     Raises:
         UserError: they do not fit.
     """
+    settings, part = json.loads(header(folder).get("lora_adapter_metadata", "{}")), family_of(network).part
+    rank, alpha, targets = (settings.get(f"{part}.{key}") for key in ("r", "lora_alpha", "target_modules"))
     try:
-        network.load_lora_adapter(str(folder), weight_name=DIFFUSERS_FILE, prefix=family_of(network).part)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / DIFFUSERS_FILE} does not fit its base model: {reason}") from None
-    network.fuse_lora()
-    network.unload_lora()
-    network.requires_grad_(True)  # peft has frozen it
+        add_adapters(network, rank, alpha, targets or [])
+        load_adapters(network, folder)
+    except (UserError, TypeError) as error:
+        raise UserError(f"{folder / DIFFUSERS_FILE} does not fit its base model: {error}") from None
+    fuse(network)
 
 
-def save_for_use(network: Any, folder: Path, base: Base, scheduler: Any) -> None:
-    """Everything that other programs need of a finished run: both layouts, the scheduler, and how to use them."""
+def fuse(network: Any) -> None:
+    """Add the adapters that ``network`` has to its weights, all of which are trainable afterwards."""
+    from diffusers.utils import recurse_remove_peft_layers
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    recurse_remove_peft_layers(network)
+    del network.peft_config
+    network.requires_grad_(True)
+
+
+def save_for_use(network: Any, folder: Path, base: Base, scheduler: Any, pipeline: str) -> None:
+    """Everything that other programs need of a finished run: both layouts, the scheduler, and how to use them.
+
+    ``pipeline`` is the class of diffusers. Where it loads no adapters, there are peft's files too.
+    """
     save_adapters(network, folder, base)
-    flow = is_flow(scheduler.config)
-    file = COMFYUI_FILE if flow else KOHYA_FILE
-    weights, metadata = comfyui_layout(network) if flow else kohya_layout(network, scheduler)
-    save_tensors(weights, folder / file, metadata)
+    is_unet = family_of(network).part == "unet"
+    weights, metadata = kohya_layout(network, scheduler) if is_unet else comfyui_layout(network)
+    save_tensors(weights, folder / (KOHYA_FILE if is_unet else COMFYUI_FILE), metadata)
+    if not _loads_adapters(network):
+        save_for_peft(network, folder, base)
     scheduler.save_pretrained(folder / "scheduler")
-    settings, is_file = _settings(network), Path(base.name).expanduser().is_file()
-    facts = {"base": base.name, "rank": settings["r"], "alpha": settings["lora_alpha"], "kohya": file}
-    facts["pipeline"] = family_of(network).pipeline_class(network.config)
-    facts["load"] = "from_single_file" if is_file else "from_pretrained"
-    facts["predicts"], facts["schedule"] = meaning_of(scheduler.config)
-    facts["prompts"] = f"{advice}\n\n" if (advice := base.text.advice("XL" in facts["pipeline"])) else ""
+    write_file(folder / "README.md", _readme(network, base, scheduler.config, pipeline))
+
+
+def _loads_adapters(network: Any) -> bool:
+    """Whether diffusers' pipelines of such a network do."""
+    return hasattr(network, "load_lora_adapter")
+
+
+def _readme(network: Any, base: Base, scheduler: Any, pipeline: str) -> str:
+    """How the adapters are used, as Markdown."""
+    settings, is_unet, loads = _settings(network), family_of(network).part == "unet", _loads_adapters(network)
+    facts = {"base": base.name, "rank": settings["r"], "alpha": settings["lora_alpha"], "pipeline": pipeline}
+    facts["load"] = "from_single_file" if Path(base.name).expanduser().is_file() else "from_pretrained"
+    facts["part"], facts["file"], facts["readers"] = _OF_UNETS if is_unet else _OF_TRANSFORMERS
+    facts["imports"], facts["adding"] = _BY_DIFFUSERS if loads else _BY_PEFT
+    facts["predicts"], facts["schedule"] = meaning_of(scheduler)
+    facts["prompts"] = f"{advice}\n\n" if (advice := base.text.advice("XL" in pipeline)) else ""
     facts["held"] = f"{_IN_INT8}\n\n" if base.precision == "int8" else ""
     facts["sampling"], facts["programs"] = _KEPT if base.prediction == "keep" else _CONVERTED
-    readme = (_README_OF_FLOWS if flow else _README).read_text(encoding="utf-8")
-    (folder / "README.md").write_text(readme.format(**facts), encoding="utf-8")
+    template = _README_OF_FLOWS if is_flow(scheduler) else _README
+    return template.read_text(encoding="utf-8").format(**facts)
 
 
 def kohya_layout(network: Any, scheduler: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -230,10 +265,19 @@ def kohya_layout(network: Any, scheduler: Any) -> tuple[dict[str, Tensor], dict[
 
 def comfyui_layout(network: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights (``transformer.PATH.lora_A.weight``, ``.lora_B.weight``, ``.alpha``) and header that ComfyUI reads for
-    Stable Diffusion 3 and FLUX. Without alpha it would take the rank."""
+    transformers. Without alpha it would take the rank."""
     weights, alpha = _contiguous(adapters(network)), float(_settings(network)["lora_alpha"])
     layers = {name.partition(".lora_")[0] for name in weights}
     return {**weights, **{f"{layer}.alpha": torch.tensor(alpha) for layer in layers}}, {"format": "pt"}
+
+
+def save_for_peft(network: Any, folder: Path, base: Base) -> None:
+    """Write the adapters for ``peft.PeftModel.from_pretrained``."""
+    part, weights = family_of(network).part, _contiguous(adapters(network))
+    named = {f"base_model.model.{name.removeprefix(f'{part}.')}": weight for name, weight in weights.items()}
+    save_tensors(named, folder / "adapter_model.safetensors", {"format": "pt"})
+    settings = {"peft_type": "LORA", "base_model_name_or_path": base.name, "inference_mode": True, **_settings(network)}
+    write_file(folder / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
 
 
 def header(folder: Path) -> dict[str, str]:

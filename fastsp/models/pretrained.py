@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
+from tokenizers.normalizers import Lowercase, Sequence
 from transformers import CLIPTokenizer, PreTrainedModel, T5EncoderModel, T5TokenizerFast
 
 from fastsp.diffusion.text import TextSettings
 from fastsp.errors import UserError
-from fastsp.families import NetworkFamily, family_named, family_of
+from fastsp.families import NetworkFamily, family_of, family_of_config
 from fastsp.models.hub import download_pipeline, is_hub_id
 from fastsp.models.kinds import Kind, kind_named, kind_names
 from fastsp.models.lora import DIFFUSERS_FILE, Base, add_adapters, base_of, fingerprint, fuse_adapters, load_adapters
@@ -325,7 +327,7 @@ def _load_folder(
     loaded |= {part: _tokenizer(of, root / part, kind) for part, of in kind.tokenizers.items() if part in parts}
     folder = root / kind.network
     network_config = network_config or read_json_object(folder / "config.json")
-    family = family_named(network_config.get("_class_name", "UNet2DConditionModel")) if given else _family(folder)
+    family = family_of_config(network_config) if given else _family(folder)
     if with_network and kind.network not in given:
         loaded["network"] = _load_network(folder)
     loaded |= {("network" if part == kind.network else part): module for part, module in given.items()}
@@ -361,9 +363,8 @@ def _read_index(root: Path, name: str, given: Collection[str] = ()) -> tuple[dic
 
 
 def _family(folder: Path) -> NetworkFamily:
-    class_name = read_json_object(folder / "config.json").get("_class_name", "UNet2DConditionModel")
     try:
-        return family_named(class_name)
+        return family_of_config(read_json_object(folder / "config.json"))
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
 
@@ -391,11 +392,20 @@ def _load_part(kind: Any, folder: Path) -> Any:
 
 
 def _tokenizer(of: Any, folder: Path, kind: Kind) -> Any:
+    if _needs_sentencepiece(folder) and find_spec("sentencepiece") is None:
+        raise UserError(f"{folder} has its vocabulary in spiece.model alone, which needs: pip install sentencepiece")
     with _one_line_errors(folder):
         tokenizer = of.from_pretrained(folder)
     if issubclass(of, T5TokenizerFast):  # T5 itself has no limit
         tokenizer.model_max_length = min(tokenizer.model_max_length, kind.t5_tokens)
+    if kind.lowers_case:
+        backend = tokenizer.backend_tokenizer
+        backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer else [])])
     return tokenizer
+
+
+def _needs_sentencepiece(folder: Path) -> bool:
+    return (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file()
 
 
 @contextmanager

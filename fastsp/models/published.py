@@ -133,6 +133,25 @@ FLUX1_DEV = {
     "text_encoder_2": _T5_XXL,
     "vae": _VAE_16,
 }
+PIXART_ALPHA = {
+    "transformer": {
+        "_class_name": "PixArtTransformer2DModel",
+        "sample_size": 128,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 28,
+        "attention_head_dim": 72,
+        "num_attention_heads": 16,
+        "cross_attention_dim": 1152,
+        "caption_channels": 4096,
+    },
+    "text_encoder": _T5_XXL,
+    "vae": _VAE,
+}
+PIXART_SIGMA = {
+    **PIXART_ALPHA,
+    "transformer": {**PIXART_ALPHA["transformer"], "interpolation_scale": 2, "use_additional_conditions": False},
+}
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
     "runwayml/stable-diffusion-v1-5": SD15,
@@ -142,5 +161,7 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
     "stabilityai/stable-diffusion-3.5-medium": SD35_MEDIUM,
     "black-forest-labs/FLUX.1-dev": FLUX1_DEV,
+    "PixArt-alpha/PixArt-XL-2-1024-MS": PIXART_ALPHA,
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": PIXART_SIGMA,
 }
 """By hub id; of each part that fastsp holds, its configuration."""

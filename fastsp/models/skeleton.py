@@ -13,8 +13,9 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from fastsp.errors import UserError
-from fastsp.families import family_named, family_of
+from fastsp.families import family_of, family_of_config
 from fastsp.models.hub import is_hub_id
+from fastsp.models.kinds import kind_named
 from fastsp.models.lora import add_adapters
 from fastsp.models.model import TextToImageModel
 from fastsp.models.presets import preset_model
@@ -67,12 +68,12 @@ def skeleton(
         add_adapters(made, **lora)
         made.to(META)
     parts = {"text_encoder": None, **parts}
-    is_flow = family.part == "transformer"
+    kind = kind_named(family.pipeline_class(made.config)) if family.part == "transformer" else None
     return TextToImageModel(
         network=made,
         tokenizer=None,
-        scheduler=flow_scheduler() if is_flow else ddim_scheduler(),
-        pipeline_class=family.pipeline_class(made.config) if is_flow else None,
+        scheduler=flow_scheduler() if kind and kind.is_flow else ddim_scheduler(),
+        pipeline_class=None if kind is None else kind.name,
         text_width=family.text_widths(made.config)[0],
         **parts,
     )
@@ -109,7 +110,7 @@ def _part(config: Mapping[str, Any], where: str) -> Any:
         if kind == "AutoencoderKL":
             return AutoencoderKL.from_config(settings).eval().requires_grad_(False)
         try:
-            family = family_named(kind)
+            family = family_of_config({**config, "_class_name": kind})
         except ValueError as error:
             raise UserError(f"{where}: {error}") from None
         network = family.network_class() if hasattr(family, "network_class") else getattr(diffusers, kind)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastsp.errors import UserError
-from fastsp.families import family_named
+from fastsp.families import family_of_config
 from fastsp.utils.files import read_json_object
 
 NETWORKS = ("transformer", "unet")  # the folders of a pipeline that may have one
@@ -36,13 +36,11 @@ def load_network(name: str, part: str, dtype: torch.dtype | None = None) -> Any:
     """
     import diffusers
 
-    config = _read(name, f"{part}/config.json")
-    class_name = str(config.get("_class_name"))
     try:
-        family_named(class_name)
+        family = family_of_config(_read(name, f"{part}/config.json"))
     except ValueError as error:
         raise UserError(f"{name}: its {part}: {error}") from None
-    network, info = _weights(getattr(diffusers, class_name), name, part, dtype or torch.float32)
+    network, info = _weights(getattr(diffusers, family.class_name), name, part, dtype or torch.float32)
     if missing := sorted(map(str, info["missing_keys"])):
         raise UserError(f"{name}: its {part} lacks weights: {len(missing)} tensors are missing, such as {missing[0]}")
     return network

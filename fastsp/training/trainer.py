@@ -415,7 +415,7 @@ class Trainer:
         if self.model.base is None:
             replace(self.model, network=network).save(folder)
         else:
-            save_for_use(network, folder, self.model.base, self.model.scheduler)
+            save_for_use(network, folder, self.model.base, self.model.scheduler, self.model.kind.name)
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """Find the newest intact checkpoint and print which."""

@@ -240,6 +240,20 @@ def test_a_transformer_takes_the_fastest_of_pytorch_s_own(monkeypatch):
         chosen("xformers")
 
 
+def test_masks_of_texts_leave_the_kernel_to_pytorch(monkeypatch):
+    monkeypatch.setattr(attention, "available", lambda device: ("sdpa", "cudnn", "xformers"))
+    config = full_config(tiny_transformer("PixArtTransformer2DModel"))
+
+    def chosen(wanted):
+        return choose_attention(wanted, config, (2, 4, 8, 8), (2, 5, 16), torch.bfloat16, CUDA)
+
+    assert chosen("auto") == chosen("sdpa") == Choice("sdpa", {})
+    with pytest.raises(
+        UserError, match=r"^attention: 'cudnn' is not for a PixArtTransformer2DModel; it takes auto, sdpa$"
+    ):
+        chosen("cudnn")
+
+
 def test_on_a_cpu_nothing_is_measured():
     assert choose_attention("auto", full_config(tiny_unet()), *SHAPES, torch.float32, CPU) == attention.Choice(
         "sdpa", {}

@@ -146,7 +146,7 @@ def test_stable_diffusion_xl_loads_both_layouts(tmp_path, layout):
     add_adapters(unet, rank=4, alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     for adapter in adapters(unet).values():
         torch.nn.init.normal_(adapter, std=0.2)
-    save_for_use(unet, tmp_path, Base("some/model"), pipeline.scheduler)
+    save_for_use(unet, tmp_path, Base("some/model"), pipeline.scheduler, "StableDiffusionXLPipeline")
     assert "some/model" in (tmp_path / "README.md").read_text()
     arguments = {"timestep": data["timesteps"], "encoder_hidden_states": data["encoder_hidden_states"]}
     arguments |= {"sample": data["latents"], "added_cond_kwargs": data["added_cond_kwargs"]}
@@ -340,7 +340,7 @@ def test_equal_adapters_are_equal_files(folder, tmp_path):
     written = set()
     for number in range(5):
         (tmp_path / str(number)).mkdir()
-        save_for_use(unet, tmp_path / str(number), base, DDIMScheduler())
+        save_for_use(unet, tmp_path / str(number), base, DDIMScheduler(), "StableDiffusionPipeline")
         files = sorted(path for path in (tmp_path / str(number)).rglob("*") if path.is_file())
         written.add(tuple(file.read_bytes() for file in files))
     assert len(written) == 1

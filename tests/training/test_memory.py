@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_flow_pipeline
+from tiny import tiny_flow_pipeline, tiny_pixart
 from transformers import T5TokenizerFast
 from typer.testing import CliRunner
 
@@ -128,6 +128,7 @@ SIZES = {  # parameters, as the models' authors state them or their files add up
     "stabilityai/stable-diffusion-xl-base-1.0": 2_567_463_684,
     "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520,
     "black-forest-labs/FLUX.1-dev": 11_901_408_320,
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": 610_856_096,
 }
 
 
@@ -150,11 +151,11 @@ def test_a_folder_of_configurations_is_enough(tmp_path):
     assert 0 < trained < 1_000_000 and {p.device.type for p in model.network.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("kind", ["sd35", "flux", "dit"])
+@pytest.mark.parametrize("kind", ["sd35", "flux", "alpha", "sigma", "dit"])
 def test_a_step_of_a_transformer_is_counted_with_its_text_encoders(tmp_path, kind):
     more = ["model={preset: digits, network: dit}"]
     if kind != "dit":
-        folder = tiny_flow_pipeline(tmp_path / kind, kind)
+        folder = (tiny_flow_pipeline if kind in ("sd35", "flux") else tiny_pixart)(tmp_path / kind, kind)
         more = [f"model={{pretrained: {folder}}}", "data={source: images, path: any, resolution: 16, batch_size: 4}"]
     config = load_config(QUICKSTART, more)
     model = skeleton_of(config)
@@ -195,9 +196,9 @@ def test_the_command(tmp_path):
     assert f"up to {copies} of them" in said
 
 
-@pytest.mark.parametrize("kind", ["sd35", "flux"])
-def test_the_command_counts_adapters_of_flows_with_buckets_and_masks(tmp_path, kind):
-    folder = tiny_flow_pipeline(tmp_path / kind, kind)
+@pytest.mark.parametrize("kind", ["sd35", "flux", "pixart"])
+def test_the_command_counts_adapters_of_transformers_with_buckets_and_masks(tmp_path, kind):
+    folder = tiny_pixart(tmp_path / kind) if kind == "pixart" else tiny_flow_pipeline(tmp_path / kind, kind)
     arguments = ["train", "--dry-run", "--config", str(CONFIGS / f"{kind}-lora.yaml"), f"run_dir={tmp_path / 'run'}"]
     small = [f"model.pretrained={folder}", "data.resolution=16", "data.batch_size=2"]
     done = CliRunner().invoke(app, [*arguments, *small, "data.buckets=3", "data.masks=true"])
