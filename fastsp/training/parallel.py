@@ -148,4 +148,9 @@ def whole_network(network: Any, ranks: Ranks) -> Any | None:
     with torch.device("meta"):
         whole = family_of(network).network_class().from_config(network.config)
     whole.load_state_dict(state, assign=True)
+    held = dict(network.named_buffers())
+    for name, buffer in whole.named_buffers():
+        if buffer.is_meta:  # of no state: a table of positions, such as PixArt's
+            owner, _, own = name.rpartition(".")
+            setattr(whole.get_submodule(owner), own, held[name])
     return whole.to(ranks.device).eval().requires_grad_(False)
