@@ -17,6 +17,7 @@ from fastsp.loss import SelfPerceptualLoss
 from fastsp.models.lora import add_adapters
 from fastsp.perceptual.blocks import structure
 from fastsp.training.compilation import compiler_settings
+from fastsp.training.memory import Allocations
 from fastsp.training.step import checkpoint_activations
 
 SD3, FLUX = "SD3Transformer2DModel", "FluxTransformer2DModel"
@@ -41,8 +42,8 @@ def value_and_gradient(criterion, name):
 
 @BOTH
 def test_one_by_one_equals_the_whole_bit_for_bit(name):
-    """At its operations, but for those around the blocks: nobody asks for the text that the last block answers."""
-    network, results, flops = tiny_transformer(name, **DEPTHS[name][0]), [], []
+    """At its operations and in its memory, but for what is around the blocks: nobody asks for the last one's text."""
+    network, results, flops, kept = tiny_transformer(name, **DEPTHS[name][0]), [], [], []
     for way in ("blocks", "whole"):
         criterion = SelfPerceptualLoss(network, scheduler_of(name), normalize="none", dtype=torch.bfloat16)
         if way == "whole":
@@ -51,9 +52,14 @@ def test_one_by_one_equals_the_whole_bit_for_bit(name):
         with FlopCounterMode(display=False) as counter:
             criterion(prediction(name), **batch_of(name)).backward()
         flops.append(counter.get_total_flops())
+        with Allocations() as memory:
+            loss = criterion(prediction(name), **batch_of(name))
+        kept.append(memory.now)
+        del loss
         assert criterion.teacher == "batched", "it did not go on as split"
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     assert flops[1] < flops[0] < 1.02 * flops[1]
+    assert kept[0] < 1.02 * kept[1]
 
 
 @BOTH

@@ -150,6 +150,16 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(folder, runs, kind, step):
     assert_equal(run(folder, kind, name, resume=True), runs[kind])
 
 
+@pytest.mark.slow
+def test_a_compiled_run_trains_as_an_eager_one_and_goes_on_bit_for_bit(folder):
+    eager = run(folder, "dit", "eager_dit")
+    compiled = run(folder, "dit", "compiled_dit", "compile=true")
+    assert rows(compiled) == pytest.approx(rows(eager), rel=1e-3)
+    assert rows(compiled) != rows(eager), "something was compiled"
+    rewound(compiled, 4, folder / "compiled_again_dit")
+    assert_equal(run(folder, "dit", "compiled_again_dit", "compile=true", resume=True), compiled)
+
+
 @pytest.mark.parametrize("scale", [0.0, 3.0])
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_samples_are_those_of_diffusers_pipeline(runs, kind, scale):
