@@ -59,23 +59,27 @@ class BlockFunction(nn.Module):
     def __init__(self, block: nn.Module, family: Any) -> None:
         super().__init__()
         self.block, self.family = block, family  # None: it is not the last block
-        self.shapes: list[Any] = []
+        self.places: list[int] = []  # of the tensors that are answered, among the block's answers
+        self.unread: dict[int, Any] = {}  # of those that are not, their shapes without the batch, by place
         self.structure: Any = None
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         output = self.block.forward(*args, **kwargs)
         leaves, self.structure = tree_flatten(output)
-        read = set(range(len(leaves)))
+        tensors = {place: leaf for place, leaf in enumerate(leaves) if leaf is not None}  # SD3's last has no text
+        self.places = list(tensors)
         if self.family is not None and isinstance(output, tuple):
-            read = {self.family.feature(tuple(range(len(output))), None, {})}
-        self.shapes = [None if place in read else leaf.shape[1:] for place, leaf in enumerate(leaves)]
-        chosen = [leaves[place] for place in sorted(read)]
+            self.places = [self.family.feature(tuple(range(len(output))), None, {})]
+        self.unread = {place: leaf.shape[1:] for place, leaf in tensors.items() if place not in self.places}
+        chosen = [leaves[place] for place in self.places]
         return tuple(leaf.clone() if leaf._is_view() else leaf for leaf in chosen)  # AOTAutograd would give the base
 
     def answer(self, tensors: tuple[Tensor, ...]) -> Any:
         """``tensors`` as the block answers them, with zeros where nobody reads on."""
-        given, nothing = iter(tensors), tensors[0].new_zeros(())
-        leaves = [next(given) if shape is None else nothing.expand(len(tensors[0]), *shape) for shape in self.shapes]
+        rows, nothing = len(tensors[0]), tensors[0].new_zeros(())
+        given = dict(zip(self.places, tensors, strict=True))
+        given |= {place: nothing.expand(rows, *shape) for place, shape in self.unread.items()}
+        leaves = [given.get(place) for place in range(self.structure.num_leaves)]
         return tree_unflatten(leaves, self.structure)
 
 

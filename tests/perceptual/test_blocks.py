@@ -63,6 +63,20 @@ def test_one_by_one_equals_the_whole_bit_for_bit(name):
 
 
 @BOTH
+@pytest.mark.parametrize("before", [[], [1]], ids=["alone", "and the first"])
+def test_up_to_the_network_s_last_block(name, before):
+    """That of Stable Diffusion 3 answers None in the place of text."""
+    network, results = tiny_transformer(name), []
+    layers = [*before, len(family_of(network).blocks(network))]
+    for teacher in ("batched", "split"):
+        criterion = SelfPerceptualLoss(network, scheduler_of(name), layers=layers, teacher=teacher)
+        results.append(value_and_gradient(criterion, name))
+        assert criterion.teacher == teacher, "it did not go on as split"
+    for batched, split in zip(*results, strict=True):
+        torch.testing.assert_close(batched, split)
+
+
+@BOTH
 def test_the_teacher_s_programs_do_not_grow_in_number_with_the_depth(name):
     numbers = []
     for depth in DEPTHS[name]:
