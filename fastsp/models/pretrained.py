@@ -18,7 +18,7 @@ from tokenizers.normalizers import Lowercase, Sequence
 from transformers import CLIPTokenizer, PreTrainedModel, T5EncoderModel, T5TokenizerFast
 
 from fastsp.diffusion.text import TextSettings
-from fastsp.errors import UserError
+from fastsp.errors import UserError, install_command
 from fastsp.families import NetworkFamily, family_of, family_of_config
 from fastsp.models.hub import download_pipeline, is_hub_id
 from fastsp.models.kinds import Kind, kind_named, kind_names
@@ -393,7 +393,8 @@ def _load_part(kind: Any, folder: Path) -> Any:
 
 def _tokenizer(of: Any, folder: Path, kind: Kind) -> Any:
     if _needs_sentencepiece(folder) and find_spec("sentencepiece") is None:
-        raise UserError(f"{folder} has its vocabulary in spiece.model alone, which needs: pip install sentencepiece")
+        needs = install_command("pixart")
+        raise UserError(f"{folder} has its vocabulary in spiece.model alone, which needs sentencepiece: {needs}")
     with _one_line_errors(folder):
         tokenizer = of.from_pretrained(folder)
     if issubclass(of, T5TokenizerFast):  # T5 itself has no limit

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from peft import PeftModel
@@ -228,10 +229,33 @@ def test_a_vocabulary_that_needs_sentencepiece_says_so(folder, tmp_path, monkeyp
     (tokenizer / "tokenizer.json").rename(tokenizer / "spiece.model")
     monkeypatch.setattr("fastsp.models.pretrained.find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match=r"tokenizer has its vocabulary in spiece\.model alone, which needs: pip install"
+        UserError, match=r"tokenizer has its vocabulary in spiece\.model alone, which needs sentencepiece: pip install"
     ):
         load_pipeline(str(tmp_path / "model"))
     assert load_pipeline(str(folder / "sigma")).tokenizer.model_max_length == T5_LENGTH
+
+
+def test_a_vocabulary_of_sentencepiece_is_read_in_small_letters(folder, tmp_path):
+    """The files of published folders; what is written needs sentencepiece no more."""
+    shutil.copytree(folder / "sigma", tmp_path / "model")
+    tokenizer = tmp_path / "model" / "tokenizer"
+    (tokenizer / "tokenizer.json").unlink()
+    special = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}  # as T5 has them
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a cat and a dog", "a tan cat", "a good dog"] * 10),
+        model_prefix=str(tokenizer / "spiece"),
+        vocab_size=32,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **special,
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "spiece.model"))
+    model = load_pipeline(str(tmp_path / "model"))
+    model.save(tmp_path / "written")
+    (tmp_path / "written" / "tokenizer" / "spiece.model").unlink(missing_ok=True)
+    for loaded in (model, load_pipeline(str(tmp_path / "written"))):
+        for prompt in ("A CAT and a Dog", "Goo  Été", ""):
+            assert loaded.tokenizer(prompt).input_ids == [*pieces.encode(prompt.lower()), special["eos_id"]]
 
 
 def test_the_perceptual_network_of_a_published_folder(folder):
