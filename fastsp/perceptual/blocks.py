@@ -117,5 +117,5 @@ class _Structure(pickle.Pickler):
             return None
         if id(value) not in self.places:
             return id(value)
-        layout = value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+        layout = type(value), value.shape, value.stride(), value.dtype, value.device, value.requires_grad
         return self.places[id(value)], str(layout)

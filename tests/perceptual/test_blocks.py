@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_transformers import batch_of, scheduler_of, tiny_transformer
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastsp.families import compile_network, family_of
@@ -123,6 +124,11 @@ def test_a_teacher_called_twice_is_compiled_by_blocks_too(name):
     assert numbers[0] == numbers[1] > 2
 
 
+def two_tensors(weight: torch.Tensor) -> nn.Parameter:
+    """A weight of another class, as quantized ones are."""
+    return nn.Parameter(TwoTensor(weight.clone(), weight.clone()), requires_grad=False)
+
+
 def structures(network, *places):
     return [structure(network.transformer_blocks[i], f"transformer_blocks.{i}") for i in places]
 
@@ -144,8 +150,9 @@ def test_blocks_are_alike_whose_graphs_are():
         lambda block: block.double(),
         lambda block: block.ff.register_forward_hook(lambda *_: None),
         lambda block: setattr(block.ff.net[2], "weight", nn.Parameter(torch.zeros(16, 64))),
+        lambda block: setattr(block.ff.net[2], "weight", two_tensors(block.ff.net[2].weight)),
     ],
-    ids=["number", "nested", "partial", "tensor", "dtype", "hook", "requires_grad"],
+    ids=["number", "nested", "partial", "tensor", "dtype", "hook", "requires_grad", "class"],
 )
 def test_what_tells_blocks_apart(change):
     network = tiny_transformer(SD3, **DEPTHS[SD3][0]).requires_grad_(False)
