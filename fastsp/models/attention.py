@@ -122,6 +122,15 @@ def check_available(wanted: str, device: torch.device) -> None:
         raise UserError(f"attention: {wanted!r} is {fault}; on this {device.type} there are {', '.join(there)}")
 
 
+def kernels_of(kind: str, wanted: str, device: torch.device) -> tuple[str, ...]:
+    """The kernels that a network of a class can have on a device; a UserError if ``wanted`` is neither one of them nor
+    ``auto``."""
+    names = tuple(name for name in available(device) if name not in family_named(kind).other_kernels)
+    if wanted not in ("auto", *names):
+        raise UserError(f"attention: {wanted!r} is not for a {kind}; it takes {', '.join(('auto', *names))}")
+    return names
+
+
 def choose_attention(
     wanted: str, network_config: Config, latents: Shape, text: Shape, dtype: torch.dtype, device: torch.device
 ) -> Choice:
@@ -137,10 +146,7 @@ def choose_attention(
         UserError: ``wanted`` is not available, not for such a network, or cannot compute these shapes in this dtype.
     """
     check_available(wanted, device)
-    kind = network_config["_class_name"]
-    names = tuple(name for name in available(device) if name not in family_named(kind).other_kernels)
-    if wanted not in ("auto", *names):
-        raise UserError(f"attention: {wanted!r} is not for a {kind}; it takes {', '.join(('auto', *names))}")
+    names = kernels_of(network_config["_class_name"], wanted, device)
     if wanted in ("sdpa", "math") or (wanted == "auto" and (device.type != "cuda" or names == ("sdpa",))):
         return Choice("sdpa" if wanted == "auto" else wanted, {})
     names = names if wanted == "auto" else (wanted, "sdpa")

@@ -153,7 +153,8 @@ def skeleton_of(config: Config) -> TextToImageModel:
     sized = start.dit if start.network == "dit" else start.unet
     sizes = sized.model_dump() if sized else None
     model = skeleton(start.preset, start.pretrained, config.data.resolution, lora, sizes, start.network)
-    return model.reading(start.token_chunks, start.clip_skip)
+    flow = start.flow.model_dump() if start.flow else None
+    return model.for_training(start.prediction or "v_zero_snr", flow).reading(start.token_chunks, start.clip_skip)
 
 
 def report(config: Config, where: str, done: Mapping[str, int]) -> Iterator[str]:

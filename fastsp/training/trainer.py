@@ -34,6 +34,7 @@ from fastsp.models.attention import (
     check_available,
     choose_attention,
     kept_choice,
+    kernels_of,
 )
 from fastsp.models.int8 import check_torchao
 from fastsp.models.lora import load_adapters, save_adapters, save_for_use
@@ -137,6 +138,9 @@ class Trainer:
             if data is not None:
                 check_path(data)  # before a model is downloaded
         self.model, model = initial_model(config), config.model
+        kernels_of(
+            type(self.model.network).__name__, config.attention, self.device
+        )  # raises for one that it cannot have
         self.model.latent_shape(config.data.resolution)  # raises for a resolution that the VAE cannot encode
         self.model.latent_shape(config.samples.resolution or config.data.resolution)
         for number, stage in enumerate(config.stages):

@@ -207,6 +207,13 @@ def test_the_command_counts_adapters_of_transformers_with_buckets_and_masks(tmp_
     assert "perceptual network" in done.output
 
 
+def test_the_command_refuses_a_flow_s_settings_where_there_is_none(tmp_path):
+    options = [f"model.pretrained={tiny_pixart(tmp_path / 'pixart')}", "model.flow.times=uniform"]
+    config = load_config(CONFIGS / "pixart-lora.yaml", options)
+    with pytest.raises(UserError, match=r"^model\.flow is set, and this model is not trained on a flow: remove it$"):
+        skeleton_of(config)
+
+
 def test_masks_are_counted():
     """A float32 weight for each pixel of the batch is there beside the rest."""
     counted = []

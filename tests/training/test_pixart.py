@@ -142,6 +142,14 @@ def test_text_features_are_t5_s_of_small_letters_and_zeros_in_the_padding(folder
     assert torch.equal(keywords["encoder_attention_mask"], mask) and mask.sum(1).tolist() == [4, 1]
 
 
+def test_a_kernel_that_it_cannot_have_is_refused_before_the_run_begins(folder):
+    with pytest.raises(
+        UserError, match=r"^attention: 'math' is not for a PixArtTransformer2DModel; it takes auto, sdpa$"
+    ):
+        run(folder, "sigma", "refused", "attention=math")
+    assert not (folder / "refused").exists()
+
+
 def test_a_run_to_v_and_zero_terminal_snr(folder):
     run_dir = run(folder, "sigma", "v")
     model = load_trained(str(run_dir / "final"))
