@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from fastsp.config import Config, read_config
 from fastsp.errors import UserError
 from fastsp.models import TextToImageModel, load_model
 from fastsp.models.lora import fuse
+
+# One process has no group on purpose. (Set for good, because `catch_warnings` is not safe with threads.)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Thread
@@ -37,9 +36,6 @@ from fastsp.training.distributed import Ranks
 from fastsp.training.update import local
 from fastsp.utils.files import commit_folder, unfinished_path
 from fastsp.utils.versions import installed_version
-
-# One process has no group on purpose. (Set for good, because `catch_warnings` is not safe with threads.)
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 _FILE_BYTES = 2 << 30  # about, of one file: the writer holds one at a time in memory
 

@@ -58,7 +58,12 @@ class Change:
         return any(self.key == key or self.key.startswith(f"{key}.") for key in _FREE)
 
     def __str__(self) -> str:
-        return f"{self.key} {self.old!r} -> {self.new!r}" + (f" ({self.meaning})" if self.meaning else "")
+        return f"{self.key} {_told(self.old)} -> {_told(self.new)}" + (f" ({self.meaning})" if self.meaning else "")
+
+
+def _told(value: Any) -> str:
+    """A stage that only one of the two has is told by its name: all its keys would fill the screen."""
+    return f"stage {value['name']}" if isinstance(value, dict) and "name" in value else repr(value)
 
 
 def config_changes(old: str, new: Config) -> list[Change]:

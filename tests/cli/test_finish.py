@@ -100,7 +100,7 @@ def test_checkpoints_that_are_none(whole, tmp_path):
 def test_finish(whole, tmp_path, command, fails, step, names):
     """In the middle of a stage, and at its end."""
     run = stopped(whole, tmp_path / "run", step)
-    command("finish", run)
+    assert ("changed: stages.1 stage sp -> None\n" in command("finish", run)) is (step < 4)
     checkpoint = load_for_sampling(str(run / "checkpoints" / f"step_{step:08d}")).network.state_dict()
     assert sorted(path.name for path in (run / "stages").iterdir()) == names
     assert same(checkpoint, unet(run / "stages" / names[-1])) and same(checkpoint, unet(run / "final" / "unet"))

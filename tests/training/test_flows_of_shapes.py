@@ -146,7 +146,7 @@ def test_channels_are_scaled_by_the_samples_of_all_shapes(folder, runs, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_stopped_goes_on_bit_for_bit(folder, runs, kind):
     again = folder / f"again_{kind}"
-    rewound(folder / f"run_{kind}", 4, again)
+    rewound(folder / f"run_{kind}", 5, again)
     train(load_config(folder / f"{kind}.yaml", [f"run_dir={again}"]), resume=True, console=Console(quiet=True))
     assert_equal(again, folder / f"run_{kind}")
     measured = [rows(run, "validation_self_perceptual") for run in (again, folder / f"run_{kind}")]
@@ -180,7 +180,7 @@ def test_one_call_of_the_perceptual_network_for_each_shape(folder, runs, kind):
     more = ["stages.1.teacher=batched"]
     train(load_config(folder / f"{kind}.yaml", [f"run_dir={run}", *more]), console=Console(quiet=True))
     torch.testing.assert_close(rows(run), rows(folder / f"run_{kind}"), rtol=1e-4, atol=0)
-    rewound(run, 4, again)
+    rewound(run, 5, again)
     train(load_config(folder / f"{kind}.yaml", [f"run_dir={again}", *more]), resume=True, console=Console(quiet=True))
     assert_equal(again, run)
 
