@@ -42,6 +42,7 @@ def row(stage: str, seed: int, fid: float, **changes: object) -> dict:
         "seed": seed,
         "num_samples": 500,
         "fid": fid,
+        "kid": fid / 1000,
         "inception_score": 10 - fid / 4,
         "validity": 0.9 - fid / 100,
         "caption_agreement": 0.98 - fid / 100,

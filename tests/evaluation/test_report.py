@@ -50,6 +50,12 @@ def test_everything_of_a_finished_run_is_there(run_dir: Path) -> None:
     assert "learning_rate: 0.0001" in page.text and "CPU, 2 cores" in page.text and "5 min 20 s" in page.text
 
 
+def test_the_paper_s_figures_are_beside_those_of_the_same_metrics(run_dir: Path) -> None:
+    headings = re.findall(r"<th>([^<]*)</th>", write_report(run_dir).read_text(encoding="utf-8"))
+    place = headings.index("Paper: FID / IS")
+    assert headings[place - 2 : place] == ["FID ↓", "IS ↑"] and "KID x 1000 ↓" in headings
+
+
 def test_nothing_is_loaded_from_elsewhere(run_dir: Path) -> None:
     page = Page(write_report(run_dir))
     sources = [attrs["src"] for _, attrs in page.tags if "src" in attrs]

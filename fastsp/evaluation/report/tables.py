@@ -35,10 +35,10 @@ class Metric(NamedTuple):
 
 METRICS = (
     Metric("fid", "FID", "↓", 2),
-    Metric("kid", "KID x 1000", "↓", 2, 1000),
     Metric("inception_score", "IS", "↑", 2),
     Metric("validity", "Valid", "↑", 1, 100, "%"),
     Metric("caption_agreement", "Caption", "↑", 1, 100, "%"),
+    Metric("kid", "KID x 1000", "↓", 2, 1000),
     Metric("precision", "Precision", "↑", 2),
     Metric("recall", "Recall", "↑", 2),
     Metric("coverage", "Coverage", "↑", 2),
