@@ -36,6 +36,7 @@ from fastsp.errors import UserError
 from fastsp.models.schedulers import ddim_scheduler
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # of the latter only the sizes are used
+SLOW = pytest.mark.slow
 EAGER = tuple(name for name, provider in PROVIDERS.items() if not provider.compiled)
 MANY = ("fastsp_sp", "algorithm1_eager", "fastsp_mse")
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
@@ -114,7 +115,7 @@ def test_counted_operations_of_sd21():
     assert flops_per_sample(PROVIDERS["fastsp_mse"], workload) == pytest.approx(2409e9, rel=0.002)
 
 
-@pytest.mark.parametrize("layers", ["mid", "encoder+mid", "decoder"])
+@pytest.mark.parametrize("layers", ["mid", *(pytest.param(name, marks=SLOW) for name in ("encoder+mid", "decoder"))])
 def test_a_critic_adds_at_most_one_percent_to_the_operations_of_sd21(layers):
     workload = named_workload("sd21", CUDA, ["data.batch_size=2", f"stages.1.layers={layers}"])
     without, with_it = (flops_per_sample(PROVIDERS[name], workload) for name in ("fastsp_sp", "fastsp_sp_critic"))
@@ -242,7 +243,9 @@ def test_published_networks_have_their_sizes_on_a_gpu(name, class_name, latents,
     assert half.latent_shape[1:] == (64, 64) and half.config.model.lora is None
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SLOW) if name in ("sd21", "sdxl") else name for name in NETWORKS]
+)
 def test_published_networks_are_small_on_a_cpu(name):
     """Every network takes a step by each of the providers."""
     workload = named_workload(name, CPU, ["stages.1.teacher=split"])

@@ -37,7 +37,7 @@ def initial_and_trained(output: Path) -> tuple[dict[str, torch.Tensor], dict[str
         torch.manual_seed(0)
         initial, kind, part = tiny_transformer(), SD3Transformer2DModel, "transformer"
     else:
-        initial, kind, part = tiny_pipeline().network, UNet2DConditionModel, "unet"
+        initial, kind, part = tiny_pipeline().unet, UNet2DConditionModel, "unet"
     return initial.state_dict(), kind.from_pretrained(output, subfolder=part).state_dict()
 
 

@@ -113,7 +113,7 @@ def test_masks_repeats_captions_and_validation_of_a_flow(folder, seen):
     assert rows(every)[0] > 1.2 * rows(run_dir)[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("sd35", marks=pytest.mark.slow), "pixart"])
 def test_a_critic_on_a_transformer_s_tokens(folder, kind):
     critic = [f"data.path={folder / 'plain'}", CRITIC.format(0.5)]
     run_dir = run(folder, kind, f"critic_{kind}", *critic)
