@@ -179,7 +179,7 @@ def test_every_optimizer_of_two_processes_is_as_one_s(tmp_path):
         in_bf16 = kind.endswith("bf16")  # whose rounding is as large with AdamW: its runs are 0.06 apart
         for figure in ("loss", "grad_norm"):
             torch.testing.assert_close(column(two, figure), column(one, figure), rtol=1e-2 if in_bf16 else 2e-3, atol=0)
-        torch.testing.assert_close(final_weights(two), final_weights(one), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(final_weights(two), final_weights(one), rtol=1e-4, atol=2e-4 if in_bf16 else 2e-5)
         assert apart(two, one) < (0.15 if in_bf16 else 0.05), kind
 
 
