@@ -388,7 +388,10 @@ class RectifiedFlow(Process):
             return low + (high - low) * random.uniforms()
         if policy == "lower":
             return low + (t.clamp(low, high) - low) * random.uniforms()
-        drawn = self.draw(random) if policy == "same" else t + _displacement(random, policy) / NUM_TRAIN_TIMESTEPS
+        if policy == "same":
+            drawn = RectifiedFlow.draw(self, random)  # sigma, of a reversed flow too
+        else:
+            drawn = t + _displacement(random, policy) / NUM_TRAIN_TIMESTEPS
         width = high - low
         folded = (drawn - low).remainder(2 * width)  # a normal may go past both ends
         return low + torch.minimum(folded, 2 * width - folded)
@@ -424,9 +427,7 @@ class ReversedFlow(RectifiedFlow):
         return 1.0 - super().draw(random)
 
     def draw_perceptual(self, random: Random, t: Tensor, policy: str = "uniform") -> Tensor:
-        flow = RectifiedFlow()
-        vars(flow).update(vars(self))
-        return 1.0 - flow.draw_perceptual(random, 1.0 - t, policy)
+        return 1.0 - super().draw_perceptual(random, 1.0 - t, policy)
 
 
 def _within(name: str, t: Tensor, last: float) -> Tensor:

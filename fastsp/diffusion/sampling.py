@@ -80,7 +80,7 @@ def guided_denoiser(
     A network that embeds the scale of guidance is told it instead: 1, as in training, where there is none.
 
     Args:
-        network: diffusers' network, in any dtype.
+        network: of diffusers, in any dtype.
         conditioning: c, of B samples.
         empty: of the empty prompt, of one sample or of B.
         guidance: scale and rescale.

@@ -148,11 +148,10 @@ def load_adapters(network: nn.Module, folder: Path) -> None:
     Raises:
         UserError: they are of another rank or alpha, or in other layers.
     """
-    ours, theirs, part = adapters(network), load_file(folder / DIFFUSERS_FILE), family_of(network).part
-    settings = json.loads(header(folder).get("lora_adapter_metadata", "{}"))
+    ours, theirs = adapters(network), load_file(folder / DIFFUSERS_FILE)
+    rank, alpha, targets = _written_settings(network, folder)
     same = {name: p.shape for name, p in ours.items()} == {name: t.shape for name, t in theirs.items()}
-    if not same or settings.get(f"{part}.lora_alpha") != _settings(network)["lora_alpha"]:
-        rank, alpha, targets = (settings.get(f"{part}.{key}") for key in ("r", "lora_alpha", "target_modules"))
+    if not same or alpha != _settings(network)["lora_alpha"]:
         raise UserError(
             f"{folder / DIFFUSERS_FILE} has adapters of another rank or alpha, or in other layers, than model.lora; "
             f"theirs: rank {rank}, alpha {alpha}, target_modules {targets}"
@@ -183,8 +182,7 @@ def fuse_adapters(network: Any, folder: Path) -> None:
     Raises:
         UserError: they do not fit.
     """
-    settings, part = json.loads(header(folder).get("lora_adapter_metadata", "{}")), family_of(network).part
-    rank, alpha, targets = (settings.get(f"{part}.{key}") for key in ("r", "lora_alpha", "target_modules"))
+    rank, alpha, targets = _written_settings(network, folder)
     try:
         add_adapters(network, rank, alpha, targets or [])
         load_adapters(network, folder)
@@ -278,6 +276,13 @@ def save_for_peft(network: Any, folder: Path, base: Base) -> None:
     save_tensors(named, folder / "adapter_model.safetensors", {"format": "pt"})
     settings = {"peft_type": "LORA", "base_model_name_or_path": base.name, "inference_mode": True, **_settings(network)}
     write_file(folder / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
+
+
+def _written_settings(network: Any, folder: Path) -> tuple[Any, Any, Any]:
+    """Rank, alpha and target modules of the adapters in a folder, None for what their file does not tell."""
+    settings, part = json.loads(header(folder).get("lora_adapter_metadata", "{}")), family_of(network).part
+    rank, alpha, targets = (settings.get(f"{part}.{key}") for key in ("r", "lora_alpha", "target_modules"))
+    return rank, alpha, targets
 
 
 def header(folder: Path) -> dict[str, str]:

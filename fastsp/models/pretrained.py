@@ -123,8 +123,10 @@ def load_model(
     else:
         model, base = load_pipeline(pretrained, config), Base(pretrained, config)
     model = model.for_training(prediction, flow).reading(token_chunks, clip_skip)
-    base = base._replace(fingerprint=fingerprint(model.network), prediction=prediction, text=model.text)
-    base = base._replace(precision=lora.get("base_precision"))
+    precision = lora.get("base_precision")
+    base = base._replace(
+        fingerprint=fingerprint(model.network), prediction=prediction, text=model.text, precision=precision
+    )
     add_adapters(model.network, **lora, seed=seed)
     if given:
         load_adapters(model.network, path)
@@ -219,7 +221,9 @@ def check_perceptual_network(network: Any, predicts: str, layers: str | None, fo
     if folder is not None:
         check_network(folder)
         if not (folder / DIFFUSERS_FILE).is_file():
-            config, family = read_json_object(_network_folder(folder) / "config.json"), _family(_network_folder(folder))
+            place = _network_folder(folder)
+            config = read_json_object(place / "config.json")
+            family = _family(config, place)
     for key in family.input_keys:
         if (its := config.get(key)) != (own := network.config.get(key)):
             raise UserError(f"{stage}.perceptual_network {folder}: its {key} is {its!r}, the model's {own!r}")
@@ -327,7 +331,7 @@ def _load_folder(
     loaded |= {part: _tokenizer(of, root / part, kind) for part, of in kind.tokenizers.items() if part in parts}
     folder = root / kind.network
     network_config = network_config or read_json_object(folder / "config.json")
-    family = family_of_config(network_config) if given else _family(folder)
+    family = _family(network_config, folder)
     if with_network and kind.network not in given:
         loaded["network"] = _load_network(folder)
     loaded |= {("network" if part == kind.network else part): module for part, module in given.items()}
@@ -362,15 +366,15 @@ def _read_index(root: Path, name: str, given: Collection[str] = ()) -> tuple[dic
     return index, kind, set(parts)
 
 
-def _family(folder: Path) -> NetworkFamily:
+def _family(config: Mapping[str, Any], folder: Path) -> NetworkFamily:
     try:
-        return family_of_config(read_json_object(folder / "config.json"))
+        return family_of_config(config)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
 
 
 def _load_network(folder: Path) -> Any:
-    return _load_part(_family(folder).network_class(), folder)
+    return _load_part(_family(read_json_object(folder / "config.json"), folder).network_class(), folder)
 
 
 def _load_part(kind: Any, folder: Path) -> Any:

@@ -29,7 +29,7 @@ class Gradients:
     warm_up_steps = 0  # that must have run before a step can be captured in a CUDA graph
 
     def __init__(self, network: Any, optimizer: Optimizer) -> None:
-        self.network = network  # what to call in place of the network
+        self.network = network  # what a step calls: where there are many ranks, DDP's wrapper
         self.optimizer = optimizer
 
     @contextmanager

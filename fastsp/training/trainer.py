@@ -138,9 +138,8 @@ class Trainer:
             if data is not None:
                 check_path(data)  # before a model is downloaded
         self.model, model = initial_model(config), config.model
-        kernels_of(
-            type(self.model.network).__name__, config.attention, self.device
-        )  # raises for one that it cannot have
+        # Raises for a kernel that the network cannot have.
+        kernels_of(type(self.model.network).__name__, config.attention, self.device)
         self.model.latent_shape(config.data.resolution)  # raises for a resolution that the VAE cannot encode
         self.model.latent_shape(config.samples.resolution or config.data.resolution)
         for number, stage in enumerate(config.stages):
