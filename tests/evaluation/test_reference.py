@@ -75,6 +75,11 @@ def test_statistics_from_before_there_was_kid_are_read(tmp_path: Path) -> None:
     assert "kid" not in load_reference(tmp_path / "old.safetensors", "corners").scores(seen(40, 1), ())
 
 
+def test_a_classifier_s_features_have_no_kid() -> None:
+    statistics, samples = Reference.of(seen(50, 0), "corners", "a folder"), seen(40, 1)
+    assert "kid" not in statistics.scores(samples, ("one", "two", "three")) and "kid" in statistics.scores(samples, ())
+
+
 def test_kid_is_of_a_seeded_sample_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
     real, samples = seen(50, 0), seen(40, 1)
     monkeypatch.setattr(reference, "_IN_SAMPLE", 20)
