@@ -27,33 +27,40 @@ def reproduce(
     scale: Annotated[
         Literal["cpu", "gpu"], typer.Option(help="Of 'photographs': 8 x 8 pixels on a CPU, or 32 x 32 on a GPU.")
     ] = "cpu",
+    trainings: Annotated[
+        int, typer.Option(help="Of 'photographs': how often each loss is trained from a base.", min=1)
+    ] = 3,
+    bases: Annotated[
+        int, typer.Option(help="Of 'photographs': so many bases, one after the other, each with the next seed.", min=1)
+    ] = 1,
     plan: Annotated[bool, typer.Option("--plan", help="Print the configuration and stop.")] = False,
 ) -> None:
     """Train and evaluate what a table of the paper compares, and print the table beside the paper's figures.
 
     Each table is one run: MSE, then its self-perceptual stages. 'photographs' compares the losses on small photographs
-    of yours, each trained three times from one base. If interrupted, run the same command to continue.
+    of yours, each trained several times from one base or more. If interrupted, run the same command to continue.
 
     Example: fastsp reproduce 3 --small
     """
     from fastsp.errors import UserError
-    from fastsp.evaluation.repetitions import repeated
+    from fastsp.evaluation.repetitions import on_bases
     from fastsp.evaluation.reproduction import TABLES, own_config, table_config
 
     if table == "photographs":
-        chosen = repeated(config or own_config(_PHOTOGRAPHS[scale]), overrides or [])
+        runs = on_bases(config or own_config(_PHOTOGRAPHS[scale]), overrides or [], trainings, bases)
     elif table.isdecimal():
-        chosen = table_config(int(table), config or own_config(_SMALL if small else _PAPER), overrides or [])
+        runs = [table_config(int(table), config or own_config(_SMALL if small else _PAPER), overrides or [])]
     else:
         raise UserError(f"table {table!r}: allowed are 1 to {max(TABLES)}, and photographs")
     if plan:
-        typer.echo(chosen.dump(), nl=False)
+        typer.echo("---\n".join(run.dump() for run in runs), nl=False)
         return
-    _run(chosen)
+    for run in runs:
+        _run(run)
     if table == "photographs":
-        _show_comparison(chosen)
+        _show_comparison(runs)
     else:
-        _show_table(int(table), Path(chosen.run_dir))
+        _show_table(int(table), Path(runs[0].run_dir))
 
 
 def _run(chosen: Config) -> None:
@@ -72,14 +79,15 @@ def _run(chosen: Config) -> None:
     train(config=file, overrides=[], resume=True)
 
 
-def _show_comparison(chosen: Config) -> None:
-    """Print the comparison and write it to ``comparison.md`` of the run."""
+def _show_comparison(runs: list[Config]) -> None:
+    """Print the comparison and write it to ``comparison.md`` of the run, or of the folder that holds several."""
     from fastsp.evaluation.repetitions import markdown
     from fastsp.evaluation.run_files import read_run
     from fastsp.utils.files import write_file
 
-    text = markdown(chosen, read_run(Path(chosen.run_dir)).rows)
-    file = Path(chosen.run_dir) / "comparison.md"
+    folder = Path(runs[0].run_dir)
+    text = markdown([(run, read_run(Path(run.run_dir)).rows) for run in runs])
+    file = (folder.parent if len(runs) > 1 else folder) / "comparison.md"
     write_file(file, text)
     typer.echo(f"{text}\n{file} holds this table")
 

@@ -1,8 +1,9 @@
-"""Several training runs of each stage from one base, so that a difference can be told from chance.
+"""Several training runs of each stage from one base or several, so that a difference can be told from chance.
 
 A base and R repetitions of every other stage are one run. Repetition r of all stages sees the same samples, noise and
 timesteps, and is sampled from the same noise: differences are taken repetition by repetition. Their interval, Student's
-over the repetitions, covers what another training of these stages would change, but not another base.
+over the repetitions, covers what another training of these stages would change, but not another base. With several
+bases, each a run with a seed of its own, differences are taken base by base, and the interval covers another base too.
 """
 
 from __future__ import annotations
@@ -51,6 +52,16 @@ def repeated(file: Path, overrides: Sequence[str] = (), repetitions: int = REPET
     return load_config(file, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in changes.items())])
 
 
+def on_bases(file: Path, overrides: Sequence[str], repetitions: int, bases: int) -> list[Config]:
+    """The runs of :func:`repeated` on so many bases: each has a seed of its own, and a folder below `run_dir`."""
+    first = repeated(file, overrides, repetitions)
+    if bases == 1:
+        return [first]
+    seeds = range(first.seed, first.seed + bases)
+    own = ([f"seed={seed}", f"run_dir={json.dumps(f'{first.run_dir}/seed_{seed}')}"] for seed in seeds)
+    return [repeated(file, [*overrides, *changes], repetitions) for changes in own]
+
+
 def by_repetition(config: Config, rows: list[Row]) -> list[Row]:
     """The rows of a repeated run as if repetitions were seeds: `stage` has no number, and `seed` is that number.
 
@@ -59,15 +70,31 @@ def by_repetition(config: Config, rows: list[Row]) -> list[Row]:
     found = []
     for setting, group in by_setting(rows).items():
         stage = next((stage for stage in config.stages if stage.name == setting.stage), None)
-        figures = {m.key: mean(row[m.key] for row in group) for m in METRICS if all(m.key in row for row in group)}
         number = 0 if stage is None else stage.repetition
-        found.append({**group[0], **figures, "stage": _form(config, setting.stage), "seed": number})
+        found.append({**group[0], **_means(group), "stage": _form(config, setting.stage), "seed": number})
     return found
 
 
-def comparisons(config: Config, rows: list[Row]) -> Iterator[Comparison]:
-    """Every form of training but base and control against the control, in every metric and way of sampling."""
-    forms, pooled = _forms(config), by_repetition(config, rows)
+def by_base(runs: Sequence[tuple[Config, list[Row]]]) -> list[Row]:
+    """The rows of runs on several bases as if bases were seeds: means over repetitions, `seed` is the number of the base.
+
+    A form of training of which a repetition still has no row is left out.
+    """
+    found = []
+    for number, (config, rows) in enumerate(runs):
+        trained = _trainings(config)
+        for setting, group in by_setting(by_repetition(config, rows)).items():
+            if len(group) == trained.get(setting.stage, 1):
+                found.append({**group[0], **_means(group), "seed": number})
+    return found
+
+
+def comparisons(config: Config, pooled: list[Row]) -> Iterator[Comparison]:
+    """Every form of training but base and control against the control, in every metric and way of sampling.
+
+    `pooled` are rows of :func:`by_repetition`, or of :func:`by_base`.
+    """
+    forms = list(_trainings(config))
     control = next(_form(config, stage.name) for stage in config.stages[1:] if stage.objective == "mse")
     for metric in (metric for metric in METRICS if metric.better):
         for form in forms[1:]:
@@ -75,35 +102,47 @@ def comparisons(config: Config, rows: list[Row]) -> Iterator[Comparison]:
                 yield from compare(pooled, form, control, metric)
 
 
-def markdown(config: Config, rows: list[Row]) -> str:
+def markdown(runs: Sequence[tuple[Config, list[Row]]]) -> str:
     """The comparison as a table: a row for each metric and way of sampling, a column for each form of training.
 
-    A cell is the mean over the repetitions, or "-" while some have no row; in brackets the difference from the control
-    and its 95 % interval, in bold where that excludes zero. The floor, real images, is a line above the table.
+    A cell is the mean over the repetitions, or over several bases, or "-" while some have no row; in
+    brackets the difference from the control and its 95 % interval, in bold where that excludes zero. The floor, real
+    images, is a line above the table.
+
+    Args:
+        runs: a run for each base, with its rows.
     """
-    forms, pooled = _forms(config), by_repetition(config, rows)
-    groups, trained = by_setting(pooled), Counter(_form(config, stage.name) for stage in config.stages)
-    compared = {(c.metric, c.setting): c for c in comparisons(config, rows)}
-    real = [row for row in pooled if row["stage"] == REAL][:1]
-    floor = [f"{m.heading} {m.show(row[m.key])}" for row in real for m in METRICS if m.better and m.key in row]
-    table = [["metric", "sampling", *forms], ["---"] * (2 + len(forms))]
+    config, rows = runs[0]
+    several = len(runs) > 1
+    pooled = by_base(runs) if several else by_repetition(config, rows)
+    trained, groups = _trainings(config), by_setting(pooled)
+    compared = {(c.metric, c.setting): c for c in comparisons(config, pooled)}
+    real = _means([row for row in pooled if row["stage"] == REAL])
+    floor = [f"{m.heading} {m.show(real[m.key])}" for m in METRICS if m.better and m.key in real]
+    table = [["metric", "sampling", *trained], ["---"] * (2 + len(trained))]
     for metric in (metric for metric in METRICS if metric.better):
         for sampling in dict.fromkeys(setting._replace(stage="") for setting in groups if setting.stage != REAL):
             cells = []
-            for form in forms:
+            for form, repetitions in trained.items():
                 group = groups.get(sampling._replace(stage=form), [])
                 values = [row[metric.key] for row in group if metric.key in row]
                 comparison = compared.get((metric, sampling._replace(stage=form)))
                 shown = f"{metric.show(mean(values))}{_against_control(comparison)}" if values else "-"
-                cells.append(shown if len(values) == trained[form] else "-")
-            if cells != ["-"] * len(forms):
+                cells.append(shown if len(values) == (len(runs) if several else repetitions) else "-")
+            if cells != ["-"] * len(trained):
                 table.append([f"{metric.heading} {metric.better}", sampling.words(), *cells])
     head = [f"Real images that were trained on: {', '.join(floor)}.", ""] if floor else []
     return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in table), ""])
 
 
-def _forms(config: Config) -> list[str]:
-    return list(dict.fromkeys(_form(config, stage.name) for stage in config.stages))
+def _trainings(config: Config) -> Counter[str]:
+    """The forms of training in the configuration's order, the base first, and how many repetitions each has."""
+    return Counter(_form(config, stage.name) for stage in config.stages)
+
+
+def _means(group: list[Row]) -> Row:
+    """The mean figures of rows, of the metrics that all have."""
+    return {m.key: mean(row[m.key] for row in group) for m in METRICS if group and all(m.key in row for row in group)}
 
 
 def _form(config: Config, name: str) -> str:

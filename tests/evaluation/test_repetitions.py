@@ -8,7 +8,7 @@ import pytest
 
 from fastsp.config import Config
 from fastsp.errors import UserError
-from fastsp.evaluation.repetitions import by_repetition, comparisons, markdown, repeated
+from fastsp.evaluation.repetitions import by_repetition, comparisons, markdown, on_bases, repeated
 from fastsp.evaluation.rows import REAL, Row, plan
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[2] / "configs" / "photographs.yaml"
@@ -60,7 +60,7 @@ def rows(config: Config) -> list[Row]:
 
 
 def test_differences_are_paired_over_repetitions(config: Config) -> None:
-    (sp, normalized) = comparisons(config, rows(config))
+    (sp, normalized) = comparisons(config, by_repetition(config, rows(config)))
     assert (sp.setting.stage, sp.seeds, sp.outcome) == ("sp", 3, "undecided")
     assert sp.difference == pytest.approx(0) and sp.interval == pytest.approx((-1.242, 1.242), abs=1e-3)
     assert (normalized.setting.stage, normalized.outcome) == ("sp_normalized", "better")
@@ -70,14 +70,14 @@ def test_differences_are_paired_over_repetitions(config: Config) -> None:
 
 
 def test_the_table(config: Config) -> None:
-    head, _, *table = markdown(config, rows(config)).splitlines()
+    head, _, *table = markdown([(config, rows(config))]).splitlines()
     assert head == "Real images that were trained on: FID 2.25."
     assert table[0] == "| metric | sampling | mse | mse_longer | sp | sp_normalized |"
     assert table[2:] == [
         "| FID ↓ | 25 steps | 13.25 | 11.25 | 11.25 (+0.00, −1.24 to +1.24) | 10.25 (**−1.00, −1.02 to −0.98**) |"  # noqa: RUF001
     ]
     unfinished = [row for row in rows(config) if row["stage"] != "sp_2"]
-    assert markdown(config, unfinished).splitlines()[4].split(" | ")[4:] == ["-", table[2].split(" | ")[5]]
+    assert markdown([(config, unfinished)]).splitlines()[4].split(" | ")[4:] == ["-", table[2].split(" | ")[5]]
 
 
 def test_a_file_without_control_is_refused(tmp_path: Path) -> None:
@@ -87,3 +87,25 @@ def test_a_file_without_control_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="a comparison needs a base, and stages that start from it, one of them of MSE"):
         repeated(file)
+
+
+def test_each_base_is_a_run_of_its_own() -> None:
+    runs = on_bases(PHOTOGRAPHS, ["seed=5", "run_dir=runs/of mine"], repetitions=1, bases=3)
+    assert [run.seed for run in runs] == [5, 6, 7]
+    assert [run.run_dir for run in runs] == [f"runs/of mine/seed_{seed}" for seed in (5, 6, 7)]
+    assert [stage.name for stage in runs[2].stages] == ["mse", *(f"{form}_0" for form in FORMS)]
+    assert on_bases(PHOTOGRAPHS, [], repetitions=3, bases=1) == [repeated(PHOTOGRAPHS)]
+
+
+def test_differences_are_paired_over_bases(config: Config) -> None:
+    """The second base is 3 higher throughout, and its published form another 0.4: a difference of 0.2 on average."""
+    shifts = {"sp": 3.4}
+    second = [{**row, "fid": row["fid"] + shifts.get(row["stage"].rpartition("_")[0], 3.0)} for row in rows(config)]
+    head, _, *table = markdown([(config, rows(config)), (config, second)]).splitlines()
+    assert head == "Real images that were trained on: FID 3.75."
+    assert table[2:] == [
+        "| FID ↓ | 25 steps | 14.75 | 12.75 | 12.95 (+0.20, −2.34 to +2.74) | 11.75 (**−1.00, −1.00 to −1.00**) |"  # noqa: RUF001
+    ]
+    unfinished = [row for row in second if row["stage"] != "sp_2"]
+    cells = markdown([(config, rows(config)), (config, unfinished)]).splitlines()[4].split(" | ")
+    assert cells[4] == "-" and cells[5] == table[2].split(" | ")[5]
