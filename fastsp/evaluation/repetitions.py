@@ -76,7 +76,7 @@ def by_repetition(config: Config, rows: list[Row]) -> list[Row]:
 
 
 def by_base(runs: Sequence[tuple[Config, list[Row]]]) -> list[Row]:
-    """The rows of runs on several bases as if bases were seeds: means over repetitions, `seed` is the number of the base.
+    """The rows of runs on several bases as if bases were seeds: means over repetitions, `seed` is the base's number.
 
     A form of training of which a repetition still has no row is left out.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def shuffled(images: Tensor) -> Tensor:
     ("damage", "noticed_by"),
     [
         (blurred, ("inception_score", "validity", "caption_agreement", "recall")),
-        (shuffled, ("precision", "recall", "coverage")),  # the two photographs are told apart by colour alone
+        (shuffled, ("caption_agreement", "coverage")),  # the two photographs are told apart mostly by colour
     ],
 )
 def test_real_photographs_score_best(damage, noticed_by, patches, classifier) -> None:
@@ -80,12 +81,12 @@ def test_real_photographs_score_best(damage, noticed_by, patches, classifier) ->
         return reference.scores(seen, classifier.class_names)
 
     damaged = Captioned(damage(unseen.images), unseen.captions)
-    for seed in range(3):
-        half = torch.randperm(len(unseen.images), generator=torch.Generator().manual_seed(seed))[:200]
-        real, bad = (score(take(images, half)) for images in (unseen, damaged))
-        assert 1.4 * real["fid"] < bad["fid"]
-        for name in noticed_by:
-            assert real[name] > bad[name], name
+    draws = [torch.randperm(len(unseen.images), generator=torch.Generator().manual_seed(n))[:200] for n in range(3)]
+    real, bad = ([score(take(images, draw)) for draw in draws] for images in (unseen, damaged))
+    # Single draws differ by more than the damage does, and by what the processor rounds in the classifier's training.
+    assert 2 * mean(row["fid"] for row in real) < mean(row["fid"] for row in bad)
+    for name in noticed_by:
+        assert mean(row[name] for row in real) > mean(row[name] for row in bad) + 0.005, name
 
 
 @pytest.mark.parametrize(("given", "side"), [(8, 8), (32, 32), (100, 32)])
