@@ -48,6 +48,8 @@ def reproduce(
 
     if table == "photographs":
         runs = on_bases(config or own_config(_PHOTOGRAPHS[scale]), overrides or [], trainings, bases)
+    elif (scale, trainings, bases) != ("cpu", 3, 1):
+        raise UserError("--scale, --trainings and --bases are of 'photographs' alone")
     elif table.isdecimal():
         runs = [table_config(int(table), config or own_config(_SMALL if small else _PAPER), overrides or [])]
     else:

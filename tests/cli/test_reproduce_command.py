@@ -71,9 +71,17 @@ def test_small_photographs(command, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "run" / "stages" / "sp_normalized_2").is_dir()
     assert table in command(*arguments)
 
+    written = command(*arguments, "--bases", 2, "--trainings", 1)
+    table = (tmp_path / "run" / "comparison.md").read_text()
+    assert table in written and sum(line.count(" to ") for line in table.splitlines() if "FID" in line) >= 6
+    stages = ("mse", "mse_longer_0", "sp_0", "sp_normalized_0")
+    for seed in (0, 1):
+        assert {path.name for path in (tmp_path / "run" / f"seed_{seed}" / "stages").iterdir()} == set(stages)
+
 
 def test_mistakes(fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "table 8: the paper has tables 1 to 7" in fails("reproduce", 8)
+    assert "--scale, --trainings and --bases are of 'photographs' alone" in fails("reproduce", 3, "--bases", 2)
     assert "table 'photos': allowed are 1 to 7, and photographs" in fails("reproduce", "photos")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
