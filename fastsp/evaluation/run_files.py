@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import yaml
 from PIL import Image
 
 from fastsp.errors import UserError
+from fastsp.training.metrics_file import MetricsFile
 
 
 @dataclass
@@ -50,7 +50,8 @@ def read_run(directory: Path) -> RunFiles:
     run.config = _read(directory / "config.yaml", {}, yaml.safe_load)
     run.rows = _read(directory / "evaluation.json", [])
     run.environment = _read(directory / "environment.json", {})
-    run.metrics = _read_metrics(directory / "metrics.jsonl", [stage["name"] for stage in run.stages])
+    rows = MetricsFile(directory / "metrics.jsonl").rows()
+    run.metrics = _by_stage(rows, [stage["name"] for stage in run.stages])
     for path in sorted((directory / "samples").glob("*.png")):
         name = path.stem
         if name == "comparison":
@@ -68,15 +69,12 @@ def read_run(directory: Path) -> RunFiles:
     return run
 
 
-def _read_metrics(path: Path, configured: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Grouped by stage, sorted by step. Lines of one step are one, in which the later counts; a line cut off ends the
-    file."""
+def _by_stage(rows: list[dict[str, Any]], configured: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Sorted by step. Lines of one step are one, in which the later counts."""
     stages: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in configured}
-    if path.exists():
-        with path.open(encoding="utf-8") as lines, suppress(json.JSONDecodeError):
-            for line in map(json.loads, lines):
-                steps = stages.setdefault(line["stage"], {})
-                steps[line["step"]] = steps.get(line["step"], {}) | line
+    for row in rows:
+        steps = stages.setdefault(row["stage"], {})
+        steps[row["step"]] = steps.get(row["step"], {}) | row
     return {name: [steps[step] for step in sorted(steps)] for name, steps in stages.items() if steps}
 
 

@@ -14,6 +14,7 @@ from fastsp.errors import UserError
 from fastsp.objectives import StageConfig
 from fastsp.training.checkpoint_folder import damage, newest_first, progress_of
 from fastsp.training.config_changes import check_place
+from fastsp.training.metrics_file import MetricsFile
 from fastsp.training.run_directory import RunDirectory
 from fastsp.utils.progress import duration
 
@@ -95,13 +96,8 @@ def _shape(config: Config, stage: StageConfig) -> dict[str, Any]:
 
 def _rates(folder: Path, stage: str) -> list[float]:
     """Samples per second, of the lines of a stage that have them."""
-    rates = []
-    with suppress(OSError):
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # the last line may be torn
-                row = json.loads(line)
-                rates += [row["samples_per_s"]] if row.get("stage") == stage and row.get("samples_per_s") else []
-    return rates
+    rows = MetricsFile(folder / "metrics.jsonl").rows()
+    return [rate for row in rows if row.get("stage") == stage and (rate := row.get("samples_per_s"))]
 
 
 def _device(folder: Path) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from fastsp.config import Config
 from fastsp.data.inventory import FILE, Inventory
 from fastsp.errors import UserError
 from fastsp.training.config_changes import Change, config_changes
-from fastsp.utils.files import FileLock, check_folder_writable, remove_unfinished, sync, write_file
+from fastsp.training.metrics_file import MetricsFile
+from fastsp.utils.files import FileLock, check_folder_writable, remove_unfinished, write_file
 
 _LOCK_PATIENCE = 0.25  # seconds: `fastsp status` holds the lock for an instant
 
@@ -35,7 +35,7 @@ class RunDirectory:
         self.config, self.is_main = config, is_main
         self.root = Path(config.run_dir)
         self.config_file = self.root / "config.yaml"
-        self.metrics_file = self.root / "metrics.jsonl"
+        self.metrics = MetricsFile(self.root / "metrics.jsonl")
         self.bad_samples_file = self.root / "bad_samples.jsonl"
         self.attention_file = self.root / "attention.json"
         self.checkpoints = self.root / "checkpoints"
@@ -105,25 +105,6 @@ class RunDirectory:
         """Where a finished stage's EMA weights lie, as a diffusers UNet folder, or adapters; raw ones in its `raw/`."""
         return self.root / "stages" / name
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
-        """One line, in the file before the next step begins."""
-        with self.metrics_file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
-
-    def sync_metrics(self) -> None:
-        """Make the lines durable: a checkpoint must never outlive those of the steps before it."""
-        if self.is_main and self.metrics_file.exists():
-            sync(self.metrics_file)
-
-    def rewind_metrics(self, global_step: int) -> None:
-        """Drop the lines after ``global_step``, which will be written anew, and a line torn by a kill."""
-        if not self.metrics_file.exists():
-            return
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if _is_kept(line, global_step)]
-        if kept != lines:
-            write_file(self.metrics_file, "".join(kept))
-
     def _check(self, resume: bool) -> None:
         check_folder_writable(self.root, "run_dir")
         if not self.config_file.exists():
@@ -141,14 +122,3 @@ class RunDirectory:
                 f"run_dir {self.root} holds a run with another configuration: {'; '.join(refused)}; "
                 "add --allow-changes to continue with the new one"
             )
-
-
-def _is_kept(line: str, global_step: int) -> bool:
-    """Whether a line is complete and of a step up to ``global_step``, but not of the start of a stage that begins
-    there."""
-    try:
-        row = json.loads(line)
-        reached = row["global_step"]
-    except (ValueError, KeyError, TypeError):
-        return False
-    return line.endswith("\n") and (reached < global_step or (reached == global_step and row.get("step") != 0))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import yaml
 
 from fastsp.errors import UserError
 from fastsp.training.checkpoint_folder import Progress, damage, newest_first, progress_of
+from fastsp.training.metrics_file import MetricsFile
 from fastsp.utils.files import lock_holder
 from fastsp.utils.progress import duration
 
@@ -72,7 +71,7 @@ def run_status(root: Path, verify: bool = False) -> RunStatus:
         batch_size = config["data"]["batch_size"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         raise UserError(f"{root} holds no run: it has no config.yaml of one") from None
-    rows = _last_rows(root / "metrics.jsonl")
+    rows = MetricsFile(root / "metrics.jsonl").rows(_LOSSES)
     last = rows[-1] if rows else {}
     holder = lock_holder(root / ".lock")
     running, perhaps = (holder.name if holder and holder.certain == certain else None for certain in (True, False))
@@ -85,7 +84,9 @@ def run_status(root: Path, verify: bool = False) -> RunStatus:
     logged: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})  # else it is of a validation
     total, rate = sum(stages.values()), logged.get("samples_per_s")
     # Those that the run has named may be more than it has logged: it can be stopped by them. null: a file of many
-    bad_samples = sum(b'"position": null' not in line for line in _lines(root / "bad_samples.jsonl"))
+    bad_file = root / "bad_samples.jsonl"
+    named = bad_file.read_bytes().splitlines() if bad_file.exists() else []
+    bad_samples = sum(b'"position": null' not in line for line in named)
     return RunStatus(
         run_dir=str(root),
         running=running,
@@ -121,16 +122,3 @@ def _next(root: Path, config: dict[str, Any], running: bool, perhaps: str | None
         return f"{go_on}   (to run the missing evaluation)"
     look = f"look at {report}; " if report else ""
     return f"{look}fastsp sample --model {root / 'final'} --prompt TEXT --out FILE.png"
-
-
-def _last_rows(file: Path) -> list[dict[str, Any]]:
-    """The last complete lines of `metrics.jsonl`."""
-    rows = []
-    for line in _lines(file)[-_LOSSES - 1 :]:
-        with suppress(ValueError):  # the last one is being written
-            rows.append(json.loads(line))
-    return rows[-_LOSSES:]
-
-
-def _lines(file: Path) -> list[bytes]:
-    return file.read_bytes().splitlines() if file.exists() else []

@@ -53,7 +53,7 @@ class Trackers:
     def log(self, figures: dict[str, float], stage: StageConfig, step: int) -> None:
         """The figures of a step of a stage, in the run's `metrics.jsonl` too."""
         global_step = self.config.steps_before(stage) + step
-        self.run.append_metrics({"stage": stage.name, "step": step, "global_step": global_step, **figures})
+        self.run.metrics.append({"stage": stage.name, "step": step, "global_step": global_step, **figures})
         self.write(figures, stage, global_step)
 
     def write(self, figures: dict[str, float], stage: StageConfig, global_step: int) -> None:

@@ -210,7 +210,7 @@ class Trainer:
             self.samples = SampleDrawer(self.model, self.config, self._some_captions(), self.run.samples, rows)
             self.run.keep_changes()
             self.run.keep_data(self.inventory)
-            self.run.rewind_metrics(reached)
+            self.run.metrics.rewind(reached)
         self.attention: Any = self.ranks.broadcast(self._choose_attention() if is_main else None)
         with Trackers(self.run, self.config, reached) if is_main else nullcontext() as trackers:
             for stage in self.config.stages:
@@ -272,7 +272,8 @@ class Trainer:
                 stop, failed = self.ranks.exchange([self.stop.signal_number or 0, writer.failed]).amax(0).tolist()
                 if stop or self._saves(number, stage, result):
                     with monitor.paused():
-                        self.run.sync_metrics()
+                        if self.ranks.is_main:
+                            self.run.metrics.sync()
                         writer.save(Progress(stage.name, number, steps_before + number), step.state)
                 if stop or failed:
                     writer.wait()

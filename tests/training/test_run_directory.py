@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -19,18 +18,6 @@ QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 def run(tmp_path):
     with RunDirectory(load_config(QUICKSTART, [f"run_dir={tmp_path / 'run'}"])) as opened:
         yield opened
-
-
-def test_rewinding_metrics(run):
-    for step in range(1, 6):
-        run.append_metrics({"stage": "mse", "step": step, "global_step": step})
-    with run.metrics_file.open("a") as stream:
-        stream.write('{"stage": "mse", "step": 6, "glob')  # torn by a kill
-    run.rewind_metrics(3)
-    run.append_metrics({"stage": "mse", "step": 4, "global_step": 4})
-    assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [1, 2, 3, 4]
-    run.rewind_metrics(0)
-    assert run.metrics_file.read_text() == ""
 
 
 def test_configuration_is_written_once_and_resumes(run):

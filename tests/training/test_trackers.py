@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import sys
 import time
@@ -203,7 +202,7 @@ def test_the_monitor_reads_the_device_at_the_log_interval_alone(tmp_path):
                 monitor.after_step(
                     number, unread if number % 4 else result(0.5 * number, number // 2, 3 * (number == 8))
                 )
-        rows = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+        rows = run.metrics.rows()
     assert [(row["step"], row["loss"], row["skipped"], row["bad_samples"]) for row in rows] == [
         (4, 2.0, 2, 1),
         (8, 4.0, 4, 1),
@@ -231,6 +230,5 @@ def test_figures_on_their_way_are_written_a_step_later_and_none_is_lost(tmp_path
             if number == 4:
                 with monitor.paused():  # what is saved now must not be ahead of the metrics
                     pass
-            lines = run.metrics_file.read_text().splitlines() if run.metrics_file.exists() else []
-            written.append([json.loads(line)["loss"] for line in lines])
+            written.append([row["loss"] for row in run.metrics.rows()])
     assert written == [[], [], [2.0], [2.0, 4.0], [2.0, 4.0, 5.0]]
