@@ -84,14 +84,17 @@ class ModelConfig(Section):
     dit: DiTConfig | None = None  # the same with network: dit
     flow: FlowConfig | None = None  # of models that are trained on a flow; None: its defaults
     lora: LoRAConfig | None = None  # None: all weights of the UNet are trained
-    prediction: Keep | None = None  # None: keep with lora, else v_zero_snr; `config.yaml` has the outcome
+    # None: keep with lora, else v_zero_snr; `config.yaml` has the outcome, and None of a flow, which stays what it is
+    prediction: Keep | None = None
     token_chunks: Positive | None = None  # of 75 tokens, that a caption may have; None: the model's own, else one
     clip_skip: Positive | None = None  # the text encoders' layer, from the last one; None: the model's own, else usual
 
     @model_validator(mode="after")
     def _exactly_one(self, info: ValidationInfo) -> Self:
-        if self.prediction is None:  # runs from before there was this key converted adapters too
-            self.prediction = "keep" if self.lora is not None and not is_reading(info) else "v_zero_snr"
+        if is_reading(info):  # runs from before there was this key converted adapters too
+            self.prediction = self.prediction if "prediction" in self.model_fields_set else "v_zero_snr"
+        elif self.prediction is None:
+            self.prediction = "keep" if self.lora is not None else "v_zero_snr"
         if (self.preset is None) == (self.pretrained is None):
             raise ValueError("give either preset or pretrained")
         for key in ("network", "unet", "dit"):
@@ -429,6 +432,10 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         UserError: no such file, broken YAML, unknown keys, wrong types or values, a perceptual network that is not
+    def of_flow(self) -> Config:
+        """The same without ``model.prediction``, which a model that is trained on a flow does not have."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"prediction": None})})
+
             there. One line names every mistake.
     """
     return config_of(_tree(file), overrides, str(file))

@@ -124,9 +124,8 @@ def load_model(
         model, base = load_pipeline(pretrained, config), Base(pretrained, config)
     model = model.for_training(prediction, flow).reading(token_chunks, clip_skip)
     precision = lora.get("base_precision")
-    base = base._replace(
-        fingerprint=fingerprint(model.network), prediction=prediction, text=model.text, precision=precision
-    )
+    kept: Keep = "keep" if model.kind.is_flow else prediction
+    base = base._replace(fingerprint=fingerprint(model.network), prediction=kept, text=model.text, precision=precision)
     add_adapters(model.network, **lora, seed=seed)
     if given:
         load_adapters(model.network, path)

@@ -74,6 +74,8 @@ def config_changes(old: str, new: Config) -> list[Change]:
         after = without_defaults(after)
     with suppress(ValidationError):  # of a version with other keys
         before = Config.model_validate(before, context={"reading": True}).model_dump(mode="json")
+        if before["model"]["prediction"] is None:  # a flow: whatever the new one says, it stays what it is
+            after["model"]["prediction"] = None
     meanings = _MEANING
     if new.data.buckets != "off":  # groups of other sizes
         meanings = _MEANING | {"data.microbatch": "another order of the samples from here on"}

@@ -22,7 +22,7 @@ RECORDS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"  # of a
 
 # What a step's time depends on; of the data and of a stage all but these keys.
 _RUN = (
-    *("model", "precision", "compile", "compile_mode", "deterministic", "gradient_checkpointing", "cuda_graph"),
+    *("precision", "compile", "compile_mode", "deterministic", "gradient_checkpointing", "cuda_graph"),
     *("attention", "distributed"),
 )
 _NOT_OF_DATA = {"path", "split", "caption_dropout", "captions", "repeats", "max_bad_fraction", "prefetch"}
@@ -89,6 +89,7 @@ def _shape(config: Config, stage: StageConfig) -> dict[str, Any]:
         **{key: tree[key] for key in _RUN},
         "data": {key: value for key, value in tree["data"].items() if key not in _NOT_OF_DATA},
         "optimizer": (config.optimizer.kind, config.optimizer.offload),
+        "model": {key: value for key, value in tree["model"].items() if key != "prediction"},
         "ema": config.ema.place,
         "stage": own,
     }

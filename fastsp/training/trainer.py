@@ -138,6 +138,8 @@ class Trainer:
             if data is not None:
                 check_path(data)  # before a model is downloaded
         self.model, model = initial_model(config), config.model
+        if self.model.kind.is_flow:
+            self.config = run.config = config.of_flow()
         # Raises for a kernel that the network cannot have.
         kernels_of(type(self.model.network).__name__, config.attention, self.device)
         self.model.latent_shape(config.data.resolution)  # raises for a resolution that the VAE cannot encode

@@ -18,15 +18,16 @@ from training.test_distributed import OVERRIDES, apart, job, launch, rewound
 
 pytest.importorskip("nvidia.dali")
 
-from fastsp.config import load_config
+from fastsp.config import load_config, read_config
 from fastsp.diffusion.process import RectifiedFlow
 from fastsp.diffusion.sampling import Guidance
 from fastsp.errors import UserError
 from fastsp.export.export import export_run
 from fastsp.generation.generate import load_trained
 from fastsp.models import load_model
-from fastsp.models.lora import COMFYUI_FILE, DIFFUSERS_FILE
+from fastsp.models.lora import COMFYUI_FILE, DIFFUSERS_FILE, base_of
 from fastsp.perceptual.metric import CALIBRATION_SAMPLES
+from fastsp.training.config_changes import config_changes
 from fastsp.training.step import TrainingStep
 from fastsp.training.trainer import METRIC, train
 
@@ -58,10 +59,20 @@ def run(folder: Path, kind: str, name: str, *more: str, resume: bool = False) ->
     return folder / name
 
 
+class Runs(dict[str, Path]):
+    """One of each kind, trained when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __missing__(self, kind: str) -> Path:
+        self[kind] = run(self.folder, kind, f"run_{kind}")
+        return self[kind]
+
+
 @pytest.fixture(scope="module")
 def runs(folder) -> dict[str, Path]:
-    """One of each kind."""
-    return {kind: run(folder, kind, f"run_{kind}") for kind in KINDS}
+    return Runs(folder)
 
 
 def rows(run_dir: Path, key: str = "loss") -> list[float]:
@@ -150,6 +161,18 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(folder, runs, kind, step):
     assert_equal(run(folder, kind, name, resume=True), runs[kind])
 
 
+@pytest.mark.parametrize("kind", ["dit", "sd35"])
+def test_its_configuration_says_nothing_of_a_prediction_and_is_that_of_the_same_run(folder, runs, kind):
+    file = runs[kind] / "config.yaml"
+    said = file.read_text()
+    assert read_config(file).model.prediction is None and said.count("prediction: null") == 1
+    earlier = said.replace("prediction: null", "prediction: v_zero_snr")
+    plain = load_config(ROOT / "configs" / "quickstart.yaml", overrides(folder, kind, f"run_{kind}"))
+    keep = plain.model_copy(update={"model": plain.model.model_copy(update={"prediction": "keep"})})
+    assert not config_changes(said, plain) and not config_changes(said, keep) and not config_changes(earlier, plain)
+    assert [change.key for change in config_changes(said, plain.model_copy(update={"seed": 1}))] == ["seed"]
+
+
 @pytest.mark.slow
 def test_a_compiled_run_trains_as_an_eager_one_and_goes_on_bit_for_bit(folder):
     eager = run(folder, "dit", "eager_dit")
@@ -193,6 +216,7 @@ def test_adapters_load_into_diffusers_and_comfyui_s_layout_has_alpha(folder, kin
     found = load_trained(str(final)).generate(PROMPTS, noise, 3)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert float((before - expected).abs().max()) > 1e-4
+    assert read_config(run_dir / "config.yaml").model.prediction is None and base_of(final).prediction == "keep"
     own, comfyui = load_file(final / DIFFUSERS_FILE), load_file(final / COMFYUI_FILE)
     layers = {name.partition(".lora_")[0] for name in own}
     assert all(torch.equal(comfyui[name], own[name]) for name in own)
@@ -293,7 +317,7 @@ def test_two_processes_are_as_one(folder, runs):
     launch(2, folder, *({**job(folder / f"two_{name}"), "overrides": words} for name, words in jobs.items()))
     run(folder, "sd35", "run_sd35_lora", LORA)
     for name in jobs:
-        expected = folder / f"run_{name.rpartition('_')[0]}" if "lora" not in name else folder / "run_sd35_lora"
+        expected = folder / "run_sd35_lora" if "lora" in name else runs[name.rpartition("_")[0]]
         found = folder / f"two_{name}"
         torch.testing.assert_close(rows(found), rows(expected), rtol=2e-4, atol=0)
         calibrated = [load_file(run_dir / "stages/sp" / METRIC) for run_dir in (found, expected)]

@@ -100,6 +100,8 @@ def test_the_time_of_a_step_is_that_of_an_earlier_run_of_the_same_shape(tmp_path
     source = f"stage mse, {root}/metrics.jsonl, on a toaster"
     assert mse == f"time of mse: 0.4 s a step, 2 min 00 s for 300 steps (median of 3 logged rates of {source})"
     assert sp.startswith("time of sp: 1 s a step, 30 s for 30 steps (median of 1 logged rates")
+    (mse, _) = time_lines(configured(root).of_flow(), {}, "this")
+    assert mse.startswith("time of mse: 0.4 s"), "what is predicted takes no time"
     for other in ("precision=bf16", "data.microbatch=4", "optimizer.kind=muon", "model.unet={}", "ema.place=none"):
         (line,) = time_lines(configured(root, other), {}, "this")
         assert line.startswith("time of mse, sp: no measurement of such a step is here"), other
