@@ -145,6 +145,16 @@ def test_stages_of_other_names(run_dir: Path) -> None:
     assert "there is no fair comparison" in page.text and page.count("table") == 2
 
 
+def test_a_run_without_the_loss_is_not_asked_whether_it_helped(run_dir: Path) -> None:
+    asked = "Did the self-perceptual loss help?"
+    assert asked in Page(write_report(run_dir)).text
+    mse = [stage for stage in CONFIG["stages"] if stage["objective"] == "mse"]
+    (run_dir / "config.yaml").write_text(json.dumps({**CONFIG, "stages": mse}))
+    page = Page(write_report(run_dir))
+    assert asked not in page.text and "verdict" not in {attrs.get("class") for _, attrs in page.tags}
+    assert page.count("table") == 2, "its scores are there"
+
+
 def test_curves_survive_what_is_not_a_number() -> None:
     assert loss_curve([{"step": 10, "loss": float("nan")}, {"step": 20, "loss": float("inf")}]) is None
     for losses in ([0.5] * 5000, [1e-9, float("nan"), 1e9], [0.3]):

@@ -118,15 +118,15 @@ def compare(
     return sorted(comparisons, key=lambda c: (not c.setting.conditional, c.setting.guidance != 0))
 
 
-def verdict(run: RunFiles, roles: dict[str, str]) -> tuple[str, list[Comparison]]:
+def verdict(run: RunFiles, roles: dict[str, str]) -> tuple[str, list[Comparison]] | None:
     """Self-perceptual against its control in FID, IS and validity: a sentence, of which every word follows from the
-    numbers, and the comparisons. Without any, the sentence says why there are none.
+    numbers, and the comparisons. Without any, the sentence says why there are none. None: there is no such stage.
     """
     stages = {role: stage for stage, role in roles.items()}
+    if "self_perceptual" not in stages:
+        return None
     if not run.rows:
         return run.why_no_rows, []
-    if "self_perceptual" not in stages:
-        return "This run has no self-perceptual stage.", []
     if "control" not in stages:
         return "This run has no MSE stage of the same start and length: there is no fair comparison.", []
     both = stages["self_perceptual"], stages["control"]
