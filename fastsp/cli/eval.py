@@ -91,7 +91,9 @@ def evaluate(
         check_writable(save_reference, force=True, option="--save-reference")
     rows = RowFile(json_file)  # refuses what holds something else
     for name in model:
-        check_for_sampling(name, base)
+        is_latent = check_for_sampling(name, base)
+        if is_latent and features == "classifier" and reference is None:
+            raise UserError(f"{name} makes no digits: give --reference, and a file of Inception-v3's weights")
     found = read_captions(captions, num_samples)
     extractor, real = open_reference(features, reference, found, work, steps_bar, resolution)
     if save_reference is not None:

@@ -24,11 +24,10 @@ from torch import Tensor
 
 from fastsp.diffusion.latents import fingerprint
 from fastsp.diffusion.sampling import Guidance
-from fastsp.errors import UserError
 from fastsp.evaluation.captions import CaptionSet
 from fastsp.evaluation.features import FeatureModel, Features
 from fastsp.evaluation.metrics import caption_agreement
-from fastsp.evaluation.reference import HELD_OUT_DIGITS, Reference
+from fastsp.evaluation.reference import Reference
 from fastsp.evaluation.rows import REAL, Job, Row, RowFile
 from fastsp.generation.generate import Sampling, generate, load_for_sampling, num_batches
 from fastsp.generation.grids import save_png, to_pil
@@ -80,8 +79,6 @@ class Evaluation:
         """The rows of one model."""
         model = load_for_sampling(name, self.model_config, self.base)
         if self.reference.train is None and self.extractor.class_names and model.vae is not None:
-            if self.reference.source == HELD_OUT_DIGITS:
-                raise UserError(f"{name} makes no digits: give --reference, and a file of Inception-v3's weights")
             say(f"{name} makes no digits: in the features of their classifier, FID and IS say little of it")
         identity = fingerprint(model.network, *model.frozen_parts())
         if not model.text.usual:

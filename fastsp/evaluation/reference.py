@@ -36,7 +36,7 @@ from fastsp.utils.devices import best_device
 from fastsp.utils.files import new_file
 from fastsp.utils.progress import Bar
 
-HELD_OUT_DIGITS = "held-out digits"  # the reference of `fastsp eval` where none is given
+_HELD_OUT_DIGITS = "held-out digits"  # the reference of `fastsp eval` where none is given
 OWN = "the run's held-out images"
 MAX_IMAGES = 10_000  # of a run's training and held-out images each: the paper's FID uses as many
 _DIGITS_SIDE = 8  # pixels of the original scans
@@ -145,7 +145,7 @@ def open_reference(
         model = caption_classifier(_captioned(data, 1, bar), bar=bar)
         if reference is None:
             heldout = _captioned(data.model_copy(update={"split": "heldout"}), 1, bar)
-            return model, Reference.of(model.extract(heldout.images), model.identity, HELD_OUT_DIGITS)
+            return model, Reference.of(model.extract(heldout.images), model.identity, _HELD_OUT_DIGITS)
     if reference is None:
         raise UserError("the reference is missing: a folder of real images, or statistics kept by --save-reference")
     if reference.is_file():

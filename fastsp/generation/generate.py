@@ -70,19 +70,20 @@ def load_for_sampling(name: str, config: str | None = None, base: str | None = N
     return model
 
 
-def check_for_sampling(name: str, base: str | None = None) -> None:
-    """Raise `UserError` where `load_for_sampling` would find no model, without reading weights."""
+def check_for_sampling(name: str, base: str | None = None) -> bool:
+    """Raise `UserError` where `load_for_sampling` would find no model, without reading weights; see
+    :func:`fastsp.models.check_pipeline`, also for what is returned."""
     folder = Path(name).expanduser()
-    if is_checkpoint(folder.parent if folder.name == RAW else folder):
-        return
+    checkpoint = folder.parent if folder.name == RAW else folder
+    if is_checkpoint(checkpoint):
+        pretrained = read_config(checkpoint.parent.parent / "config.yaml").model.pretrained
+        return pretrained is not None and check_pipeline(base or pretrained)
     run = _run_of_stage(folder, name)
     if run is None:
-        check_pipeline(name, base)
-        return
+        return check_pipeline(name, base)
     check_network(folder)
     parts = str(run / "final") if (run / "final").is_dir() else read_config(run / "config.yaml").model.pretrained
-    if parts is not None:
-        check_pipeline(parts)
+    return parts is not None and check_pipeline(parts)
 
 
 def raw_weights(name: str) -> str:

@@ -132,21 +132,22 @@ def load_model(
     return replace(model, base=base)
 
 
-def check_pipeline(name: str, base: str | None = None) -> None:
+def check_pipeline(name: str, base: str | None = None) -> bool:
     """:func:`load_pipeline`'s UserError for what is not there, is of another kind, or lacks a part; reads no weights.
 
-    A hub id is downloaded.
+    A hub id is downloaded. Returns whether the model works on a VAE's latents, and not on pixels.
     """
     path = _find(name)
     if (path / DIFFUSERS_FILE).is_file():
         with _naming_base_of(path):
-            check_pipeline(base or base_of(path).name)
-    elif path.is_file():
+            return check_pipeline(base or base_of(path).name)
+    if path.is_file():
         tensor_names(path)
-    else:
-        _, kind, parts = _read_index(path, name)
-        for part in parts & {kind.network, *kind.parts}:
-            _check_weights(path / part)
+        return True
+    _, kind, parts = _read_index(path, name)
+    for part in parts & {kind.network, *kind.parts}:
+        _check_weights(path / part)
+    return kind.has_vae
 
 
 def network_of(folder: Path, base: str | None = None) -> Any:

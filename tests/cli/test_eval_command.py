@@ -15,7 +15,7 @@ import pytest
 import torch
 from export.test_export import finished_run
 from safetensors.torch import load_file, save_file
-from tiny import picture_folder
+from tiny import picture_folder, tiny_stable_diffusion
 
 from fastsp.evaluation.inception import InceptionV3
 from fastsp.models import digits_model
@@ -165,6 +165,9 @@ def test_a_model_that_is_wrong_is_named_before_anything_is_looked_at(
     monkeypatch.setattr("fastsp.evaluation.reference.open_reference", lambda *_: pytest.fail("too late"))
     arguments = ("eval", "--model", models[0], "--captions", captions, "--json", tmp_path / "out.json", *COMMON)
     assert "no diffusers pipeline folder" in fails(*arguments, "--model", tmp_path / "nowhere")
+    latent = tiny_stable_diffusion(tmp_path / "latent")
+    monkeypatch.setattr("fastsp.models.pretrained._load_part", lambda *_: pytest.fail("too late"))
+    assert "latent makes no digits: give --reference, and a file" in fails(*arguments, "--model", latent)
     assert not (tmp_path / "out.json").exists()
 
 
@@ -201,7 +204,7 @@ def test_stable_diffusion_in_the_features_of_inception(command, fails, tmp_path:
     out.unlink()
     without_reference = [part for part in shared if part not in ("--reference", tmp_path / "val2014")]
     assert " makes no digits: give --reference, and a file" in fails(*without_reference, "classifier")
-    out.unlink()
+    assert not out.exists()
     command(*shared, weights)
     real, row = json.loads(out.read_text())
     assert real["num_samples"] == row["reference_count"] == 4 and real["reference"].startswith("val2014: the images of")
