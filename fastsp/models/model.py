@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel
 
 from fastsp.diffusion.conditioning import Conditioning, time_ids
 from fastsp.diffusion.latents import fingerprint
@@ -155,6 +155,8 @@ class TextToImageModel:
     def text_fingerprint(self) -> str:
         """Of the text encoders and of how they are used: what text features depend on."""
         plain = fingerprint(*self.text_encoders)
+        if isinstance(self.text_encoder, T5EncoderModel):  # alone: PixArt Alpha and Sigma have one, for 120 and 300
+            return f"{plain} {self.tokenizer.model_max_length} tokens"
         return plain if self.text.usual else f"{plain} {self.text.token_chunks} {self.text.clip_skip}"
 
     def frozen_parts(self) -> tuple[Any, ...]:

@@ -231,6 +231,20 @@ def test_encoded_latents_and_features_train_alike(folder, runs, capsys):
     torch.testing.assert_close(rows(found), rows(runs["alpha"]), rtol=1e-4, atol=0)
 
 
+def test_alpha_s_text_features_are_none_of_sigma_s(folder, tmp_path):
+    """One T5, for 120 tokens and for 300, where the tokenizer itself has no smaller limit."""
+    prints, shapes = [], []
+    for kind in KINDS:
+        file = shutil.copytree(folder / kind, tmp_path / kind) / "tokenizer" / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 512}))
+        model = load_pipeline(str(tmp_path / kind))
+        prints.append(model.text_fingerprint())
+        shapes.append(model.encode_prompts(["a"]).encoder_hidden_states.shape[1])
+    assert shapes == [120, 300] and prints[0] != prints[1]
+    same = {load_pipeline(str(folder / kind)).text_fingerprint() for kind in KINDS}
+    assert len(same) == 1, "of as many tokens they are the same features"
+
+
 def test_a_vocabulary_that_needs_sentencepiece_says_so(folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "sigma", tmp_path / "model")
     tokenizer = tmp_path / "model" / "tokenizer"

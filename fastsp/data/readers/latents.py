@@ -160,8 +160,8 @@ class LatentsHeader:
             raise UserError(f"data.captions is set, but {fixed} of captions as they were: add data.captions=null")
         if None not in (text_sha256, self.text_sha256) and text_sha256 != self.text_sha256:
             raise UserError(
-                f"the text features in {config.path} come from other text encoders than the model's, or with "
-                "other model.token_chunks or model.clip_skip"
+                f"the text features in {config.path} come from other text encoders than the model's, or are of "
+                "another length, or come with other model.token_chunks or model.clip_skip"
             )
 
     def save(self, folder: Path) -> None:
