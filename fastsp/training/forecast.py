@@ -48,7 +48,9 @@ def steps_done(config: Config, allow_changes: bool = False) -> dict[str, int]:
 
 def time_lines(config: Config, done: Mapping[str, int], device: str) -> Iterator[str]:
     """For each stage that has steps left how long they take, where such a step has been measured: by an earlier run in
-    `run_dir`, or in a record of this device. ``device`` is its name in `environment.json`."""
+    `run_dir`, or in a record of this device. ``device`` is its name in `environment.json`.
+
+    How many processes shared those batches is not recorded: the time is of as many, and the line says so."""
     unknown = []
     for stage in config.stages:
         if not (left := stage.steps - done.get(stage.name, 0)):
@@ -76,7 +78,7 @@ def _measured(config: Config, stage: StageConfig, device: str) -> tuple[float, s
                 rates = _rates(folder, other.name)
                 if rates and _shape(earlier, other) == _shape(config, stage):
                     source = f"median of {len(rates)} logged rates of stage {other.name}, {folder}/metrics.jsonl"
-                    return config.data.batch_size / median(rates), f"{source}, on {measured_on}"
+                    return config.data.batch_size / median(rates), f"{source}, with as many processes, on {measured_on}"
     return None
 
 
@@ -87,9 +89,9 @@ def _shape(config: Config, stage: StageConfig) -> dict[str, Any]:
         own["perceptual_network"] = "a stage"
     return {
         **{key: tree[key] for key in _RUN},
+        "model": {key: value for key, value in tree["model"].items() if key != "prediction"},
         "data": {key: value for key, value in tree["data"].items() if key not in _NOT_OF_DATA},
         "optimizer": (config.optimizer.kind, config.optimizer.offload),
-        "model": {key: value for key, value in tree["model"].items() if key != "prediction"},
         "ema": config.ema.place,
         "stage": own,
     }

@@ -97,7 +97,7 @@ def test_the_time_of_a_step_is_that_of_an_earlier_run_of_the_same_shape(tmp_path
     root = tmp_path / "run"
     run_folder(root, configured(root), {"mse": [10.0, 40.0, 20.0], "sp": [8.0]}, "a toaster")
     (mse, sp) = time_lines(configured(root, "seed=4", "stages.0.steps=500"), {"mse": 200}, "this")
-    source = f"stage mse, {root}/metrics.jsonl, on a toaster"
+    source = f"stage mse, {root}/metrics.jsonl, with as many processes, on a toaster"
     assert mse == f"time of mse: 0.4 s a step, 2 min 00 s for 300 steps (median of 3 logged rates of {source})"
     assert sp.startswith("time of sp: 1 s a step, 30 s for 30 steps (median of 1 logged rates")
     (mse, _) = time_lines(configured(root).of_flow(), {}, "this")
