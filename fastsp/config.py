@@ -24,7 +24,17 @@ from fastsp.errors import UserError
 from fastsp.objectives import SelfPerceptualStage, Stage, StageConfig
 from fastsp.options import OPTIMIZERS, FlowTimes, Keep
 from fastsp.utils.files import read_text
-from fastsp.utils.section import AboveZero, Decay, Fraction, NonNegative, PathText, Positive, Section, is_reading
+from fastsp.utils.section import (
+    AboveZero,
+    Decay,
+    Fraction,
+    NonNegative,
+    PathText,
+    PictureSize,
+    Positive,
+    Section,
+    is_reading,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -207,10 +217,15 @@ class SamplesConfig(Section):
     guidance: Annotated[float, Field(ge=0.0)] = 0.0  # scale of classifier-free guidance; 0 and 1: none
     rescale: Fraction = 0.0  # of the guidance
     negative_prompt: str = ""  # what guidance leads away from
-    resolution: Positive | None = None  # side in pixels; None: data.resolution
+    resolution: PictureSize | None = None  # side, or width and height, in pixels; None: data.resolution
     count: Positive = 20  # images in a grid
     steps: Positive = 25  # of DDIM, or on a flow Euler's
     seed: int = 0
+
+    @property
+    def shape(self) -> int | tuple[int, int] | None:
+        """`resolution` as the models take it: the side, or height and width."""
+        return (self.resolution[1], self.resolution[0]) if isinstance(self.resolution, list) else self.resolution
 
 
 class ValidationConfig(Section):
@@ -417,6 +432,10 @@ class Config(Section):
         """The stage of that name."""
         return next(stage for stage in self.stages if stage.name == name)
 
+    def of_flow(self) -> Config:
+        """The same without ``model.prediction``, which a model that is trained on a flow does not have."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"prediction": None})})
+
     @property
     def digest(self) -> str:
         """SHA-256 of :meth:`dump`, in hexadecimal."""
@@ -432,10 +451,6 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         UserError: no such file, broken YAML, unknown keys, wrong types or values, a perceptual network that is not
-    def of_flow(self) -> Config:
-        """The same without ``model.prediction``, which a model that is trained on a flow does not have."""
-        return self.model_copy(update={"model": self.model.model_copy(update={"prediction": None})})
-
             there. One line names every mistake.
     """
     return config_of(_tree(file), overrides, str(file))

@@ -80,7 +80,8 @@ def _as_written(value: object) -> str:
 
 def _is_union_branch(part: int | str) -> bool:
     """Pydantic adds the tried type of a union to the place of a mistake; people have no use for it."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
+    plain = part.removeprefix("constrained-") if isinstance(part, str) else ""
+    return "[" in plain or plain in ("str", "int", "float", "bool")
 
 
 def _prefix(place: Sequence[str]) -> str:

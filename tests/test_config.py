@@ -233,6 +233,21 @@ def test_text_that_looks_like_a_number_stays_text_in_the_run_s_own_file(tmp_path
     assert yaml.safe_load(config.dump()) == config.model_dump(mode="json"), "as other programs read it"
 
 
+def test_the_size_of_samples_is_a_side_or_width_and_height(tmp_path):
+    for given, kept, shape in (
+        ("512", 512, 512),
+        ("768x512", [768, 512], (512, 768)),
+        ("[64, 96]", [64, 96], (96, 64)),
+    ):
+        config = load_config(QUICKSTART, [f"samples.resolution={given}"])
+        assert config.samples.resolution == kept and config.samples.shape == shape
+        (tmp_path / "config.yaml").write_text(config.dump())
+        assert read_config(tmp_path / "config.yaml") == config
+    for wrong in ("wide", "768x", "[768]", "[0, 512]", "1.5"):
+        with pytest.raises(UserError, match=r"^[^\n]* samples\.resolution(\.0)?: [^\n]* is not allowed: [^\n]*$"):
+            load_config(QUICKSTART, [f"samples.resolution={wrong}"])
+
+
 def test_the_home_folder_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     paths = ["run_dir", "model.pretrained", "data.path", "stages.1.perceptual_network"]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastsp.cli.sample import Base, ModelConfig, Resolution, short_names
+from fastsp.cli.sample import Base, ModelConfig, short_names
 
 
 def evaluate(
@@ -48,7 +48,7 @@ def evaluate(
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(min=0, help="Seed of the noise; repeatable. Default: 0.")] = None,
     unconditional: Annotated[bool, typer.Option("--unconditional", help="Sample the empty prompt (Table 2).")] = False,
-    resolution: Resolution = None,
+    resolution: Annotated[int | None, typer.Option(min=1, help="Side in pixels. Default: the model's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images sampled at once.")] = 16,
     model_config: ModelConfig = None,
     base: Base = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +25,6 @@ class Weights(StrEnum):
 
 Files = list[list[Path]]  # for each model, one for every picture
 # Options shared with other commands
-Resolution = Annotated[int | None, typer.Option(min=1, help="Side in pixels. Default: the model's own.")]
 ModelConfig = Annotated[
     str | None, typer.Option("--model-config", help="For a single file: a pipeline folder of its kind.", metavar="DIR")
 ]
@@ -49,7 +49,9 @@ def sample(
     rescale: Annotated[float, typer.Option(min=0.0, max=1.0, help="Guidance rescale (phi).")] = 0.0,
     negative_prompt: Annotated[str, typer.Option(help="A text that guidance leads away from.")] = "",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the initial noise.")] = 0,
-    resolution: Resolution = None,
+    resolution: Annotated[
+        str | None, typer.Option(help="Side in pixels, or WIDTHxHEIGHT. Default: the model's own.", metavar="SIZE")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures sampled at once; affects memory and speed.")] = 16,
     model_config: ModelConfig = None,
     base: Base = None,
@@ -101,7 +103,7 @@ def sample(
         )
     if negative_prompt and not guided.active:
         raise UserError("--negative-prompt changes guidance, and there is none: give --guidance too, not 0 or 1")
-    settings = Sampling(steps, guided, seed, resolution, batch_size, negative_prompt)
+    settings = Sampling(steps, guided, seed, _shape(resolution), batch_size, negative_prompt)
     rows, side, sampler = _sample_models(model, (model_config, base), texts, settings, files, trajectory)
     layout: dict[str, Any] = {"captions": texts, "min_size": 128}  # of one model
     if trajectory:
@@ -117,6 +119,20 @@ def sample(
     typer.echo(f"{out}: {drawn} picture{'s' * (drawn != 1)} in {steps} {sampler} step{'s' * (steps != 1)}{shown}")
     if singles is not None:
         typer.echo(f"{singles}: the same pictures one by one")
+
+
+def _shape(resolution: str | None) -> tuple[int, int] | None:
+    """Height and width, of ``--resolution`` with a side or WIDTHxHEIGHT."""
+    from fastsp.errors import UserError
+    from fastsp.utils.section import width_and_height
+
+    if resolution is None:
+        return None
+    with suppress(ValueError):
+        sides: Any = [int(resolution)] * 2 if resolution.isdecimal() else width_and_height(resolution)
+        if min(sides) > 0:
+            return sides[1], sides[0]
+    raise UserError(f"--resolution {resolution!r}: a side in pixels, or WIDTHxHEIGHT such as 768x512")
 
 
 def short_names(models: Sequence[str]) -> list[str]:
@@ -160,8 +176,8 @@ def _facts(settings: Sampling, model: str) -> dict[str, str]:
 def _sample_models(
     models: list[str], origins: Sequence[str | None], texts: list[str], settings: Sampling, files: Files, is_way: bool
 ) -> tuple[list[list[Image]], int, str]:
-    """For each model its pictures in the order of ``texts``, made small enough for one grid; their full side, and the
-    samplers."""
+    """For each model its pictures in the order of ``texts``, made small enough for one grid; their full longest side,
+    and the samplers."""
     from fastsp.errors import UserError
     from fastsp.generation import generate
     from fastsp.generation.grids import TRAJECTORY_FRAMES, TRAJECTORY_SIDE, cell_side, save_png
@@ -177,7 +193,7 @@ def _sample_models(
     with steps_bar("sampling", total) as advance:
         for place, name in enumerate(models):
             model = generate.load_for_sampling(name, *origins)
-            side, sampler = settings.resolution or model.default_resolution, model.process.sampler
+            side, sampler = settings.longest_side(model.default_resolution), model.process.sampler
             samplers[sampler] = None
             if size is not None and side != size:
                 raise UserError(f"--model {name} makes pictures of {side} px, the others of {size}: give --resolution")

@@ -34,9 +34,14 @@ class Sampling:
     steps: int = 25  # of DDIM, 1 .. T, or on a flow Euler's
     guidance: Guidance = NO_GUIDANCE
     seed: int = 0  # of the initial noise
-    resolution: int | None = None  # side in pixels; None: the network's own
+    resolution: int | tuple[int, int] | None = None  # side in pixels, or height and width; None: the network's own
     batch_size: int = 16  # images in a batch of the network, twice as many with guidance
     negative_prompt: str = ""  # what guidance leads away from
+
+    def longest_side(self, default: int) -> int:
+        """Of the images in pixels, where the network's own side is ``default``."""
+        size = self.resolution or default
+        return size if isinstance(size, int) else max(size)
 
 
 def load_trained(name: str, config: str | None = None, base: str | None = None) -> TextToImageModel:

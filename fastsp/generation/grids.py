@@ -32,7 +32,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def cell_side(side: int, count: int, max_pixels: int = MAX_PIXELS) -> int:
-    """The side in pixels of ``count`` square images, made with ``side``, in a grid of at most ``max_pixels``."""
+    """The longest side in pixels of ``count`` images, made with ``side``, in a grid of at most ``max_pixels``."""
     return max(1, min(side, math.isqrt(max_pixels // count)))
 
 

@@ -34,12 +34,13 @@ class SampleDrawer:
     ) -> None:
         settings = config.samples
         prompts = [""] if config.data.unconditional else settings.prompts or captions or [""]
-        side = settings.resolution or config.data.resolution
+        size = settings.shape or config.data.resolution
         self.model, self.folder = model, folder
         self.prompts = [prompts[index % len(prompts)] for index in range(settings.count)]
         guidance = Guidance(settings.guidance, settings.rescale)
         count = max(1, batch_size // 2) if guidance.active else batch_size  # for guidance doubles it
-        self.sampling = Sampling(settings.steps, guidance, settings.seed, side, count, settings.negative_prompt)
+        self.sampling = Sampling(settings.steps, guidance, settings.seed, size, count, settings.negative_prompt)
+        side = self.sampling.longest_side(config.data.resolution)
         self._side = cell_side(side, settings.count, _MAX_PIXELS)
         self._row_side = cell_side(side, _COMPARED * len(config.stages), _MAX_PIXELS)
 

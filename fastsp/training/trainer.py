@@ -143,7 +143,7 @@ class Trainer:
         # Raises for a kernel that the network cannot have.
         kernels_of(type(self.model.network).__name__, config.attention, self.device)
         self.model.latent_shape(config.data.resolution)  # raises for a resolution that the VAE cannot encode
-        self.model.latent_shape(config.samples.resolution or config.data.resolution)
+        self.model.latent_shape(config.samples.shape or config.data.resolution)
         for number, stage in enumerate(config.stages):
             if (frozen := stage.frozen_network) is not None:
                 is_own = frozen in (model.pretrained, *(other.name for other in config.stages))

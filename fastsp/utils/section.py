@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from fastsp.utils.files import expand_home
 
@@ -15,6 +16,20 @@ AboveZero = Annotated[float, Field(gt=0.0)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 PathText = Annotated[str, AfterValidator(expand_home)]  # a path, or a hub id
+
+
+def width_and_height(size: object) -> object:
+    """A text such as 768x512 as [768, 512], and what is no text as it is; ValueError for another text."""
+    if not isinstance(size, str):
+        return size
+    if (found := re.fullmatch(r"(\d+) ?x ?(\d+)", size)) is None:
+        raise ValueError("input should be a side in pixels, [width, height], or WIDTHxHEIGHT")
+    return [int(side) for side in found.groups()]
+
+
+PictureSize = Annotated[
+    Positive | Annotated[list[Positive], Field(min_length=2, max_length=2)], BeforeValidator(width_and_height)
+]
 
 
 class Section(BaseModel):

@@ -115,13 +115,14 @@ def test_guidance_and_resolution(command, run: Path, tmp_path: Path) -> None:
         "rescaled": ("--guidance", 5, "--rescale", 0.7),
         "negative": ("--guidance", 5, "--negative-prompt", "blank"),
         "large": ("--resolution", 32),
+        "wide": ("--resolution", "32x16"),
     }.items():
         command(*common, *more, "--out", tmp_path / f"{name}.png", "--singles", tmp_path / name)
     plain, guided, rescaled, large = (
         pixels(tmp_path / name / "00000.png") for name in ("plain", "guided", "rescaled", "large")
     )
     assert not torch.equal(plain, guided) and not torch.equal(guided, rescaled)
-    assert large.shape == (32, 32, 3)
+    assert large.shape == (32, 32, 3) and pixels(tmp_path / "wide" / "00000.png").shape == (16, 32, 3)
     assert not torch.equal(guided, pixels(tmp_path / "negative" / "00000.png"))
     negative = Image.open(tmp_path / "negative" / "00000.png").text["parameters"]
     assert negative.startswith("a handwritten one\nNegative prompt: blank\nSteps: 3,")
@@ -154,6 +155,9 @@ def test_mistakes(fails, run: Path, tmp_path: Path) -> None:
     assert "is not UTF-8 text" in fails(*arguments, "--prompts", tmp_path / "binary.txt")
     assert "knows 1000 timesteps" in fails(*arguments, "--prompt", "a", "--steps", 1001)
     assert "must be a multiple of 4" in fails(*arguments, "--prompt", "a", "--resolution", 17)
+    assert "resolution 16 x 18 must be a multiple of 4" in fails(*arguments, "--prompt", "a", "--resolution", "16x18")
+    for size in ("wide", "32x", "0x16", "0"):
+        assert "or WIDTHxHEIGHT such as" in fails(*arguments, "--prompt", "a", "--resolution", size)
     assert "give one of them" in fails(*arguments, "--prompt", "a", "--trajectory", "--singles", tmp_path / "s")
     digits_model(8, 0).save(tmp_path / "digits")
     more = ("--model", tmp_path / "digits", "--prompt", "a", "--steps", 1)

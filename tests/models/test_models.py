@@ -11,9 +11,11 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from tiny import tiny_stable_diffusion
 
+from fastsp.diffusion.draws import evaluation_noise
 from fastsp.diffusion.latents import encode_moments
 from fastsp.diffusion.sampling import Guidance
 from fastsp.errors import UserError
+from fastsp.generation.generate import Sampling, generate
 from fastsp.models import (
     PixelTextToImagePipeline,
     digits_model,
@@ -113,18 +115,20 @@ def test_a_trained_folder_samples_as_diffusers_does(pipelines, tmp_path, kind, s
     torch.testing.assert_close(ours / 2 + 0.5, theirs, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (16, 24)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_untrained_folder_is_sampled_by_its_own_scheduler(pipelines, kind):
-    """An epsilon model is one, and SDXL's guidance starts from zeros where its folder says so."""
+def test_an_untrained_folder_is_sampled_by_its_own_scheduler(pipelines, kind, height, width):
+    """An epsilon model is one, and SDXL's guidance starts from zeros where its folder says so; it is told the size."""
     model = load_pipeline(str(pipelines[kind]))
     assert model.prediction_type == ("v_prediction" if kind == "sd21" else "epsilon")
-    noise = torch.randn(2, 4, 4, 4)
+    noise = evaluation_noise(0, torch.arange(2), (4, height // 4, width // 4))
     pipeline = DiffusionPipeline.from_pretrained(pipelines[kind])
     pipeline.scheduler = model.scheduler
     assert model.zeros_for_empty_prompt == (kind == "sdxl")
-    options = {"guidance_scale": 3.0, "latents": noise, "output_type": "pt", "height": 16, "width": 16}
+    options = {"guidance_scale": 3.0, "latents": noise, "output_type": "pt", "height": height, "width": width}
     theirs = pipeline(PROMPTS, num_inference_steps=10, **options).images
-    torch.testing.assert_close(model.generate(PROMPTS, noise, 10, Guidance(3.0)) / 2 + 0.5, theirs, rtol=0, atol=1e-3)
+    ((_, ours),) = generate(model, PROMPTS, Sampling(10, Guidance(3.0), resolution=(height, width)))
+    torch.testing.assert_close(ours / 2 + 0.5, theirs, rtol=0, atol=1e-3)
 
 
 def test_sdxl_text_features_are_those_of_diffusers(pipelines):

@@ -122,17 +122,18 @@ def test_pictures_of_a_large_model_are_small_enough_for_a_report(tmp_path, monke
         assert picture.text["prompts"].count("\n") == 9 and picture.height == 2 + 3 * 50
 
 
-def test_guidance_negative_prompt_and_resolution(tmp_path):
+@pytest.mark.parametrize(("resolution", "shape"), [("16", (1, 16, 16)), ("16x8", (1, 8, 16))])
+def test_guidance_negative_prompt_and_resolution(tmp_path, resolution, shape):
     """Of the grids as of `fastsp sample`; and the first grid comes before the training."""
     text = "a handwritten seven"
     changed = f"{{every: 1, count: 2, steps: 3, prompts: [{text}], guidance: 3, rescale: 0.7, negative_prompt: blank,"
-    overrides = [f"run_dir={tmp_path / 'run'}", STAGES, "final=mse", f"samples={changed} resolution: 16}}"]
+    overrides = [f"run_dir={tmp_path / 'run'}", STAGES, "final=mse", f"samples={changed} resolution: {resolution}}}"]
     trainer.train(load_config(QUICKSTART, [*overrides, "evaluation.enabled=false", "data.batch_size=8"]))
     samples = tmp_path / "run" / "samples"
     names = {path.stem for path in samples.glob("*_step_*.png")}
     assert names == {"mse_step_000000", "mse_step_000001"}
     model = load_for_sampling(str(tmp_path / "run" / "stages" / "mse"))
-    noise = evaluation_noise(0, torch.arange(2), (1, 16, 16))
+    noise = evaluation_noise(0, torch.arange(2), shape)
     images = model.generate([text] * 2, noise, 3, Guidance(3.0, 0.7), "blank")
     assert_same_picture(samples / "mse_final.png", images)
     start = digits_model(8, 0)
