@@ -111,6 +111,43 @@ def test_captions_may_be_lists_and_images_files(tmp_path):
             reader.read(row)
 
 
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_sizes_are_kept_until_a_file_changes(kind, request, monkeypatch):
+    folder, read = request.getfixturevalue(kind), []
+    image = ArrowReader._image
+    monkeypatch.setattr(ArrowReader, "_image", lambda self, index: read.append(index) or image(self, index))
+
+    def sizes() -> list[list[int]]:
+        read.clear()
+        return ArrowReader(dataset_files(folder)).sizes(2, False).tolist()
+
+    first = sizes()
+    assert sorted(read) == list(range(COUNT)) and sizes() == first and not read
+    last = dataset_files(folder)[1]
+    other = table(0, 4, "text" if kind == "saved" else "caption")
+    write_stream(last, other) if kind == "saved" else pq.write_table(other, last)
+    assert sizes() == first[:6] + first[:4] and sorted(read) == [6, 7, 8, 9], "those of the changed file"
+    assert sizes() == first[:6] + first[:4] and not read
+
+
+def test_sizes_of_files_that_rows_name_are_kept_until_these_change(tmp_path):
+    paths = [str(tmp_path / name) for name in ("0.png", "1.png")]
+    for place in (0, 1):
+        (tmp_path / f"{place}.png").write_bytes(FILES[place])
+    rows = [{"bytes": FILES[5], "path": "5.png"}, *({"bytes": None, "path": path} for path in paths)] * 2
+    (tmp_path / "set").mkdir()
+    write_stream(tmp_path / "set" / "a.arrow", pa.table({"image": pa.array(rows, IMAGE), "text": ["a"] * 6}))
+
+    def sizes() -> list[list[int]]:
+        return ArrowReader(dataset_files(tmp_path / "set")).sizes(2, False).tolist()
+
+    assert sizes() == [[25, 30], [20, 30], [21, 30]] * 2
+    (tmp_path / "1.png").write_bytes(FILES[7])
+    assert sizes() == [[25, 30], [20, 30], [27, 30]] * 2
+    (tmp_path / "0.png").unlink()
+    assert sizes() == [[25, 30], [0, 0], [27, 30]] * 2
+
+
 def test_mistakes(saved, tmp_path):
     with pytest.raises(UserError, match=r"must be a folder with \.arrow or \.parquet files"):
         dataset_files(tmp_path / "nothing")

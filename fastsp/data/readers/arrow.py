@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastsp.data.config import DataConfig
@@ -23,7 +25,7 @@ from fastsp.data.images.files import upright_size
 from fastsp.data.inventory import Inventory, Part
 from fastsp.data.readers.captions import caption_from_record
 from fastsp.data.readers.names import printable
-from fastsp.data.readers.sizes import Size, measure_all, measured
+from fastsp.data.readers.sizes import Size, length_and_time, measure_changed, measured
 from fastsp.data.samples import BadSample, EncodedSample, check_file_size
 from fastsp.errors import UserError, install_command
 from fastsp.utils.cache import cache_folder
@@ -92,16 +94,27 @@ class ArrowReader:
         """The files, by their numbers of rows and their sizes: rows have no names."""
         return Inventory(tuple(
             Part(printable(file.name), len(images), hashlib.sha256(f"{file.stat().st_size}".encode()).hexdigest())
-            for file, (images, _) in zip(self.files, self._columns, strict=True)
+            for file, (images, _) in self._parts()
         ))  # fmt: skip
 
     def sizes(self, workers: int, progress: bool) -> Tensor:
-        """(N, 2) int64, heights and widths of the upright images by their headers; 0 where they are not known."""
+        """(N, 2) int64, heights and widths of the upright images by their headers; 0 where they are not known. They are
+        kept in the cache as long as the file that holds an image is as it was."""
 
         def size(index: int) -> Size:
             return measured(lambda count: self._image(index)[:count], upright_size)
 
-        return measure_all(size, len(self), workers, progress)
+        root = Path(os.path.commonpath([file.absolute() for file in self.files]))
+        names, files = [], []
+        for file, (images, _) in self._parts():
+            name = os.path.relpath(file, root)
+            names += [f"{name}#{row}" for row in range(len(images))]
+            files.append(_holders(file, images))
+        return measure_changed(root, names, torch.cat(files), size, workers, progress)
+
+    def _parts(self) -> Iterator[tuple[Path, tuple[Any, Any]]]:
+        """Each file with its columns."""
+        return zip(self.files, self._columns, strict=True)
 
     def read(self, index: int) -> EncodedSample:
         """One sample; raises BadSample."""
@@ -130,6 +143,20 @@ class ArrowReader:
             raise BadSample("the row has no image")
         check_file_size(len(value))
         return bytes(value)
+
+
+def _holders(file: Path, images: Any) -> Tensor:
+    """Bytes and time of change of what holds the image of each row of a column, (N, 2) int64: the data set's file, or
+    the file that the row names."""
+    found = torch.tensor([length_and_time(file)]).repeat(len(images), 1)
+    first = 0
+    for chunk in images.chunks:
+        if hasattr(chunk, "field") and (embedded := chunk.field("bytes")).null_count:
+            for row in embedded.is_null().to_numpy(zero_copy_only=False).nonzero()[0].tolist():
+                path = (chunk[row].as_py() or {}).get("path")
+                found[first + row] = torch.tensor(length_and_time(path) if path else (-1, -1))
+        first += len(chunk)
+    return found
 
 
 def _columns(file: Path, captioned: bool) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""The sizes of all samples of a data set, by the first bytes of each; those of a folder's files are kept."""
+"""The sizes of all samples of a data set, by the first bytes of each; those of files, and of rows in them, are kept."""
 
 from __future__ import annotations
 
@@ -59,36 +59,43 @@ def measure_all(size: Callable[[int], Size], count: int, workers: int, progress:
 def measure_files(
     root: Path, paths: Sequence[str], size: Callable[[int], Size], workers: int, progress: bool
 ) -> Tensor:
-    """:func:`measure_all` of the files at these paths below a folder. Only those are read that are not in the cache
-    with the same length and time of change; what has no size is tried again."""
-    files = _lengths_and_times(root, paths, workers)
+    """:func:`measure_changed` of the files at these paths below a folder."""
+    return measure_changed(root, paths, _lengths_and_times(root, paths, workers), size, workers, progress)
+
+
+def measure_changed(
+    root: Path, names: Sequence[str], files: Tensor, size: Callable[[int], Size], workers: int, progress: bool
+) -> Tensor:
+    """:func:`measure_all` of samples with these names below a folder. Only those are read that are not in the cache
+    with the same length and time of change of their ``files``, (N, 2) int64; what has no size is tried again."""
     kept = _kept(root)
-    rows = {path: row for row, path in enumerate(kept)}
-    known = torch.tensor([rows.get(path, -1) for path in paths])
+    rows = {name: row for row, name in enumerate(kept)}
+    known = torch.tensor([rows.get(name, -1) for name in names])
     found = torch.tensor([*kept.values(), (0, 0, 0, 0)])[known]  # the last one for those that are new
     read = ((found[:, :2] != files).any(1) | (found[:, 2:] == 0).any(1)).nonzero().flatten()
     wanted = read.tolist()
     sizes = found[:, 2:].clone()
     sizes[read] = measure_all(lambda number: size(wanted[number]), len(wanted), workers, progress)
     now = torch.cat([files, sizes], dim=1)
-    if len(kept) != len(paths) or not torch.equal(now, found):
-        _keep(root, paths, now)
+    if len(kept) != len(names) or not torch.equal(now, found):
+        _keep(root, names, now)
     return sizes
 
 
+def length_and_time(file: str | Path) -> tuple[int, int]:
+    """Bytes and nanoseconds; -1 where there is no such file."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
 def _lengths_and_times(root: Path, paths: Sequence[str], workers: int) -> Tensor:
-    """Bytes and nanoseconds of each file, (N, 2) int64; -1 where it is gone. Asked before it is read: one that is still
-    being written is read again the next time."""
-
-    def asked(path: str) -> tuple[int, int]:
-        try:
-            status = os.stat(root / path)
-        except OSError:
-            return -1, -1
-        return status.st_size, status.st_mtime_ns
-
+    """Of each file, (N, 2) int64. Asked before it is read: one that is still being written is read again the next
+    time."""
     with ThreadPoolExecutor(workers, "fastsp-sizes") as pool:
-        return torch.tensor([*in_shares(pool, workers, asked, paths)])
+        return torch.tensor([*in_shares(pool, workers, lambda path: length_and_time(root / path), paths)])
 
 
 def _place(root: Path) -> Path:
