@@ -93,7 +93,7 @@ class ModelConfig(Section):
     unet: UNetConfig | None = None  # of a preset; None: its own size
     dit: DiTConfig | None = None  # the same with network: dit
     flow: FlowConfig | None = None  # of models that are trained on a flow; None: its defaults
-    lora: LoRAConfig | None = None  # None: all weights of the UNet are trained
+    lora: LoRAConfig | None = None  # None: all weights of the network are trained
     # None: keep with lora, else v_zero_snr; `config.yaml` has the outcome, and None of a flow, which stays what it is
     prediction: Keep | None = None
     token_chunks: Positive | None = None  # of 75 tokens, that a caption may have; None: the model's own, else one
@@ -121,6 +121,12 @@ class ModelConfig(Section):
         if self.lora is not None and self.pretrained is None:
             raise ValueError("lora adapts a pretrained model; a preset starts from random weights")
         return self
+
+    @property
+    def preset_sizes(self) -> dict[str, Any]:
+        """The keywords of :func:`fastsp.models.preset_model`: the network and what is said of its size."""
+        sized = self.dit if self.network == "dit" else self.unet
+        return {"network": self.network or "unet", **(sized.model_dump() if sized else {})}
 
 
 class ProdigyConfig(Section):

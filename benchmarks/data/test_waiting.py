@@ -22,7 +22,7 @@ pytest.importorskip("simplejpeg")
 from fastsp.data.batch import Batch
 from fastsp.data.config import DataConfig
 from fastsp.data.source import open_source
-from fastsp.models import load_model
+from fastsp.models import digits_model
 
 pytestmark = pytest.mark.benchmark
 STEPS, BATCH_SIZE, ROUNDS = 10, 64, 3
@@ -43,7 +43,7 @@ def times(step: Callable[[Batch], None], batches: Iterator[Batch]) -> tuple[floa
 
 def test_digits(benchmark, record):
     """The quickstart's network, forward and backward on the CPU; real batches and replayed ones take turns."""
-    model = load_model("digits", None, 16, seed=0)
+    model = digits_model(16, seed=0)
     source = open_source(
         DataConfig(source="digits", resolution=16, batch_size=64), tokenizer=model.tokenizer, channels=1, seed=0
     )

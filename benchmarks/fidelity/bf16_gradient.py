@@ -21,8 +21,9 @@ from fastsp.config import read_config
 from fastsp.data.source import open_source
 from fastsp.diffusion.draws import Seeded
 from fastsp.diffusion.process import NUM_TRAIN_TIMESTEPS
+from fastsp.generation.checkpoints import initial_model
 from fastsp.loss import SelfPerceptualLoss
-from fastsp.models import load_model, network_of
+from fastsp.models import network_of
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 QUANTILES = torch.tensor([0.2, 0.5, 0.8])
@@ -31,7 +32,7 @@ QUANTILES = torch.tensor([0.2, 0.5, 0.8])
 def measure(run: Path, samples: int) -> Tensor:
     """Relative errors at their quantiles, (len(DISTANCES), 3)."""
     config = read_config(run / "config.yaml")
-    model = load_model(config.model.preset, config.model.pretrained, config.data.resolution, config.seed)
+    model = initial_model(config)
     unet = network_of(run / "stages" / "mse").eval()
     source = open_source(config.data, tokenizer=model.tokenizer, channels=model.channels, seed=config.seed)
     with closing(source.batches(batch_size=samples)) as batches:

@@ -82,7 +82,7 @@ NETWORKS = {
 
 def parts_of(network: Network, small: bool) -> TextToImageModel:
     """The pipeline of a published network on the meta device; its own network ``small`` or as it is."""
-    model = skeleton(None, network.hub_id, resolution=SMALL_SIDE)
+    model = skeleton(network.hub_id)
     if small:
         published = {key: value for key, value in model.network.config.items() if not key.startswith("_")}
         with META:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from fastsp.config import Config, read_config
 from fastsp.errors import UserError
-from fastsp.models import TextToImageModel, load_model
+from fastsp.models import TextToImageModel, load_model, preset_model
 from fastsp.models.lora import fuse
 
 # One process has no group on purpose. (Set for good, because `catch_warnings` is not safe with threads.)
@@ -53,16 +53,18 @@ def load_checkpoint(folder: Path, raw: bool = False, base: str | None = None) ->
 
 
 def initial_model(config: Config, whole_base: bool = False) -> TextToImageModel:
-    """What a run trains, before its first step; see :func:`fastsp.models.load_model`.
+    """What a run trains, before its first step: a preset, or see :func:`fastsp.models.load_model`.
 
     With ``whole_base`` the base of adapters is not quantized, so that they can be fused into it.
     """
-    start, side = config.model, config.data.resolution
+    start, seed = config.model, config.seed
+    if start.pretrained is None:
+        assert start.preset is not None
+        model = preset_model(start.preset, config.data.resolution, seed, **start.preset_sizes)
+        return model.for_training(flow=start.flow.model_dump() if start.flow else None)
     lora = start.lora.model_dump(exclude={"base_precision"} if whole_base else None) if start.lora else None
-    sized = start.dit if start.network == "dit" else start.unet
-    sizes = sized.model_dump() if sized else None
-    how: dict[str, Any] = start.model_dump(include={"network", "flow", "prediction", "token_chunks", "clip_skip"})
-    return load_model(start.preset, start.pretrained, side, config.seed, start.config, lora, sizes, **how)
+    how: dict[str, Any] = start.model_dump(include={"flow", "prediction", "token_chunks", "clip_skip"})
+    return load_model(start.pretrained, start.config, lora=lora, seed=seed, **how)
 
 
 def read_into(folder: Path, state: dict[str, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """Text-to-image models in diffusers' and transformers' classes: from a preset, from a folder, to a folder."""
 
-from fastsp.models.model import PixelTextToImagePipeline, TextToImageModel, tokenize
+from fastsp.models.model import PixelTextToImagePipeline, TextToImageModel
 from fastsp.models.presets import PRESETS, digits_model, digits_tokenizer, preset_model, preset_tokenizer
 from fastsp.models.pretrained import (
     check_network,
@@ -31,5 +31,4 @@ __all__ = [
     "network_of",
     "preset_model",
     "preset_tokenizer",
-    "tokenize",
 ]

@@ -290,11 +290,6 @@ class TextToImageModel:
         self.text.save(folder)
 
 
-def tokenize(tokenizer: Any, prompts: list[str]) -> Tensor:
-    """Texts -> token ids (B, L) int64, padded and truncated to ``tokenizer.model_max_length``."""
-    return token_ids(tokenizer, prompts)
-
-
 class PixelTextToImagePipeline(DiffusionPipeline):
     """A diffusers pipeline without a VAE, as ``final/`` holds it for pixel-space models.
 

@@ -27,7 +27,6 @@ from fastsp.models.lora import header as adapters_header
 from fastsp.models.mmdit_file import MMDiTFile
 from fastsp.models.mmdit_layout import class_in
 from fastsp.models.model import TextToImageModel
-from fastsp.models.presets import PRESETS, preset_model
 from fastsp.models.quiet import quiet_libraries
 from fastsp.models.saving import Files, variant_of
 from fastsp.models.schedulers import (
@@ -59,7 +58,7 @@ def load_pipeline(
             or a folder with the adapters of a LoRA run, which come fused into the model they name.
         base: for adapters, the model to take instead of the one they name.
         config: for a single file, a folder or hub id with tokenizer and configuration; None: diffusers' choice.
-        with_network: load the UNet or transformer too; else it is None.
+        with_network: load the network too; else it is None.
 
     Raises:
         UserError: it is not there, is of another kind, or lacks a part; a part does not fit the others; pickled
@@ -80,48 +79,39 @@ def load_pipeline(
 
 
 def load_model(
-    preset: str | None,
-    pretrained: str | None,
-    resolution: int,
-    seed: int,
+    name: str,
     config: str | None = None,
+    *,
     lora: Mapping[str, Any] | None = None,
-    sizes: Mapping[str, Any] | None = None,
+    seed: int = 0,
     prediction: Keep | None = None,
+    flow: Mapping[str, Any] | None = None,
     token_chunks: int | None = None,
     clip_skip: int | None = None,
-    network: str | None = None,
-    flow: Mapping[str, Any] | None = None,
 ) -> TextToImageModel:
-    """The model that a configuration trains: a preset with seeded random weights, or what ``load_pipeline`` takes.
+    """The model that a run trains from ``name`` and ``config``, which are those of :func:`load_pipeline`.
 
-    ``sizes`` are those of a preset's network, see :func:`fastsp.models.presets.preset_model`; ``prediction`` and
-    ``flow`` are those of :meth:`TextToImageModel.for_training`, None: v_zero_snr, and the default; ``token_chunks`` and
-    ``clip_skip`` are those of :class:`fastsp.diffusion.text.TextSettings`, None: the model's own.
-    With ``lora`` (rank, alpha, target_modules, base_precision) its UNet has adapters, which alone are trainable. Those
-    of a folder of adapters are trained further; without ``lora`` they are fused, and all weights are trained.
+    Args:
+        lora: adapters (rank, alpha, target_modules, base_precision) that the network gets, with ``seed``; they alone
+            are trainable. Those of a folder of adapters are trained further. None: these are fused, and all weights
+            are trained.
+        prediction, flow: of :meth:`TextToImageModel.for_training`; None: v_zero_snr, and the default.
+        token_chunks, clip_skip: of :class:`fastsp.diffusion.text.TextSettings`; None: the model's own.
 
     Raises:
-        UserError: an unknown preset; what :func:`load_pipeline` and :func:`fastsp.models.lora.add_adapters` refuse;
-            given adapters of other settings than ``lora``, or whose base is fused from adapters itself; a prediction
-            that cannot be kept.
+        UserError: what :func:`load_pipeline` and :func:`fastsp.models.lora.add_adapters` refuse; given adapters of
+            other settings than ``lora``, or whose base is fused from adapters itself; a prediction that cannot be kept.
     """
-    if pretrained is None:
-        if preset not in PRESETS:
-            raise UserError(f"model.preset {preset!r} is unknown: use one of {', '.join(PRESETS)}")
-        return preset_model(preset, resolution, seed, network or "unet", **(sizes or {})).for_training(flow=flow)
     prediction = prediction or "v_zero_snr"
     if lora is None:
-        return load_pipeline(pretrained, config).for_training(prediction, flow).reading(token_chunks, clip_skip)
-    path = _find(pretrained)
+        return load_pipeline(name, config).for_training(prediction, flow).reading(token_chunks, clip_skip)
+    path = _find(name)
     if given := (path / DIFFUSERS_FILE).is_file():
         model, base = _load_base(path)
         if (Path(base.name).expanduser() / DIFFUSERS_FILE).is_file():
-            raise UserError(
-                f"{pretrained} has adapters on top of those in {base.name}: export that run, and name the export"
-            )
+            raise UserError(f"{name} has adapters on top of those in {base.name}: export that run, and name the export")
     else:
-        model, base = load_pipeline(pretrained, config), Base(pretrained, config)
+        model, base = load_pipeline(name, config), Base(name, config)
     model = model.for_training(prediction, flow).reading(token_chunks, clip_skip)
     precision = lora.get("base_precision")
     kept: Keep = "keep" if model.kind.is_flow else prediction
@@ -150,20 +140,20 @@ def check_pipeline(name: str, base: str | None = None) -> bool:
     return kind.has_vae
 
 
-def network_of(folder: Path, base: str | None = None) -> Any:
-    """The UNet of a pipeline folder, of a folder with a UNet alone, or with adapters, fused into ``base``; float32. Or
-    the transformer.
+def network_of(folder: Path) -> Any:
+    """The network of a pipeline folder, of a folder with a network alone, or with adapters, fused into their base;
+    float32.
 
     Raises:
         UserError: there is none, or it cannot be loaded.
     """
     if (folder / DIFFUSERS_FILE).is_file():
-        return load_pipeline(str(folder), base=base).network
+        return load_pipeline(str(folder)).network
     return _load_network(_network_folder(folder))
 
 
 def network_and_scheduler_of(name: str) -> tuple[Any, Any]:
-    """What a loss needs of a model: the UNet, float32 on the CPU, and the noise scheduler that belongs to it.
+    """What a loss needs of a model: the network, float32 on the CPU, and the noise scheduler that belongs to it.
 
     Args:
         name: what :func:`load_pipeline` takes, of which only these two parts are read and downloaded; or one of the
@@ -198,7 +188,7 @@ def load_scheduler(folder: Path) -> Any:
 
 
 def check_network(folder: Path) -> None:
-    """:func:`network_of`'s UserError where there is no UNet; reads no weights."""
+    """:func:`network_of`'s UserError where there is no network; reads no weights."""
     if (folder / DIFFUSERS_FILE).is_file():
         check_pipeline(str(folder))
     else:
@@ -211,7 +201,7 @@ def check_perceptual_network(network: Any, predicts: str, layers: str | None, fo
     Args:
         network, predicts: the run's network and prediction type.
         layers: of the stage; None: it has no such key.
-        folder: of a UNet from outside of the run; None: the run's own.
+        folder: of a network from outside of the run; None: the run's own.
         stage: its key in the configuration, such as ``stages.1``.
 
     Raises:
@@ -426,7 +416,7 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
 
 
 def _faults(model: TextToImageModel) -> Iterator[str]:
-    """What keeps a model's parts from working together, and its UNet from being trained."""
+    """What keeps a model's parts from working together, and its network from being trained."""
     for part, encoder in zip(model.kind.tokenizers, model.text_encoders, strict=False):
         # From a folder without its vocabulary, transformers makes a tokenizer without words.
         size, known = len(getattr(model, part)), encoder.config.vocab_size

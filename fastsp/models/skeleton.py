@@ -32,18 +32,18 @@ _TEXT_ENCODERS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def skeleton(
-    preset: str | None,
-    pretrained: str | None,
-    resolution: int,
-    lora: Mapping[str, Any] | None = None,
-    sizes: Mapping[str, Any] | None = None,
-    network: str | None = None,
-) -> TextToImageModel:
-    """The model that :func:`fastsp.models.load_model` gives for these arguments, on the meta device; no tokenizers.
+def preset_skeleton(name: str, resolution: int, **sizes: Any) -> TextToImageModel:
+    """:func:`fastsp.models.preset_model` for these arguments, on the meta device."""
+    model = preset_model(name, resolution, 0, **sizes)
+    for part in (model.network, *model.frozen_parts()):
+        part.to(META)
+    return model
+
+
+def skeleton(pretrained: str, lora: Mapping[str, Any] | None = None) -> TextToImageModel:
+    """The model that :func:`fastsp.models.load_model` gives, on the meta device; no tokenizers.
 
     Args:
-        preset, resolution, sizes, network: of a preset.
         pretrained: a folder in diffusers' layout, of which `config.json` files are enough, or a hub id that is known
             here (:data:`fastsp.models.published.PUBLISHED`) or in Hugging Face's cache.
         lora: adapters (rank, alpha, target_modules, base_precision) that alone are trainable.
@@ -51,12 +51,6 @@ def skeleton(
     Raises:
         UserError: the configurations are not on this machine, or are of models that cannot be trained.
     """
-    if pretrained is None:
-        assert preset is not None
-        model = preset_model(preset, resolution, 0, network or "unet", **(sizes or {}))
-        for part in (model.network, *model.frozen_parts()):
-            part.to(META)
-        return model
     parts = {name: _part(config, f"{pretrained}: {name}") for name, config in _configs(pretrained).items()}
     made = parts.pop("unet", None) or parts.pop("transformer", None)
     if made is None:

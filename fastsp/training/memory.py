@@ -27,7 +27,7 @@ from fastsp.data.batch import Batch
 from fastsp.errors import UserError
 from fastsp.families import family_of
 from fastsp.models import TextToImageModel
-from fastsp.models.skeleton import META, skeleton
+from fastsp.models.skeleton import META, preset_skeleton, skeleton
 from fastsp.objectives import StageConfig
 from fastsp.perceptual import shared_copy
 from fastsp.training.step import TrainingStep, build_step
@@ -147,12 +147,13 @@ def needs(config: Config, stage: StageConfig, model: TextToImageModel) -> Needs:
 
 
 def skeleton_of(config: Config) -> TextToImageModel:
-    """A run's model on the meta device; see :func:`fastsp.models.skeleton.skeleton`."""
+    """A run's model on the meta device; see :mod:`fastsp.models.skeleton`."""
     start = config.model
-    lora = start.lora.model_dump() if start.lora else None
-    sized = start.dit if start.network == "dit" else start.unet
-    sizes = sized.model_dump() if sized else None
-    model = skeleton(start.preset, start.pretrained, config.data.resolution, lora, sizes, start.network)
+    if start.pretrained is None:
+        assert start.preset is not None
+        model = preset_skeleton(start.preset, config.data.resolution, **start.preset_sizes)
+    else:
+        model = skeleton(start.pretrained, start.lora.model_dump() if start.lora else None)
     flow = start.flow.model_dump() if start.flow else None
     return model.for_training(start.prediction or "v_zero_snr", flow).reading(start.token_chunks, start.clip_skip)
 

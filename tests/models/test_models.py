@@ -14,6 +14,7 @@ from tiny import tiny_stable_diffusion
 from fastsp.diffusion.draws import evaluation_noise
 from fastsp.diffusion.latents import encode_moments
 from fastsp.diffusion.sampling import Guidance
+from fastsp.diffusion.text import token_ids
 from fastsp.errors import UserError
 from fastsp.generation.generate import Sampling, generate
 from fastsp.models import (
@@ -23,8 +24,8 @@ from fastsp.models import (
     load_model,
     load_pipeline,
     network_and_scheduler_of,
+    preset_model,
     preset_tokenizer,
-    tokenize,
 )
 
 KINDS = ("sd15", "sd21", "sdxl")
@@ -38,7 +39,7 @@ def pipelines(tmp_path_factory):
 
 def test_tokenizer_knows_the_captions_as_words_and_anything_as_bytes():
     tokenizer = digits_tokenizer()
-    ids = tokenize(tokenizer, ["a handwritten seven", "", "Ünknown 7"])
+    ids = token_ids(tokenizer, ["a handwritten seven", "", "Ünknown 7"])
     assert ids.shape == (3, 16)
     assert (ids[0] != tokenizer.eos_token_id).sum() == 4, "start, a, handwritten, seven"
     assert tokenizer.decode(ids[2], skip_special_tokens=True).replace(" ", "") == "ünknown7"
@@ -61,10 +62,10 @@ def test_preset_is_seeded_and_survives_its_folder(tmp_path):
 
 def test_the_preset_of_photographs_is_in_colour_and_of_any_size(tmp_path):
     caption = "a photo of an automobile"
-    ids = tokenize(preset_tokenizer("photographs"), [caption, "a photo of a zebra crossing a street in the rain"])
+    ids = token_ids(preset_tokenizer("photographs"), [caption, "a photo of a zebra crossing a street in the rain"])
     assert ids.shape == (2, 32) and (ids[0] != ids[0, -1]).sum() == 6, "start and five words"
     sizes = {"block_out_channels": [16, 32, 48], "layers_per_block": 2}
-    model = load_model("photographs", None, 8, seed=0, sizes=sizes)
+    model = preset_model("photographs", 8, seed=0, **sizes)
     assert model.channels == 3 and model.latent_shape(8) == (3, 8, 8)
     assert list(model.network.config.block_out_channels) == [16, 32, 48] and model.network.config.layers_per_block == 2
     assert model.network.config.attention_head_dim == (1, 2, 3), "heads of 16 channels"
@@ -73,7 +74,7 @@ def test_the_preset_of_photographs_is_in_colour_and_of_any_size(tmp_path):
     model.save(tmp_path)
     assert torch.allclose(load_pipeline(str(tmp_path)).generate([caption], noise, 2), images, atol=1e-5)
     with pytest.raises(UserError, match=r"data.resolution 10 must be a multiple of 4: 3 blocks halve it"):
-        load_model("photographs", None, 10, seed=0, sizes=sizes)
+        preset_model("photographs", 10, seed=0, **sizes)
 
 
 def test_a_pixel_pipeline_takes_a_generator_of_the_cpu_on_any_device(monkeypatch):
@@ -95,7 +96,7 @@ def test_a_pixel_pipeline_takes_a_generator_of_the_cpu_on_any_device(monkeypatch
 @pytest.mark.parametrize("steps", [25, 50])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trained_folder_samples_as_diffusers_does(pipelines, tmp_path, kind, steps, guidance):
-    model = load_model(None, str(pipelines[kind]), 16, 0)
+    model = load_model(str(pipelines[kind]))
     assert model.prediction_type == "v_prediction" and float(model.scheduler.alphas_cumprod[-1]) == 0
     assert model.latent_shape(16) == (4, 4, 4) and model.channels == 3 and model.default_resolution == 16
     noise = torch.randn(2, 4, 4, 4)
@@ -146,8 +147,6 @@ def test_what_is_refused(pipelines, tmp_path):
 
     with pytest.raises(UserError, match="no diffusers pipeline folder"):
         load_pipeline(str(tmp_path))
-    with pytest.raises(UserError, match=r"model.preset 'huge' is unknown: use one of digits, photographs"):
-        load_model("huge", None, 8, 0)
     with pytest.raises(UserError, match=r"resolution 18 must be a multiple of 4"):
         load_pipeline(str(stable_diffusion)).latent_shape(18)
 
@@ -180,7 +179,7 @@ def test_saved_folders_are_read_by_transformers_4_too(pipelines, tmp_path, kind)
     for folder in tmp_path.glob("tokenizer*"):
         assert json.loads((folder / "vocab.json").read_text(encoding="utf-8")) == model.tokenizer.get_vocab()
         (folder / "tokenizer.json").unlink()  # the older files alone are a whole tokenizer
-    assert torch.equal(tokenize(load_pipeline(str(tmp_path)).tokenizer, PROMPTS), tokenize(model.tokenizer, PROMPTS))
+    assert torch.equal(token_ids(load_pipeline(str(tmp_path)).tokenizer, PROMPTS), token_ids(model.tokenizer, PROMPTS))
 
 
 @pytest.mark.slow

@@ -130,8 +130,8 @@ def test_a_folder_keeps_them(models, tmp_path):
     with_text(models["sd15"], **vars(settings)).save(tmp_path / "long")
     models["sd15"].save(tmp_path / "usual")
     assert load_pipeline(str(tmp_path / "long")).text == settings and not (tmp_path / "usual" / FILE).exists()
-    assert load_model(None, str(tmp_path / "long"), 16, 0, token_chunks=1).text == TextSettings(1, 2)
-    assert load_model(None, str(tmp_path / "long"), 16, 0).text == settings
+    assert load_model(str(tmp_path / "long"), token_chunks=1).text == TextSettings(1, 2)
+    assert load_model(str(tmp_path / "long")).text == settings
     plain, long = (load_pipeline(str(tmp_path / name)).text_fingerprint() for name in ("usual", "long"))
     assert plain != long and plain == models["sd15"].text_fingerprint()
 
@@ -147,7 +147,7 @@ def test_a_damaged_file(models, tmp_path, content):
 def test_a_layer_that_is_not_there(models, tmp_path):
     models["sd15"].save(tmp_path)
     with pytest.raises(UserError, match=r"^model.clip_skip 3: the text encoder has 2 layers$"):
-        load_model(None, str(tmp_path), 16, 0, clip_skip=3)
+        load_model(str(tmp_path), clip_skip=3)
     (tmp_path / FILE).write_text(json.dumps({"clip_skip": 3}))
     with pytest.raises(UserError, match="clip_skip 3: the text encoder has 2 layers"):
         load_pipeline(str(tmp_path))

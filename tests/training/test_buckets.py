@@ -158,7 +158,7 @@ def test_validation_in_two_processes_is_that_of_one(tmp_path, monkeypatch):
 def test_sdxl_is_told_each_picture_s_own_size_crop_and_shape(tmp_path):
     model_folder = tiny_stable_diffusion(tmp_path / "model", "sdxl")
     config = load_config(write_config(tmp_path, f"{{pretrained: {model_folder}}}"), ["data.crop=center"])
-    model = load_model(None, str(model_folder), 32, 0)
+    model = load_model(str(model_folder))
     source = open_source(config.data, tokenizer=model.tokenizer, tokenizer_2=model.tokenizer_2, channels=3, seed=0)
     with closing(source.batches(batch_size=24, last_position=24)) as batches:
         batch = next(batches)

@@ -267,14 +267,14 @@ def test_encoded_latents_and_features_train_alike(folder, runs, kind, capsys):
 
 
 def test_times_are_drawn_as_the_pipeline_samples(folder):
-    flux = load_model(None, str(folder / "flux"), 16, 0)
+    flux = load_model(str(folder / "flux"))
     latents = torch.zeros(1, *flux.latent_shape(16))
     process = flux.of_size(flux.training_process, latents)
     assert isinstance(process, RectifiedFlow) and process.times == "logit_normal"
     tokens, low, high = 16, (4, 0.5), (64, 1.15)
     mu = low[1] + (high[1] - low[1]) * (tokens - low[0]) / (high[0] - low[0])
     assert process.shift == pytest.approx(math.exp(mu))
-    sd = load_model(None, str(folder / "sd35"), 16, 0, flow={"times": "mode", "shift": 2.0})
+    sd = load_model(str(folder / "sd35"), flow={"times": "mode", "shift": 2.0})
     process = sd.of_size(sd.training_process, latents)
     assert isinstance(process, RectifiedFlow) and (process.times, process.shift) == ("mode", 2.0)
     assert isinstance(sd.process, RectifiedFlow) and sd.process.shift == 3.0
@@ -283,7 +283,7 @@ def test_times_are_drawn_as_the_pipeline_samples(folder):
 @pytest.mark.parametrize("setting", [{"clip_skip": 2}, {"token_chunks": 3}])
 def test_text_settings_are_refused_in_one_line(folder, setting):
     with pytest.raises(UserError, match="token_chunks and clip_skip: StableDiffusion3Pipeline has neither"):
-        load_model(None, str(folder / "sd35"), 16, 0, **setting)
+        load_model(str(folder / "sd35"), **setting)
 
 
 @pytest.mark.slow

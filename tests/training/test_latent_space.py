@@ -111,7 +111,7 @@ def test_sdxl_conditioning_of_a_batch(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(CONFIG.format(run=tmp_path / "run", model=folder, pictures=pictures))
     config = load_config(file, ["data.caption_dropout=0.5", "data.batch_size=8", "data.microbatch=null"])
-    model = load_model(None, str(folder), 16, 0)
+    model = load_model(str(folder))
     source = open_source(config.data, tokenizer=model.tokenizer, tokenizer_2=model.tokenizer_2, channels=3, seed=0)
     with closing(source.batches(batch_size=8)) as batches:
         batch = next(batches)

@@ -134,7 +134,7 @@ SIZES = {  # parameters, as the models' authors state them or their files add up
 
 @pytest.mark.parametrize("name", SIZES)
 def test_published_models_have_their_size(name):
-    model = skeleton(None, name, 512)
+    model = skeleton(name)
     assert sum(p.numel() for p in model.network.parameters()) == SIZES[name]
     assert {p.device.type for p in model.network.parameters()} == {"meta"}
 
@@ -146,7 +146,7 @@ def test_a_folder_of_configurations_is_enough(tmp_path):
         config = PUBLISHED["stable-diffusion-v1-5/stable-diffusion-v1-5"][part]
         (tmp_path / part / "config.json").write_text(json.dumps(config))
     lora = {"rank": 4, "alpha": 4.0, "target_modules": ["to_q", "to_v"]}
-    model = skeleton(None, str(tmp_path), 512, lora)
+    model = skeleton(str(tmp_path), lora)
     trained = sum(p.numel() for p in model.network.parameters() if p.requires_grad)
     assert 0 < trained < 1_000_000 and {p.device.type for p in model.network.parameters()} == {"meta"}
 
@@ -173,9 +173,9 @@ def test_a_step_of_a_transformer_is_counted_with_its_text_encoders(tmp_path, kin
 def test_a_model_that_is_not_here_is_refused_without_a_download(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "create_connection", None)
     with pytest.raises(UserError, match=r"nobody/nothing is neither a folder, nor in Hugging Face's cache, nor known"):
-        skeleton(None, "nobody/nothing", 512)
+        skeleton("nobody/nothing")
     with pytest.raises(UserError, match=r"has neither unet/config\.json nor transformer/config\.json"):
-        skeleton(None, str(tmp_path), 512)
+        skeleton(str(tmp_path))
 
 
 def test_the_command(tmp_path):

@@ -190,7 +190,7 @@ def test_adapters_from_before_there_was_a_choice_predict_v(adapters, folder, tmp
 
 
 def test_a_v_model_keeps_its_schedule(folder):
-    model = load_model(None, str(folder / "sd21"), 16, 0, prediction="keep")
+    model = load_model(str(folder / "sd21"), prediction="keep")
     assert says(model.scheduler) == ("v_prediction", False) and float(model.scheduler.alphas_cumprod[-1]) > 0
 
 
@@ -199,8 +199,8 @@ def test_epsilon_with_zero_terminal_snr_is_refused(folder, tmp_path):
     file = model / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
     with pytest.raises(UserError, match="prediction: keep: prediction_type 'epsilon' cannot be used with zero"):
-        load_model(None, str(model), 16, 0, prediction="keep")
-    assert says(load_model(None, str(model), 16, 0).scheduler) == ("v_prediction", True)
+        load_model(str(model), prediction="keep")
+    assert says(load_model(str(model)).scheduler) == ("v_prediction", True)
 
 
 def test_a_metric_of_another_prediction_is_refused(folder):
