@@ -8,7 +8,6 @@ from typing import Any
 from fastsp.config import EMAConfig
 from fastsp.data.buckets import bucket_lines
 from fastsp.data.repeats import repeats_lines, shares_of
-from fastsp.data.samples import SampleReader
 from fastsp.data.source import Source
 from fastsp.families import family_of
 from fastsp.models import TextToImageModel
@@ -35,15 +34,30 @@ def size(network: Any) -> str:
     return f"{total / 1e6:.1f} M parameters{share}"
 
 
-def base_line(network: Any) -> Iterator[str]:
-    """How much of the frozen base is held in 8 bits, where some is."""
-    layers = [module for module in network.modules() if isinstance(module, Int8Linear)]
+def about(model: TextToImageModel, source: Source, batch_size: int) -> Iterator[str]:
+    """What a person may want to know of a run's model and data before it begins."""
+    layers = [module for module in model.network.modules() if isinstance(module, Int8Linear)]
     if layers:
         weights = sum(layer.codes.numel() for layer in layers)
         yield f"base: {len(layers)} linear layers in its blocks, {weights / 1e6:.1f} M weights, are held in int8"
+    yield _prediction(model)
+    if not model.text.usual:
+        yield _captions(model)
+    if (times := batch_size / len(source)) > 1:
+        yield f"data.batch_size {batch_size}: every sample occurs {times:.1f} times per step"
+    if shares := shares_of(source.reader):
+        yield f"repeats: an epoch has {len(source)} samples: {', '.join(repeats_lines(shares))}"
+    if source.buckets is not None:
+        lines = [*bucket_lines(source.buckets)]
+        shapes, lost = lines[: len(source.buckets.shapes)], lines[len(source.buckets.shapes) :]
+        yield "; ".join([f"buckets: {', '.join(shapes)} pictures (width x height)", *lost])
+    told = [*source.reader.damaged, *source.reader.notes]
+    yield from (f"note: {name}: {what}" for name, what in told[:_NOTES])
+    if (more := len(told) - _NOTES) > 0:
+        yield f"note: {more} more about the data; `fastsp data check` has them all"
 
 
-def prediction(model: TextToImageModel) -> str:
+def _prediction(model: TextToImageModel) -> str:
     """What is trained, and what that means for those who sample the result."""
     predicts, schedule = meaning_of(model.scheduler.config)
     line = f"the model is trained to predict {predicts} {schedule}"
@@ -52,33 +66,11 @@ def prediction(model: TextToImageModel) -> str:
     return f"{line}, and not {model.loaded_prediction_type} any more (model.prediction: keep would leave it)"
 
 
-def data_lines(reader: SampleReader) -> Iterator[str]:
-    """What is damaged in the data or may surprise."""
-    told = [*reader.damaged, *reader.notes]
-    yield from (f"note: {name}: {what}" for name, what in told[:_NOTES])
-    if (more := len(told) - _NOTES) > 0:
-        yield f"note: {more} more about the data; `fastsp data check` has them all"
-
-
-def captions(model: TextToImageModel) -> str:
+def _captions(model: TextToImageModel) -> str:
     """How captions become features, where it is not as usual."""
     tokens = model.text.token_chunks * (model.tokenizer.model_max_length - 2)
     layer = f", from layer {-model.text.clip_skip} of the text encoder" if model.text.clip_skip else ""
     return f"captions of up to {tokens} tokens{layer}; programs that sample the model have to do the same"
-
-
-def repeats_line(source: Source) -> Iterator[str]:
-    """What an epoch consists of, where samples come more than once."""
-    if shares := shares_of(source.reader):
-        yield f"repeats: an epoch has {len(source)} samples: {', '.join(repeats_lines(shares))}"
-
-
-def buckets_line(source: Source) -> Iterator[str]:
-    """The shapes of the samples, where they have several, with their numbers."""
-    if source.buckets is not None:
-        lines = [*bucket_lines(source.buckets)]
-        shapes, lost = lines[: len(source.buckets.shapes)], lines[len(source.buckets.shapes) :]
-        yield "; ".join([f"buckets: {', '.join(shapes)} pictures (width x height)", *lost])
 
 
 def headline(stage: StageConfig, done: int) -> str:

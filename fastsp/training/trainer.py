@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +16,23 @@ from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from fastsp.config import Config, DataConfig
-from fastsp.data.source import Source, check_path, open_source
+from fastsp.data.source import Source, open_source
 from fastsp.diffusion.latents import fingerprint
 from fastsp.errors import UserError
-from fastsp.families import full_config
 from fastsp.generation.checkpoints import initial_model
 from fastsp.generation.generate import RAW
-from fastsp.models import TextToImageModel, check_perceptual_network, check_predicts, network_of
-from fastsp.models.attention import (
-    Calls,
-    Choice,
-    Kernel,
-    attention_calls,
-    available,
-    by_length,
-    check_available,
-    choose_attention,
-    kept_choice,
-    kernels_of,
-)
-from fastsp.models.int8 import check_torchao
+from fastsp.models import TextToImageModel, network_of
+from fastsp.models.attention import Kernel
 from fastsp.models.lora import load_adapters, save_adapters, save_for_use
 from fastsp.objectives import StageConfig
 from fastsp.perceptual import shared_copy
 from fastsp.perceptual.metric import CALIBRATION_SAMPLES
 from fastsp.training import announcements
+from fastsp.training.attention_choice import choose_kernel
 from fastsp.training.capture import captured
 from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
 from fastsp.training.checkpoint_folder import Progress
+from fastsp.training.checks import check_machine, check_model
 from fastsp.training.compilation import compiler_settings, keep_compiled_code
 from fastsp.training.config_changes import check_place
 from fastsp.training.distributed import Ranks, check_same_data, process_group
@@ -54,9 +42,9 @@ from fastsp.training.monitor import Monitor
 from fastsp.training.parallel import whole_network
 from fastsp.training.run_directory import RunDirectory
 from fastsp.training.samples import SampleDrawer
-from fastsp.training.step import COMPUTE_DTYPES, StepResult, TrainingStep, build_step
-from fastsp.training.trackers import Trackers, check_installed
-from fastsp.training.update import on_device, update_of
+from fastsp.training.step import StepResult, TrainingStep, build_step
+from fastsp.training.trackers import Trackers
+from fastsp.training.update import on_device
 from fastsp.training.validation import Validation
 from fastsp.utils.devices import device_name
 from fastsp.utils.files import new_folder, save_tensors
@@ -125,34 +113,15 @@ class Trainer:
     ) -> None:
         self.config, self.ranks, self.run, self.stop, self.console = config, ranks, run, stop, console
         self.report = report if ranks.is_main else None
+        self.trackers: Trackers | None = None  # of rank 0, while it trains
         self.device = ranks.device
-        config.captures_on(self.device)  # raises for a CUDA graph on a CPU
-        check_available(config.attention, self.device)
+        check_machine(config, self.device)
         if self.device.type == "cuda" or config.compiles_on(self.device):  # Triton's kernels are compiled in any case
             keep_compiled_code()
-        check_installed(config)
-        if config.model.lora is not None and config.model.lora.base_precision is not None:
-            check_torchao()
-        update_of(config)  # raises for an unknown optimizer, or one that cannot work on shards
-        for data in (config.data, config.validation_data if config.validation.every else None):
-            if data is not None:
-                check_path(data)  # before a model is downloaded
-        self.model, model = initial_model(config), config.model
+        self.model = initial_model(config)
         if self.model.kind.is_flow:
             self.config = run.config = config.of_flow()
-        # Raises for a kernel that the network cannot have.
-        kernels_of(type(self.model.network).__name__, config.attention, self.device)
-        self.model.latent_shape(config.data.resolution)  # raises for a resolution that the VAE cannot encode
-        self.model.latent_shape(config.samples.shape or config.data.resolution)
-        for number, stage in enumerate(config.stages):
-            if (frozen := stage.frozen_network) is not None:
-                is_own = frozen in (model.pretrained, *(other.name for other in config.stages))
-                layers, key, trained = getattr(stage, "layers", None), f"stages.{number}", self.model.prediction_type
-                check_perceptual_network(self.model.network, trained, layers, None if is_own else Path(frozen), key)
-                if stage.init is None or frozen == model.pretrained:
-                    check_predicts(self.model.loaded_prediction_type, trained, f"{key}: {model.pretrained}")
-        if config.data.source == "latents" and self.model.vae is None:
-            raise UserError("data.source: 'latents' needs a model with a VAE; this one works on pixels")
+        check_model(config, self.model, self.device)
         self.model.place(self.device, config.compiles_on(self.device))
         self.source = self._open(config.data, bad_samples_file=run.bad_samples_file)
         buckets = self.source.buckets
@@ -171,15 +140,7 @@ class Trainer:
             f"{announcements.kind(self.model.network)} of {announcements.size(self.model.network)}, "
             f"{config.precision} on {device_name(self.device)}{share}"
         )
-        for line in announcements.base_line(self.model.network):
-            console.print(line, highlight=False)
-        console.print(announcements.prediction(self.model), highlight=False)
-        if not self.model.text.usual:
-            console.print(announcements.captions(self.model), highlight=False)
-        if (times := config.data.batch_size / len(self.source)) > 1:
-            console.print(f"data.batch_size {config.data.batch_size}: every sample occurs {times:.1f} times per step")
-        about = announcements.repeats_line(self.source), announcements.buckets_line(self.source)
-        for line in chain(*about, announcements.data_lines(self.source.reader)):
+        for line in announcements.about(self.model, self.source, config.data.batch_size):
             console.print(line, highlight=False, markup=False)
         if changed_data:
             console.print(f"changed: the data ({changed_data})")
@@ -214,19 +175,17 @@ class Trainer:
             self.run.keep_data(self.inventory)
             self.run.metrics.rewind(reached)
         self.attention: Any = self.ranks.broadcast(self._choose_attention() if is_main else None)
-        with Trackers(self.run, self.config, reached) if is_main else nullcontext() as trackers:
+        with Trackers(self.run, self.config, reached) if is_main else nullcontext() as self.trackers:
             for stage in self.config.stages:
                 done = self.config.steps_done(stage, reached)
                 if done < stage.steps or not self.run.stage_folder(stage.name).is_dir():
-                    self.train_stage(stage, done, checkpoint, trackers)
+                    self.train_stage(stage, done, checkpoint)
         if is_main:
             self.finish()
         self.ranks.barrier()
         self._stop_if_asked("everything", self.stop.signal_number)
 
-    def train_stage(
-        self, stage: StageConfig, done: int, checkpoint: Checkpoint | None, trackers: Trackers | None
-    ) -> None:
+    def train_stage(self, stage: StageConfig, done: int, checkpoint: Checkpoint | None) -> None:
         """One stage, from update ``done`` (from the checkpoint) to the weights in its folder."""
         self.console.print(announcements.headline(stage, done))
         self.console.print(announcements.average(self.config.ema, stage.steps), highlight=False)
@@ -240,12 +199,17 @@ class Trainer:
             step.freeze_calibration()
         else:
             self._calibrate(step, self.config.first_position(stage))
-            self._validate(step, ema_network, stage, 0, trackers)
+            self._validate(step, ema_network, stage, 0)
             if self.config.samples.every and stage.init is None:
-                self._draw(ema_network, stage, 0, trackers)  # what the training starts from
-        take_step = captured(step)
-        batch_size = self.config.data.batch_size
-        first = self.config.first_position(stage)
+                self._draw(ema_network, stage, 0)  # what the training starts from
+        self._take_steps(stage, done, step, ema_network)
+        self._finish_stage(stage, step, ema_network)
+        self.ranks.barrier()  # the next stage starts from that folder
+
+    def _take_steps(self, stage: StageConfig, done: int, step: TrainingStep, ema_network: Any) -> None:
+        """The updates of a stage after the first ``done``, with what is shown and saved between them."""
+        config, take_step = self.config, captured(step)
+        first, batch_size = config.first_position(stage), config.data.batch_size
         batches = self.source.batches(
             first_position=first + done * batch_size,
             last_position=first + stage.steps * batch_size,
@@ -253,10 +217,8 @@ class Trainer:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
         )
-        monitor = Monitor(trackers, self.config, stage, done, self.source.bad_samples, self.console)
-        settings, steps_before = self.config.checkpoint, self.config.steps_before(stage)
-        every = self.config.validation.every
-        writer = CheckpointWriter(self.run.checkpoints, settings, self.config.digest, self.ranks)
+        monitor = Monitor(self.trackers, config, stage, done, self.source.bad_samples, self.console)
+        writer = CheckpointWriter(self.run.checkpoints, config.checkpoint, config.digest, self.ranks)
         seen: set[tuple[int, ...]] = set()
         with closing(batches), monitor, writer:
             for number, batch in enumerate(monitor.watched(batches), start=done + 1):
@@ -265,23 +227,21 @@ class Trainer:
                 with self._compiling(len(new)):
                     result = take_step(batch.to(self.device), number)
                 monitor.after_step(number, result)
-                if _due(number, self.config.samples.every, stage.steps):
+                if _due(number, config.samples.every, stage.steps):
                     with monitor.paused():
-                        self._draw(ema_network, stage, number, trackers)
-                if self.validation is not None and (_due(number, every, stage.steps) or number == stage.steps):
+                        self._draw(ema_network, stage, number)
+                if number == stage.steps or _due(number, config.validation.every, stage.steps):
                     with monitor.paused():
-                        self._validate(step, ema_network, stage, number, trackers)
+                        self._validate(step, ema_network, stage, number)
                 stop, failed = self.ranks.exchange([self.stop.signal_number or 0, writer.failed]).amax(0).tolist()
                 if stop or self._saves(number, stage, result):
                     with monitor.paused():
                         if self.ranks.is_main:
                             self.run.metrics.sync()
-                        writer.save(Progress(stage.name, number, steps_before + number), step.state)
+                        writer.save(Progress(stage.name, number, config.steps_before(stage) + number), step.state)
                 if stop or failed:
                     writer.wait()
                 self._stop_if_asked(f"step {number} of {stage.name}", stop)
-        self._finish_stage(stage, step, ema_network, trackers)
-        self.ranks.barrier()  # the next stage starts from that folder
 
     def _calibrate(self, step: TrainingStep, first: int) -> None:
         """Let the stage's metric see the samples from position ``first`` on: each rank its share."""
@@ -293,14 +253,12 @@ class Trainer:
         with closing(self.source.batches(**span, rank=rank, world_size=world_size)) as batches:
             step.calibrate(next(batches).to(self.device), self._microbatch())
 
-    def _finish_stage(
-        self, stage: StageConfig, step: TrainingStep, ema_network: Any, trackers: Trackers | None
-    ) -> None:
+    def _finish_stage(self, stage: StageConfig, step: TrainingStep, ema_network: Any) -> None:
         """Write the folder of a stage: the average, and in its ``raw/`` the weights themselves. All ranks take part.
 
         ``ema_network`` holds the raw weights afterwards.
         """
-        whole = self._draw(ema_network, stage, stage.steps, trackers)
+        whole = self._draw(ema_network, stage, stage.steps)
         with new_folder(self.run.stage_folder(stage.name)) if self.ranks.is_main else nullcontext() as unfinished:
             if unfinished is not None:
                 self._write_network(whole, unfinished)
@@ -364,36 +322,10 @@ class Trainer:
         )
 
     def _choose_attention(self) -> Kernel:
-        """The kernel for the whole run, of each shape of its images. The choice is kept, so that a resumed run uses the
-        same."""
-        model, rows, file = self.model, self._microbatch(), self.run.attention_file
-        text = (rows, *model.encode_no_prompt().encoder_hidden_states.shape[1:])
-        choices: list[tuple[Choice, Callable[[], Calls]]] = []
-        for height, width in self.shapes:
-            latents = (rows, *model.latent_shape((height, width)))
-            place, of_shape = file, ""
-            if len(self.shapes) > 1:
-                place, of_shape = file.with_stem(f"{file.stem}-{width}x{height}"), f"{width} x {height}: "
-            choice = self._choice(place, latents, text)
-            if choice.milliseconds:
-                self.console.print(f"{of_shape}{choice}", highlight=False)
-            choices.append((choice, partial(attention_calls, full_config(model.network), latents, text)))
-        return by_length(choices)
-
-    def _choice(self, file: Path, latents: tuple[int, ...], text: tuple[int, ...]) -> Choice:
-        """Of the attention kernel for these shapes, kept in a file."""
-        wanted, device, network = self.config.attention, self.device, full_config(self.model.network)
-        question = {
-            "wanted": wanted,
-            "device": device_name(device),
-            "torch": torch.__version__,
-            "precision": self.config.precision,
-            "latents": list(latents),
-            "text": list(text),
-            "available": list(available(device)),
-        }
-        dtype = COMPUTE_DTYPES[self.config.precision]
-        return kept_choice(file, question, lambda: choose_attention(wanted, network, latents, text, dtype, device))
+        """Of each shape of the images, in a process that prints."""
+        rows, file = self._microbatch(), self.run.attention_file
+        say = partial(self.console.print, highlight=False)
+        return choose_kernel(self.config, self.model, self.shapes, rows, file, self.device, say)
 
     def _microbatch(self) -> int:
         """Samples that go through this process's network at once."""
@@ -445,28 +377,26 @@ class Trainer:
             return True
         return number % self.config.checkpoint.every == 0 and not int(result.skipped_in_a_row)
 
-    def _draw(self, ema_network: Any, stage: StageConfig, step: int, trackers: Trackers | None) -> Any:
+    def _draw(self, ema_network: Any, stage: StageConfig, step: int) -> Any:
         """Draw a grid with the averaged weights; returns the whole network on rank 0. All ranks call it: shards."""
         whole = whole_network(ema_network, self.ranks)
         if whole is not None:
             at = "final" if step == stage.steps else f"step_{step:06d}"
             with on_device(whole, self.device):
                 picture = self.samples.draw(whole, f"{stage.name}_{at}")
-            assert trackers is not None
-            trackers.show(picture, stage.name, self.config.steps_before(stage) + step)
+            assert self.trackers is not None
+            self.trackers.show(picture, stage.name, self.config.steps_before(stage) + step)
             self._refresh_report()
         return whole
 
-    def _validate(
-        self, step: TrainingStep, ema_network: Any, stage: StageConfig, number: int, trackers: Trackers | None
-    ) -> None:
+    def _validate(self, step: TrainingStep, ema_network: Any, stage: StageConfig, number: int) -> None:
         """Log the validation's losses after a step, if there is a validation. All ranks take part."""
         if self.validation is None:
             return
         with on_device(ema_network, self.device):
             figures = self.validation.losses(step, ema_network)
-        if trackers is not None:
-            trackers.log(figures, stage, number)
+        if self.trackers is not None:
+            self.trackers.log(figures, stage, number)
         told = ", ".join(f"{name.removeprefix('validation_')} {value:.5g}" for name, value in figures.items())
         self.console.print(f"{stage.name}: validation at step {number}: {told}", highlight=False)
 

@@ -31,12 +31,12 @@ def test_the_kept_attention_kernel_is_for_what_it_was_measured_on(monkeypatch, t
         asked.append(question)
         raise Asked
 
-    monkeypatch.setattr("fastsp.training.trainer.kept_choice", ask)
+    monkeypatch.setattr("fastsp.training.attention_choice.kept_choice", ask)
     overrides = [[], [], ["precision=bf16"], ["data.microbatch=8"], ["data.batch_size=64"], ["data.resolution=16"]]
     for number, changes in enumerate(overrides):
         with pytest.raises(Asked):
             train(load_config(QUICKSTART, [f"run_dir={tmp_path / str(number)}", *changes]), console=Console(quiet=True))
-    monkeypatch.setattr("fastsp.training.trainer.available", lambda device: ("sdpa",))
+    monkeypatch.setattr("fastsp.training.attention_choice.available", lambda device: ("sdpa",))
     with pytest.raises(Asked):
         train(load_config(QUICKSTART, [f"run_dir={tmp_path / 'without'}"]), console=Console(quiet=True))
     assert asked[0] == asked[1]
