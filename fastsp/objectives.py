@@ -49,7 +49,7 @@ class StageConfig(Section):
     A new objective is a subclass with its own keys, decorated with :func:`register`.
     """
 
-    loss: ClassVar[str] = "fastsp.training.step:Objective"  # imported late, for it needs torch
+    loss: ClassVar[str] = "fastsp.training.objective:Objective"  # imported late, for it needs torch
 
     name: Name
     objective: Annotated[str, AfterValidator(_known)]

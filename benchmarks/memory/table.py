@@ -25,6 +25,7 @@ from fastsp.models import TextToImageModel
 from fastsp.models.published import PUBLISHED
 from fastsp.models.skeleton import skeleton
 from fastsp.perceptual import PerceptualNetwork, cast, shared_copy
+from fastsp.training.build_step import checkpoint_activations
 from fastsp.training.memory import (
     ACTIVATIONS,
     CLIP_LENGTH,
@@ -36,7 +37,6 @@ from fastsp.training.memory import (
     skeleton_of,
 )
 from fastsp.training.optimizer import Optimizer
-from fastsp.training.step import checkpoint_activations
 from fastsp.training.update import update_of
 
 META, BF16 = torch.device("meta"), torch.bfloat16

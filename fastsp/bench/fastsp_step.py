@@ -12,8 +12,9 @@ from torch import Tensor
 from fastsp.bench.workload import Workload
 from fastsp.data.batch import Batch
 from fastsp.diffusion.conditioning import Conditioning
+from fastsp.training.build_step import build_step
 from fastsp.training.capture import CapturedStep, captured
-from fastsp.training.step import TrainingStep, build_step
+from fastsp.training.step import TrainingStep
 
 
 class FastspStep:

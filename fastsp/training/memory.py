@@ -30,7 +30,8 @@ from fastsp.models import TextToImageModel
 from fastsp.models.skeleton import META, preset_skeleton, skeleton
 from fastsp.objectives import StageConfig
 from fastsp.perceptual import shared_copy
-from fastsp.training.step import TrainingStep, build_step
+from fastsp.training.build_step import build_step
+from fastsp.training.step import TrainingStep
 
 BLOCK_BYTES = 512
 CLIP_LENGTH = 77  # tokens of one chunk of a caption

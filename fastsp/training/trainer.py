@@ -29,6 +29,7 @@ from fastsp.perceptual import shared_copy
 from fastsp.perceptual.metric import CALIBRATION_SAMPLES
 from fastsp.training import announcements
 from fastsp.training.attention_choice import choose_kernel
+from fastsp.training.build_step import build_step
 from fastsp.training.capture import captured
 from fastsp.training.checkpoint import Checkpoint, CheckpointWriter, newest_whole
 from fastsp.training.checkpoint_folder import Progress
@@ -42,7 +43,7 @@ from fastsp.training.monitor import Monitor
 from fastsp.training.parallel import whole_network
 from fastsp.training.run_directory import RunDirectory
 from fastsp.training.samples import SampleDrawer
-from fastsp.training.step import StepResult, TrainingStep, build_step
+from fastsp.training.step import StepResult, TrainingStep
 from fastsp.training.trackers import Trackers
 from fastsp.training.update import on_device
 from fastsp.training.validation import Validation

@@ -19,7 +19,7 @@ from fastsp.loss import SelfPerceptualLoss
 from fastsp.models import int8
 from fastsp.models.lora import adapters, add_adapters
 from fastsp.perceptual import PerceptualNetwork, cast, shared_copy
-from fastsp.training.step import checkpoint_activations
+from fastsp.training.build_step import checkpoint_activations
 
 pytest.importorskip("torchao")
 

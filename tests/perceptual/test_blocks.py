@@ -17,9 +17,9 @@ from fastsp.families import compile_network, family_of
 from fastsp.loss import SelfPerceptualLoss
 from fastsp.models.lora import add_adapters
 from fastsp.perceptual.blocks import structure
+from fastsp.training.build_step import checkpoint_activations
 from fastsp.training.compilation import compiler_settings
 from fastsp.training.memory import Allocations
-from fastsp.training.step import checkpoint_activations
 
 SD3, FLUX = "SD3Transformer2DModel", "FluxTransformer2DModel"
 DEPTHS = {  # the second has more blocks of every kind

@@ -31,8 +31,8 @@ from fastsp.models import load_model
 from fastsp.models.attention import AttnProcessorByLength, Choice, use_attention
 from fastsp.training import step as step_module
 from fastsp.training import trainer as trainer_module
+from fastsp.training.build_step import build_step
 from fastsp.training.compilation import compiler_settings
-from fastsp.training.step import build_step
 from fastsp.training.trainer import train
 from fastsp.training.validation import Validation
 

@@ -27,8 +27,8 @@ from fastsp.models import load_pipeline
 from fastsp.models.int8 import Int8Linear
 from fastsp.models.lora import DIFFUSERS_FILE, adapters, base_of
 from fastsp.training import trainer
+from fastsp.training.build_step import build_step
 from fastsp.training.memory import needs, skeleton_of
-from fastsp.training.step import build_step
 
 LORA = "model.lora={rank: 2, alpha: 4, target_modules: [to_q, to_v]%s}"
 INT8, WHOLE = LORA % ", base_precision: int8", LORA % ""

@@ -19,7 +19,7 @@ from fastsp.config import load_config
 from fastsp.data.source import open_source
 from fastsp.diffusion import draws
 from fastsp.models import load_model
-from fastsp.training.step import build_step
+from fastsp.training.build_step import build_step
 from fastsp.training.trainer import train
 
 CONFIG = """

@@ -40,8 +40,8 @@ from fastsp.models.lora import (
     save_for_use,
 )
 from fastsp.perceptual import shared_copy
+from fastsp.training.build_step import build_step
 from fastsp.training.checkpoint import newest_whole
-from fastsp.training.step import build_step
 from fastsp.training.trainer import train
 
 CONFIG = ROOT / "configs" / "lora.yaml"

@@ -11,7 +11,7 @@ from fastsp.diffusion.draws import Seeded
 from fastsp.diffusion.process import process_of
 from fastsp.loss import DenoisingLoss, SelfPerceptualLoss
 from fastsp.objectives import stage_config
-from fastsp.training.step import Objective
+from fastsp.training.objective import Objective
 
 
 @pytest.mark.parametrize(
