@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,9 +41,6 @@ class _MMDiT(TrainedTransformer):
         }
         arguments = self._arguments(SimpleNamespace(config=config), torch.empty(latents), given)
         return arguments | {"timestep": torch.zeros(rows)}
-
-    def exchange_attention(self, network: Any, exchange: Callable[[Any], Any]) -> None:
-        network.set_attn_processor({name: exchange(old) for name, old in network.attn_processors.items()})
 
 
 class SD3Family(_MMDiT):

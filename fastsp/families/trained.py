@@ -1,8 +1,8 @@
-"""What the trainer needs to know of diffusion transformers, as far as those that it trains have it in common."""
+"""What the trainer needs to know of a family, as far as those that it trains have it in common."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -10,33 +10,21 @@ from torch import nn
 from fastsp.families.transformers import TransformerFamily
 
 
-class TrainedTransformer(TransformerFamily):
+class TrainedFamily:
     """See :class:`fastsp.families.NetworkFamily`, also for what is not documented here."""
 
-    part = "transformer"
+    class_name: str
 
     def network_class(self) -> type[Any]:
         import diffusers  # takes seconds
 
         return getattr(diffusers, self.class_name)
 
-    def fault(self, config: Mapping[str, Any]) -> str | None:
-        takes, predicts = config["in_channels"], config.get("out_channels")
-        if predicts not in (None, takes):
-            return f"it takes {takes} channels and returns {predicts}; they must be equal"
-        return None
-
     def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
         return bool(config.get("guidance_embeds"))
 
-    def takes_sizes(self, config: Mapping[str, Any]) -> bool:
-        return False
-
-    def side(self, config: Mapping[str, Any]) -> int:
-        return int(config["sample_size"])
-
     def patch(self, config: Mapping[str, Any]) -> int:
-        return int(config["patch_size"])
+        return 1
 
     def largest_side(self, config: Mapping[str, Any]) -> int | None:
         return None
@@ -47,6 +35,31 @@ class TrainedTransformer(TransformerFamily):
 
     def latent_channels(self, config: Mapping[str, Any]) -> int:
         return int(config["in_channels"])
+
+    def exchange_attention(self, network: Any, exchange: Callable[[Any], Any]) -> None:
+        # `set_attention_backend` does nothing on UNets: their processors do not dispatch.
+        network.set_attn_processor({name: exchange(old) for name, old in network.attn_processors.items()})
+
+
+class TrainedTransformer(TrainedFamily, TransformerFamily):
+    """A diffusion transformer that the trainer knows."""
+
+    part = "transformer"
+
+    def fault(self, config: Mapping[str, Any]) -> str | None:
+        takes, predicts = config["in_channels"], config.get("out_channels")
+        if predicts not in (None, takes):
+            return f"it takes {takes} channels and returns {predicts}; they must be equal"
+        return None
+
+    def takes_sizes(self, config: Mapping[str, Any]) -> bool:
+        return False
+
+    def side(self, config: Mapping[str, Any]) -> int:
+        return int(config["sample_size"])
+
+    def patch(self, config: Mapping[str, Any]) -> int:
+        return int(config["patch_size"])
 
     def kohya_base(self, config: Mapping[str, Any]) -> str:
         return "unknown"

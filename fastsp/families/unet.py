@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastsp.families.trained import TrainedFamily
 
 _RESNET = {  # a resnet's modules, and their names in CompVis' code
     "norm1": "in_layers.0",
@@ -20,7 +22,7 @@ _RESNET = {  # a resnet's modules, and their names in CompVis' code
 _NUM_TIME_IDS = 6  # of Stable Diffusion XL's sizes
 
 
-class UNetFamily:
+class UNetFamily(TrainedFamily):
     """See :class:`fastsp.families.NetworkFamily`, also for what is not documented here."""
 
     class_name = "UNet2DConditionModel"
@@ -35,11 +37,6 @@ class UNetFamily:
         "addition_embed_type",
         "projection_class_embeddings_input_dim",
     )
-
-    def network_class(self) -> type[Any]:
-        from diffusers import UNet2DConditionModel  # takes seconds
-
-        return UNet2DConditionModel
 
     def fault(self, config: Mapping[str, Any]) -> str | None:
         if _takes_labels(config):
@@ -107,26 +104,11 @@ class UNetFamily:
             return 64 if pooled_width(config) is None else 128
         return size if isinstance(size, int) else min(size)
 
-    def largest_side(self, config: Mapping[str, Any]) -> int | None:
-        return None
-
-    def patch(self, config: Mapping[str, Any]) -> int:
-        return 1
-
-    def tokens(self, config: Mapping[str, Any], height: int, width: int) -> int:
-        return height * width
-
-    def latent_channels(self, config: Mapping[str, Any]) -> int:
-        return int(config["in_channels"])
-
     def text_widths(self, config: Mapping[str, Any]) -> tuple[int, int | None]:
         return config["cross_attention_dim"], pooled_width(config)
 
     def takes_sizes(self, config: Mapping[str, Any]) -> bool:
         return pooled_width(config) is not None
-
-    def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
-        return False
 
     def pipeline_class(self, config: Mapping[str, Any]) -> str:
         return "StableDiffusionPipeline" if pooled_width(config) is None else "StableDiffusionXLPipeline"
@@ -171,10 +153,6 @@ class UNetFamily:
 
     def input_weight(self, network: Any) -> Tensor:
         return network.conv_in.weight
-
-    def exchange_attention(self, network: Any, exchange: Callable[[Any], Any]) -> None:
-        # `set_attention_backend` does nothing here: these processors do not dispatch.
-        network.set_attn_processor({name: exchange(old) for name, old in network.attn_processors.items()})
 
     def keep_channels_last(self, module: nn.Module) -> None:
         from fastsp.families.channels_last import keep_channels_last  # imports diffusers' models

@@ -36,6 +36,11 @@ def newest_first(root: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: int(folder.name[5:]), reverse=True)
 
 
+def newest_of_full_size(root: Path) -> Path | None:
+    """The newest checkpoint folder whose files are there in their sizes; their content is not read."""
+    return next((folder for folder in newest_first(root) if damage(folder, checksums=False) is None), None)
+
+
 def remove_old(newest: Path, keep: int, keep_every: int | None) -> None:
     """Remove the checkpoints before ``newest`` but ``keep - 1`` and those of every ``keep_every``-th step of a stage.
 

@@ -12,7 +12,7 @@ import torch
 from fastsp.config import Config
 from fastsp.errors import RunFailed
 from fastsp.objectives import StageConfig
-from fastsp.training.checkpoint_folder import damage, newest_first, progress_of
+from fastsp.training.checkpoint_folder import newest_of_full_size, progress_of
 from fastsp.training.run_directory import RunDirectory
 from fastsp.utils.files import no_room
 
@@ -84,8 +84,7 @@ def less_memory(config: Config) -> str:
 
 def _last_good(run: RunDirectory) -> str:
     """The newest checkpoint, in words."""
-    for folder in newest_first(run.checkpoints):
-        if damage(folder, checksums=False) is None:
-            progress = progress_of(folder)
-            return f"the last good checkpoint is {folder} (step {progress.step} of {progress.stage})"
-    return "there is no checkpoint yet"
+    if (folder := newest_of_full_size(run.checkpoints)) is None:
+        return "there is no checkpoint yet"
+    progress = progress_of(folder)
+    return f"the last good checkpoint is {folder} (step {progress.step} of {progress.stage})"

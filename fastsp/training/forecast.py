@@ -12,7 +12,7 @@ from typing import Any
 from fastsp.config import Config, read_config
 from fastsp.errors import UserError
 from fastsp.objectives import StageConfig
-from fastsp.training.checkpoint_folder import damage, newest_first, progress_of
+from fastsp.training.checkpoint_folder import newest_of_full_size, progress_of
 from fastsp.training.config_changes import check_place
 from fastsp.training.metrics_file import MetricsFile
 from fastsp.training.run_directory import RunDirectory
@@ -37,10 +37,8 @@ def steps_done(config: Config, allow_changes: bool = False) -> dict[str, int]:
         UserError: it could not be resumed; see :class:`RunDirectory` and :func:`check_place`.
     """
     run = RunDirectory(config, resume=True, allow_changes=allow_changes)
-    folders = newest_first(run.checkpoints)
-    newest = next((folder for folder in folders if damage(folder, checksums=False) is None), None)
     reached = 0
-    if newest is not None:
+    if (newest := newest_of_full_size(run.checkpoints)) is not None:
         check_place(config, progress := progress_of(newest))
         reached = progress.global_step
     return {stage.name: config.steps_done(stage, reached) for stage in config.stages}

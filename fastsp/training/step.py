@@ -114,8 +114,9 @@ class TrainingStep:
         criterion = self.objective.self_perceptual
         return {} if criterion is None else criterion.metric.calibration
 
-    def freeze_calibration(self) -> None:
-        """After loading it."""
+    def after_loading(self) -> None:
+        """Let all that depends on the state follow what was loaded in place."""
+        self.optimizer.after_loading()
         if self.objective.self_perceptual is not None:
             self.objective.self_perceptual.metric.freeze_calibration()
 

@@ -196,8 +196,7 @@ class Trainer:
             if checkpoint.progress.stage != stage.name:
                 raise UserError(f"{self.run.stage_folder(stage.name)} is missing, the weights of a finished stage")
             checkpoint.load_into(step.state)
-            step.optimizer.after_loading()
-            step.freeze_calibration()
+            step.after_loading()
         else:
             self._calibrate(step, self.config.first_position(stage))
             self._validate(step, ema_network, stage, 0)
