@@ -139,26 +139,30 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
     """The self-perceptual objective, equation (11), with the model's own frozen copy as the metric.
 
     Args:
-        unet: **the MSE model**, a diffusers ``UNet2DConditionModel``. It is copied (truncated) and never changed. Build
-            the criterion before SP training starts, and before DDP, FSDP or compile wrap the UNet; after resuming an SP
-            run ``unet`` would be the SP model: use :meth:`from_pretrained` with the MSE model's folder there.
+        unet: **the MSE model**, a diffusers ``UNet2DConditionModel`` or a transformer of :mod:`fastsp.families`. It is
+            copied (truncated) and never changed. Build the criterion before SP training starts, and before DDP, FSDP or
+            compile wrap the model; after resuming an SP run ``unet`` would be the SP model: use
+            :meth:`from_pretrained` with the MSE model's folder there.
         scheduler: diffusers scheduler, ``NoiseSchedule``, 1-D tensor of alpha_bar, or a ``Process``.
         prediction_type: ``v_prediction``, ``epsilon`` or ``sample``; None: the scheduler's.
-        layers: ``mid`` (the paper's choice), ``encoder``, ``decoder`` or ``encoder+mid`` (Table 3).
+        layers: ``mid`` (the paper's choice), ``encoder``, ``decoder`` or ``encoder+mid`` (Table 3); of a transformer
+            ``mid``, a depth between 0 and 1, or numbers of blocks, from 1.
         distance: ``mse`` or ``mae`` (Table 5).
-        timestep_sampling: how t' is drawn: ``uniform``, ``normal`` or ``offset`` (Table 4).
+        timestep_sampling: how t' is drawn: ``uniform``, ``normal`` or ``offset`` (Table 4); ``same``, as t is;
+            ``lower``, evenly below t.
         teacher: how the frozen network is called: ``batched``, predicted and real half in one call whose backward costs
             the predicted half alone (traced once per shape); or ``split``, two calls, for the same FLOPs.
         reduction: ``mean``, or ``none`` for one value per sample, (B,).
-        dtype: of the perceptual network; None: the UNet's.
+        dtype: of the perceptual network; None: the model's.
         normalize: ``none``, or ``sample`` (also False and True): divide each layer's distance by the real features' own
             mean square (``mae``: mean absolute value), so that the loss is relative to their size, whatever the network
-            and t'. Not in the paper: for sums with other losses.
-        share_frozen: hold the UNet's frozen parameters themselves instead of copies. For LoRA: only the adapters are
+            and t'; or ``channel``: divide each channel by its standard deviation over the first real samples. Not in
+            the paper. None: ``channel`` for transformers, ``none`` for UNets.
+        share_frozen: hold the model's frozen parameters themselves instead of copies. For LoRA: only the adapters are
             copied, the base is held once. They must stay frozen, and in their dtype.
         displacement: ``none``, or ``normalized``: divide by ``max(c_f^2, 0.01)``, where ``c_f`` is how much of the
             prediction's error arrives at t'; by its square root for ``mae``. Near and far t' then count alike. Not in
-            the paper.
+            the paper. None: ``normalized`` for transformers, ``none`` for UNets.
         metric: the name of a registered metric (:mod:`fastsp.perceptual.metric`).
         **metric_options: what that metric takes beside the keywords above.
 
@@ -166,7 +170,7 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
 
     Raises:
         ValueError: unknown names; a prediction type that the schedule cannot carry (epsilon with zero terminal SNR); a
-            scheduler without alpha_bar; a network that is no such UNet, has no mid block, or is sharded by FSDP.
+            scheduler without alpha_bar; a network of no such class, without the layers, or sharded by FSDP.
     """
 
     def __init__(
@@ -294,7 +298,7 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
 
         Raises:
             ValueError: shapes that do not fit together, an empty batch, timesteps outside of the schedule (seen only
-                on a CPU), conditioning that the UNet needs and does not get.
+                on a CPU), conditioning that the network needs and does not get.
         """
         self._check_shapes(model_pred, latents, noise)
         t = self._times("timesteps", timesteps, model_pred)

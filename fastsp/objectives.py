@@ -97,7 +97,7 @@ class SelfPerceptualStage(StageConfig):
 
     objective: Literal["self_perceptual"]
     min_snr_gamma: AboveZero | None = None  # of the share that mse_weight adds
-    perceptual_network: PathText | None = None  # an earlier stage, or a folder with a UNet; None: `init`
+    perceptual_network: PathText | None = None  # an earlier stage, or a folder with a network; None: `init`
     layers: Layers | Depth | Annotated[list[Positive], Field(min_length=1)] = "mid"  # a transformer's: depth, or blocks
     distance: Distance = "mse"
     timestep_sampling: TimestepSampling = "uniform"

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
 
     from fastsp.config import Config
+    from fastsp.data.config import DataConfig
+    from fastsp.data.encode import LatentEncoder
     from fastsp.models import TextToImageModel
 
 
@@ -41,17 +43,13 @@ def encode(
     from fastsp.data.source import check_path, open_source
     from fastsp.errors import UserError
     from fastsp.utils.files import check_folder_writable
-    from fastsp.utils.gpu_settings import gpu_settings
     from fastsp.utils.launcher import launched
-    from fastsp.utils.progress import steps_bar
 
     settings = load_config(config, overrides or [])
     data = settings.data
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
-    if data.source == "latents" or data.crop != "center" or data.flip:
-        has = f"data.source={data.source} data.crop={data.crop} data.flip={str(data.flip).lower()}"
-        raise UserError(f"latents are of images, cropped at the center and not mirrored; here {has}: override these")
+    _check_data(data)
     check_folder_writable(out, "--out")
     check_path(data)
     process = launched()
@@ -84,14 +82,7 @@ def encode(
         dtype=dtype,
         batch_size=batch_size,
     )
-    missing = encoder.missing(out, rank, world_size)
-    samples, began = sum(map(encoder.samples, missing)), time.monotonic()
-    with gpu_settings(), steps_bar("encode", samples, shown=rank == 0) as advance:
-        for number, shard in enumerate(encoder.write(out, rank, world_size, advance), start=1):
-            if not sys.stderr.isatty():
-                minutes = (time.monotonic() - began) / 60 * (len(missing) - number) / number
-                bad = f"{len(source.bad_samples)} bad samples so far"
-                typer.echo(f"shard {shard}: {number} of {len(missing)} done, {bad}, {minutes:.0f} min left")
+    _write(encoder, out, rank, world_size)
     share = f", of which process {rank} of {world_size} has made its share" if world_size > 1 else ""
     num_bad = source.bad_samples.met_before(len(source))
     but = f" but for {num_bad} bad ones, named in {out / 'bad_samples.jsonl'}" if num_bad else ""
@@ -100,6 +91,29 @@ def encode(
     buckets = "" if data.buckets == "off" else f" data.buckets={data.buckets}"
     how = f"train with data.source=latents data.path={out} data.crop=center data.flip=false{buckets}"
     typer.echo(f"{out}: latents of {len(source)} samples{but}{share}; {how}")
+
+
+def _check_data(data: DataConfig) -> None:
+    from fastsp.errors import UserError
+
+    if data.source == "latents" or data.crop != "center" or data.flip:
+        has = f"data.source={data.source} data.crop={data.crop} data.flip={str(data.flip).lower()}"
+        raise UserError(f"latents are of images, cropped at the center and not mirrored; here {has}: override these")
+
+
+def _write(encoder: LatentEncoder, out: Path, rank: int, world_size: int) -> None:
+    """Write this process's shards, with a bar or, where there is no terminal, a line for each."""
+    from fastsp.utils.gpu_settings import gpu_settings
+    from fastsp.utils.progress import steps_bar
+
+    missing = encoder.missing(out, rank, world_size)
+    samples, began = sum(map(encoder.samples, missing)), time.monotonic()
+    with gpu_settings(), steps_bar("encode", samples, shown=rank == 0) as advance:
+        for number, shard in enumerate(encoder.write(out, rank, world_size, advance), start=1):
+            if not sys.stderr.isatty():
+                minutes = (time.monotonic() - began) / 60 * (len(missing) - number) / number
+                bad = f"{len(encoder.source.bad_samples)} bad samples so far"
+                typer.echo(f"shard {shard}: {number} of {len(missing)} done, {bad}, {minutes:.0f} min left")
 
 
 def _frozen_parts(config: Config, device: torch.device) -> TextToImageModel:

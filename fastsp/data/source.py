@@ -77,18 +77,8 @@ def open_source(
     Raises:
         UserError: a path that holds nothing, latents that do not fit, too many lost samples, a package is missing.
     """
-    reader = check_path(config)(progress)
-    if (why := too_many_lost(reader.lost, len(reader), config.max_bad_fraction)) is not None:
-        name, reason = reader.damaged[0]
-        what_to_do = "`fastsp data check` lists all: fix them, or set data.max_bad_fraction higher"
-        raise UserError(f"{why}; the first is {name} ({reason}); {what_to_do}")
-    places = None
-    if config.repeats is not None and shuffle and repeat:
-        if not (shares := shares_of(reader)):
-            raise UserError(
-                "data.repeats is set; a folder of images has repeats, and latents that were encoded with it"
-            )
-        places = Places(shares)
+    reader = _open_reader(config, progress)
+    places = _places(reader) if config.repeats is not None and shuffle and repeat else None
     if isinstance(reader, LatentReader):
         reader.header.check(config, vae_sha256, text_sha256)
     named = {"input_ids": tokenizer, "input_ids_2": tokenizer_2, "input_ids_3": tokenizer_3}
@@ -126,6 +116,21 @@ def open_source(
         buckets=buckets,
         group=config.group if shuffle else None,
     )
+
+
+def _open_reader(config: DataConfig, progress: bool) -> SampleReader:
+    reader = check_path(config)(progress)
+    if (why := too_many_lost(reader.lost, len(reader), config.max_bad_fraction)) is not None:
+        name, reason = reader.damaged[0]
+        what_to_do = "`fastsp data check` lists all: fix them, or set data.max_bad_fraction higher"
+        raise UserError(f"{why}; the first is {name} ({reason}); {what_to_do}")
+    return reader
+
+
+def _places(reader: SampleReader) -> Places:
+    if not (shares := shares_of(reader)):
+        raise UserError("data.repeats is set; a folder of images has repeats, and latents that were encoded with it")
+    return Places(shares)
 
 
 def _order(

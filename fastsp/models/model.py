@@ -31,8 +31,8 @@ from fastsp.options import Keep
 class TextToImageModel:
     """The parts of a pipeline. Pixel-space models have no VAE: their latents are the pixels in [-1, 1].
 
-    Stable Diffusion XL has a second text encoder, and a UNet that takes pooled features and sizes. Stable Diffusion 3
-    and FLUX have a transformer in the place of the UNet.
+    The network is a UNet or a transformer. Stable Diffusion XL has a second text encoder, and a UNet that takes pooled
+    features and sizes.
     """
 
     network: Any
@@ -51,7 +51,7 @@ class TextToImageModel:
     flow: Mapping[str, Any] | None = None
     """How training spreads the times of a flow: ``fastsp.config.FlowConfig``, by key; None: as by default there."""
     base: Base | None = None
-    """Of a UNet with adapters in training: the model that they belong to."""
+    """Of a network with adapters in training: the model that they belong to."""
     zeros_for_empty_prompt: bool = False
     """Guidance starts from zeros, as SDXL folders ask for by ``force_zeros_for_empty_prompt``, and not from the
     features of the empty prompt, which is what fastsp trains and writes."""
@@ -104,7 +104,7 @@ class TextToImageModel:
 
     @property
     def default_resolution(self) -> int:
-        """Side in pixels of the images that the UNet was made for."""
+        """Side in pixels of the images that the network was made for."""
         return family_of(self.network).side(self.network.config) * self.vae_scale_factor
 
     def latent_shape(self, resolution: int | tuple[int, int]) -> tuple[int, int, int]:

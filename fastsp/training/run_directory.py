@@ -102,7 +102,7 @@ class RunDirectory:
         write_file(self.config_file, self.config.dump())
 
     def stage_folder(self, name: str) -> Path:
-        """Where a finished stage's EMA weights lie, as a diffusers UNet folder, or adapters; raw ones in its `raw/`."""
+        """Where a finished stage's EMA weights lie, as diffusers' network or adapters; raw ones in its `raw/`."""
         return self.root / "stages" / name
 
     def _check(self, resume: bool) -> None:
