@@ -17,7 +17,7 @@ OPTIMIZERS: dict[str, Any] = {  # of `optimizer.kind`: a class, or the name of o
     "adamw": "fastsp.training.update:AdamW",
     "adafactor": "fastsp.training.adafactor:Adafactor",
     "adamw8bit": "fastsp.training.adamw8bit:AdamW8bit",
-    "muon": "fastsp.training.update:Muon",
+    "muon": "fastsp.training.muon:Muon",
     "prodigy": "fastsp.training.prodigy:Prodigy",
 }
 

@@ -20,8 +20,9 @@ from fastsp.training.compilation import compile_options
 from fastsp.training.distributed import ALONE, Ranks
 from fastsp.training.optimizer import Optimizer
 from fastsp.training.parallel import gather_gradients, shard
+from fastsp.training.placement import on_host
 from fastsp.training.step import COMPUTE_DTYPES, TrainingStep
-from fastsp.training.update import on_host, update_of
+from fastsp.training.update import update_of
 
 
 def build_step(

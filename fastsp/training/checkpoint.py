@@ -33,7 +33,7 @@ from fastsp.training.checkpoint_folder import (
     write_manifest,
 )
 from fastsp.training.distributed import Ranks
-from fastsp.training.update import local
+from fastsp.training.placement import local
 from fastsp.utils.files import commit_folder, unfinished_path
 from fastsp.utils.versions import installed_version
 

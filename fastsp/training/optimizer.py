@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastsp.config import EMAConfig, OptimizerConfig
-from fastsp.training.update import AdamW, Update, Weights, local, present, to_device, wait_for
+from fastsp.training.placement import local, present, to_device, wait_for
+from fastsp.training.update import AdamW, Update, Weights
 
 
 def learning_rate(config: OptimizerConfig, peak: float, step: int, num_steps: int) -> float:

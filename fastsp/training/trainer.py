@@ -41,11 +41,11 @@ from fastsp.training.faults import explained
 from fastsp.training.interrupt import Interrupted, StopRequest
 from fastsp.training.monitor import Monitor
 from fastsp.training.parallel import whole_network
+from fastsp.training.placement import on_device
 from fastsp.training.run_directory import RunDirectory
 from fastsp.training.samples import SampleDrawer
 from fastsp.training.step import StepResult, TrainingStep
 from fastsp.training.trackers import Trackers
-from fastsp.training.update import on_device
 from fastsp.training.validation import Validation
 from fastsp.utils.devices import device_name
 from fastsp.utils.files import new_folder, save_tensors

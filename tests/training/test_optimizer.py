@@ -16,9 +16,11 @@ from fastsp.config import EMAConfig, OptimizerConfig, load_config
 from fastsp.errors import UserError
 from fastsp.training.adafactor import Adafactor
 from fastsp.training.adamw8bit import AdamW8bit
+from fastsp.training.muon import Muon, TorchUpdate
 from fastsp.training.optimizer import Optimizer, ema_decay, learning_rate, trained_share
+from fastsp.training.placement import parts
 from fastsp.training.prodigy import Prodigy
-from fastsp.training.update import AdamW, Muon, TorchUpdate, Update, Weights, parts, register, update_of
+from fastsp.training.update import AdamW, Update, Weights, register, update_of
 
 
 def test_learning_rate():
