@@ -4,9 +4,7 @@ from fastsp.models.model import PixelTextToImagePipeline, TextToImageModel
 from fastsp.models.presets import PRESETS, digits_model, digits_tokenizer, preset_model, preset_tokenizer
 from fastsp.models.pretrained import (
     check_network,
-    check_perceptual_network,
     check_pipeline,
-    check_predicts,
     load_model,
     load_pipeline,
     network_and_scheduler_of,
@@ -19,9 +17,7 @@ __all__ = [
     "PixelTextToImagePipeline",
     "TextToImageModel",
     "check_network",
-    "check_perceptual_network",
     "check_pipeline",
-    "check_predicts",
     "ddim_scheduler",
     "digits_model",
     "digits_tokenizer",

@@ -187,56 +187,18 @@ def load_scheduler(folder: Path) -> Any:
     return own if model.get("prediction") == "keep" or is_flow(own.config) else trained_scheduler(own.config)
 
 
-def check_network(folder: Path) -> None:
-    """:func:`network_of`'s UserError where there is no network; reads no weights."""
+def check_network(folder: Path) -> tuple[Mapping[str, Any], NetworkFamily] | None:
+    """:func:`network_of`'s UserError where there is no network; reads no weights.
+
+    Returns its configuration and family; None for adapters.
+    """
     if (folder / DIFFUSERS_FILE).is_file():
         check_pipeline(str(folder))
-    else:
-        _check_weights(_network_folder(folder))
-
-
-def check_perceptual_network(network: Any, predicts: str, layers: str | None, folder: Path | None, stage: str) -> None:
-    """See that a later stage can use its perceptual network, before the stages in front of it are trained.
-
-    Args:
-        network, predicts: the run's network and prediction type.
-        layers: of the stage; None: it has no such key.
-        folder: of a network from outside of the run; None: the run's own.
-        stage: its key in the configuration, such as ``stages.1``.
-
-    Raises:
-        UserError: the perceptual network lacks the layers, takes other inputs, or predicts something else.
-    """
-    config, family = network.config, family_of(network)
-    if folder is not None:
-        check_network(folder)
-        if not (folder / DIFFUSERS_FILE).is_file():
-            place = _network_folder(folder)
-            config = read_json_object(place / "config.json")
-            family = _family(config, place)
-    for key in family.input_keys:
-        if (its := config.get(key)) != (own := network.config.get(key)):
-            raise UserError(f"{stage}.perceptual_network {folder}: its {key} is {its!r}, the model's {own!r}")
-    if layers is not None and (fault := family.layers_fault(config, layers)) is not None:
-        raise UserError(f"{stage}.layers {layers!r}: the perceptual network cannot: {fault}")
-    if folder is not None and (scheduler := folder / "scheduler" / "scheduler_config.json").is_file():
-        found = read_json_object(scheduler)
-        its = "flow_prediction" if is_flow(found) else loaded_scheduler(found, str(folder)).config.prediction_type
-        check_predicts(its, predicts, f"{stage}.perceptual_network: {folder}")
-
-
-def check_predicts(prediction_type: str | None, trained: str, what: str) -> None:
-    """A UserError if a self-perceptual stage cannot start from a network, or see with it: it predicts something else.
-
-    Another prediction type (None: a preset's) has another noise schedule too. Such a network is a good metric at no
-    high noise, and the stage, which compares features alone, would have to teach the trained type from nothing.
-    """
-    if prediction_type not in (None, trained):
-        raise UserError(
-            f"{what} predicts {prediction_type}, and fastsp trains {trained}, which a stage of objective mse has to "
-            "teach it first: put one before this stage, and take it as perceptual_network; or let model.prediction: "
-            "keep train what the model predicts"
-        )
+        return None
+    place = _network_folder(folder)
+    _check_weights(place)
+    config = read_json_object(place / "config.json")
+    return config, _family(config, place)
 
 
 def _find(name: str, parts: Collection[str] | None = None) -> Path:
