@@ -188,7 +188,7 @@ def test_each_shape_has_the_attention_kernel_that_is_best_for_it(tmp_path, monke
         return Choice("math" if latents[2] > latents[3] else "sdpa", {"sdpa": 1.0, "math": 2.0})
 
     built, build = [], trainer_module.build_step
-    monkeypatch.setattr(trainer_module, "choose_attention", choose)
+    monkeypatch.setattr("fastsp.training.attention_choice.choose_attention", choose)
 
     def recorded(*args, **more):
         built.append(more["attention"])
