@@ -26,9 +26,6 @@ from fastsp.diffusion.conditioning import Conditioning
 from fastsp.diffusion.process import Process, RectifiedFlow
 from fastsp.diffusion.text import hidden_states
 
-_SD3_T5_TOKENS, _FLUX_T5_TOKENS = 256, 512  # the pipelines' defaults
-_ALPHA_T5_TOKENS, _SIGMA_T5_TOKENS = 120, 300  # the pipelines' defaults
-
 
 class Kind(ABC):
     """A class of pipelines.
@@ -39,7 +36,7 @@ class Kind(ABC):
         encoders: the frozen text encoders, by part, in the order of their tokenizers.
         tokenizers: by part.
         optional: parts that a folder may lack.
-        t5_tokens: to how many tokens prompts are padded for T5.
+        t5_tokens: to how many tokens prompts are padded for T5: the pipelines' defaults.
         lowers_case: whether the tokenizers get small letters alone.
         has_text_settings: whether captions may have several chunks of tokens, and other layers be taken.
         zeros_for_empty_prompt: what a folder means that does not say, see ``TextToImageModel``.
@@ -146,7 +143,7 @@ class StableDiffusion3(Kind):
         "tokenizer_3": T5TokenizerFast,
     }
     optional = ("text_encoder_3", "tokenizer_3")
-    t5_tokens = _SD3_T5_TOKENS
+    t5_tokens = 256
 
     def encode(self, model: Any, ids: Sequence[Tensor]) -> Conditioning:
         states, *pooled = _both_clips(model, ids)
@@ -173,7 +170,7 @@ class Flux(Kind):
     network, is_flow = "transformer", True
     encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}  # noqa: RUF012
     tokenizers = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}  # noqa: RUF012
-    t5_tokens = _FLUX_T5_TOKENS
+    t5_tokens = 512
 
     def encode(self, model: Any, ids: Sequence[Tensor]) -> Conditioning:
         pooled = model.text_encoder(*on_its_device(model.text_encoder, ids[:1])).pooler_output
@@ -192,7 +189,7 @@ class PixArtAlpha(Kind):
     network = "transformer"
     encoders = {"text_encoder": T5EncoderModel}  # noqa: RUF012
     tokenizers = {"tokenizer": T5TokenizerFast}  # noqa: RUF012
-    t5_tokens = _ALPHA_T5_TOKENS
+    t5_tokens = 120
     lowers_case = True
 
     def encode(self, model: Any, ids: Sequence[Tensor]) -> Conditioning:
@@ -211,7 +208,7 @@ class PixArtSigma(PixArtAlpha):
     """The same with longer texts (Chen et al., arXiv 2403.04692)."""
 
     name = "PixArtSigmaPipeline"
-    t5_tokens = _SIGMA_T5_TOKENS
+    t5_tokens = 300
 
 
 _kinds: list[Kind] = [

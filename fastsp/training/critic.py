@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
@@ -39,7 +38,7 @@ class CriticTraining:
         self.criterion, self.config, self.batch_size = criterion, config, batch_size
         self.heads = criterion.heads
         self.heads.start(seed)
-        self.optimizer = Optimizer(self.heads, copy.deepcopy(self.heads), optimizer)
+        self.optimizer = Optimizer(self.heads, None, optimizer)
         params = self.optimizer.params
         self.weight = criterion.weight = torch.zeros((), device=params[0].device)
         # This rank's share of the step's gradients and, at the end, of its figures: one tensor to sum over ranks.
@@ -82,9 +81,8 @@ class CriticTraining:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What an exact resume needs, live. The average is left out: it is the weights themselves."""
-        state = self.optimizer.state
-        return {f"critic.{name}": tensor for name, tensor in state.items() if not name.startswith("ema.")}
+        """What an exact resume needs, live."""
+        return {f"critic.{name}": tensor for name, tensor in self.optimizer.state.items()}
 
     def save(self, folder: Path) -> None:
         """``critic.safetensors``, the heads by their own names, and ``critic_optimizer.safetensors`` beside it."""

@@ -21,7 +21,7 @@ from fastsp.diffusion.latents import fingerprint
 from fastsp.errors import UserError
 from fastsp.generation.checkpoints import initial_model
 from fastsp.generation.generate import RAW
-from fastsp.models import TextToImageModel, network_of
+from fastsp.models import network_of
 from fastsp.models.attention import Kernel
 from fastsp.models.lora import load_adapters, save_adapters, save_for_use
 from fastsp.objectives import StageConfig
@@ -149,6 +149,8 @@ class Trainer:
     def _open(self, data: DataConfig, **more: Any) -> Source:
         """A source of the run's model."""
         model, ranks = self.model, self.ranks
+        if data.source == "latents":  # which the model's own networks must have made
+            more |= {"vae_sha256": fingerprint(model.vae), "text_sha256": model.text_fingerprint()}
         return open_source(
             data,
             tokenizer=model.tokenizer,
@@ -159,7 +161,6 @@ class Trainer:
             seed=self.config.seed,
             device=self.device,
             progress=ranks.is_main,
-            **_fingerprints(model) if data.source == "latents" else {},
             **more,
         )
 
@@ -169,13 +170,16 @@ class Trainer:
         check_same_data(self.inventory, self.ranks)
         checkpoint = self.ranks.broadcast(self._newest_checkpoint() if resume and is_main else None)
         reached = checkpoint.progress.global_step if checkpoint else 0
+        kernel: Kernel = "sdpa"
         if is_main:
-            rows = self._microbatch()
+            rows, say = self._microbatch(), partial(self.console.print, highlight=False)
             self.samples = SampleDrawer(self.model, self.config, self._some_captions(), self.run.samples, rows)
             self.run.keep_changes()
             self.run.keep_data(self.inventory)
             self.run.metrics.rewind(reached)
-        self.attention: Any = self.ranks.broadcast(self._choose_attention() if is_main else None)
+            file = self.run.attention_file
+            kernel = choose_kernel(self.config, self.model, self.shapes, rows, file, self.device, say)
+        self.attention = self.ranks.broadcast(kernel)
         with Trackers(self.run, self.config, reached) if is_main else nullcontext() as self.trackers:
             for stage in self.config.stages:
                 done = self.config.steps_done(stage, reached)
@@ -321,12 +325,6 @@ class Trainer:
             attention=self.attention,
         )
 
-    def _choose_attention(self) -> Kernel:
-        """Of each shape of the images, in a process that prints."""
-        rows, file = self._microbatch(), self.run.attention_file
-        say = partial(self.console.print, highlight=False)
-        return choose_kernel(self.config, self.model, self.shapes, rows, file, self.device, say)
-
     def _microbatch(self) -> int:
         """Samples that go through this process's network at once."""
         return self.config.data.microbatch or self.config.data.batch_size // self.ranks.world_size
@@ -419,11 +417,6 @@ class Trainer:
         count = self.config.samples.count
         with closing(self.source.batches(last_position=count, batch_size=count)) as batches:
             return list(next(batches).captions)
-
-
-def _fingerprints(model: TextToImageModel) -> dict[str, Any]:
-    """Of the networks that must have made the latents and the text features beside them."""
-    return {"vae_sha256": fingerprint(model.vae), "text_sha256": model.text_fingerprint()}
 
 
 def _due(number: int, every: int, last: int) -> bool:
