@@ -52,10 +52,21 @@ def flux(network: Any, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
     return FluxPipeline._unpack_latents(answer, 8 * height, 8 * width, vae_scale_factor=8)
 
 
+def pixart(network: Any, x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+    """Of its answer the noise counts. Alpha for 1024 pixels is told sizes."""
+    states, told = c.encoder_hidden_states, None
+    if c.time_ids is not None:
+        height, width = c.time_ids[:, 4:5], c.time_ids[:, 5:6]
+        told = {"resolution": c.time_ids[:, 4:6], "aspect_ratio": height / width}
+    texts = {"encoder_hidden_states": states, "encoder_attention_mask": states.any(dim=-1)}
+    return network(x, timestep=t, **texts, added_cond_kwargs=told, return_dict=False)[0].chunk(2, dim=1)[0]
+
+
 _CALLS: dict[str, Call] = {
     "UNet2DConditionModel": unet,
     "SD3Transformer2DModel": sd3,
     "FluxTransformer2DModel": flux,
+    "PixArtTransformer2DModel": pixart,
 }
 
 

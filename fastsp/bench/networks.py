@@ -77,6 +77,19 @@ NETWORKS = {
         },
         {**_LORA, "gradient_checkpointing": True},
     ),
+    "pixart": Network(
+        "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+        "PixArt-Sigma XL/2",
+        17,
+        {
+            "num_layers": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 32,
+            "cross_attention_dim": 64,
+            "caption_channels": 64,
+        },
+        {},
+    ),
 }
 
 

@@ -21,7 +21,9 @@ def bench(
     ] = None,
     network: Annotated[
         str | None,
-        typer.Option(help="A published network: sd21, sdxl, sd35-medium or flux. On a CPU a small one like it."),
+        typer.Option(
+            help="A published network: sd21, sdxl, sd35-medium, flux or pixart. On a CPU a small one like it."
+        ),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results as JSON.", metavar="FILE")] = None,
     rounds: Annotated[

@@ -232,13 +232,14 @@ def test_the_default_on_a_cpu_is_the_quickstart():
         ("sdxl", "UNet2DConditionModel", (4, 128, 128), (77, 2048)),
         ("sd35-medium", "SD3Transformer2DModel", (16, 128, 128), (333, 4096)),
         ("flux", "FluxTransformer2DModel", (16, 128, 128), (512, 4096)),
+        ("pixart", "PixArtTransformer2DModel", (4, 128, 128), (300, 4096)),
     ],
 )
 def test_published_networks_have_their_sizes_on_a_gpu(name, class_name, latents, text):
     workload = named_workload(name, CUDA, ["data.batch_size=1"])
     assert workload.network_config["_class_name"] == class_name
     assert (workload.latent_shape, workload.text_shape) == (latents, text)
-    assert workload.dtype == torch.bfloat16 and (workload.config.model.lora is None) == (name == "sd21")
+    assert workload.dtype == torch.bfloat16 and (workload.config.model.lora is None) == (name in ("sd21", "pixart"))
     half = named_workload(name, CUDA, ["data.batch_size=1", "data.resolution=512", "model.lora=null"])
     assert half.latent_shape[1:] == (64, 64) and half.config.model.lora is None
 
@@ -318,7 +319,7 @@ def test_command_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path):
         (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
         (["--config", "missing.yaml"], "missing.yaml does not exist"),
         (["--rounds", "0"], "Invalid value for '--rounds'"),
-        (["--network", "sd4"], "--network 'sd4' is unknown: use one of sd21, sdxl, sd35-medium, flux"),
+        (["--network", "sd4"], "--network 'sd4' is unknown: use one of sd21, sdxl, sd35-medium, flux, pixart"),
         (["--network", "flux", "--config", "run.yaml"], "--network flux: --config names a model already"),
         (["--network", "flux", "model.pretrained=x"], "model.pretrained=x: without --config fastsp bench uses its own"),
         (["--network", "flux", "data.resolution=100"], "resolution 100 must be a multiple of 8"),

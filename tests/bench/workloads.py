@@ -16,6 +16,7 @@ PIPELINES = {
     "UNet2DConditionModel": "StableDiffusionPipeline",
     "SD3Transformer2DModel": "StableDiffusion3Pipeline",
     "FluxTransformer2DModel": "FluxPipeline",
+    "PixArtTransformer2DModel": "PixArtSigmaPipeline",
 }
 
 
@@ -36,12 +37,12 @@ def tiny_workload(
     plain = {"teacher": teacher, "normalize": "none", "displacement": "none"}
     mse, sp = base.config.stages
     settings: dict[str, Any] = {"data": data, "precision": precision, "stages": [mse, sp.model_copy(update=plain)]}
-    is_unet = network == "UNet2DConditionModel"
+    is_unet, is_flow = network == "UNet2DConditionModel", network.startswith(("SD3", "Flux"))
     return Workload(
         "tiny",
         base.config.model_copy(update=settings),
         _unet_config() if is_unet else {**CONFIGS[network], "_class_name": network},
-        ddim_scheduler() if is_unet else flow_scheduler(),
+        flow_scheduler() if is_flow else ddim_scheduler(),
         PIPELINES[network],
         (4, 8, 8),
         (TEXT_LENGTH, TEXT_WIDTH),
