@@ -19,6 +19,10 @@ def export(
             "--single-file", help="Also write a single file in the original layout.", metavar="FILE.safetensors"
         ),
     ] = None,
+    transformer_only: Annotated[
+        bool,
+        typer.Option("--transformer-only", help="Of Stable Diffusion 3 and FLUX: that file has the transformer alone."),
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Dtype of the weights: fp32, fp16 or bf16.")] = "fp32",
     stage: Annotated[str | None, typer.Option(help="The stage to export. Default: the run's final stage.")] = None,
     checkpoint: Annotated[
@@ -40,13 +44,16 @@ def export(
         raise UserError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     if checkpoint is not None and stage is not None:
         raise UserError("--checkpoint has the stage that was trained then: leave --stage out")
+    if transformer_only and single_file is None:
+        raise UserError("--transformer-only says what --single-file holds: give a file too")
     if single_file is not None and single_file.suffix != ".safetensors":
         raise UserError(f"--single-file {single_file} must end in .safetensors")
     _check_folder(out, run, force)
     if single_file is not None:
         for file in (single_file, single_file.with_suffix(".yaml")):
             check_writable(file, force, "--single-file")
-    for path in export_run(run, out, single_file, dtype, stage, base, weights is Weights.RAW, checkpoint):
+    raw = weights is Weights.RAW
+    for path in export_run(run, out, single_file, dtype, stage, base, raw, checkpoint, transformer_only):
         typer.echo(f"wrote {path}")
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from fastsp.errors import UserError
 from fastsp.evaluation.run_files import RunFiles, read_run
-from fastsp.export.layout import layout_of, save_single_file
+from fastsp.export.layout import check_layout, layout_of, save_single_file
 from fastsp.export.model_card import model_card
 from fastsp.generation.checkpoints import load_checkpoint
 from fastsp.generation.generate import load_trained, raw_weights
@@ -31,6 +31,7 @@ def export_run(
     base: str | None = None,
     raw: bool = False,
     checkpoint: str | None = None,
+    transformer_only: bool = False,
 ) -> list[Path]:
     """Write the weights of a run's stage where other programs can read them, in place of what is there.
 
@@ -38,11 +39,13 @@ def export_run(
         run_dir: of a finished run.
         out: the folder to write: a diffusers pipeline and the model card.
         single_file: a `.safetensors` file in the original layout, and beside it the `.yaml` that A1111 reads.
-        dtype: of the weights, a name of :data:`DTYPES`; fp32 loses nothing: what was not trained stays as it was read.
+        dtype: of the weights, a name of :data:`DTYPES`; fp32 loses nothing: what was not trained stays as it was read,
+            in the single file as it is held, which is in float32 but for T5.
         stage: None: the one the run's configuration calls final.
         base: of a LoRA run, the model to merge the adapters into; None: the one they name.
         raw: write the raw weights, not their moving average.
         checkpoint: the name of one of the run's checkpoints/, to write what the run had then.
+        transformer_only: leave VAE and text encoders out of the single file of a Stable Diffusion 3 or FLUX.
 
     Returns what was written. `UserError`: no finished run, no such stage, or no original layout.
     """
@@ -50,18 +53,21 @@ def export_run(
     model, chosen = _model(run, stage, base, raw) if checkpoint is None else _then(run, checkpoint, base, raw)
     pipeline = model.pipeline()
     if single_file is not None:
-        layout_of(pipeline)  # refuses before anything is written
+        check_layout(pipeline, transformer_only)  # before anything is written
     for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
+        if isinstance(part, torch.nn.Module) and dtype != "fp32":
             part.to(DTYPES[dtype])
-    card = model_card(run, chosen, pipeline, single_file is not None, DTYPES[dtype], raw, model.text)
+    holds: Literal["all", "transformer"] | None = None
+    if single_file is not None:
+        holds = "transformer" if transformer_only else "all"
+    card = model_card(run, chosen, pipeline, holds, DTYPES[dtype], raw, model.text)
     written = [out]
     with new_folder(out) as unfinished:
         save_pipeline(pipeline, unfinished, model.files if dtype == "fp32" else None)
         model.text.save(unfinished)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
     if single_file is not None:
-        save_single_file(pipeline, single_file, DTYPES[dtype], single_file.stem)
+        save_single_file(pipeline, single_file, DTYPES[dtype], single_file.stem, transformer_only)
         written.append(single_file)
         if (description := original_config(pipeline)) is not None:
             written.append(single_file.with_suffix(".yaml"))
@@ -73,7 +79,7 @@ def original_config(pipeline: Any) -> Path | None:
     """The YAML file that A1111 reads beside a single file, without which it takes Stable Diffusion 1 for an epsilon
     model; None for those that are, for XL, whose files carry markers that A1111 reads, and for UNets that nobody
     published."""
-    if pipeline.scheduler.config.prediction_type != "v_prediction":
+    if pipeline.scheduler.config.get("prediction_type") != "v_prediction":
         return None
     file = Path(__file__).with_name(f"{layout_of(pipeline)}.yaml")
     is_published = list(pipeline.unet.config.block_out_channels) == _PUBLISHED_WIDTHS

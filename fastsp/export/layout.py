@@ -1,38 +1,50 @@
 """One `.safetensors` file with a whole pipeline in the original layout, as ComfyUI, A1111, Forge and InvokeAI open it:
-diffusers' weights under the names of CompVis' and Stability's.
+diffusers' weights under the names of CompVis', Stability's and Black Forest Labs'.
 
 The names of the UNet are its family's. The VAE counts its `up` from the output. A text encoder lies in OpenAI's layout
 (Stable Diffusion 1, the first of XL) or in OpenCLIP's (2, the second of XL), where query, key and value are one matrix.
+
+Stable Diffusion 3 and FLUX were published as transformers, with or without the rest. Whole files of them are
+ComfyUI's: what :mod:`fastsp.models.mmdit_file` reads, by the same tables.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from fastsp.errors import UserError
 from fastsp.families import family_of
+from fastsp.models.kinds import kind_named
+from fastsp.models.mmdit_file import prefixes
+from fastsp.models.mmdit_layout import PREFIX, places, to_published
+from fastsp.models.saving import older_names
+from fastsp.models.schedulers import is_flow
 from fastsp.utils.files import new_file, save_tensors
 
-Layout = Literal["sd1", "sd2", "sdxl"]
+Layout = Literal["sd1", "sd2", "sdxl", "sd3", "flux"]
 State = dict[str, Tensor]
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
+UNET, VAE = PREFIX, "first_stage_model."
 OPENCLIP_H_LAYERS = 24  # of which Stable Diffusion 2 uses all but the last
+_CLIPS = (CLIPTextModel, CLIPTextModelWithProjection)
 _LOGIT_SCALE = math.log(100)  # CLIP's, where its training clips it
 
-# Architecture and implementation, by https://github.com/Stability-AI/ModelSpec, 1.0.0
-_MODEL_SPEC: dict[Layout, tuple[str, str]] = {
-    "sd1": ("stable-diffusion-v1", "CompVis/stable-diffusion"),
-    "sd2": ("stable-diffusion-v2-768-v", "Stability-AI/stablediffusion"),
-    "sdxl": ("stable-diffusion-xl-v1-base", "Stability-AI/generative-models"),
+_IMPLEMENTATIONS: dict[Layout, str] = {
+    "sd1": "CompVis/stable-diffusion",
+    "sd2": "Stability-AI/stablediffusion",
+    "sdxl": "Stability-AI/generative-models",
+    "sd3": "Stability-AI/sd3.5",
+    "flux": "black-forest-labs/flux",
 }
+_TRANSFORMERS: dict[str, Layout] = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
 # Parts of names in diffusers and transformers, and in the original layout.
 _VAE_NAMES = {
     "down_blocks": "down",
@@ -61,30 +73,57 @@ _OPENCLIP_NAMES = {
 }
 
 
-def save_single_file(pipeline: Any, path: Path, dtype: torch.dtype, title: str) -> None:
-    """Write the weights of a diffusers pipeline of Stable Diffusion 1.x, 2.x or XL in a dtype, whole or not at all.
+def save_single_file(pipeline: Any, path: Path, dtype: torch.dtype, title: str, transformer_only: bool = False) -> None:
+    """Write the weights of a diffusers pipeline of Stable Diffusion 1, 2, XL or 3 or of FLUX, whole or not at all.
 
-    `title` is for the programs' lists of models. `UserError`: the pipeline has no original layout.
+    Args:
+        dtype: of the weights; float32 leaves T5 in the dtype that it has.
+        title: for the programs' lists of models.
+        transformer_only: as :func:`original_layout`, with whose `UserError`.
     """
-    state = {key: weight.to(dtype).contiguous() for key, weight in original_layout(pipeline).items()}
-    noise, prediction = pipeline.scheduler.config, {"v_prediction": "v", "epsilon": "epsilon"}
-    state |= {mark: torch.empty(0) for mark in noise_marks(noise)}
-    architecture, repository = _MODEL_SPEC[layout_of(pipeline)]
-    if noise.prediction_type == "epsilon":
-        architecture = architecture.replace("v2-768-v", "v2-512")
-    side = family_of(pipeline.unet).side(pipeline.unet.config) * pipeline.vae_scale_factor
-    metadata = {
-        "format": "pt",
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": architecture,
-        "modelspec.implementation": f"https://github.com/{repository}",
-        "modelspec.title": title,
-        "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": prediction.get(noise.prediction_type, ""),
-    }
+    state = original_layout(pipeline, transformer_only)
+    if dtype != torch.float32:
+        state = {key: weight.to(dtype) for key, weight in state.items()}
+    state = {key: weight.contiguous() for key, weight in state.items()}
+    state |= {mark: torch.empty(0) for mark in noise_marks(pipeline.scheduler.config)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as unfinished:
-        save_tensors(state, unfinished, metadata)
+        save_tensors(state, unfinished, _header(pipeline, title))
+
+
+def _header(pipeline: Any, title: str) -> dict[str, str]:
+    """What the file says of its model, by https://github.com/Stability-AI/ModelSpec, 1.0.0. There is no prediction type
+    for flows."""
+    layout, noise = layout_of(pipeline), pipeline.scheduler.config
+    network = pipeline.transformer if layout in _TRANSFORMERS.values() else pipeline.unet
+    side = family_of(network).side(network.config) * pipeline.vae_scale_factor
+    prediction = {"v_prediction": "v", "epsilon": "epsilon"}.get(noise.get("prediction_type"), "")
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": _architecture(layout, network.config, prediction),
+        "modelspec.implementation": f"https://github.com/{_IMPLEMENTATIONS[layout]}",
+        "modelspec.title": title,
+        "modelspec.resolution": f"{side}x{side}",
+        **({} if is_flow(noise) else {"modelspec.prediction_type": prediction}),
+    }
+
+
+def _architecture(layout: Layout, config: Mapping[str, Any], prediction: str) -> str:
+    """The published model that programs treat like this one, as SwarmUI and kohya's scripts name it."""
+    match layout:
+        case "sd1":
+            return "stable-diffusion-v1"
+        case "sd2":
+            return "stable-diffusion-v2-512" if prediction == "epsilon" else "stable-diffusion-v2-768-v"
+        case "sdxl":
+            return "stable-diffusion-xl-v1-base"
+        case "sd3" if config["qk_norm"] is None:
+            return "stable-diffusion-v3-medium"
+        case "sd3":
+            return "stable-diffusion-v3.5-" + ("medium" if config["dual_attention_layers"] else "large")
+        case "flux":
+            return "flux-1-dev" if config["guidance_embeds"] else "flux-1-schnell"
 
 
 def noise_marks(scheduler: Any) -> list[str]:
@@ -100,26 +139,58 @@ def noise_marks(scheduler: Any) -> list[str]:
 
 
 def layout_of(pipeline: Any) -> Layout:
-    """Which of the three layouts a diffusers pipeline has; `UserError` if it has no VAE, and so none of them.
+    """Which of the layouts a diffusers pipeline has; `UserError` if it has no VAE, or a network with none of them.
 
     The files say nothing of activations: OpenAI's text layout means quick GELU, OpenCLIP's GELU, so that decides.
     """
-    if getattr(pipeline, "unet", None) is None and getattr(pipeline, "vae", None) is not None:
-        raise UserError("--single-file: fastsp knows the original layout of Stable Diffusion 1, 2 and XL alone")
     if getattr(pipeline, "vae", None) is None:
         raise UserError("--single-file: the model works on pixels; the original layout has a VAE")
+    if (transformer := getattr(pipeline, "transformer", None)) is not None:
+        name = family_of(transformer).class_name
+        if name not in _TRANSFORMERS:
+            raise UserError(
+                f"--single-file: fastsp knows no such layout of a {name}: leave it out, and use the folder of --out, "
+                "which diffusers reads"
+            )
+        return _TRANSFORMERS[name]
     if getattr(pipeline, "text_encoder_2", None) is not None:
         return "sdxl"
     return "sd2" if pipeline.text_encoder.config.hidden_act == "gelu" else "sd1"
 
 
-def original_layout(pipeline: Any) -> State:
-    """All weights of a Stable Diffusion pipeline under their original names, views where nothing has to be joined;
-    `UserError` for a module for which the layout has no place.
+def check_layout(pipeline: Any, transformer_only: bool = False) -> None:
+    """See that :func:`original_layout` can write a pipeline; copies no weights.
+
+    Raises:
+        UserError: as :func:`layout_of`; the layout has no place for a weight of the transformer; a UNet is to be
+            written without the rest.
     """
+    if layout_of(pipeline) not in _TRANSFORMERS.values():
+        if transformer_only:
+            raise UserError("--transformer-only is for Stable Diffusion 3 and FLUX: this model's network is a UNet")
+        return
+    transformer = pipeline.transformer
+    try:
+        places(family_of(transformer).class_name, transformer.state_dict().keys())
+    except KeyError as error:
+        _refuse([error.args[0]])
+
+
+def original_layout(pipeline: Any, transformer_only: bool = False) -> State:
+    """All weights of a pipeline under their original names, views where nothing has to be joined.
+
+    Args:
+        transformer_only: of Stable Diffusion 3 and FLUX, leave out VAE and text encoders.
+
+    Raises:
+        UserError: as :func:`check_layout`; the layout has no place for a module.
+    """
+    check_layout(pipeline, transformer_only)
+    if (layout := layout_of(pipeline)) in _TRANSFORMERS.values():
+        return _transformer_layout(pipeline, transformer_only)
     unet, first = pipeline.unet, pipeline.text_encoder
     parts = {UNET: renamed(unet, family_of(unet).original_names(unet)), VAE: vae_state(pipeline.vae)}
-    match layout_of(pipeline):
+    match layout:
         case "sd1":
             parts["cond_stage_model.transformer.text_model."] = clip_state(first)
         case "sd2":
@@ -127,6 +198,26 @@ def original_layout(pipeline: Any) -> State:
         case "sdxl":
             parts["conditioner.embedders.0.transformer.text_model."] = clip_state(first)
             parts["conditioner.embedders.1.model."] = openclip_state(pipeline.text_encoder_2)
+    return _joined(parts)
+
+
+def _transformer_layout(pipeline: Any, alone: bool) -> State:
+    """The transformer ``alone``, as Stability and Black Forest Labs publish it, or all parts as ComfyUI has them."""
+    transformer, family = pipeline.transformer, family_of(pipeline.transformer)
+    published, kind = to_published(family.class_name, transformer.state_dict()), kind_named(family.pipeline_class({}))
+    assert kind is not None
+    if alone and layout_of(pipeline) == "flux":
+        return published
+    parts = {PREFIX: published}
+    for part, (prefix, *_) in ({} if alone else prefixes(kind)).items():
+        if part == "vae":
+            parts[prefix] = vae_state(pipeline.vae)
+        elif (encoder := getattr(pipeline, part)) is not None:
+            parts[prefix] = older_names(encoder.state_dict()) if isinstance(encoder, _CLIPS) else t5_state(encoder)
+    return _joined(parts)
+
+
+def _joined(parts: Mapping[str, State]) -> State:
     return {prefix + key: weight for prefix, state in parts.items() for key, weight in state.items()}
 
 
@@ -147,6 +238,15 @@ def vae_state(vae: Any) -> State:
 def clip_state(text_encoder: Any) -> State:
     """A text encoder in OpenAI's layout, which transformers kept: newer versions only dropped the prefix."""
     return {key.removeprefix("text_model."): weight for key, weight in text_encoder.state_dict().items()}
+
+
+def t5_state(text_encoder: Any) -> State:
+    """T5's encoder. The tokens' embedding has two names; diffusers ties them no more when it reads such a file.
+
+    One is a copy, for safetensors holds no weight twice.
+    """
+    state = text_encoder.state_dict()
+    return {**state, "encoder.embed_tokens.weight": state["shared.weight"].clone()}
 
 
 def openclip_state(text_encoder: Any) -> State:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import torch
@@ -16,15 +16,22 @@ from fastsp.evaluation.run_files import RunFiles
 from fastsp.export.layout import noise_marks
 from fastsp.families import family_of
 from fastsp.models.hub import is_hub_id
-from fastsp.models.schedulers import meaning_of
+from fastsp.models.schedulers import is_flow, meaning_of
 
 
 def model_card(
-    run: RunFiles, stage: str, pipeline: Any, with_single_file: bool, dtype: torch.dtype, raw: bool, text: TextSettings
+    run: RunFiles,
+    stage: str,
+    pipeline: Any,
+    single_file: Literal["all", "transformer"] | None,
+    dtype: torch.dtype,
+    raw: bool,
+    text: TextSettings,
 ) -> str:
     """The card as Markdown with the front matter of Hugging Face's hub.
 
-    The pipeline has the weights of a stage, raw or averaged, written in a dtype; a single file may go with them.
+    The pipeline has the weights of a stage, raw or averaged, written in a dtype; a single file may go with them, with
+    all parts or the transformer alone.
     """
     config, way, pipeline_class = run.config, _way_to(run.stages, stage), type(pipeline).__name__
     predicts, schedule = meaning_of(pipeline.scheduler.config)
@@ -51,7 +58,8 @@ def model_card(
         module="fastsp.models" if pipeline_class.startswith("Pixel") else "diffusers",
         pipeline=pipeline_class,
         dtype=None if dtype == torch.float32 else dtype,  # diffusers' own
-        with_single_file=with_single_file,
+        single_file=single_file,
+        is_flow=is_flow(pipeline.scheduler.config),
         predicts=predicts,
         family=family_of(getattr(pipeline, "unet", None) or pipeline.transformer),
         schedule=schedule,

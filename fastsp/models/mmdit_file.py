@@ -22,11 +22,19 @@ from fastsp.models.kinds import Kind, kind_named
 from fastsp.models.mmdit_layout import PREFIX, class_in, from_published, places
 from fastsp.models.quiet import quiet_libraries
 
-_VAES = ("first_stage_model.", "vae.")
+# By pipeline; both are read, and ComfyUI reads the first alone.
+_VAES = {"StableDiffusion3Pipeline": ("first_stage_model.", "vae."), "FluxPipeline": ("vae.", "first_stage_model.")}
 _T5 = "text_encoders.t5xxl.transformer."
 _CLIPS = ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.")
 _KNOWN = ("sd3", "sd35_medium", "sd35_large", "flux-dev", "flux-schnell")  # to diffusers, by these names
 _QUANTIZED = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant")  # ends of names
+
+
+def prefixes(kind: Kind) -> dict[str, tuple[str, ...]]:
+    """By frozen part, how the names of its tensors begin in a file. Files are written with the first."""
+    clips = iter(_CLIPS)
+    encoders = {part: (_T5 if of is T5EncoderModel else next(clips),) for part, of in kind.encoders.items()}
+    return {"vae": _VAES[kind.name], **encoders}
 
 
 class MMDiTFile:
@@ -119,11 +127,8 @@ class MMDiTFile:
         return module, found.missing_keys
 
     def _inside(self) -> dict[str, str]:
-        clips = [part for part, of in self.kind.encoders.items() if of is not T5EncoderModel]
-        t5 = [part for part, of in self.kind.encoders.items() if of is T5EncoderModel]
-        prefixes = [("vae", prefix) for prefix in _VAES]
-        prefixes += [*zip(clips, _CLIPS, strict=False), *((part, _T5) for part in t5)]
-        return {part: prefix for part, prefix in prefixes if any(name.startswith(prefix) for name in self.names)}
+        every = [(part, prefix) for part, those in prefixes(self.kind).items() for prefix in reversed(those)]
+        return {part: prefix for part, prefix in every if any(name.startswith(prefix) for name in self.names)}
 
     def _associated(self) -> str:
         """The repository that diffusers associates with a file of these shapes."""

@@ -106,16 +106,17 @@ def _with_older_names(file: Path) -> None:
     """Of weights, or of the index of several such files."""
     if file.suffix == ".json":
         index = json.loads(file.read_text(encoding="utf-8"))
-        index["weight_map"] = _prefixed(index["weight_map"])
+        index["weight_map"] = older_names(index["weight_map"])
         file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return
     tensors = load_file(file)
-    if (renamed := _prefixed(tensors)).keys() != tensors.keys():
+    if (renamed := older_names(tensors)).keys() != tensors.keys():
         # Off the mapped file
         save_file({name: tensor.clone() for name, tensor in renamed.items()}, file, metadata={"format": "pt"})
 
 
-def _prefixed(named: dict[str, Any]) -> dict[str, Any]:
+def older_names(named: dict[str, Any]) -> dict[str, Any]:
+    """Tensors of a CLIP under the names of transformers 4, which other programs know."""
     if any(name.startswith(_TEXT_PREFIX) for name in named):
         return named
     return {_TEXT_PREFIX + name: value for name, value in named.items()}

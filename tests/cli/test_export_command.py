@@ -36,6 +36,13 @@ def test_mistakes(fails, run: Path, tmp_path: Path) -> None:
         "export", "--run", run, "--out", out, "--dtype", "int8"
     )
     assert "must end in .safetensors" in fails("export", "--run", run, "--out", out, "--single-file", "model.ckpt")
+    assert "--transformer-only says what --single-file holds" in fails(
+        "export", "--run", run, "--out", out, "--transformer-only"
+    )
+    file = tmp_path / "model.safetensors"
+    assert "--transformer-only is for Stable Diffusion 3 and FLUX" in fails(
+        "export", "--run", run, "--out", out, "--single-file", file, "--transformer-only"
+    )
     assert "'sq' is no stage" in fails("export", "--run", run, "--out", out, "--stage", "sq")
     assert "does not exist" in fails("export", "--run", tmp_path / "nowhere", "--out", out)
     assert "lies in the run" in fails("export", "--run", run, "--out", run / "final", "--force")
