@@ -15,6 +15,7 @@ from torch import Tensor
 CHUNK = 16384  # elements per program
 ALIGNMENT = 16  # bytes: the widest load of one thread
 REMEMBERED = 16  # sets of addresses: gradients that autograd allocates anew tend to come back to a few places
+SPARES = 64  # captures that may follow each other without a plain call: one for every shape of the data
 
 CALL_ONCE = "call adamw_ema once with these parameters outside before capturing it again"
 NAMES = ("masters", "gradients", "exp_avgs", "exp_avg_sqs", "emas", "copies")
@@ -82,14 +83,15 @@ class AddressTables:
 
     def __init__(self) -> None:
         self._recent: dict[tuple[object, ...], Tensor] = {}  # the one used last comes last
-        self._spare: dict[int, Tensor] = {}
+        self._spare: dict[int, list[Tensor]] = {}
         self._captured: list[Tensor] = []
 
     def find(self, lists: Sequence[list[Tensor]]) -> Tensor:
         """The table of these lists; lists that are empty are left out.
 
         Raises:
-            RuntimeError: during graph capture, for addresses never seen, more than once after the last plain call.
+            RuntimeError: during graph capture, for addresses never seen, without a plain call before, or after SPARES
+                captures since the last one.
         """
         device = lists[0][0].device
         addresses = tuple(tensor.data_ptr() for tensors in lists for tensor in tensors)
@@ -97,8 +99,8 @@ class AddressTables:
         if not _is_capturing(device):
             if table is None:  # without waiting for the device: memory that is not pinned is staged first
                 table = torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)
-            if device.type == "cuda" and len(addresses) not in self._spare:
-                self._spare[len(addresses)] = torch.empty(len(addresses), dtype=torch.int64, pin_memory=True)
+            if device.type == "cuda":
+                self._keep_spares(len(addresses))
             self._recent[device, addresses] = table
             if len(self._recent) > REMEMBERED:
                 del self._recent[next(iter(self._recent))]
@@ -113,11 +115,17 @@ class AddressTables:
     def _upload_in_capture(self, addresses: tuple[int, ...], device: torch.device) -> Tensor:
         """Gradients first allocated inside a capture are met here. The copy is part of the graph, so that its source
         must be pinned memory, which cannot be allocated now, and which lives on."""
-        host = self._spare.pop(len(addresses), None)
-        if host is None:
+        if not (spare := self._spare.get(len(addresses))):
             raise RuntimeError(CALL_ONCE)
+        host = spare.pop()
         self._captured.append(host.copy_(torch.tensor(addresses, dtype=torch.int64)))
         return host.to(device, non_blocking=True)
+
+    def _keep_spares(self, length: int) -> None:
+        """Memory for captures to come, of which each takes one: several may follow each other."""
+        spare = self._spare.setdefault(length, [])
+        if missing := SPARES - len(spare):
+            spare += torch.empty(missing, length, dtype=torch.int64, pin_memory=torch.cuda.is_available()).unbind()
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fastsp_kernels import _tensor_lists, adamw_ema, global_norm
-from fastsp_kernels._tensor_lists import CHUNK, AddressTables, chunk_table
+from fastsp_kernels._tensor_lists import CHUNK, SPARES, AddressTables, chunk_table
 from kernel_oracles import assert_rounded
 from torch import Tensor
 
@@ -213,14 +213,18 @@ def test_address_tables_forget_old_addresses_alone() -> None:
     assert tables.find([kept]).data_ptr() == first.data_ptr()  # used since others[0], which made room
 
 
-def test_address_tables_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A known table is used again. An unknown one takes the spare memory that a plain call left, once."""
+def test_address_tables_in_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A known table is used again. An unknown one takes some of the spare memory that a plain call left: enough for a
+    capture of every shape of the data, all in one step."""
     tables, known, unknown = AddressTables(), [torch.zeros(2)], [torch.zeros(2)]
     plain = tables.find([known])
-    tables._spare[1] = torch.empty(1, dtype=torch.int64)  # where there is a GPU, `find` makes it, pinned
+    for _ in range(2):
+        tables._keep_spares(1)  # where there is a GPU, `find` does it, pinned
     monkeypatch.setattr(_tensor_lists, "_is_capturing", lambda device: True)
     assert tables.find([known]).data_ptr() == plain.data_ptr()
-    assert tables.find([unknown]).tolist() == [[unknown[0].data_ptr()]]
+    found = [tables.find([unknown]) for _ in range(SPARES)]
+    assert all(table.tolist() == [[unknown[0].data_ptr()]] for table in found)
+    assert len({table.data_ptr() for table in found}) == SPARES, "each graph fills its own"
     with pytest.raises(RuntimeError, match="call adamw_ema once with these parameters outside"):
         tables.find([unknown])  # the first one's table is filled by the replay: nobody else may read it
     monkeypatch.undo()
