@@ -59,14 +59,14 @@ def ddim(denoise: Denoiser, process: Process, noise: Tensor, num_steps: int) -> 
 
     Args:
         denoise: ``(x_t, model time) -> model_pred``.
-        process: the noise process of ``denoise``.
+        process: the noise process of ``denoise``, on the host: a GPU would be waited for in every step.
         noise: x_T, (B, C, H, W).
         num_steps: at least 1; at most T where the process is a table.
     """
     grid = process.grid(num_steps)
     x_t = noise.float()
     for t, t_next in pairwise(grid):
-        model_pred = denoise(x_t, process.model_time(t)).float()
+        model_pred = denoise(x_t, process.model_time(t).to(noise.device, non_blocking=True)).float()
         steps = (process.transition(t, to) for to in (t_next, grid[-1]))
         x_t, sample = (c_x * x_t + c_f * model_pred for c_x, c_f in steps)
         yield x_t, sample

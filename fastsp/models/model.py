@@ -256,8 +256,7 @@ class TextToImageModel:
         if guidance.active and not embedded:
             empty = self.encode_prompts([negative_prompt]) if negative_prompt else self.encode_no_prompt()
         denoise = guided_denoiser(self.network, conditioning, empty, guidance)
-        process = self.of_size(self.process, noise).to(noise.device)
-        yield from ddim(denoise, process, noise, num_steps)
+        yield from ddim(denoise, self.of_size(self.process, noise), noise, num_steps)
 
     def generate(
         self,
