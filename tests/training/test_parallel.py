@@ -23,7 +23,9 @@ STEPS = ReplicatedGradients.warm_up_steps + 4
 def device(request):
     backend = "nccl" if request.param == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    torch.use_deterministic_algorithms(request.param == "cuda", warn_only=True)  # cuDNN's backward is not else
     yield request.param
+    torch.use_deterministic_algorithms(False)
     dist.destroy_process_group()
 
 

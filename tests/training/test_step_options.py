@@ -22,6 +22,12 @@ from fastsp.training.compilation import compile_options, keep_compiled_code
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    """By default cuDNN rounds what convolutions read to TensorFloat-32, of 11 bits: more than compiling may change."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def loss_and_gradients(step: FastspStep) -> tuple[torch.Tensor, torch.Tensor]:
     loss = step.loss()
     loss.backward()
