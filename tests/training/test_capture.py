@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastsp.bench.fastsp_step import build_training_step
+from fastsp.bench.fastsp_step import FastspStep, build_training_step
 from fastsp.config import LoRAConfig, ModelConfig
 from fastsp.data.batch import Batch
 from fastsp.errors import UserError
@@ -144,7 +144,7 @@ class HostNumbers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def met_on_the_host(step: TrainingStep) -> list[list[str]]:
+def met_on_the_host(step: TrainingStep, given: Batch | None = None) -> list[list[str]]:
     """What each recording of a step on the meta device does with tensors of the host; the last two are planted."""
     seen = []
 
@@ -158,7 +158,7 @@ def met_on_the_host(step: TrainingStep) -> list[list[str]]:
 
     take_step = CapturedStep(step, record=record)
     for number in range(1, WARM_UP_STEPS + 3):
-        take_step(batch(number, "meta"), number)
+        take_step(batch(number, "meta") if given is None else given, number)
     for replay in record([lambda: torch.zeros(()).to("meta"), lambda: torch.tensor(1.0, device="meta")]):
         replay()
     return seen
@@ -186,6 +186,15 @@ def test_nor_does_a_base_in_8_bits(teacher):
     step = make("meta", "self_perceptual", teacher, None, "bf16", gradient_checkpointing=True, **in_8_bits())
     assert sum(isinstance(module, Int8Linear) for module in step.network.modules()) > 10
     *seen, _, _ = met_on_the_host(step)
+    assert seen == [[], []]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+def test_nor_does_a_transformer(network):
+    """A flow's times, the patches' places and the guidance are made on the device."""
+    made = FastspStep(tiny_workload(BATCH_SIZE, "bf16", "batched", "meta", network))
+    *seen, _, _ = met_on_the_host(made.training_step, made.batch)
     assert seen == [[], []]
 
 
