@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def record_cuda_graphs(works: Sequence[Work], pool: Any = None) -> list[Work]:
     new one: replay them in order, unless nothing is to be kept in it."""
     pool, graphs = pool or torch.cuda.graph_pool_handle(), []
     # The current stream as a context: torch's own stays on the recording's stream when a recording fails.
-    with _no_garbage_collection(), _usable_generator(), torch.cuda.stream(torch.cuda.current_stream()):
+    with _no_garbage_collection(), _usable_after(pool), torch.cuda.stream(torch.cuda.current_stream()):
         for work in works:
             graph: Any = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -52,12 +52,17 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 @contextmanager
-def _usable_generator() -> Iterator[None]:
-    """A recording that fails leaves the device's generator waiting for its end, and everything random is refused from
-    then on: a copy of its state takes its place, which knows of no recording."""
+def _usable_after(pool: Any) -> Iterator[None]:
+    """A recording that fails leaves generator and allocator of the device waiting for its end. Everything random would
+    be refused from then on: a copy of the generator's state takes its place, which knows of no recording. And memory
+    that several streams have used would never be free again: the allocator is told."""
     try:
         yield
     except BaseException:
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        device = torch.cuda.current_device()
+        generator = torch.cuda.default_generators[device]
         generator.graphsafe_set_state(generator.clone_state())
+        with suppress(RuntimeError):  # it knows already, where the recording could be ended
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
         raise

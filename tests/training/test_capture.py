@@ -371,6 +371,12 @@ def test_gpu_after_a_recording_that_fails():
         record_cuda_graphs([lambda: total.add_(1).item()])
     assert torch.cuda.current_stream() == before
     assert float(total + torch.rand(1 << 20, device="cuda").mean()) > 0
+    active, image = torch.cuda.memory_stats()["active_bytes.all.current"], torch.empty(1 << 20, device="cuda")
+    image.record_stream(torch.cuda.Stream())
+    del image
+    torch.cuda.synchronize()
+    assert torch.empty(1, device="cuda").numel(), "asked for memory, the allocator looks at what others have read"
+    assert torch.cuda.memory_stats()["active_bytes.all.current"] < active + (1 << 20)
 
 
 def test_an_optimizer_that_reads_back_runs_without_a_graph(caplog, monkeypatch):
