@@ -116,7 +116,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 @pytest.mark.parametrize("name", KNOWN)
 def test_real_sizes(name: str) -> None:
     """Every weight has one name, none is lost, and the names are those of the published files."""
-    model = skeleton(None, name, 1024)
+    model = skeleton(name)
     state = original_layout(model.pipeline())
     for key, shape in KNOWN[name].items():
         assert tuple(state[key].shape) == shape, key
