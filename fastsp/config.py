@@ -262,6 +262,7 @@ class EvaluationConfig(Section):
     unconditional: bool = True  # every stage with the empty prompt too, at the first step count
     batch_size: Positive | None = None  # samples made at once; None: 256, or 16 where a VAE decodes them
     features: PathText = "classifier"  # or an Inception-v3 safetensors file
+    clip: PathText | None = None  # a folder with a CLIP, for the CLIP score of samples and their captions; None: none
     heldout: PathText | list[PathText] | None = None  # like data.path; the digits have their own split
     captions: PathText | None = None  # COCO's captions_val2014.json, or a text file: the first num_samples
     reference: PathText | None = None  # goes with it: a folder of real images, or statistics saved by `fastsp eval`

@@ -25,6 +25,8 @@ from diffusers import (
 from PIL import Image
 from tiny_transformers import tiny_transformer
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -250,6 +252,28 @@ def _tiny_text_encoder(kind: Any, width: int, seed: int) -> Any:
             projection_dim=POOLED_WIDTH,
         )
     )
+
+
+CLIP_SIDE = 16  # pixels
+
+
+def tiny_clip(seed: int = 0) -> CLIPModel:
+    """For pictures of 16 pixels, and texts of the digits' tokenizer."""
+    tokenizer = digits_tokenizer()
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    tokens = {name: getattr(tokenizer, name) for name in names}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length, **tokens}
+    vision = {"image_size": CLIP_SIDE, "patch_size": 8}
+    torch.manual_seed(seed)
+    return CLIPModel(CLIPConfig(text_config={**size, **text}, vision_config={**size, **vision}, projection_dim=16))
+
+
+def tiny_clip_folder(folder: Path, clip: CLIPModel | None = None) -> Path:
+    """A CLIP as transformers saves it, with its tokenizer."""
+    (clip or tiny_clip()).save_pretrained(folder)
+    digits_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def picture_folder(folder: Path, count: int = 24, size: int = 20) -> Path:

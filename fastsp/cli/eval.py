@@ -1,4 +1,4 @@
-"""`fastsp eval`: FID, KID and Inception Score of trained models."""
+"""`fastsp eval`: FID, KID, Inception Score and CLIP score of trained models."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ def evaluate(
     ] = None,
     features: Annotated[
         str | None, typer.Option(help="Inception-v3's weights as a safetensors file; 'classifier' for the digits.")
+    ] = None,
+    clip: Annotated[
+        Path | None, typer.Option("--clip", help="A folder with a CLIP, for the CLIP score too.", metavar="DIR")
     ] = None,
     save_reference: Annotated[
         Path | None,
@@ -68,10 +71,12 @@ def evaluate(
     """
     from fastsp.errors import UserError
     from fastsp.evaluation.captions import read_captions
+    from fastsp.evaluation.clip import load_clip
     from fastsp.evaluation.engine import Evaluation
     from fastsp.evaluation.reference import load_reference, open_reference
     from fastsp.evaluation.rows import REAL, Job, RowFile, Setting
     from fastsp.generation.generate import check_for_sampling
+    from fastsp.utils.devices import best_device
     from fastsp.utils.files import check_folder_writable, check_writable
     from fastsp.utils.progress import steps_bar
 
@@ -95,14 +100,15 @@ def evaluate(
         if is_latent and features == "classifier" and reference is None:
             raise UserError(f"{name} makes no digits: give --reference, and a file of Inception-v3's weights")
     found = read_captions(captions, num_samples)
-    extractor, real = open_reference(features, reference, found, work, steps_bar, resolution)
+    scorer = None if clip is None else load_clip(clip).to(best_device())
+    extractor, real = open_reference(features, reference, found, work, steps_bar, resolution, scorer)
     if save_reference is not None:
         if save_reference.exists():  # of the same command, stopped; anything else of the user's stays
             load_reference(save_reference, extractor.identity)
         real.save(save_reference)
-    sizes = len(found.texts), resolution, batch_size
+    asked = len(found.texts), resolution, batch_size, keep_pictures
     evaluation = Evaluation(
-        lambda _: found, extractor, real, rows, work, *sizes, keep_pictures, model_config=model_config, base=base
+        lambda _: found, extractor, real, rows, work, *asked, model_config=model_config, base=base, clip=scorer
     )
     named = zip(model, short_names(model), strict=True)
     jobs = [

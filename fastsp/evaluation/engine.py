@@ -25,6 +25,7 @@ from torch import Tensor
 from fastsp.diffusion.latents import fingerprint
 from fastsp.diffusion.sampling import Guidance
 from fastsp.evaluation.captions import CaptionSet
+from fastsp.evaluation.clip import ClipScorer
 from fastsp.evaluation.features import FeatureModel, Features
 from fastsp.evaluation.metrics import caption_agreement
 from fastsp.evaluation.reference import Reference
@@ -55,6 +56,7 @@ class Evaluation:
     keep_features: bool = True  # they stay when their row is written, for another reference
     model_config: str | None = None  # of single files, see :func:`fastsp.generation.generate.load_for_sampling`
     base: str | None = None  # of adapters, see there
+    clip: ClipScorer | None = None  # on its device
 
     def run(self, jobs: Sequence[Job], bar: Bar, say: Callable[[str], Any]) -> list[Row]:
         """Compute the rows of `jobs` that the file lacks, model by model. Returns all rows of the file."""
@@ -109,6 +111,7 @@ class Evaluation:
             "batch_size": self.batch_size or (_PIXEL_BATCH if model.vae is None else _LATENT_BATCH),
             **captions.facts(),
             **self._facts(),
+            **({"clip": self.clip.identity} if self.clip is not None and job.setting.conditional else {}),
         }
 
     def _row(self, row: Row, job: Job, captions: CaptionSet, model: TextToImageModel, folder: Path, bar: Bar) -> Row:
@@ -119,14 +122,17 @@ class Evaluation:
         if self.keep_features:
             write_file(self.work / "captions.jsonl", captions.lines())
         steps_bar = partial(bar, job.words())
-        seen, seconds = sample_features(model, texts, sampling, self.extractor, folder, steps_bar, self.keep_images)
+        clip = self.clip if setting.conditional else None
+        seen, seconds = sample_features(
+            model, texts, sampling, self.extractor, folder, steps_bar, self.keep_images, clip
+        )
         seen = seen._replace(captions=texts if setting.conditional else ())
         figures = self.reference.scores(seen, self.extractor.class_names)
         return {**row, **figures, "seconds": round(seconds, 2)}
 
     def _of_real_images(self, job: Job) -> Row:
         """A run's training images, scored like samples; without them the reference itself, at distance 0."""
-        row = {**job.setting._asdict(), "seed": job.seed, **self._facts()}
+        row = {**job.setting._asdict(), "seed": job.seed, **self._facts(), **self._ceiling(job)}
         train = self.reference.train
         if train is None:
             return {**row, "num_samples": self.reference.count, "fid": 0.0, "inception_score": self.reference.score}
@@ -140,13 +146,23 @@ class Evaluation:
             figures["heldout_agreement"] = caption_agreement(heldout.logits, heldout.captions, names)
         return {**row, "num_samples": len(chosen), **figures}
 
+    def _ceiling(self, job: Job) -> Row:
+        """The CLIP score of real images with their own captions: of a run, those that the seed samples."""
+        scores = self.reference.clip_scores
+        if self.clip is None or scores is None or not job.setting.conditional:
+            return {}
+        if self.reference.heldout is not None:
+            scores = scores[sampled_order(len(scores), self.num_samples, job.seed)]
+        return {"clip": self.clip.identity, "clip_score": scores.mean().item()}
+
     def _facts(self) -> Row:
         real = self.reference
         return {"features": self.extractor.identity, "reference": real.source, "reference_count": real.count}
 
     def _add(self, row: Row, job: Job, say: Callable[[str], Any]) -> None:
         if self.rows.add(row):
-            figures = f"FID {row['fid']:.2f}  IS {row['inception_score']:.2f}  ({row['num_samples']} images)"
+            clip = f"  CLIP {row['clip_score']:.2f}" if "clip_score" in row else ""
+            figures = f"FID {row['fid']:.2f}  IS {row['inception_score']:.2f}{clip}  ({row['num_samples']} images)"
             say(f"{'real images' if job.setting.stage == REAL else job.words()}: {figures}")
 
 
@@ -159,6 +175,11 @@ def seeded_order(size: int, seed: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
+def sampled_order(size: int, count: int, seed: int) -> Tensor:
+    """Which of `size` captions `count` samples of a seed are of: a permutation, from its start again where it ends."""
+    return seeded_order(size, seed)[torch.arange(count) % size]
+
+
 def sample_features(
     model: TextToImageModel,
     prompts: Sequence[str],
@@ -167,11 +188,13 @@ def sample_features(
     folder: Path,
     bar: Callable[[int], AbstractContextManager[Callable[[], Any]]],
     keep_images: bool = False,
+    clip: ClipScorer | None = None,
 ) -> tuple[Features, float]:
     """What a feature model sees in a model's samples, and the seconds that drawing them took, over all attempts.
 
     Each batch is kept as a file in `folder`, whose name has to stand for model, prompts and settings: a killed
     evaluation continues from there. `bar` is given the number of steps. `keep_images`: as PNG, under `pictures/`.
+    With `clip` the features have CLIP scores too, of samples and prompts.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
@@ -185,10 +208,15 @@ def sample_features(
             if keep_images:
                 for index, image in zip(indices, to_pil(images), strict=True):
                     save_png(image, folder / "pictures" / f"{index:05d}.png", prompt=prompts[index])
+            kept = {"features": seen.features, "logits": seen.logits}
+            if clip is not None:
+                texts = [prompts[index] for index in indices]
+                kept["clip_scores"] = clip.scores(clip.extract(images).features, texts)
             with new_file(files[indices.start]) as unfinished:
-                seconds = torch.tensor(time.monotonic() - before)
-                save_file({"features": seen.features, "logits": seen.logits, "seconds": seconds}, unfinished)
+                save_file({**kept, "seconds": torch.tensor(time.monotonic() - before)}, unfinished)
             before = time.monotonic()
     parts = [load_file(file) for file in files.values()]
     seen = Features.joined((part["features"], part["logits"]) for part in parts)
+    if clip is not None:
+        seen = seen._replace(clip_scores=torch.cat([part["clip_scores"] for part in parts]))
     return seen, sum(float(part["seconds"]) for part in parts)

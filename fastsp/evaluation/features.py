@@ -16,6 +16,7 @@ class Features(NamedTuple):
     features: Tensor  # float64 (N, D), the space of FID and of precision and recall
     logits: Tensor  # float64 (N, K), the class scores of the Inception Score and of validity
     captions: Sequence[str] = ()  # N of them, or none: what the pictures are to show
+    clip_scores: Tensor | None = None  # float64 (N,), of pictures and captions; None: without a CLIP, or captions
 
     @classmethod
     def joined(cls, parts: Iterable[Sequence[Any]], captions: Sequence[str] = ()) -> Features:

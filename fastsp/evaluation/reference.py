@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from fastsp.errors import UserError
 from fastsp.evaluation import metrics
 from fastsp.evaluation.captions import CaptionSet
 from fastsp.evaluation.classifier import MAX_TRAINING_IMAGES, Captioned, caption_classifier, shrunk
+from fastsp.evaluation.clip import ClipScorer
 from fastsp.evaluation.features import FeatureModel, Features
 from fastsp.evaluation.inception import load_inception
 from fastsp.evaluation.metrics import NEIGHBOURS
@@ -59,6 +60,8 @@ class Reference:
     heldout: Features | None = None
     train: Features | None = None
     copy_distance: float = 0.0  # a sample nearer to the training set than 99 % of the held-out images is a copy
+    clip: str = ""  # identity of a CLIP
+    clip_scores: Tensor | None = None  # float64 (N,), by it, with the images' own captions; None: without one, or them
 
     @classmethod
     def of(cls, seen: Features, features: str, source: str, train: Features | None = None) -> Reference:
@@ -100,36 +103,54 @@ class Reference:
             row["memorised"] = (nearest < self.copy_distance).double().mean().item()
         if seen.captions and class_names:
             row["caption_agreement"] = metrics.caption_agreement(seen.logits, seen.captions, class_names)
+        if seen.clip_scores is not None:
+            row["clip_score"] = seen.clip_scores.mean().item()
         return row
 
+    def with_clip(self, clip: ClipScorer, embeddings: Tensor, captions: Sequence[str]) -> Reference:
+        """The same with CLIP scores, if the images have captions; `embeddings` are those of the images, (N, D)."""
+        return replace(self, clip=clip.identity, clip_scores=clip.scores(embeddings, captions)) if captions else self
+
     def save(self, file: Path) -> None:
-        """Write the statistics as safetensors: mean, covariance, count, inception_score, sample; words in metadata."""
+        """Write the statistics as safetensors: mean, covariance, count, inception_score, sample, clip_scores; words in
+        metadata."""
         numbers = {"count": torch.tensor(self.count), "inception_score": torch.tensor(self.score, dtype=torch.float64)}
-        facts = {"features": self.features, "source": self.source}
+        facts = {"features": self.features, "source": self.source, "clip": self.clip}
+        some = {"sample": self.sample, "clip_scores": self.clip_scores}
         file.parent.mkdir(parents=True, exist_ok=True)
         with new_file(file) as unfinished:
-            sample = {} if self.sample is None else {"sample": self.sample}
-            tensors = {"mean": self.mean, "covariance": self.covariance, **numbers, **sample}
+            tensors = {"mean": self.mean, "covariance": self.covariance, **numbers}
+            tensors |= {name: tensor for name, tensor in some.items() if tensor is not None}
             save_file(tensors, unfinished, metadata=facts)
 
 
-def load_reference(file: Path, features: str) -> Reference:
-    """What :meth:`Reference.save` wrote, of the feature model `features`; `UserError` if it is something else."""
+def load_reference(file: Path, features: str, clip: str = "") -> Reference:
+    """What :meth:`Reference.save` wrote, of the feature model `features`, with CLIP scores if they are of `clip`;
+    `UserError` if it is something else."""
     try:
         with safe_open(file, "pt") as found:
             facts = found.metadata() or {}
-            sample = found.get_tensor("sample") if "sample" in found.keys() else None  # noqa: SIM118 - it is no dict
+            named = found.keys()
+            sample = found.get_tensor("sample") if "sample" in named else None
+            scores = found.get_tensor("clip_scores") if "clip_scores" in named and facts.get("clip") == clip else None
             mean, covariance, *numbers = map(found.get_tensor, ("mean", "covariance", "count", "inception_score"))
     except (SafetensorError, OSError) as error:
         raise UserError(f"reference {file} holds no statistics that fastsp eval saved: {error}") from None
     if facts.get("features") != features:
         raise UserError(f"reference {file} is of the features {facts.get('features')!r}; these are {features!r}")
     count, score = (number.item() for number in numbers)
-    return Reference(mean, covariance, int(count), score, features, facts.get("source", file.name), sample)
+    source = facts.get("source", file.name)
+    return Reference(mean, covariance, int(count), score, features, source, sample, clip=clip, clip_scores=scores)
 
 
 def open_reference(
-    features: str, reference: Path | None, captions: CaptionSet, work: Path, bar: Bar, resolution: int | None = None
+    features: str,
+    reference: Path | None,
+    captions: CaptionSet,
+    work: Path,
+    bar: Bar,
+    resolution: int | None = None,
+    clip: ClipScorer | None = None,
 ) -> tuple[FeatureModel, Reference]:
     """The feature model on its device, and the real images that a user names; `UserError` if something is amiss.
 
@@ -137,6 +158,7 @@ def open_reference(
         features: a file of Inception-v3's weights; or "classifier", for the digits, in `resolution` or 8 pixels.
         reference: saved statistics; a folder of images, all of them or those that the captions to be sampled name,
             whose statistics are kept in `work`; None, for the digits alone: those held out.
+        clip: scores those real images that have captions.
     """
     if features != "classifier":
         model: FeatureModel = load_inception(Path(features)).to(best_device())
@@ -144,16 +166,19 @@ def open_reference(
         data = DataConfig(source="digits", resolution=resolution or _DIGITS_SIDE, batch_size=1)
         model = caption_classifier(_captioned(data, 1, bar), bar=bar)
         if reference is None:
-            heldout = _captioned(data.model_copy(update={"split": "heldout"}), 1, bar)
-            return model, Reference.of(model.extract(heldout.images), model.identity, _HELD_OUT_DIGITS)
+            data = data.model_copy(update={"split": "heldout"})
+            found = Reference.of(model.extract(_captioned(data, 1, bar).images), model.identity, _HELD_OUT_DIGITS)
+            return model, _scored(found, data, 1, clip, bar)
     if reference is None:
         raise UserError("the reference is missing: a folder of real images, or statistics kept by --save-reference")
     if reference.is_file():
-        return model, load_reference(reference, model.identity)
-    return model, _of_folder(reference, captions, model, work, bar)
+        return model, load_reference(reference, model.identity, clip.identity if clip else "")
+    return model, _of_folder(reference, captions, model, work, bar, clip)
 
 
-def own_reference(config: Config, channels: int, bar: Bar) -> tuple[FeatureModel, Reference]:
+def own_reference(
+    config: Config, channels: int, bar: Bar, clip: ClipScorer | None = None
+) -> tuple[FeatureModel, Reference]:
     """A run's feature model, and its images of 1 or 3 `channels` in it; `UserError` if they do not go together."""
     sections = (config.data, heldout_of(config))
     if config.evaluation.features == "classifier":
@@ -165,7 +190,7 @@ def own_reference(config: Config, channels: int, bar: Bar) -> tuple[FeatureModel
     else:
         model = load_inception(Path(config.evaluation.features)).to(best_device())
         train, heldout = (Features.joined(*_look(data, channels, bar, model.extract)) for data in sections)
-    return model, Reference.of(heldout, model.identity, OWN, train)
+    return model, _scored(Reference.of(heldout, model.identity, OWN, train), sections[1], channels, clip, bar)
 
 
 def heldout_of(config: Config) -> DataConfig:
@@ -208,6 +233,14 @@ def _look(
     return parts, captions if any(captions) else ()
 
 
+def _scored(found: Reference, data: DataConfig, channels: int, clip: ClipScorer | None, bar: Bar) -> Reference:
+    """The reference with CLIP scores of the images of a data section, of which it is."""
+    if clip is None:
+        return found
+    parts, captions = _look(data, channels, bar, lambda images: clip.extract(images).features)
+    return found.with_clip(clip, torch.cat(parts), captions)
+
+
 def batch_size_of(resolution: int, channels: int) -> int:
     """How many images of a side are held at once: at most 256, and at most 256 MiB of float32."""
     return max(1, min(256, _BATCH_VALUES // (channels * resolution**2)))
@@ -219,17 +252,26 @@ def _captioned(data: DataConfig, channels: int, bar: Bar, limit: int = MAX_IMAGE
     return Captioned(torch.cat(parts), captions)
 
 
-def _of_folder(folder: Path, captions: CaptionSet, model: FeatureModel, work: Path, bar: Bar) -> Reference:
+def _of_folder(
+    folder: Path, captions: CaptionSet, model: FeatureModel, work: Path, bar: Bar, clip: ClipScorer | None
+) -> Reference:
     files = image_files(folder, captions)
-    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    digest = hashlib.sha256(repr((model.identity, facts)).encode()).hexdigest()[:16]
-    kept = work / f"reference-{digest}.safetensors"
+    of_captions = "image" in captions.rows[0]
+    clip = clip if of_captions else None  # other images have none that are known
+    facts: list[Any] = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    asked = (model.identity, facts, *([clip.identity, captions.texts] if clip else []))
+    kept = work / f"reference-{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}.safetensors"
     if kept.is_file():
-        return load_reference(kept, model.identity)
-    with bar(f"looking at {len(files)} real images", len(files)) as advance:
-        seen = see_files(files, model, advance)
-    which = "the images of the captions" if "image" in captions.rows[0] else "all images"
-    reference = Reference.of(seen, model.identity, f"{folder.name}: {which}, their central squares")
+        return load_reference(kept, model.identity, clip.identity if clip else "")
+
+    def see(model: FeatureModel) -> Features:
+        with bar(f"looking at {len(files)} real images", len(files)) as advance:
+            return see_files(files, model, advance)
+
+    which = "the images of the captions" if of_captions else "all images"
+    reference = Reference.of(see(model), model.identity, f"{folder.name}: {which}, their central squares")
+    if clip is not None:
+        reference = reference.with_clip(clip, see(clip).features, captions.texts)
     reference.save(kept)
     return reference
 

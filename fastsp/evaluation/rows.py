@@ -11,6 +11,8 @@ A row is one set of samples, one seed:
     num_samples      images scored
     fid, kid, inception_score, inception_score_10_splits, validity, caption_agreement, precision, recall, coverage,
     nearest_train, memorised: see `fastsp.evaluation.metrics`
+    clip_score, clip mean of `fastsp.evaluation.clip` over the samples and their captions, and the CLIP's identity; of
+                     "real" in a run it is of the held-out images whose captions are sampled
     heldout_agreement
                      of "real" in a run: share of the held-out images whose caption its classifier reads
     features, reference, reference_count
@@ -101,7 +103,7 @@ def plan(config: Config) -> list[Job]:
 # Figures, and the batch size, on which none depends: rows that differ in nothing else are of the same samples.
 _FIGURES = (
     *("fid", "kid", "inception_score", "inception_score_10_splits", "validity", "caption_agreement", "precision"),
-    *("recall", "coverage", "nearest_train", "memorised", "heldout_agreement", "seconds", "batch_size"),
+    *("recall", "coverage", "nearest_train", "memorised", "heldout_agreement", "clip_score", "seconds", "batch_size"),
 )
 
 
@@ -117,9 +119,14 @@ class RowFile:
         return FileLock(self.path.with_name(f".{self.path.name}.lock"), _LOCK_PATIENCE, str(self.path))
 
     def has(self, row: Row) -> bool:
-        """Whether the file, read again, holds a row that was computed from the same, whatever came out."""
+        """Whether the file, read again, holds a row that was computed from the same, whatever came out.
+
+        One with a CLIP score answers for one without.
+        """
         self.rows = self._read()
         asked, *there = ({key: row[key] for key in row if key not in _FIGURES} for row in [row, *self.rows])
+        if "clip" not in asked:
+            there = [{key: found[key] for key in found if key != "clip"} for found in there]
         return asked in there
 
     def add(self, row: Row) -> bool:

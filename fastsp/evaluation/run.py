@@ -18,13 +18,15 @@ from fastsp.errors import UserError
 from fastsp.evaluation import reference
 from fastsp.evaluation.captions import CaptionSet, read_captions
 from fastsp.evaluation.classifier import MAX_CLASSES, check_classes
-from fastsp.evaluation.engine import Evaluation, seeded_order
+from fastsp.evaluation.clip import check_clip, load_clip
+from fastsp.evaluation.engine import Evaluation, sampled_order
 from fastsp.evaluation.environment import write_environment
 from fastsp.evaluation.inception import load_inception
 from fastsp.evaluation.metrics import NEIGHBOURS
 from fastsp.evaluation.reference import MAX_IMAGES, OWN, Reference, heldout_of, still_source
 from fastsp.evaluation.rows import REAL, Job, Row, RowFile, plan, setting_of
 from fastsp.generation.generate import load_for_sampling
+from fastsp.utils.devices import best_device
 from fastsp.utils.progress import steps_bar
 
 _OR_NONE = "or set evaluation.enabled=false"
@@ -56,15 +58,18 @@ def evaluate_run(config: Config, console: Console | None = None) -> list[Row]:
 
     side = config.data.resolution
     sizes = settings.num_samples, side, settings.batch_size
+    scores_captions = settings.clip is not None and not config.data.unconditional
+    clip = load_clip(Path(str(settings.clip))).to(best_device()) if scores_captions else None
     if settings.captions is None:
-        extractor, real = reference.own_reference(config, load_for_sampling(jobs[-1].model).channels, first)
+        extractor, real = reference.own_reference(config, load_for_sampling(jobs[-1].model).channels, first, clip)
         captions = partial(_captions_of, real, settings.num_samples)
-        evaluation = Evaluation(captions, extractor, real, OwnRows(file, jobs), work, *sizes, keep_features=False)
+        own = OwnRows(file, jobs)
+        evaluation = Evaluation(captions, extractor, real, own, work, *sizes, keep_features=False, clip=clip)
     else:
         given = read_captions(Path(settings.captions), settings.num_samples)
         named = None if settings.reference is None else Path(settings.reference)
-        extractor, real = reference.open_reference(settings.features, named, given, work, first, side)
-        evaluation = Evaluation(lambda _: given, extractor, real, RowFile(file), work, *sizes)
+        extractor, real = reference.open_reference(settings.features, named, given, work, first, side, clip)
+        evaluation = Evaluation(lambda _: given, extractor, real, RowFile(file), work, *sizes, clip=clip)
         jobs = [job for job in jobs if job.model or job.seed == jobs[0].seed]  # the reference is scored once
     return evaluation.run(jobs, steps_bar, say)
 
@@ -72,7 +77,7 @@ def evaluate_run(config: Config, console: Console | None = None) -> list[Row]:
 class OwnRows(RowFile):
     """Rows of a run against its own held-out images, in the order of the plan, then what `fastsp eval` added.
 
-    Rows of another number of samples, feature model or state of a stage cannot be compared with new ones, and go.
+    Rows of another number of samples, feature model, CLIP or state of a stage cannot be compared with new ones, and go.
     """
 
     def __init__(self, path: Path, jobs: list[Job]) -> None:
@@ -93,6 +98,8 @@ def _stays(old: Row, new: Row) -> bool:
     """Whether a run's row can be compared with a new one, and is not replaced by it."""
     if old["features"] != new["features"] or "reference" not in old:
         return False
+    if len({old.get("clip"), new.get("clip")} - {None}) == 2:
+        return False
     if old["stage"] == new["stage"] and old.get("model_sha256") != new.get("model_sha256"):
         return False
     if (setting_of(old), old["seed"]) == (setting_of(new), new["seed"]):
@@ -103,8 +110,7 @@ def _stays(old: Row, new: Row) -> bool:
 def _captions_of(real: Reference, count: int, seed: int) -> CaptionSet:
     """Captions of held-out images in a seeded order, from the start again where they run out."""
     captions = (real.heldout and real.heldout.captions) or [""]
-    order = seeded_order(len(captions), seed).tolist()
-    rows = [{"caption": captions[order[index % len(order)]]} for index in range(count)]
+    rows = [{"caption": captions[index]} for index in sampled_order(len(captions), count, seed).tolist()]
     return CaptionSet(rows, f"of the held-out images, in the order of seed {seed}")
 
 
@@ -123,6 +129,8 @@ def check_evaluation(config: Config) -> str | None:
         _check_own_data(config)
     elif settings.reference is None and not (is_classifier and config.model.pretrained is None):
         raise UserError(f"evaluation.reference is missing: a folder of real images, or saved statistics; {_OR_NONE}")
+    if settings.clip is not None:
+        check_clip(Path(settings.clip))
     identity = None if is_classifier else load_inception(Path(settings.features)).identity
     if settings.captions is not None:
         captions = read_captions(Path(settings.captions), settings.num_samples)
@@ -135,7 +143,7 @@ def check_evaluation(config: Config) -> str | None:
 
 def _absent_files(settings: EvaluationConfig) -> list[str]:
     """The files that the settings name and that are not there, each as ``key path``."""
-    named = {"captions": settings.captions, "reference": settings.reference, "features": settings.features}
+    named = {key: getattr(settings, key) for key in ("captions", "reference", "features", "clip")}
     named = {key: path for key, path in named.items() if path not in (None, "classifier")}
     return [f"evaluation.{key} {path}" for key, path in named.items() if not Path(str(path)).exists()]
 

@@ -279,7 +279,7 @@ def _load_folder(
     given = given or {}
     index, kind, parts = _read_index(root, name, given)
     config, loaded = read_json_object(root / "scheduler" / "scheduler_config.json"), {}
-    loaded = {part: _load_part(of, root / part) for part, of in kind.parts.items() if part in parts}
+    loaded = {part: load_part(of, root / part) for part, of in kind.parts.items() if part in parts}
     loaded |= {part: _tokenizer(of, root / part, kind) for part, of in kind.tokenizers.items() if part in parts}
     folder = root / kind.network
     network_config = network_config or read_json_object(folder / "config.json")
@@ -326,12 +326,12 @@ def _family(config: Mapping[str, Any], folder: Path) -> NetworkFamily:
 
 
 def _load_network(folder: Path) -> Any:
-    return _load_part(_family(read_json_object(folder / "config.json"), folder).network_class(), folder)
+    return load_part(_family(read_json_object(folder / "config.json"), folder).network_class(), folder)
 
 
-def _load_part(kind: Any, folder: Path) -> Any:
-    """A network in float32, T5 in bfloat16, from safetensors, with every tensor."""
-    with _one_line_errors(folder):
+def load_part(kind: Any, folder: Path) -> Any:
+    """A network in float32, T5 in bfloat16, from safetensors, with every tensor; a UserError if that cannot be."""
+    with one_line_errors(folder):
         module, info = kind.from_pretrained(
             folder,
             use_safetensors=True,
@@ -351,7 +351,7 @@ def _tokenizer(of: Any, folder: Path, kind: Kind) -> Any:
     if _needs_sentencepiece(folder) and find_spec("sentencepiece") is None:
         needs = install_command("pixart")
         raise UserError(f"{folder} has its vocabulary in spiece.model alone, which needs sentencepiece: {needs}")
-    with _one_line_errors(folder):
+    with one_line_errors(folder):
         tokenizer = of.from_pretrained(folder)
     if issubclass(of, T5TokenizerFast):  # T5 itself has no limit
         tokenizer.model_max_length = min(tokenizer.model_max_length, kind.t5_tokens)
@@ -366,7 +366,7 @@ def _needs_sentencepiece(folder: Path) -> bool:
 
 
 @contextmanager
-def _one_line_errors(folder: Path) -> Iterator[None]:
+def one_line_errors(folder: Path) -> Iterator[None]:
     """The libraries' errors in here as one line, and nothing else of theirs."""
     try:
         with quiet_libraries():
@@ -377,15 +377,21 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} cannot be loaded ({hint}): {reason}") from None
 
 
+def tokenizer_fault(tokenizer: Any, known: int) -> str | None:
+    """What keeps a tokenizer from going with a text encoder that knows so many tokens; None: nothing."""
+    # From a folder without its vocabulary, transformers makes a tokenizer without words.
+    least = _NUM_BYTES if isinstance(tokenizer, CLIPTokenizer) else 2
+    if least <= len(tokenizer) <= known:
+        return None
+    reason = "it lacks its vocabulary, or is of another model"
+    return f"has {len(tokenizer)} tokens, its text encoder {known}: {reason}"
+
+
 def _faults(model: TextToImageModel) -> Iterator[str]:
     """What keeps a model's parts from working together, and its network from being trained."""
     for part, encoder in zip(model.kind.tokenizers, model.text_encoders, strict=False):
-        # From a folder without its vocabulary, transformers makes a tokenizer without words.
-        size, known = len(getattr(model, part)), encoder.config.vocab_size
-        least = _NUM_BYTES if issubclass(model.kind.tokenizers[part], CLIPTokenizer) else 2
-        if not least <= size <= known:
-            reason = "it lacks its vocabulary, or is of another model"
-            yield f"its {part} has {size} tokens, its text encoder {known}: {reason}"
+        if fault := tokenizer_fault(getattr(model, part), encoder.config.vocab_size):
+            yield f"its {part} {fault}"
     if fault := model.text_fault():
         yield fault
     if getattr(None if model.vae is None else model.vae.config, "latents_mean", None) is not None:

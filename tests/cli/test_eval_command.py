@@ -15,7 +15,7 @@ import pytest
 import torch
 from export.test_export import finished_run
 from safetensors.torch import load_file, save_file
-from tiny import picture_folder, tiny_stable_diffusion
+from tiny import picture_folder, tiny_clip, tiny_clip_folder, tiny_stable_diffusion
 
 from fastsp.evaluation.inception import InceptionV3
 from fastsp.models import digits_model
@@ -140,6 +140,26 @@ def test_pictures_statistics_and_the_empty_prompt(command, models: list[Path], c
     assert b == c and b[0]["reference"] == "pictures: all images, their central squares" and len(b) == 2
 
 
+def test_clip_scores(command, models: list[Path], captions: Path, tmp_path: Path) -> None:
+    """Of samples with captions, and of the held-out digits; rows of two CLIPs are not the same row."""
+    out, clip = tmp_path / "evaluation.json", tiny_clip_folder(tmp_path / "clip", tiny_clip(4))
+    common = ["eval", "--model", models[0], "--captions", captions, "--num-samples", 8, "--steps", 2, *COMMON]
+    common += ["--json", out]
+    written = command(*common, "--clip", clip).splitlines()
+    real, row = json.loads(out.read_text())
+    assert real["clip"] == row["clip"] and row["clip"].startswith("clip-")
+    assert 0 < row["clip_score"] < 100 and 0 < real["clip_score"] < 100
+    for line, of in zip(written, (real, row), strict=False):
+        assert f"IS {of['inception_score']:.2f}  CLIP {of['clip_score']:.2f}  (" in line
+    assert command(*common, "--clip", clip) == f"{out}: 2 rows\n" == command(*common), "nothing was left to do"
+    command(*common, "--clip", clip, "--unconditional")
+    assert {"clip", "clip_score"}.isdisjoint((empty := json.loads(out.read_text())[2]).keys()) and "fid" in empty
+    command(*common, "--clip", tiny_clip_folder(tmp_path / "other", tiny_clip(5)))
+    *before, real_again, again = json.loads(out.read_text())
+    assert before == [real, row, empty] and again["fid"] == row["fid"]
+    assert again["clip"] == real_again["clip"] != row["clip"] and again["clip_score"] != row["clip_score"]
+
+
 def test_mistakes(fails, models: list[Path], captions: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     common = ("eval", "--model", models[0], "--json", out, "--captions")
@@ -154,20 +174,22 @@ def test_mistakes(fails, models: list[Path], captions: Path, tmp_path: Path) -> 
     assert list(load_file(mine)) == ["weight"]
     assert "41 are asked for, it has 40" in fails(*common, captions, *COMMON, "--num-samples", 41)
     assert "there is no such folder" in fails(*common, captions, *COMMON, "--reference", tmp_path / "nowhere")
+    assert "clip nowhere: no such folder" in fails(*common, captions, *COMMON, "--clip", "nowhere")
     out.write_text('{"thesis": "precious"}')
     assert "holds something else than rows" in fails(*common, captions, *COMMON)
     assert out.read_text() == '{"thesis": "precious"}'
 
 
-def test_a_model_that_is_wrong_is_named_before_anything_is_looked_at(
+def test_a_model_or_clip_that_is_wrong_is_named_before_anything_is_looked_at(
     fails, models: list[Path], captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastsp.evaluation.reference.open_reference", lambda *_: pytest.fail("too late"))
     arguments = ("eval", "--model", models[0], "--captions", captions, "--json", tmp_path / "out.json", *COMMON)
     assert "no diffusers pipeline folder" in fails(*arguments, "--model", tmp_path / "nowhere")
     latent = tiny_stable_diffusion(tmp_path / "latent")
-    monkeypatch.setattr("fastsp.models.pretrained._load_part", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("fastsp.models.pretrained.load_part", lambda *_: pytest.fail("too late"))
     assert "latent makes no digits: give --reference, and a file" in fails(*arguments, "--model", latent)
+    assert "is missing, or of another kind of model" in fails(*arguments, "--clip", models[0])
     assert not (tmp_path / "out.json").exists()
 
 

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny import picture_folder
+from tiny import picture_folder, tiny_clip, tiny_clip_folder
 
 from fastsp.config import Config, EvaluationConfig, GuidanceConfig
 from fastsp.errors import UserError
 from fastsp.evaluation import run as run_module
+from fastsp.evaluation.clip import load_clip
 from fastsp.evaluation.engine import Evaluation
 from fastsp.evaluation.features import Features
-from fastsp.evaluation.reference import Reference
+from fastsp.evaluation.reference import Reference, still_source
 from fastsp.evaluation.report import write_report
 from fastsp.evaluation.rows import Job, Setting, plan
 from fastsp.evaluation.run import check_evaluation, evaluate_run
@@ -168,6 +169,41 @@ def test_rows_that_fastsp_eval_added_stay(config: Config) -> None:
     path.write_text(json.dumps([added]))
     rows = evaluate_run(with_settings(config, **LEAST))
     assert rows[-1] == added and [row["stage"] for row in rows] == ["real", "mse", "sp", "sp"]
+
+
+def test_clip_scores(config: Config, tmp_path: Path) -> None:
+    """Of samples, and of the held-out images whose captions a seed samples; rows of another CLIP go."""
+    clips = [tiny_clip_folder(tmp_path / f"clip{seed}", tiny_clip(seed)) for seed in (4, 5)]
+    settings = {**LEAST, "unconditional": True, "seeds": [0, 1], "clip": str(clips[0])}
+    rows = evaluate_run(with_settings(config, **settings))
+    scorer = load_clip(clips[0])
+    captioned = [row for row in rows if row["conditional"]]
+    assert len(captioned) == 6 and {row["clip"] for row in captioned} == {scorer.identity}
+    assert len({row["clip_score"] for row in captioned}) == 6
+    assert not any("clip" in row or "clip_score" in row for row in rows if not row["conditional"])
+    source = still_source(config.data.model_copy(update={"split": "heldout"}), 1)
+    (batch,) = source.batches(last_position=len(source), batch_size=len(source))
+    scores = scorer.scores(scorer.extract(batch.pixel_values).features, batch.captions)
+    for row in rows[:2]:
+        chosen = scores[torch.randperm(len(source), generator=torch.Generator().manual_seed(row["seed"]))[:12]]
+        assert row["stage"] == "real" and row["clip_score"] == pytest.approx(chosen.mean().item(), abs=1e-4)
+    (Path(config.run_dir) / "config.yaml").write_text(config.dump())
+    mean = sum(row["clip_score"] for row in rows[:2]) / 2
+    page = write_report(Path(config.run_dir)).read_text()
+    assert "CLIP score ↑" in page and f"{mean:.2f}" in page
+    assert evaluate_run(with_settings(config, **settings | {"clip": None})) == rows, "they have all that is asked for"
+    again = evaluate_run(with_settings(config, **settings | {"clip": str(clips[1]), "seeds": [0]}))
+    assert [row["fid"] for row in again if row["seed"] == 0] == [row["fid"] for row in rows if row["seed"] == 0]
+    assert {row.get("clip") for row in again} == {None, load_clip(clips[1]).identity}
+    assert [row["conditional"] for row in again if row["seed"] == 1] == [False, False], "those have no CLIP score"
+
+
+def test_what_is_no_clip_is_said_before_the_training(config: Config, tmp_path: Path) -> None:
+    absent = with_settings(config, clip=str(tmp_path / "nowhere"))
+    assert f"evaluation.clip {tmp_path}/nowhere is not there: unless it comes" in (check_evaluation(absent) or "")
+    with pytest.raises(UserError, match=r"final: its config\.json is missing, or of another kind of model"):
+        check_evaluation(with_settings(config, clip=f"{config.run_dir}/final"))
+    assert check_evaluation(with_settings(config, clip=str(tiny_clip_folder(tmp_path / "clip")))) is None
 
 
 def test_noise_and_captions_depend_on_the_seed_alone(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

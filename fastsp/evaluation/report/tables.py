@@ -38,6 +38,7 @@ METRICS = (
     Metric("inception_score", "IS", "↑", 2),
     Metric("validity", "Valid", "↑", 1, 100, "%"),
     Metric("caption_agreement", "Caption", "↑", 1, 100, "%"),
+    Metric("clip_score", "CLIP score", "↑", 2),
     Metric("kid", "KID x 1000", "↓", 2, 1000),
     Metric("precision", "Precision", "↑", 2),
     Metric("recall", "Recall", "↑", 2),
