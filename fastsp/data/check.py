@@ -110,7 +110,8 @@ def check_source(config: DataConfig, limit: int | None = None) -> tuple[dict[str
             if len(labels) < SHEET_IMAGES:
                 images.append(_thumbnails(batch.pixel_values[good], side))
                 names = map(source.reader.name, source.order(batch.positions[good]).tolist())
-                labels += [f"{re.split('[/#]', name)[-1]}: {text}" for name, text in zip(names, captions, strict=True)]
+                files = [re.sub(r".*(/|[.]tar#)", "", name) for name in names]
+                labels += [f"{file}: {text}" for file, text in zip(files, captions, strict=True)]
             advance(len(batch))
     seconds = time.perf_counter() - start
     heights, widths = torch.cat(sizes).unbind(1)

@@ -36,6 +36,12 @@ def test_report(shard):
     assert sorted(labels) == [f"{index}: {'x' * (index + 1)}" for index in range(10) if index != 3]
 
 
+def test_a_number_sign_in_a_file_name_stays_in_its_label(tmp_path):
+    (tmp_path / "cat #1.png").write_bytes(encode(photo(0, 20, 20), "PNG"))
+    (tmp_path / "cat #1.txt").write_text("a cat")
+    assert check_source(config_for(str(tmp_path), resolution=8))[2] == ["cat #1.png: a cat"]
+
+
 def test_what_a_source_means(shard, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTSP_CACHE", str(tmp_path))
     assert config_for(str(shard.parent), 8).source == "shards"

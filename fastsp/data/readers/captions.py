@@ -35,7 +35,7 @@ def caption_of(texts: Iterable[tuple[str, bytes]]) -> str:
             return caption_from_json(content)
         if caption := _decoded(content, "the caption").strip():
             return caption
-    raise BadSample("no caption")
+    raise BadSample("no caption: no text file beside it, or a blank one")
 
 
 def caption_from_json(content: bytes) -> str:
