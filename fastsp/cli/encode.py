@@ -98,7 +98,9 @@ def _check_data(data: DataConfig) -> None:
 
     if data.source == "latents" or data.crop != "center" or data.flip:
         has = f"data.source={data.source} data.crop={data.crop} data.flip={str(data.flip).lower()}"
-        raise UserError(f"latents are of images, cropped at the center and not mirrored; here {has}: override these")
+        source = "images" if data.source == "latents" else data.source
+        instead = f"data.source={source} data.crop=center data.flip=false"
+        raise UserError(f"latents are of images, cropped at the center and not mirrored; here {has}: add {instead}")
 
 
 def _write(encoder: LatentEncoder, out: Path, rank: int, world_size: int) -> None:

@@ -45,6 +45,7 @@ def test_encode(tmp_path):
     assert "shard 0" not in run(tmp_path).output  # nothing is left to do
     for arguments, message in [
         (["data.flip=true"], "not mirrored; here data.source=shards data.crop=center data.flip=true"),
+        (["data.flip=true"], "add data.source=shards data.crop=center data.flip=false"),
         (["data.resolution=64"], "resolution = 32, not 64"),
         (["--dtype", "int8"], "'int8'; allowed: float16"),
     ]:
