@@ -106,7 +106,7 @@ def counted(config: Config, stage: str) -> Count:
 def counted_transformer(config: Config, perceptual: bool) -> Count:
     """As the trainer's step would have it: bf16, float32 masters, latents and text features encoded beforehand."""
     lora = config.model.lora.model_dump() if config.model.lora else None
-    model = skeleton(config.model.pretrained, lora)
+    model = skeleton(str(config.model.pretrained), lora)
     network = model.network
     average = shared_copy(network)
     for p in average.parameters():
