@@ -43,6 +43,10 @@ class _Loss(nn.Module):
         self._seen_times = False
 
     def _check_shapes(self, model_pred: Tensor, latents: Tensor, noise: Tensor) -> None:
+        for name, given in (("model_pred", model_pred), ("latents", latents), ("noise", noise)):
+            if not isinstance(given, Tensor):
+                hint = ": pass its .sample" if hasattr(given, "sample") else ""
+                raise TypeError(f"{name} is a {type(given).__name__}, not a tensor{hint}")
         if not model_pred.shape == latents.shape == noise.shape:
             raise ValueError(
                 f"model_pred {tuple(model_pred.shape)}, latents {tuple(latents.shape)} and noise "
@@ -53,6 +57,8 @@ class _Loss(nn.Module):
 
     def _times(self, name: str, t: Tensor, model_pred: Tensor) -> Tensor:
         """Times of the process as (B,) on the prediction's device, checked."""
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is a {type(t).__name__}, not a tensor of shape ({model_pred.shape[0]},)")
         if t.ndim == 0:
             t = t.expand(model_pred.shape[0])
         if t.shape != model_pred.shape[:1]:

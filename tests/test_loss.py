@@ -9,6 +9,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from fastsp_kernels import reproject
 from tiny import batch, scheduler, tiny_unet
 from torch import Tensor, nn
@@ -545,6 +546,10 @@ def test_wrong_arguments_are_refused():
     criterion = SelfPerceptualLoss(tiny_unet(), scheduler())
     with pytest.raises(ValueError, match="must have one shape"):
         criterion(pred[:2], **data)
+    with pytest.raises(TypeError, match=r"model_pred is a UNet2DConditionOutput, not a tensor: pass its \.sample$"):
+        criterion(UNet2DConditionOutput(sample=pred), **data)
+    with pytest.raises(TypeError, match=r"timesteps is a int, not a tensor of shape \(3,\)"):
+        criterion(pred, **data | {"timesteps": 5})
     with pytest.raises(ValueError, match="timesteps must have shape"):
         criterion(pred, **data | {"timesteps": data["timesteps"][:2]})
     with pytest.raises(ValueError, match="perceptual_timesteps"):

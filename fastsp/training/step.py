@@ -109,6 +109,12 @@ class TrainingStep:
         return self.optimizer.state | critic | {f"metric.{name}": tensor for name, tensor in self.calibration.items()}
 
     @property
+    def traces(self) -> bool:
+        """Whether the perceptual network is traced at its first call with samples of a shape, which takes a while."""
+        criterion = self.objective.self_perceptual
+        return criterion is not None and criterion.teacher == "batched"
+
+    @property
     def calibration(self) -> dict[str, Tensor]:
         """What the metric has learned from :meth:`calibrate`, by name."""
         criterion = self.objective.self_perceptual

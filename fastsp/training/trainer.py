@@ -228,7 +228,7 @@ class Trainer:
             for number, batch in enumerate(monitor.watched(batches), start=done + 1):
                 new = batch.image_shapes() - seen
                 seen |= new
-                with self._compiling(len(new)):
+                with self._preparing(len(new), step):
                     result = take_step(batch.to(self.device), number)
                 monitor.after_step(number, result)
                 if _due(number, config.samples.every, stage.steps):
@@ -295,15 +295,17 @@ class Trainer:
         self.console.print(f"{self.run.samples / 'comparison.png'} shows the stages side by side from equal noise")
 
     @contextmanager
-    def _compiling(self, shapes: int) -> Iterator[None]:
-        """Around a step: where it has so many shapes that are new in the stage, print how long compiling took."""
-        if not shapes or not self.config.compiles_on(self.device):
-            yield
-            return
-        folder, began = keep_compiled_code(), time.monotonic()
+    def _preparing(self, shapes: int, step: TrainingStep) -> Iterator[None]:
+        """Around a step: where it has so many shapes that are new in the stage, say why it takes longer than others."""
         for_shapes, first = "", "the first step"
         if len(self.shapes) > 1:
             for_shapes, first = f" for {shapes} of {len(self.shapes)} shapes", "the first step with them"
+        if not shapes or not self.config.compiles_on(self.device):
+            if shapes and step.traces:
+                self.console.print(f"tracing the perceptual network{for_shapes}: {first} takes longer than the others")
+            yield
+            return
+        folder, began = keep_compiled_code(), time.monotonic()
         what = f"{announcements.kind(self.model.network)} and perceptual network{for_shapes}"
         self.console.print(f"compiling {what} ({self.config.compile_mode}); kept in {folder}")
         yield

@@ -44,22 +44,27 @@ def test_the_kept_attention_kernel_is_for_what_it_was_measured_on(monkeypatch, t
 
 
 @pytest.mark.parametrize(("compiles", "first"), [(True, True), (True, False), (False, True)])
-def test_the_first_compiled_step_says_what_it_does_and_how_long_it_took(monkeypatch, tmp_path, compiles, first):
+def test_a_first_step_says_what_takes_long(monkeypatch, tmp_path, compiles, first):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     config = load_config(QUICKSTART, [f"compile={str(compiles).lower()}"])
     console = Console(file=StringIO(), width=500)
     facts = {"config": config, "device": torch.device("cpu"), "console": console, "shapes": [(8, 8)]}
     trainer = SimpleNamespace(**facts, model=SimpleNamespace(network=tiny_unet()))
-    with Trainer._compiling(trainer, int(first)):
+    step = SimpleNamespace(traces=True)
+    with Trainer._preparing(trainer, int(first), step):
         so_far = console.file.getvalue()
     said = console.file.getvalue()
     if compiles and first:
         assert so_far == f"compiling UNet and perceptual network (default); kept in {tmp_path}\n"
         assert said.removeprefix(so_far) == "compiled; the first step took 0.0 s\n"
         trainer.shapes = [(8, 8), (4, 16), (16, 4)]
-        with Trainer._compiling(trainer, 2):
+        with Trainer._preparing(trainer, 2, step):
             pass
         assert "perceptual network for 2 of 3 shapes (default)" in console.file.getvalue()
+    elif first:
+        assert so_far == said == "tracing the perceptual network: the first step takes longer than the others\n"
+        with Trainer._preparing(trainer, int(first), SimpleNamespace(traces=False)):
+            assert console.file.getvalue() == said
     else:
         assert said == ""
 
