@@ -305,6 +305,7 @@ class SelfPerceptualLoss(_Loss, AlwaysEval):
         Raises:
             ValueError: shapes that do not fit together, an empty batch, timesteps outside of the schedule (seen only
                 on a CPU), conditioning that the network needs and does not get.
+            TypeError: no tensor where one is needed; a condition that the network does not know.
         """
         self._check_shapes(model_pred, latents, noise)
         t = self._times("timesteps", timesteps, model_pred)

@@ -105,17 +105,20 @@ def comparisons(config: Config, pooled: list[Row]) -> Iterator[Comparison]:
 def markdown(runs: Sequence[tuple[Config, list[Row]]]) -> str:
     """The comparison as a table: a row for each metric and way of sampling, a column for each form of training.
 
-    A cell is the mean over the repetitions, or over several bases, or "-" while some have no row; in
-    brackets the difference from the control and its 95 % interval, in bold where that excludes zero. The floor, real
-    images, is a line above the table.
+    A cell is the mean over the repetitions, or over several bases, or "-" while some have no row; in brackets the
+    difference from the control and its 95 % interval, in bold where that excludes zero. The floor, real images, is a
+    line above the table.
 
     Args:
         runs: a run for each base, with its rows.
     """
     config, rows = runs[0]
-    several = len(runs) > 1
-    pooled = by_base(runs) if several else by_repetition(config, rows)
-    trained, groups = _trainings(config), by_setting(pooled)
+    trained = _trainings(config)
+    if len(runs) > 1:
+        pooled, awaited = by_base(runs), dict.fromkeys(trained, len(runs))
+    else:
+        pooled, awaited = by_repetition(config, rows), dict(trained)
+    groups = by_setting(pooled)
     compared = {(c.metric, c.setting): c for c in comparisons(config, pooled)}
     real = _means([row for row in pooled if row["stage"] == REAL])
     floor = [f"{m.heading} {m.show(real[m.key])}" for m in METRICS if m.better and m.key in real]
@@ -123,12 +126,12 @@ def markdown(runs: Sequence[tuple[Config, list[Row]]]) -> str:
     for metric in (metric for metric in METRICS if metric.better):
         for sampling in dict.fromkeys(setting._replace(stage="") for setting in groups if setting.stage != REAL):
             cells = []
-            for form, repetitions in trained.items():
+            for form in trained:
                 group = groups.get(sampling._replace(stage=form), [])
                 values = [row[metric.key] for row in group if metric.key in row]
                 comparison = compared.get((metric, sampling._replace(stage=form)))
                 shown = f"{metric.show(mean(values))}{_against_control(comparison)}" if values else "-"
-                cells.append(shown if len(values) == (len(runs) if several else repetitions) else "-")
+                cells.append(shown if len(values) == awaited[form] else "-")
             if cells != ["-"] * len(trained):
                 table.append([f"{metric.heading} {metric.better}", sampling.words(), *cells])
     head = [f"Real images that were trained on: {', '.join(floor)}.", ""] if floor else []

@@ -297,11 +297,14 @@ class Trainer:
     @contextmanager
     def _preparing(self, shapes: int, step: TrainingStep) -> Iterator[None]:
         """Around a step: where it has so many shapes that are new in the stage, say why it takes longer than others."""
+        if not shapes:
+            yield
+            return
         for_shapes, first = "", "the first step"
         if len(self.shapes) > 1:
             for_shapes, first = f" for {shapes} of {len(self.shapes)} shapes", "the first step with them"
-        if not shapes or not self.config.compiles_on(self.device):
-            if shapes and step.traces:
+        if not self.config.compiles_on(self.device):
+            if step.traces:
                 self.console.print(f"tracing the perceptual network{for_shapes}: {first} takes longer than the others")
             yield
             return
